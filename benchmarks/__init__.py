@@ -1,0 +1,1 @@
+"""Benchmarks, one module a suite; `python -m benchmarks` runs them."""

@@ -1,0 +1,50 @@
+"""`python -m benchmarks [SUITE ...] [--out DIR] [--quick]`: a table, then one JSON object as the last line."""
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.timing import Row, append_csv, machine, record
+
+# Each is a module of this package with run(quick) -> list[Row], which checks its results before it times them.
+SUITES = ("trie",)
+
+
+def main() -> None:
+    """Run the suites named on the command line, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure icl_ft_fast on this machine.")
+    parser.add_argument("suite", nargs="*", help=f"which suites to run, all by default: {', '.join(SUITES)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="append the rows to DIR/<device>.csv")
+    parser.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.suite) - set(SUITES)):
+        parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
+
+    rows: list[Row] = []
+    for suite in args.suite or SUITES:
+        measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick)
+        _show(measured)
+        rows += measured
+    on = machine()
+    if args.out:
+        print(f"appended to {append_csv(args.out, rows, on)}")
+    print(json.dumps({"machine": on, "rows": [record(row) for row in rows]}))
+
+
+def _show(rows: list[Row]) -> None:
+    case = None
+    for row in rows:
+        if row.case != case:
+            case = row.case
+            print(f"\n{row.suite}: {case}")
+            print(f"  {'':14}{'ms':>10}{'p20':>10}{'p80':>10}{'rate':>12}  {'unit':20}{'of peak':>8}{'peak MB':>9}")
+        percent = "" if row.peak_percent is None else f"{row.peak_percent:.0f}%"
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+        times = f"{row.ms:10.3f}{row.p20_ms:10.3f}{row.p80_ms:10.3f}"
+        print(f"  {row.variant:14}{times}{row.rate:12,.1f}  {row.unit:20}{percent:>8}{peak:>9}")
+    print()
+
+
+if __name__ == "__main__":
+    main()

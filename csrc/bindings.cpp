@@ -1,0 +1,73 @@
+// The Python face of icl.h: checks shapes, allocates outputs, releases the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "icl.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void require_vector(const py::array& array, const char* argument) {
+    if (array.ndim() != 1) throw py::value_error(std::string(argument) + ": expected one dimension");
+}
+
+py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
+                    const Array<int64_t>& context_lengths) {
+    require_vector(tokens, "tokens");
+    require_vector(offsets, "offsets");
+    require_vector(context_lengths, "context_lengths");
+    if (offsets.size() != context_lengths.size() + 1) {
+        throw py::value_error("offsets: expected one more value than context_lengths, " +
+                              std::to_string(context_lengths.size() + 1) + ", got " + std::to_string(offsets.size()));
+    }
+    const icl::Requests requests{tokens.data(), tokens.size(), offsets.data(), context_lengths.data(),
+                                 context_lengths.size()};
+    std::vector<icl::SortedRequest> sorted;
+    icl::TrieSizes sizes;
+    {
+        py::gil_scoped_release release;
+        sorted = icl::trie_sort(requests);
+        sizes = icl::trie_sizes(sorted);
+    }
+    py::dict result;
+    const auto allocate = [&](const char* name, int64_t size) {
+        py::array_t<int32_t> array(size);
+        result[name] = array;
+        return array.mutable_data();
+    };
+    py::array_t<int64_t> path_offset(requests.num_requests + 1);
+    result["path_offset"] = path_offset;
+    const icl::TrieArrays out{
+        allocate("node_token", sizes.nodes),  allocate("node_depth", sizes.nodes),
+        allocate("node_end", sizes.nodes),    allocate("node_parent", sizes.nodes),
+        allocate("token", sizes.rows),        allocate("depth", sizes.rows),
+        allocate("end", sizes.rows),          allocate("parent", sizes.rows),
+        allocate("row_node", sizes.rows),     allocate("scored_token", sizes.scored),
+        allocate("scored_row", sizes.scored), allocate("path", sizes.path),
+        path_offset.mutable_data(),
+    };
+    {
+        py::gil_scoped_release release;
+        icl::trie_fill(requests.tokens, sorted, sizes, out);
+    }
+    return result;
+}
+
+void trie_ancestors(const Array<int32_t>& parent, int64_t row, Array<int32_t> out) {
+    require_vector(parent, "parent");
+    require_vector(out, "out");
+    icl::trie_ancestors(parent.data(), parent.size(), row, out.mutable_data(), out.size());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    using py::arg;
+    m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
+          arg("context_lengths").noconvert());
+    m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
+}

@@ -1,0 +1,50 @@
+// The native API of icl_ft_fast: plain structs of pointers and sizes, and free functions that know neither Python nor
+// torch. A function checks every size and offset before it touches memory and throws std::invalid_argument naming the
+// argument. Arrays are contiguous and belong to the caller.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace icl {
+
+// R requests laid end to end: request r is tokens[offsets[r]:offsets[r + 1]], its first context_lengths[r] tokens are
+// context and the rest continuation, both at least one token.
+struct Requests {
+    const int32_t* tokens;  // [num_tokens], >= 0
+    int64_t num_tokens;
+    const int64_t* offsets;          // [R + 1], from 0 to num_tokens
+    const int64_t* context_lengths;  // [R]
+    int64_t num_requests;
+};
+
+// One of the requests in lexicographic order: tokens[first:first + length], of which it has the first `shared` in
+// common with the request sorted before it.
+struct SortedRequest {
+    int64_t first;
+    int32_t request, shared, length, context;
+};
+
+struct TrieSizes {
+    int64_t nodes, rows, scored, path;
+};
+
+// Outputs of trie_fill, all int32 but the last; icl_ft_fast/trie.py says what each means.
+struct TrieArrays {
+    int32_t *node_token, *node_depth, *node_end, *node_parent;  // [nodes]
+    int32_t *token, *depth, *end, *parent, *row_node;           // [rows]
+    int32_t *scored_token, *scored_row;                         // [scored]
+    int32_t* path;                                              // [path]
+    int64_t* path_offset;                                       // [R + 1]
+};
+
+// Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory.
+std::vector<SortedRequest> trie_sort(const Requests& requests);
+TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted);
+void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
+               const TrieArrays& out);
+
+// The ancestors of a row, root first, into out[depth of row].
+void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_t* out, int64_t num_out);
+
+}  // namespace icl

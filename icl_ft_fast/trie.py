@@ -1,0 +1,224 @@
+"""The prefix trie of a run's requests and the chunks of rows it is forwarded in.
+
+Knows token ids only: no text, no tokenizer, no network, no device but the CPU.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import icl_ft_fast._C as _C
+
+
+@dataclass(frozen=True, eq=False)
+class Trie:
+    """All requests merged: every distinct token prefix is one node, in depth-first pre-order.
+
+    Siblings, roots included, ascend by token, so nodes, rows and scored nodes do not depend on the order in which
+    requests are given; only `path` and `path_offset` follow it. All tensors are contiguous and on the CPU.
+
+    Nodes, int32 [N]: `node_token`, `node_depth` (position in the sequence, roots 0), `node_end` (first node after the
+    subtree), `node_parent` (-1 for roots).
+
+    Rows, int32 [T], are the nodes that have a child, in the same order, and all that a network must be run on: `token`,
+    `depth`, `end` and `parent` count in rows, `row_node` is the node a row stands for. Row i sees row j if and only if
+    j <= i < end[j].
+
+    Scored nodes, int32 [M], are the nodes in some request's continuation, ascending: `scored_token`, and `scored_row`,
+    the parent's row, whose hidden state predicts the token.
+
+    `path[path_offset[r]:path_offset[r + 1]]` lists the continuation of request r as indices into the scored nodes;
+    path is int32 [total continuation length], path_offset int64 [R + 1]. `request_tokens` is the total length of the
+    requests, what a forward pass per request would read.
+    """
+
+    node_token: Tensor
+    node_depth: Tensor
+    node_end: Tensor
+    node_parent: Tensor
+    token: Tensor
+    depth: Tensor
+    end: Tensor
+    parent: Tensor
+    row_node: Tensor
+    scored_token: Tensor
+    scored_row: Tensor
+    path: Tensor
+    path_offset: Tensor
+    request_tokens: int
+
+
+def build(
+    tokens: Tensor | NDArray[np.int32],
+    offsets: Tensor | NDArray[np.int64],
+    context_lengths: Tensor | NDArray[np.int64],
+) -> Trie:
+    """Merge R requests into one trie.
+
+    Args:
+        tokens: the requests end to end, int32 [total length], >= 0; a CPU tensor or an array, read in place.
+        offsets: request r is tokens[offsets[r]:offsets[r + 1]]; int64 [R + 1], from 0 to the total length.
+        context_lengths: leading tokens of each request that are context, the rest being continuation; int64 [R],
+            1 <= context_lengths[r] < length of request r.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or values, or there are 2^31 distinct prefixes.
+
+    Time is one comparison of every input token with another request's, at memory speed, plus a sort of the R requests;
+    memory is about 40 bytes a request and 8 a node beside the result. Equal requests, and requests that are a prefix of
+    others, are welcome; R may be 0.
+    """
+    arrays = _C.trie_build(
+        _vector("tokens", tokens, np.int32),
+        _vector("offsets", offsets, np.int64),
+        _vector("context_lengths", context_lengths, np.int64),
+    )
+    return Trie(request_tokens=len(tokens), **{name: torch.from_numpy(values) for name, values in arrays.items()})
+
+
+def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
+    """Merge requests given as (context ids, continuation ids), neither empty; see `build`.
+
+    A context that is the same object as the one before it is converted only once.
+    """
+    tokens, offsets, context_lengths = array("i"), [0], []
+    previous, context = None, array("i")
+    for r, (context_ids, continuation_ids) in enumerate(requests):
+        try:
+            if context_ids is not previous:
+                previous, context = context_ids, array("i", context_ids)
+            tokens.extend(context)
+            tokens.extend(array("i", continuation_ids))
+        except OverflowError as error:
+            raise ValueError(f"requests: expected token ids below 2^31 (request {r})") from error
+        offsets.append(len(tokens))
+        context_lengths.append(len(context))
+    return build(np.asarray(tokens), np.asarray(offsets, np.int64), np.asarray(context_lengths, np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows [first_row, last_row) of a trie, forwarded together on top of the KV stack.
+
+    The stack then holds the `stack_rows` open ancestors of first_row, root first, followed by the chunk's own rows: row
+    r is at stack position stack_rows + r - first_row, and the query at position q sees the key at position p if and
+    only if p <= q < end_k[p].
+
+    `head_rows`, int32, are the rows whose hidden states the output head needs, counted from first_row, ascending and
+    distinct. The scored nodes they predict are given by three tensors of one length: `target_row`, int32, ascending
+    indices into head_rows; `target_token`, int32; `target_index`, int64, indices into the trie's scored nodes. Over a
+    plan's chunks each scored node appears once.
+
+    `keep`, `end_k` and `depth_k` are made at each access, so that a plan stays linear in the trie: take them once.
+    """
+
+    first_row: int
+    last_row: int
+    stack_rows: int
+    head_rows: Tensor
+    target_row: Tensor
+    target_token: Tensor
+    target_index: Tensor
+    _previous_row: int = field(repr=False)
+    _trie: Trie = field(repr=False)
+
+    @property
+    def token(self) -> Tensor:
+        """The chunk's tokens, int32 [rows]; a view of the trie's."""
+        return self._trie.token[self.first_row : self.last_row]
+
+    @property
+    def keep(self) -> Tensor:
+        """Positions of the previous chunk's stack, its own rows included, that this chunk's stack starts with.
+
+        int64 [stack_rows], ascending; empty for the first chunk.
+        """
+        # An ancestor already on the stack is at the position of its depth; the others follow in the previous chunk.
+        ancestors, before = self._ancestors(), self._previous_row
+        num_before = int(torch.searchsorted(ancestors, before))
+        new = ancestors[num_before:] + (int(self._trie.depth[before]) - before)
+        return torch.cat([torch.arange(num_before), new])
+
+    @property
+    def end_k(self) -> Tensor:
+        """First stack position no longer below each stack row, int32 [stack_rows + rows].
+
+        Not clipped: a subtree that goes on after the chunk ends beyond the stack.
+        """
+        end = self._trie.end
+        ends = torch.cat([end[self._ancestors()], end[self.first_row : self.last_row]])
+        return ends + (self.stack_rows - self.first_row)
+
+    @property
+    def depth_k(self) -> Tensor:
+        """Depth of each stack row, int32 [stack_rows + rows]; its last rows are the depths of the queries."""
+        ancestors = torch.arange(self.stack_rows, dtype=torch.int32)
+        return torch.cat([ancestors, self._trie.depth[self.first_row : self.last_row]])
+
+    def _ancestors(self) -> Tensor:
+        """Open ancestors of the first row, root first, int32 [stack_rows]."""
+        ancestors = torch.empty(self.stack_rows, dtype=torch.int32)
+        _C.trie_ancestors(self._trie.parent.numpy(), self.first_row, ancestors.numpy())
+        return ancestors
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The chunks a trie is forwarded in, in order; together they hold every row once.
+
+    `capacity` is the largest number of rows on the KV stack at any time, a chunk's own included.
+    """
+
+    chunks: tuple[Chunk, ...]
+    capacity: int
+
+
+def plan(trie: Trie, max_rows: int) -> Plan:
+    """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
+
+    The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
+    """
+    if max_rows < 1:
+        raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+    num_rows = len(trie.token)
+    # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
+    # several times faster than torch's on such nearly sorted values.
+    scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
+    scored_row = trie.scored_row[scored]
+    edges = torch.tensor([*range(0, num_rows, max_rows), num_rows], dtype=torch.int32)
+    cuts = torch.searchsorted(scored_row, edges).tolist()
+    stack_rows = trie.depth[::max_rows].tolist()
+    chunks = []
+    for k, first_row in enumerate(range(0, num_rows, max_rows)):
+        index = scored[cuts[k] : cuts[k + 1]]
+        rows, inverse = torch.unique_consecutive(scored_row[cuts[k] : cuts[k + 1]], return_inverse=True)
+        chunk = Chunk(
+            first_row=first_row,
+            last_row=min(first_row + max_rows, num_rows),
+            stack_rows=stack_rows[k],
+            head_rows=rows - first_row,
+            target_row=inverse.int(),
+            target_token=trie.scored_token[index],
+            target_index=index,
+            _previous_row=max(first_row - max_rows, 0),
+            _trie=trie,
+        )
+        chunks.append(chunk)
+    return Plan(tuple(chunks), max((c.stack_rows + len(c.token) for c in chunks), default=0))
+
+
+def _vector(name: str, values: Any, dtype: type[np.generic]) -> NDArray[Any]:
+    """A contiguous one-dimensional array of exactly this dtype, sharing the caller's memory where it can."""
+    values = values.numpy() if isinstance(values, Tensor) and values.device.type == "cpu" else values
+    if not isinstance(values, np.ndarray) or values.dtype != dtype:
+        got = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"{name}: expected a CPU tensor or an array of {dtype.__name__}, got {got}")
+    if values.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {values.shape}")
+    return np.ascontiguousarray(values)

@@ -1,0 +1,19 @@
+"""Builds icl_ft_fast._C; everything else about the package is in pyproject.toml."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "icl_ft_fast._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=["csrc/icl.h"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)

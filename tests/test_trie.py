@@ -1,0 +1,235 @@
+"""The trie against sets of Python tuples, and the planner against a simulated KV stack."""
+
+from collections import Counter
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from icl_ft_fast import _C, trie
+
+TOKEN = st.sampled_from([0, 1, 7, 2**31 - 1])
+PART = st.lists(TOKEN, min_size=1, max_size=5).map(tuple)
+# Stretches of one long text agree over several blocks of the comparison and part anywhere in one.
+TEXT = tuple(i * i % 97 for i in range(200))
+STRETCH = st.integers(1, 200).map(lambda n: TEXT[:n])
+# Its first few tokens, split anywhere: many requests then spell the same path.
+SPLIT = st.integers(2, 5).flatmap(lambda n: st.integers(1, n - 1).map(lambda c: (TEXT[:c], TEXT[c:n])))
+REQUESTS = (
+    st.lists(st.tuples(PART, PART), max_size=12)
+    | st.lists(st.tuples(STRETCH, PART | STRETCH), max_size=5)
+    | st.lists(SPLIT, max_size=4)
+)
+
+
+def naive(requests):
+    """Every array of the trie, as lists; a node is the tuple of its tokens, and sorting tuples is pre-order."""
+    paths = [[(c + t)[:n] for n in range(1, len(c + t) + 1)] for c, t in requests]
+    nodes = sorted({p for path in paths for p in path})
+    rows = sorted({p[:-1] for p in nodes if len(p) > 1})
+    ends = [path[len(c) :] for path, (c, _) in zip(paths, requests, strict=True)]
+    scored = sorted({p for end in ends for p in end})
+    node_index, row_index, scored_index = ({p: i for i, p in enumerate(x)} for x in (nodes, rows, scored))
+    node_size, row_size = (Counter(p[:n] for p in x for n in range(1, len(p) + 1)) for x in (nodes, rows))
+    return {
+        "node_token": [p[-1] for p in nodes],
+        "node_depth": [len(p) - 1 for p in nodes],
+        "node_end": [i + node_size[p] for i, p in enumerate(nodes)],
+        "node_parent": [node_index.get(p[:-1], -1) for p in nodes],
+        "token": [p[-1] for p in rows],
+        "depth": [len(p) - 1 for p in rows],
+        "end": [i + row_size[p] for i, p in enumerate(rows)],
+        "parent": [row_index.get(p[:-1], -1) for p in rows],
+        "row_node": [node_index[p] for p in rows],
+        "scored_token": [p[-1] for p in scored],
+        "scored_row": [row_index[p[:-1]] for p in scored],
+        "path": [scored_index[p] for end in ends for p in end],
+        "path_offset": np.cumsum([0] + [len(end) for end in ends]).tolist(),
+        "request_tokens": sum(len(path) for path in paths),
+    }
+
+
+def contents(built):
+    values = {f.name: getattr(built, f.name) for f in fields(built)}
+    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+def pack(requests):
+    tokens = np.asarray([x for c, t in requests for x in c + t], np.int32)
+    offsets = np.cumsum([0] + [len(c + t) for c, t in requests])
+    return tokens, offsets, np.asarray([len(c) for c, _ in requests], np.int64)
+
+
+@settings(deadline=None)
+@given(REQUESTS)
+@example([])
+@example([((1,), (2,))] * 3)
+@example([((1, 2, 3), (4,)), ((1, 2), (3, 4)), ((1,), (2, 3, 4))])
+@example([((1,), (2, 3)), ((4,), (2, 3)), ((1,), (2, 5)), ((4,), (2, 5))])
+def test_equals_the_naive_trie(requests):
+    built = trie.build_from_lists(requests)
+    assert contents(built) == naive(requests)
+    for f in fields(built):
+        if f.name != "request_tokens":
+            assert getattr(built, f.name).dtype == (torch.int64 if f.name == "path_offset" else torch.int32)
+    arrays = pack(requests)
+    assert contents(trie.build(*arrays)) == contents(built)
+    assert contents(trie.build(*map(torch.from_numpy, arrays))) == contents(built)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_order_of_requests_moves_only_paths(data):
+    requests = data.draw(REQUESTS)
+    order = data.draw(st.permutations(range(len(requests))))
+    one, other = trie.build_from_lists(requests), trie.build_from_lists([requests[r] for r in order])
+    for f in fields(one):
+        if f.name not in ("path", "path_offset", "request_tokens"):
+            assert torch.equal(getattr(one, f.name), getattr(other, f.name)), f.name
+    for i, r in enumerate(order):
+        there, here = (x.path[x.path_offset[k] : x.path_offset[k + 1]] for x, k in ((one, r), (other, i)))
+        assert torch.equal(there, here)
+
+
+@settings(deadline=None)
+@given(REQUESTS, st.integers(1, 40))
+@example([], 1)
+@example([((1, 2, 3), (4, 5)), ((1, 2, 3), (4, 6)), ((1, 9), (9, 9))], 1)
+def test_plan_replayed_on_a_stack(requests, max_rows):
+    built = trie.build_from_lists(requests)
+    visible = []
+    for i, parent in enumerate(built.parent.tolist()):
+        visible.append({i} | (visible[parent] if parent >= 0 else set()))
+    stack, next_row, targets, heights = [], 0, [], [0]
+    plan = trie.plan(built, max_rows)
+    for chunk in plan.chunks:
+        assert chunk.first_row == next_row < chunk.last_row <= next_row + max_rows
+        next_row = chunk.last_row
+        assert chunk.keep.dtype == torch.int64
+        assert chunk.end_k.dtype == chunk.depth_k.dtype == torch.int32
+        stack = [stack[p] for p in chunk.keep.tolist()]
+        assert len(stack) == chunk.stack_rows
+        assert set(stack) == visible[chunk.first_row] - {chunk.first_row}
+        stack += range(chunk.first_row, chunk.last_row)
+        assert torch.equal(chunk.token, built.token[stack[chunk.stack_rows :]])
+        heights.append(len(stack))
+        end_k = chunk.end_k.tolist()
+        assert len(end_k) == len(stack)
+        for q in range(chunk.stack_rows, len(stack)):
+            assert {stack[p] for p in range(q + 1) if q < end_k[p]} == visible[stack[q]]
+        assert chunk.depth_k.tolist() == built.depth[stack].tolist()
+
+        head_rows, target_row = chunk.head_rows.tolist(), chunk.target_row.tolist()
+        assert head_rows == sorted(set(head_rows))
+        assert sorted(set(target_row)) == list(range(len(head_rows)))
+        assert target_row == sorted(target_row)
+        parents = built.scored_row[chunk.target_index].tolist()
+        assert [chunk.first_row + head_rows[i] for i in target_row] == parents
+        assert all(chunk.first_row <= row < chunk.last_row for row in parents)
+        assert torch.equal(chunk.target_token, built.scored_token[chunk.target_index])
+        assert chunk.head_rows.dtype == chunk.target_row.dtype == chunk.target_token.dtype == torch.int32
+        targets += chunk.target_index.tolist()
+    assert next_row == len(built.token)
+    assert plan.capacity == max(heights)
+    assert sorted(targets) == list(range(len(built.scored_row)))
+
+
+def test_interleaved_contexts_are_shared():
+    contexts = [[k] * 300 for k in range(3)]
+    requests = [(contexts[r % 3], [10 + r, 5]) for r in range(99)]
+    built = trie.build_from_lists(requests)
+    assert (len(built.node_token), len(built.token), len(built.scored_token)) == (3 * 300 + 2 * 99, 900 + 99, 2 * 99)
+    assert built.request_tokens == 99 * 302
+
+
+def test_one_long_request():
+    n = 300_000
+    built = trie.build(torch.arange(n, dtype=torch.int32), torch.tensor([0, n]), torch.tensor([1]))
+    assert torch.equal(built.parent, torch.arange(-1, n - 2, dtype=torch.int32))
+    assert torch.equal(built.end, torch.full((n - 1,), n - 1, dtype=torch.int32))
+    last = trie.plan(built, 100_000).chunks[-1]
+    assert (last.stack_rows, len(last.keep), len(last.end_k)) == (200_000, 200_000, n - 1)
+
+
+def test_many_children_and_nested_prefixes():
+    fan = [([1], [k, 2]) for k in range(5000)]
+    built = trie.build_from_lists(fan[::2] + fan[1::2][::-1])
+    assert built.token.tolist() == [1, *range(5000)]
+    assert built.scored_token[::2].tolist() == list(range(5000))
+    nested = [([3] * n, [4]) for n in range(1, 1000)]
+    built = trie.build_from_lists(nested[::-2] + nested[1::2])
+    assert (len(built.token), len(built.node_token), len(built.scored_token)) == (999, 2 * 999, 999)
+
+
+def test_arrays_are_read_in_place_or_copied_when_strided():
+    tokens, offsets, contexts = pack([((1, 2), (3,)), ((1, 2), (4,))])
+    strided = np.repeat(tokens, 2)[::2], np.repeat(offsets, 2)[::2], torch.from_numpy(np.repeat(contexts, 3))[::3]
+    assert contents(trie.build(*strided)) == contents(trie.build(tokens, offsets, contexts))
+    tokens.flags.writeable = False
+    assert trie.build(tokens, offsets, contexts).token.tolist() == [1, 2]
+
+
+INT32, INT64 = np.int32, np.int64
+GOOD = {"tokens": ([1, 2, 3, 4], INT32), "offsets": ([0, 2, 4], INT64), "context_lengths": ([1, 1], INT64)}
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "dtype", "error"),
+    [
+        ("tokens", [1, 2, -3, 4], INT32, ValueError),
+        ("tokens", [[1, 2], [3, 4]], INT32, ValueError),
+        ("tokens", [1, 2, 3, 4], INT64, TypeError),
+        ("tokens", [1, 2, 3, 4], np.float32, TypeError),
+        ("offsets", [0, 2, 3], INT64, ValueError),
+        ("offsets", [0, 2, 5], INT64, ValueError),
+        ("offsets", [1, 2, 4], INT64, ValueError),
+        ("offsets", [0, 5, 4], INT64, ValueError),
+        ("offsets", [0, -1, 4], INT64, ValueError),
+        ("offsets", [0, 2**62, 4], INT64, ValueError),
+        ("offsets", [-(2**63), 2**63 - 1, 4], INT64, ValueError),
+        ("offsets", [0, 4], INT64, ValueError),
+        ("offsets", [], INT64, ValueError),
+        ("offsets", [0, 2, 4], INT32, TypeError),
+        ("context_lengths", [1, 2], INT64, ValueError),
+        ("context_lengths", [0, 1], INT64, ValueError),
+        ("context_lengths", [1, -(2**62)], INT64, ValueError),
+        ("context_lengths", [1, 1], np.uint64, TypeError),
+    ],
+)
+def test_bad_arrays_are_named(argument, values, dtype, error):
+    arguments = {name: np.asarray(*good) for name, good in GOOD.items()}
+    assert len(trie.build(**arguments).token) == 2
+    arguments[argument] = np.asarray(values, dtype)
+    with pytest.raises(error, match=f"^{argument}: expected"):
+        trie.build(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([([], [1])], "context_lengths: expected"),
+        ([([1], [])], "context_lengths: expected"),
+        ([([1], [2]), ([1], [2**31])], r"requests: expected .*request 1"),
+        ([([1], [-1])], "tokens: expected"),
+    ],
+)
+def test_bad_lists_are_named(requests, message):
+    with pytest.raises(ValueError, match=message):
+        trie.build_from_lists(requests)
+
+
+def test_bad_plans_and_ancestors_are_named():
+    built = trie.build_from_lists([([1, 2], [3, 4])])
+    with pytest.raises(ValueError, match="max_rows"):
+        trie.plan(built, 0)
+    parent, out = built.parent.numpy(), np.empty(2, np.int32)
+    for row, bad_parent, size, argument in [(3, parent, 2, "row"), (-1, parent, 2, "row"), (2, parent, 1, "out")]:
+        with pytest.raises(ValueError, match=argument):
+            _C.trie_ancestors(bad_parent, row, out[:size])
+    with pytest.raises(ValueError, match="out"):
+        _C.trie_ancestors(parent, 1, out)
+    with pytest.raises(ValueError, match="parent"):
+        _C.trie_ancestors(np.asarray([-1, 1, 1], np.int32), 2, out)
