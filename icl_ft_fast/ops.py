@@ -1,0 +1,316 @@
+"""The ops: their contracts, schemas, fakes and gradients, and which module serves which device.
+
+A facade checks its arguments and hands them to the torch.library op of the same name, which torch dispatches on the
+tensors' device; the autograd.Function sits outside the op, and a backward is an op too. Imports the implementations
+and knows nothing of models, tries or caches.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from icl_ft_fast import reference
+from icl_ft_fast.reference import accumulator
+
+_DEVICES = {"cpu": reference}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTS = (torch.int32, torch.int64)
+
+
+def _check(op: str, **arguments: tuple[Tensor, str, tuple[torch.dtype, ...]]) -> dict[str, int]:
+    """The size of each letter; raises unless sizes agree, dtypes fit (none: the first's) and one device serves all."""
+    sizes: dict[str, int] = {}
+    first: Tensor | None = None
+    for name, (tensor, letters, dtypes) in arguments.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} expected a tensor, got {type(tensor).__name__}")
+        if first is None:
+            first = tensor
+            if tensor.device.type not in (*_DEVICES, "meta"):
+                raise NotImplementedError(
+                    f"{op}: {name} expected on a device of type {', '.join(_DEVICES)}, got {tensor.device}"
+                )
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} expected on {first.device} like the other tensors, got {tensor.device}")
+        if tensor.dtype not in (allowed := dtypes or (first.dtype,)):
+            raise TypeError(f"{op}: {name} expected {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+        shape = dict(zip(letters.split(), tensor.shape, strict=False))
+        if tensor.dim() != len(letters.split()) or any(sizes.get(letter, n) != n for letter, n in shape.items()):
+            known = ", ".join(f"{letter} = {sizes[letter]}" for letter in letters.split() if letter in sizes)
+            expected = f"[{', '.join(letters.split())}]{' with ' if known else ''}{known}"
+            raise ValueError(f"{op}: {name} expected shape {expected}, got {list(tensor.shape)}")
+        sizes.update(shape)
+    return sizes
+
+
+def _check_softcap(op: str, softcap: float | None) -> float:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap expected None or a number above 0, got {softcap}")
+    return softcap or 0.0
+
+
+# fmt: off
+@overload
+def trie_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def trie_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+# fmt: on
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
+
+        j, row = torch.arange(S), row_q[:, None]
+        visible = (j <= row) & (row < end_k)
+        if window: visible &= depth_q[:, None] - depth_k < window
+        scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(H // G, 1)) * scale
+        if softcap: scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, -inf)
+        lse = torch.cat([scores, sinks], -1).logsumexp(-1)  # sinks, if any: one more score a head, that has no value
+        out = torch.einsum("hts,shd->thd", torch.exp(scores - lse[..., None]), v.repeat_interleave(H // G, 1))
+
+    Args:
+        q: queries, [T, H, D], float16, bfloat16, float32 or float64; any strides, here and below.
+        k: keys, [S, G, D], the dtype of q. H is a multiple of G; query head h reads key/value head h // (H // G).
+        v: values, [S, G, Dv], the dtype of q.
+        row_q: the stack row of each query, int32 [T]: arange(s, s + T) for a chunk that follows s kept ancestors, the
+            reserved rows in a decode step.
+        end_k: first stack row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
+        depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
+        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window.
+        scale: factor of the scores, None for D**-0.5.
+        window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
+        softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
+        sinks: a score for each head that takes part in the softmax unscaled and uncapped, floating point [H].
+        return_lse: whether to return lse too.
+
+    Returns:
+        out: [T, H, Dv] in the dtype of q; 0 where a query sees no key.
+        lse, if asked for: natural log of each softmax's denominator, sinks included, [T, H], float32 (float64 for
+        float64); -inf, or the sink, where a query sees no key.
+
+    Raises:
+        TypeError: a tensor's dtype is not the one expected.
+        ValueError: a shape, device or option is not the one expected.
+        NotImplementedError: there is no implementation for the tensors' device.
+
+    Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
+    never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
+    the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
+    """
+    op, index = "trie_attention", (torch.int32,)
+    sizes = _check(
+        op,
+        q=(q, "T H D", _FLOATS),
+        k=(k, "S G D", ()),
+        v=(v, "S G Dv", ()),
+        row_q=(row_q, "T", index),
+        end_k=(end_k, "S", index),
+        depth_q=(depth_q, "T", index),
+        depth_k=(depth_k, "S", index),
+        **({} if sinks is None else {"sinks": (sinks, "H", _FLOATS)}),
+    )
+    if not sizes["G"] or sizes["H"] % sizes["G"]:
+        raise ValueError(f"{op}: q expected a multiple of the {sizes['G']} heads of k, got {sizes['H']} heads")
+    if window is not None and not 0 < window < 2**31:
+        raise ValueError(f"{op}: window expected None or 1 to 2**31 - 1, got {window}")
+    if scale is None:
+        scale = max(1, sizes["D"]) ** -0.5
+    sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
+    options = (sinks, scale, window or 0, _check_softcap(op, softcap))
+    out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options)
+    return (out, lse) if return_lse else out
+
+
+class _TrieAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *index, sinks, scale, window, softcap = rest
+        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
+        ctx.options = (scale, window, softcap)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sinks, *index = ctx.saved_tensors
+        delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
+        grads = torch.ops.icl_ft_fast.trie_attention_backward(grad_out, q, k, v, lse, delta, *index, *ctx.options)
+        grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
+        return *grads, None, None, None, None, grad_sinks, None, None, None
+
+
+def target_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of chosen next tokens under an output head whose logits are never held all at once.
+
+        logits = (hidden @ weight.T + bias) * scale
+        if softcap: logits = softcap * torch.tanh(logits / softcap)
+        lse = logits.logsumexp(-1)
+        logp = logits[row, target] - lse[row]
+        is_argmax = logits.argmax(-1)[row] == target  # the first of equal maxima
+
+    That order is transformers': scale is logit_scale in cohere and 1 / logits_scaling in granite, softcap is
+    final_logit_softcapping in gemma2, bias is lm_head.bias in phi.
+
+    Args:
+        hidden: the rows that need the head, [R, E], float16, bfloat16, float32 or float64; any strides.
+        weight: the head's weight, [V, E], the dtype of hidden, V at least 1.
+        row: the row of hidden each target follows, 0 to R - 1, int32 or int64 [M], in any order.
+        target: token ids, 0 to V - 1, int32 or int64 [M].
+        bias: the head's bias, [V], the dtype of hidden; None for none.
+        softcap: bound of the logits' absolute values, above 0; None for none.
+        scale: factor of the logits.
+
+    Returns:
+        logp: natural-log probability of each target, [M], float32 (float64 for float64).
+        is_argmax: whether the target is the row's most likely token, bool [M].
+        lse: log of each row's sum of exponentials, [R], the dtype of logp.
+
+    Raises:
+        TypeError: a tensor's dtype is not the one expected.
+        ValueError: a shape, device or option is not the one expected.
+        NotImplementedError: there is no implementation for the tensors' device.
+
+    Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
+    never waits for the device, so values are not checked: a row or target out of range has logp nan. Once
+    differentiable in hidden, weight and bias, through logp and lse; the backward recomputes the logits from lse.
+    Memory beyond inputs and results: a block of logits and weights, whatever R and V. FLOPs: 2 * R * V * E forward,
+    2 or 3 times that backward (without or with the weight's gradient).
+    """
+    op = "target_logprob"
+    sizes = _check(
+        op,
+        hidden=(hidden, "R E", _FLOATS),
+        weight=(weight, "V E", ()),
+        row=(row, "M", _INTS),
+        target=(target, "M", _INTS),
+        **({} if bias is None else {"bias": (bias, "V", ())}),
+    )
+    if not sizes["V"]:
+        raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
+    if sizes["M"] and not sizes["R"]:
+        raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
+    logp, is_argmax, lse = _TargetLogprob.apply(
+        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap)
+    )
+    return logp, is_argmax, lse
+
+
+class _TargetLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, scale, softcap = rest
+        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *rest)
+        ctx.save_for_backward(hidden, weight, *tensors, lse)
+        ctx.options = (scale, softcap)
+        ctx.mark_non_differentiable(is_argmax)
+        return logp, is_argmax, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor, _: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        need_weight, need_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        grad_hidden, grad_weight, grad_bias = torch.ops.icl_ft_fast.target_logprob_backward(
+            grad_logp, grad_lse, *ctx.saved_tensors, *ctx.options, need_weight or need_bias
+        )
+        return (
+            grad_hidden,
+            grad_weight if need_weight else None,
+            None,
+            None,
+            grad_bias if need_bias else None,
+            None,
+            None,
+        )
+
+
+def _fake_trie_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    T, H, _D = q.shape
+    return q.new_empty(T, H, v.shape[-1]), q.new_empty(T, H, dtype=accumulator(q.dtype))
+
+
+def _fake_trie_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _fake_target_logprob(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logp = hidden.new_empty(row.shape, dtype=accumulator(hidden.dtype))
+    return logp, torch.empty_like(logp, dtype=torch.bool), logp.new_empty(hidden.shape[:1])
+
+
+def _fake_target_logprob_backward(
+    grad_logp: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias, *_, need_weight = rest
+    V, E = weight.shape
+    grad_weight = weight.new_empty((V, E) if need_weight else (0,))
+    return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
+
+
+def _register(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Defines an op and hands it to each device's module, whose function of that name takes the schema's arguments."""
+    torch.library.define(f"icl_ft_fast::{name}", schema)
+    torch.library.register_fake(f"icl_ft_fast::{name}", fake)
+    for device, module in _DEVICES.items():
+        torch.library.impl(f"icl_ft_fast::{name}", device, getattr(module, name))
+
+
+_TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
+_register(
+    "trie_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap)"
+    " -> (Tensor out, Tensor lse)",
+    _fake_trie_attention,
+)
+_register(
+    "trie_attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, float scale, int window,"
+    " float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _fake_trie_attention_backward,
+)
+_register(
+    "target_logprob",
+    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap)"
+    " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
+    _fake_target_logprob,
+)
+_register(
+    "target_logprob_backward",
+    "(Tensor grad_logp, Tensor grad_lse, Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias,"
+    " Tensor lse, float scale, float softcap, bool need_weight)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _fake_target_logprob_backward,
+)

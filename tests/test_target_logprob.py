@@ -1,0 +1,279 @@
+"""target_logprob against log_softmax of all the logits, in float64 and in the inputs' dtype."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from icl_ft_fast import reference
+from icl_ft_fast.ops import target_logprob
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EVERYTHING = {"bias": True, "softcap": 3.0, "scale": 0.25}
+
+
+@pytest.fixture(params=["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def shaped(logits: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0) -> Tensor:
+    logits = (logits if bias is None else logits + bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def one_by_one(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Products without a matrix product, whose order of summation the op might share."""
+    return (hidden[:, None] * weight).sum(-1)
+
+
+def check(
+    R: int,
+    M: int,
+    V: int,
+    E: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    index_dtype: torch.dtype = torch.int32,
+    layout: Callable[[Tensor], Tensor] = Tensor.clone,
+    bias: bool = False,
+    **options: float,
+) -> None:
+    """logp, lse and every gradient, of both outputs at once, within the error budget, and the arg-max flags."""
+    generator = torch.Generator().manual_seed(R + 1000 * M + 1000000 * V)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = [normal(R, E), normal(V, E) * (2 * E**-0.5), *([normal(V)] if bias else [])]
+    row = torch.randint(max(1, R), (M,), generator=generator)
+    target = torch.randint(V, (M,), generator=generator)
+    doubles = [x.double() for x in inputs]
+    logits = shaped(one_by_one(*doubles[:2]), *doubles[2:], **options)
+    best, certain = logits.argmax(-1), decided(logits, dtype)
+    target[::2] = best[row[::2]]
+    grad_logp, grad_lse = normal(M), normal(R)
+
+    def run(head: Callable[..., Any], dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor | None]:
+        leaves = [layout(x.to(device, dtype)).requires_grad_() for x in inputs]
+        logp, is_argmax, lse = head(*leaves)
+        cotangents = [grad_logp.to(device, logp.dtype), grad_lse.to(device, lse.dtype)]
+        return [x.detach().cpu() for x in (logp, lse, *torch.autograd.grad([logp, lse], leaves, cotangents))], is_argmax
+
+    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        index = (x.to(device, index_dtype) for x in (row, target))
+        return target_logprob(hidden, weight, *index, bias=bias, **options)
+
+    def plain(hidden: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, None, Tensor]:
+        logits = shaped(hidden @ weight.T, *bias, **options)
+        return logits.log_softmax(-1)[row, target], None, logits.logsumexp(-1)
+
+    def simple(hidden: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, None, Tensor]:
+        logits = shaped(one_by_one(hidden, weight), *bias, **options)
+        lse = logits.exp().sum(-1).log()
+        return logits[row, target] - lse[row], None, lse
+
+    results, is_argmax = run(op, dtype, device)
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in results] == [accumulated, accumulated, *[dtype] * len(inputs)]
+    names = ["logp", "lse", "grad_hidden", "grad_weight", "grad_bias"]
+    same, exact = run(plain, dtype, "cpu")[0], run(simple, torch.float64, "cpu")[0]
+    for name, *tensors in zip(names, results, same, exact, strict=False):
+        assert_close(*tensors, name)
+    assert is_argmax is not None
+    assert is_argmax.dtype == torch.bool
+    assert torch.equal(is_argmax.cpu()[certain[row]], (best[row] == target)[certain[row]])
+
+
+def decided(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows whose two best logits differ by more than the op's rounding, so that the arg-max is beyond doubt."""
+    if logits.shape[1] < 2:
+        return torch.ones(len(logits), dtype=torch.bool)
+    first, second = logits.topk(2).values.unbind(-1)
+    return first - second > 100 * torch.finfo(reference.accumulator(dtype)).eps * logits.abs().amax(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "M", "V", "E"), [(1, 1, 1, 1), (63, 130, 65, 64), (64, 63, 1000, 40), (65, 1, 63, 80)])
+def test_odd_sizes(R: int, M: int, V: int, E: int, dtype: torch.dtype, device: str) -> None:
+    check(R, M, V, E, dtype, device)
+
+
+@pytest.mark.parametrize(("R", "M"), [(0, 0), (3, 0)])
+def test_nothing_to_score(R: int, M: int, device: str) -> None:
+    check(R, M, 7, 8, torch.float32, device, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", [*EVERYTHING, "all"])
+def test_options(option: str, dtype: torch.dtype, device: str) -> None:
+    check(33, 65, 300, 24, dtype, device, **(EVERYTHING if option == "all" else {option: EVERYTHING[option]}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_worked_out_in_float32(dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (65, 300))
+    row, target = torch.arange(65).repeat(2), torch.randint(300, (130,), generator=generator)
+    logp, _, lse = target_logprob(*(x.to(device) for x in (hidden, weight, row, target)))
+    same, exact = hidden.float() @ weight.float().T, one_by_one(hidden.double(), weight.double())
+    assert_close(lse.cpu(), same.logsumexp(-1), exact.logsumexp(-1), "lse")
+    assert_close(logp.cpu(), same.log_softmax(-1)[row, target], exact.log_softmax(-1)[row, target], "logp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "all"])
+def test_many_blocks_give_what_one_gives(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_LOGIT_ROWS", 10)
+    monkeypatch.setattr(reference, "_LOGIT_COLUMNS", 64)
+    check(33, 65, 300, 24, dtype, **options)
+
+
+def test_a_vocabulary_of_several_blocks(device: str) -> None:
+    check(9, 200, 9001, 16, torch.float32, device, torch.int64)
+
+
+def test_any_strides(device: str) -> None:
+    def strided(x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[1], 2 * len(x)).T[::2].copy_(x).detach()
+
+    check(64, 65, 63, 40, torch.float32, device, layout=strided)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    R=st.integers(1, 9),
+    M=st.integers(0, 20),
+    V=st.integers(2, 40),
+    bias=st.booleans(),
+    softcap=st.none() | st.just(2.0),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+)
+def test_any_targets(R: int, M: int, V: int, bias: bool, softcap: float | None, scale: float) -> None:
+    check(R, M, V, 8, torch.float16, bias=bias, softcap=softcap, scale=scale)
+
+
+def test_of_equal_maxima_the_first_is_the_argmax(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.tensor([0.0, 1, 0, 1, 1, 0], device=device)[:, None]
+    row, target = torch.zeros(6, dtype=torch.int32, device=device), torch.arange(6, device=device)
+    for columns in (6, 3, 2):
+        monkeypatch.setattr(reference, "_LOGIT_COLUMNS", columns)
+        is_argmax = target_logprob(torch.ones(1, 1, device=device), weight, row, target)[1]
+        assert is_argmax.tolist() == [False, True, False, False, False, False]
+
+
+def test_tokens_the_bias_rules_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_LOGIT_COLUMNS", 2)
+    bias = torch.tensor([-torch.inf, -torch.inf, 0, 0, -torch.inf, -torch.inf], device=device)
+    hidden, weight = torch.zeros(1, 4, device=device), torch.zeros(6, 4, device=device)
+    row, target = torch.zeros(6, dtype=torch.int32, device=device), torch.arange(6, device=device)
+    logp, is_argmax, _ = target_logprob(hidden, weight, row, target, bias=bias)
+    assert logp.exp().tolist() == pytest.approx([0, 0, 0.5, 0.5, 0, 0])
+    assert is_argmax.tolist() == [False, False, True, False, False, False]
+
+
+def test_what_is_out_of_range_is_nan(device: str) -> None:
+    hidden, weight = torch.ones(2, 4, device=device), torch.ones(3, 4, device=device)
+    row, target = torch.tensor([0, 0, 0, 2, -1], device=device), torch.tensor([2, 3, -100, 0, 0], device=device)
+    logp, is_argmax, _ = target_logprob(hidden, weight, row, target)
+    assert logp.isnan().tolist() == [False, True, True, True, True]
+    assert not is_argmax[1:].any()
+
+
+def float64_inputs() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in [(4, 3), (7, 3), 7]
+    ]
+    row, target = torch.tensor([3, 0, 0, 3, 3]), torch.tensor([6, 1, 2, 6, 0])
+    return *tensors, row.int(), target.int()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"scale": 0.4}, {"softcap": 2.0, "scale": 3.0}])
+def test_gradients(options: dict[str, float]) -> None:
+    *tensors, row, target = float64_inputs()
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logp, _, lse = target_logprob(hidden, weight, row, target, bias=bias, **options)
+        return logp, lse
+
+    assert torch.autograd.gradcheck(head, tensors)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, bias, row, target = float64_inputs()
+    target_logprob(hidden, weight, row, target, bias=bias)[0].sum().backward()
+    whole, hidden.grad = hidden.grad, None
+    target_logprob(hidden, weight.detach(), row, target, bias=bias.detach())[0].sum().backward()
+    assert torch.equal(whole, hidden.grad)
+
+
+def test_second_gradients_are_refused() -> None:
+    hidden, weight, _, row, target = float64_inputs()
+    logp = target_logprob(hidden, weight, row, target)[0]
+    (grad,) = torch.autograd.grad(logp.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_ops_are_registered_soundly(with_bias: bool) -> None:
+    hidden, weight, bias, row, target = (x.detach() for x in float64_inputs())
+    arguments = (hidden, weight, row, target, bias if with_bias else None)
+    torch.library.opcheck(torch.ops.icl_ft_fast.target_logprob, (*arguments, 0.5, 2.0))
+    logp, _, lse = torch.ops.icl_ft_fast.target_logprob(*arguments, 0.5, 2.0)
+    for need_weight in (False, True):
+        backward = (logp, lse, *arguments, lse, 0.5, 2.0, need_weight)
+        torch.library.opcheck(torch.ops.icl_ft_fast.target_logprob_backward, backward)
+
+
+def test_autocast_changes_nothing() -> None:
+    *tensors, row, target = float64_inputs()
+    hidden, weight, bias = (x.detach().float().requires_grad_() for x in tensors)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logp = target_logprob(hidden, weight, row, target, bias=bias)[0]
+            results.append((logp, *torch.autograd.grad(logp.sum(), (hidden, weight, bias))))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("hidden", [[0.0]], TypeError),
+        ("hidden", torch.zeros(5, 4, dtype=torch.int64), TypeError),
+        ("hidden", torch.zeros(4), ValueError),
+        ("hidden", torch.zeros(0, 4), ValueError),
+        ("weight", torch.zeros(7, 4, dtype=torch.bfloat16), TypeError),
+        ("weight", torch.zeros(7, 3), ValueError),
+        ("weight", torch.zeros(0, 4), ValueError),
+        ("row", torch.zeros(3), TypeError),
+        ("row", torch.zeros(3, 1, dtype=torch.int32), ValueError),
+        ("target", torch.zeros(2, dtype=torch.int32), ValueError),
+        ("target", torch.zeros(3, dtype=torch.int32, device="meta"), ValueError),
+        ("bias", torch.zeros(4), ValueError),
+        ("bias", torch.zeros(7, dtype=torch.float64), TypeError),
+        ("softcap", -1.0, ValueError),
+    ],
+)
+def test_bad_arguments_are_named(name: str, value: object, error: type[Exception]) -> None:
+    index = {"row": torch.zeros(3, dtype=torch.int32), "target": torch.zeros(3, dtype=torch.int64)}
+    good = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(7, 4), **index}
+    target_logprob(**good)
+    with pytest.raises(error, match=f"^target_logprob: {name} expected .*, got"):
+        target_logprob(**{**good, name: value})
+
+
+def test_a_device_without_an_implementation_is_refused() -> None:
+    with torch._subclasses.FakeTensorMode():
+        hidden, row = torch.empty(5, 4, device="xpu"), torch.empty(5, dtype=torch.int32, device="xpu")
+        with pytest.raises(NotImplementedError, match=r"hidden expected on a device of type cpu.*, got xpu"):
+            target_logprob(hidden, hidden, row, row)
