@@ -1,0 +1,371 @@
+"""Any causal language model that transformers loads, with its attention replaced by the trie's.
+
+transformers supplies architecture, weights and tokenizer; attention goes through its AttentionInterface to
+ops.trie_attention, and the head is called by ops.target_logprob for the rows that need it. Every load proves itself
+on a small branching trie against plain forwards. Knows nothing of requests, questions or documents.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl_ft_fast import ops, trie
+from icl_ft_fast.cache import KVStack
+
+ATTENTION = "icl_ft_fast"
+CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
+SHIPPED = "shipped"  # the name of the model that comes with the package
+
+# Families whose mathematics the interval rule does not express; the self-check finds others.
+UNSERVED = {
+    "bloom": "ALiBi position biases",
+    "mpt": "ALiBi position biases",
+    "mamba": "recurrent state",
+    "mamba2": "recurrent state",
+    "falcon_mamba": "recurrent state",
+    "bamba": "recurrent state",
+    "falcon_h1": "recurrent state",
+    "qwen3_next": "recurrent state",
+    "jamba": "recurrent state",
+    "rwkv": "recurrent state",
+    "recurrent_gemma": "recurrent state",
+    "stablelm": "an attention that does not pass the trie on",
+    "nemotron": "an attention that does not pass the trie on",
+    "gptj": "an attention of its own without transformers' interface",
+}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or served; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of one forward stand, in stack coordinates: row i sees key j <=> j <= row_q[i] < end_k[j].
+
+    Attributes:
+        token: int64 [T].
+        depth_q: int32 [T], positions in their sequences.
+        row_q: int32 [T], positions in the stack.
+        end_k: int32 [S].
+        depth_k: int32 [S].
+        stack: where earlier keys are; None when the T rows see only each other (training).
+        slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+    """
+
+    token: torch.Tensor
+    depth_q: torch.Tensor
+    row_q: torch.Tensor
+    end_k: torch.Tensor
+    depth_k: torch.Tensor
+    stack: KVStack | None = None
+    slots: torch.Tensor | None = None
+
+
+def _trie_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    icl_rows: Rows | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv]."""
+    if icl_rows is None:
+        raise ModelError("its attention does not pass the trie on")
+    if attention_mask is not None:  # transformers was registered to make none
+        raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if icl_rows.stack is not None:
+        layer, rows = module.layer_idx, icl_rows.end_k.shape[0]
+        if icl_rows.slots is None:
+            k, v = icl_rows.stack.append(layer, k, v)  # type: ignore[arg-type]
+        else:
+            k, v = icl_rows.stack.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
+    out = ops.trie_attention(
+        q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
+        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
+    return out[None], None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head as ops.target_logprob takes it: logits = scale * (hidden @ weight.T + bias), soft-capped."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded network with its tokenizer.
+
+    Attributes:
+        network: the transformers model; its attention is the trie's.
+        tokenizer: the transformers tokenizer.
+        name: what load() was given.
+        max_positions: the longest sequence the positions allow, in tokens.
+    """
+
+    network: Any
+    tokenizer: Any
+    name: str
+    max_positions: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.network.device
+        return device
+
+    @property
+    def num_parameters(self) -> int:
+        """Distinct weights (tied ones once)."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the network knows."""
+        return int(self.network.get_input_embeddings().num_embeddings)
+
+    @property
+    def body(self) -> Any:
+        """The network without its head."""
+        network = self.network
+        return network.model if network.base_model is network else network.base_model
+
+    @property
+    def head(self) -> Head:
+        """The output head with the config's scale and soft-cap."""
+        linear, config = self.network.get_output_embeddings(), self.network.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        bias = getattr(linear, "bias", None)
+        return Head(linear.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
+        output = self.body(
+            input_ids=rows.token[None], position_ids=rows.depth_q[None].long(), use_cache=False, icl_rows=rows
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def forward_chunk(self, chunk: trie.Chunk, stack: KVStack) -> torch.Tensor:
+        """Hidden states [T, E] of a planned chunk; compacts the stack first and commits the chunk's rows."""
+        stack.compact(chunk.keep)
+        device, kept = self.device, chunk.stack_rows
+        end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
+        row_q = torch.arange(kept, len(chunk.end_k), dtype=torch.int32, device=device)
+        token = chunk.token.to(device, torch.int64)
+        hidden = self.forward(Rows(token, depth_k[kept:], row_q, end_k, depth_k, stack))
+        stack.commit(chunk.last_row - chunk.first_row)
+        return hidden
+
+    def forward_forest(self, forest: trie.Trie) -> torch.Tensor:
+        """Hidden states [T, E] of a whole forest at once, differentiable; for training."""
+        device = self.device
+        end, depth = forest.end.to(device), forest.depth.to(device)
+        row_q = torch.arange(len(end), dtype=torch.int32, device=device)
+        return self.forward(Rows(forest.token.to(device, torch.int64), depth, row_q, end, depth))
+
+    def target_logprob(
+        self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability float32 [M] of each target after its row of hidden [R, E], and whether it is the argmax."""
+        head = self.head
+        logp, is_argmax, _ = ops.target_logprob(
+            hidden, head.weight, row.to(hidden.device), target.to(hidden.device),
+            bias=head.bias, scale=head.scale, softcap=head.softcap,
+        )  # fmt: skip
+        return logp, is_argmax
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    self_check: bool = True,
+) -> Model:
+    """Load a causal language model from a local directory or the hub, safetensors weights only.
+
+    Args:
+        name: directory, hub id, or "shipped" for the small model that comes with the package.
+        dtype: "float32" or "bfloat16".
+        device: a torch device.
+        trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
+        self_check: compare a branching trie with plain forwards on the loaded weights.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ModelError: no checkpoint, pickle weights, or a family whose results would differ from its own forward.
+    """
+    import transformers
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: one of {', '.join(DTYPES)}, got {dtype!r}")
+    if name == SHIPPED:
+        name = Path(__file__).parent / "shipped" / "model"
+    _check_directory(Path(name))
+    _register_attention()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _check_family(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
+        )  # fmt: skip
+        network = network.to(device)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+        raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
+    return from_network(network, tokenizer, str(name), self_check=self_check)
+
+
+def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True) -> Model:
+    """Wrap a transformers network that is in memory already; its attention is replaced.
+
+    Raises:
+        ModelError: see load().
+    """
+    _register_attention()
+    _check_family(network.config)
+    network.set_attn_implementation(ATTENTION)
+    network.eval()
+    for module in network.modules():
+        # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
+        if getattr(module, "attn_temperature_tuning", False):
+            module.attn_temperature_tuning = False
+    model = Model(network, tokenizer, name, _max_positions(network.config))
+    if self_check:
+        _self_check(model)
+    return model
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _trie_attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse, with the reason, a local directory that is no safetensors checkpoint."""
+    if not path.is_dir():
+        if path.exists() or str(path).startswith((".", "/", "~")):
+            raise ModelError(f"{path}: not a directory with a checkpoint (config.json and *.safetensors)")
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no checkpoint here: config.json is missing")
+    try:
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from error
+    if not list(path.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]}: pickle weights can run code when they are read and are refused; "
+                "convert the checkpoint to safetensors (save_pretrained writes it)"
+            )
+        raise ModelError(f"{path}: no checkpoint here: no *.safetensors file")
+
+
+def _check_family(config: Any) -> None:
+    if config.model_type in UNSERVED:
+        raise ModelError(f"{config.model_type}: this family cannot be served: {UNSERVED[config.model_type]}")
+
+
+def _max_positions(config: Any) -> int:
+    """The longest sequence, from the config, that a forward of its own would compute as the trie does.
+
+    llama4's attention chunks are not expressed beyond their first, nor is its scaling of queries from floor_scale on.
+    longrope gives every position other frequencies once the sequence is longer than the original length, so prefixes
+    could not be shared across it.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits.append(getattr(config, "attention_chunk_size", None))
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(int(config.floor_scale) - 1)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(of_layer_type for of_layer_type in rope.values() if isinstance(of_layer_type, dict))):
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings"))
+    known = [int(limit) for limit in limits if limit]
+    return min(known) if known else 2**31 - 1
+
+
+# A branching trie: one prefix, two branches, one of which splits again; chunks of 7 rows exercise the stack.
+_CHECK_PATHS = ((0, 10), (10, 15)), ((0, 10), (15, 22), (22, 24)), ((0, 10), (15, 22), (24, 28))
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+
+
+@torch.inference_mode()
+def _self_check(model: Model) -> None:
+    """Raise unless a small trie's hidden states, and the head, give what one plain forward per path gives."""
+    network = model.network
+    refusal = f"{model.name}: {network.config.model_type}: this family cannot be served"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(network.get_input_embeddings().num_embeddings, (28,), generator=generator).tolist()
+    paths = [[token for first, last in path for token in tokens[first:last]] for path in _CHECK_PATHS]
+    forest = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
+    plan = trie.plan(forest, 7)
+    stack = KVStack(plan.capacity)
+    try:
+        hidden = torch.cat([model.forward_chunk(chunk, stack) for chunk in plan.chunks])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an attention that is not transformers' contract fails in its own way
+        raise ModelError(f"{refusal}: {error}") from error
+    network.set_attn_implementation("eager")
+    try:
+        worst, scale = 0.0, 0.0
+        for r, path in enumerate(paths):
+            rows = forest.scored_row[forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]].long()
+            token = torch.tensor(path, device=model.device)
+            plain = model.body(token[None], use_cache=False).last_hidden_state[0]
+            worst = max(worst, (hidden[rows].float() - plain.float()).abs().max().item())
+            scale = max(scale, plain.float().abs().max().item())
+        logits = network(token[None], use_cache=False).logits[0]
+    finally:
+        network.set_attn_implementation(ATTENTION)
+    tolerance = _CHECK_TOLERANCE[hidden.dtype]
+    if not worst <= tolerance * scale:
+        raise ModelError(
+            f"{refusal}: on a small trie its hidden states differ from its own forward by {worst:.1e} "
+            f"(scale {scale:.1e})"
+        )
+    rows = torch.arange(len(path) - 1)
+    logp, _ = model.target_logprob(plain, rows, token[1:])
+    own = logits[:-1].float().log_softmax(-1).gather(-1, token[1:, None])[:, 0]
+    worst, scale = (logp - own).abs().max().item(), own.abs().max().item()
+    if not worst <= tolerance * scale:
+        raise ModelError(
+            f"{refusal}: its output head's log-probabilities differ from its own by {worst:.1e} (scale {scale:.1e})"
+        )

@@ -1,0 +1,251 @@
+"""Log-likelihoods of continuations and of multiple-choice questions: one trie for all requests of a call.
+
+The path of a request: encoding -> trie.build -> trie.plan -> Model.forward_chunk -> Model.target_logprob -> path sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from icl_ft_fast import encoding, trie
+from icl_ft_fast.cache import KVStack
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.model import CHUNK_ROWS, Model
+from icl_ft_fast.tasks.task import Question
+
+
+class ScoreError(ValueError):
+    """A request that cannot be scored; the message names it."""
+
+
+class LogLikelihood(NamedTuple):
+    """log P(continuation | context), natural log, summed; and whether greedy decoding would have written it."""
+
+    logp: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model makes of one question.
+
+    Attributes:
+        question_id: the question's id.
+        logp: natural-log likelihood of each choice, summed over its tokens.
+        num_tokens: tokens of each choice.
+        is_greedy: whether greedy decoding would have written the choice.
+        predicted: index of the most likely choice (the first of equals).
+        answer: index of the correct choice, None if unknown.
+    """
+
+    question_id: str
+    logp: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    is_greedy: tuple[bool, ...]
+    predicted: int
+    answer: int | None
+
+    @property
+    def is_correct(self) -> bool | None:
+        """Whether the prediction is the answer; None where the answer is unknown."""
+        return None if self.answer is None else self.predicted == self.answer
+
+
+TokenRequest = tuple[Sequence[int], Sequence[int]]
+
+
+def loglikelihood(
+    model: Model,
+    requests: Sequence[TokenRequest | tuple[str, str]],
+    *,
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> list[LogLikelihood]:
+    """Score (context, continuation) pairs, given as token ids (taken as they are) or as text (see encoding.py).
+
+    Args:
+        model: from load().
+        requests: pairs; a continuation has at least one token, and so has a context of token ids.
+        chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        ledger: counts of this call are added to it.
+        progress: show a bar of forwarded rows.
+
+    Returns:
+        One LogLikelihood a request, in the order given.
+
+    Raises:
+        ScoreError: an empty continuation or context, more tokens than the model has positions, or a token id that its
+            vocabulary does not have.
+    """
+    encoded = _encode(model, requests)
+    results: list[LogLikelihood | None] = [None] * len(encoded)
+    for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
+        results[r] = result
+    return [result for result in results if result is not None]
+
+
+def iter_scores(
+    model: Model,
+    questions: Sequence[Question],
+    *,
+    context: str = "",
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> Iterator[Score]:
+    """Score multiple-choice questions, each yielded as soon as its last choice is done; see score()."""
+    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress):
+        yield result
+
+
+def _scored(
+    model: Model, questions: Sequence[Question], context: str, chunk_rows: int, ledger: Ledger | None, progress: bool
+) -> Iterator[tuple[int, Score]]:
+    """Yield (question index, score) as questions are done."""
+    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
+    encoded = encoding.encode_pairs(model.tokenizer, pairs)
+    owner = [q for q, question in enumerate(questions) for _ in question.choices]
+    first = [0]
+    for question in questions:
+        if not question.choices:
+            raise ScoreError(f"question {question.id!r}: choices: expected at least one")
+        first.append(first[-1] + len(question.choices))
+    for r, (_, continuation) in enumerate(encoded):
+        question, choice = questions[owner[r]], r - first[owner[r]]
+        if not continuation:
+            raise ScoreError(
+                f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end of "
+                "the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
+            )
+    _check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
+    waiting = [len(question.choices) for question in questions]
+    results: dict[int, LogLikelihood] = {}
+    for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
+        results[r] = result
+        q = owner[r]
+        waiting[q] -= 1
+        if not waiting[q]:
+            mine = range(first[q], first[q + 1])
+            logp = tuple(results[i].logp for i in mine)
+            yield (
+                q,
+                Score(
+                    question_id=questions[q].id,
+                    logp=logp,
+                    num_tokens=tuple(len(encoded[i][1]) for i in mine),
+                    is_greedy=tuple(results.pop(i).is_greedy for i in mine),
+                    predicted=max(range(len(logp)), key=logp.__getitem__),
+                    answer=questions[q].answer,
+                ),
+            )
+
+
+def score(
+    model: Model,
+    questions: Sequence[Question],
+    *,
+    context: str = "",
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> list[Score]:
+    """Score multiple-choice questions by the likelihood of each choice after context + prompt.
+
+    Args:
+        model: from load().
+        questions: prompts and choices; choices are not shown to the model.
+        context: text before every prompt, forwarded once.
+        chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        ledger: counts of this call are added to it.
+        progress: show a bar of forwarded rows.
+
+    Returns:
+        One Score a question, in the order given.
+
+    Raises:
+        ScoreError: a choice without a token of its own, or more tokens than the model has positions.
+    """
+    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress))
+    return [scores[q] for q in range(len(questions))]
+
+
+def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of requests that are ids already or text; raises ScoreError."""
+    texts = [(a, b) for a, b in requests if isinstance(a, str) and isinstance(b, str)]
+    from_text = iter(encoding.encode_pairs(model.tokenizer, texts))
+    pairs: list[tuple[list[int], list[int]]] = []
+    for r, (context, continuation) in enumerate(requests):
+        if isinstance(context, str) != isinstance(continuation, str):
+            raise ScoreError(f"requests[{r}]: one part is text and the other token ids")
+        pairs.append(next(from_text) if isinstance(context, str) else (list(context), [int(t) for t in continuation]))
+        for name, ids in zip(("context", "continuation"), pairs[-1], strict=True):
+            if not ids:
+                raise ScoreError(f"requests[{r}]: empty {name}")
+    _check_fit(model, pairs, [f"requests[{r}]" for r in range(len(pairs))])
+    return pairs
+
+
+def _check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
+    """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
+    num_tokens = model.head.weight.shape[0]
+    # The last token needs no position of its own: it is predicted, never forwarded.
+    for (context, continuation), name in zip(encoded, names, strict=True):
+        highest = max(max(context), max(continuation))
+        if highest >= num_tokens:
+            raise ScoreError(f"{name}: token id {highest}: the model's vocabulary has {num_tokens} tokens")
+        over = len(context) + len(continuation) - 1 - model.max_positions
+        if over > 0:
+            raise ScoreError(
+                f"{name}: {len(context)} tokens of context and {len(continuation)} of continuation are {over} tokens "
+                f"over the model's {model.max_positions} positions"
+            )
+
+
+@torch.inference_mode()
+def _run(
+    model: Model, requests: list[tuple[list[int], list[int]]], chunk_rows: int, ledger: Ledger, progress: bool
+) -> Iterator[tuple[int, LogLikelihood]]:
+    """Yield (request index, result) as chunks complete them."""
+    forest = trie.build_from_lists(requests)
+    if len(forest.node_token) and int(forest.node_token.max()) >= model.vocabulary:
+        raise ScoreError(f"token id {int(forest.node_token.max())}: the model's vocabulary has {model.vocabulary}")
+    plan = trie.plan(forest, chunk_rows)
+    stack = KVStack(plan.capacity)
+    logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
+    is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
+    done = _requests_by_chunk(forest, plan)
+    ledger.request_tokens += forest.request_tokens
+    with tqdm(total=len(forest.token), desc="scoring", unit="row", disable=not progress, delay=1) as bar:
+        for chunk, completed in zip(plan.chunks, done, strict=True):
+            hidden = model.forward_chunk(chunk, stack)
+            if len(chunk.head_rows):
+                needed = hidden[chunk.head_rows.to(hidden.device)]
+                values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+                logp[chunk.target_index] = values.double().cpu()
+                is_argmax[chunk.target_index] = flags.cpu()
+            ledger.forwarded_rows += len(chunk.token)
+            ledger.head_rows += len(chunk.head_rows)
+            ledger.scored_tokens += len(chunk.target_index)
+            bar.update(len(chunk.token))
+            for r in completed:
+                path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
+                yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
+
+
+def _requests_by_chunk(forest: trie.Trie, plan: trie.Plan) -> list[list[int]]:
+    """For each chunk, the requests whose last scored node it computes, in request order."""
+    chunk_of_node = torch.empty(len(forest.scored_token), dtype=torch.int64)
+    for c, chunk in enumerate(plan.chunks):
+        chunk_of_node[chunk.target_index] = c
+    # Along a path rows ascend, so the last node's chunk is the request's.
+    last = chunk_of_node[forest.path[forest.path_offset[1:] - 1]]
+    by_chunk: list[list[int]] = [[] for _ in plan.chunks]
+    for r, c in enumerate(last.tolist()):
+        by_chunk[c].append(r)
+    return by_chunk

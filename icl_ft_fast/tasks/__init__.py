@@ -1,0 +1,1 @@
+"""Tasks: documents and the questions about them, read, written and generated."""

@@ -1,0 +1,54 @@
+"""Simple reversals (Lampinen et al. 2025, section 3.1): comparisons of nonsense entities, tested in the other order.
+
+From the paper: 100 facts, each a comparison of two nonsense entities in one of 28 features; each fact in 10 training
+articles, a short preamble and the one sentence; the test is a forced choice between the correct reversal and the
+contradicting relation. The words, features and preambles are ours, the paper's being unpublished.
+"""
+
+from __future__ import annotations
+
+import random
+
+from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.comparisons import PREAMBLES, Comparison, article, sample_feature
+from icl_ft_fast.tasks.task import Document, Question, Task
+
+
+def simple_reversals(seed: int = 0, *, num_facts: int = 100, num_articles: int = 10) -> Task:
+    """Generate the task; the same arguments give the same task.
+
+    Args:
+        seed: of the words, features, preambles and order of choices.
+        num_facts: comparisons, each of two entities of its own.
+        num_articles: documents a fact; at most as many as there are preambles.
+
+    Returns:
+        `num_facts * num_articles` documents and, for each fact, a question of split "reversal" (the sentence never
+        seen) and one of split "trained" (the direction of the articles); two choices each, chance 50%.
+
+    Raises:
+        ValueError: `num_articles` out of range, or more facts than there are words.
+    """
+    if not 1 <= num_articles <= len(PREAMBLES):
+        raise ValueError(f"num_articles: expected 1 to {len(PREAMBLES)}, got {num_articles}")
+    if num_facts < 1:
+        raise ValueError(f"num_facts: expected at least 1, got {num_facts}")
+    rng = random.Random(seed)
+    nouns = words.sample_words(rng, 2 * num_facts)
+    facts = [Comparison(a, sample_feature(rng), b) for a, b in zip(nouns[::2], nouns[1::2], strict=True)]
+    documents, questions = [], []
+    for f, fact in enumerate(facts):
+        for a, preamble in enumerate(rng.sample(PREAMBLES, num_articles)):
+            documents.append(Document(f"fact{f}-article{a}", article(fact, preamble), topic=f"fact{f}"))
+        questions.append(_question(rng, f"fact{f}-reversal", fact.reversed, "reversal"))
+        questions.append(_question(rng, f"fact{f}-trained", fact, "trained"))
+    return Task(tuple(documents), tuple(questions))
+
+
+def _question(rng: random.Random, question_id: str, truth: Comparison, split: str) -> Question:
+    """The true comparison against the contradicting one, in a random order."""
+    claims = [truth, Comparison(truth.subject, truth.reversed.comparative, truth.object)]
+    answer = rng.randrange(2)
+    ordered = claims if answer == 0 else claims[::-1]
+    prompt = f"{truth.subject} are"
+    return Question(question_id, prompt, tuple(c.statement.removeprefix(prompt) for c in ordered), answer, split)

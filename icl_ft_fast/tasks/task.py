@@ -1,0 +1,172 @@
+"""A task: documents and multiple-choice questions about them, read from and written to JSON lines.
+
+documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices", "answer",
+"split"}, where answer (the index of the correct choice) may be absent and split is "test" unless given; other fields
+are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+class TaskError(ValueError):
+    """A task file that cannot be used; the message names file, line and field."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn from.
+
+    Attributes:
+        id: unique in its task.
+        text: what is read or trained on.
+        topic: documents of one topic say the same; in-context learning may be given only some of them.
+    """
+
+    id: str
+    text: str
+    topic: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its possible continuations, which begin right after it (mind the space).
+
+    Attributes:
+        id: unique in its task.
+        prompt: what precedes every choice; may be empty.
+        choices: at least one, none empty.
+        answer: index of the correct choice, None if unknown.
+        split: the kind of generalisation that the question tests.
+    """
+
+    id: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int | None = None
+    split: str = "test"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Documents and the questions about them."""
+
+    documents: tuple[Document, ...]
+    questions: tuple[Question, ...]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the questions' splits, in order of first appearance."""
+        return tuple(dict.fromkeys(question.split for question in self.questions))
+
+    @staticmethod
+    def read(folder: str | Path) -> Task:
+        """Read `folder`/documents.jsonl and `folder`/questions.jsonl; raises TaskError."""
+        folder = Path(folder)
+        return Task(read_documents(folder / "documents.jsonl"), read_questions(folder / "questions.jsonl"))
+
+    def write(self, folder: str | Path) -> None:
+        """Write both files into `folder`, which is made; each replaces its predecessor atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / "documents.jsonl", (asdict(document) for document in self.documents))
+        write_jsonl(folder / "questions.jsonl", (asdict(question) for question in self.questions))
+
+
+def read_documents(path: str | Path) -> tuple[Document, ...]:
+    """The documents of a JSON-lines file; raises TaskError."""
+    return _read(Path(path), _document)
+
+
+def read_questions(path: str | Path) -> tuple[Question, ...]:
+    """The questions of a JSON-lines file; raises TaskError."""
+    return _read(Path(path), _question)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each non-empty line; raises TaskError."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                where = f"{path}:{number}"
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise TaskError(f"{where}: not valid JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                yield where, row
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one object a line and replace `path` atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
+
+
+Row = TypeVar("Row", Document, Question)
+
+
+def _read(path: Path, parse: Callable[[str, dict[str, Any]], Row]) -> tuple[Row, ...]:
+    rows: dict[str, Row] = {}
+    for where, raw in read_jsonl(path):
+        row = parse(where, raw)
+        if row.id in rows:
+            raise TaskError(f"{where}: id: {row.id!r} was used before in this file")
+        rows[row.id] = row
+    if not rows:
+        raise TaskError(f"{path}: empty: expected at least one JSON object")
+    return tuple(rows.values())
+
+
+def _text(where: str, row: dict[str, Any], field: str) -> str:
+    if field not in row:
+        raise TaskError(f"{where}: {field}: missing")
+    if not isinstance(row[field], str):
+        raise TaskError(f"{where}: {field}: expected a string, got {json.dumps(row[field])[:60]}")
+    return _encodable(where, field, row[field])
+
+
+def _encodable(where: str, field: str, text: str) -> str:
+    """The text; raises TaskError where an escape left half a character, which neither files nor tokenizers take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(f"{where}: {field}: half a surrogate pair (character {error.start + 1})") from error
+    return text
+
+
+def _document(where: str, row: dict[str, Any]) -> Document:
+    topic = None if row.get("topic") is None else _text(where, row, "topic")
+    return Document(_text(where, row, "id"), _text(where, row, "text"), topic)
+
+
+def _question(where: str, row: dict[str, Any]) -> Question:
+    choices = row.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise TaskError(f"{where}: choices: expected a list with at least one string")
+    for c, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice:
+            raise TaskError(f"{where}: choices[{c}]: expected a non-empty string, got {json.dumps(choice)[:60]}")
+        _encodable(where, f"choices[{c}]", choice)
+    answer = row.get("answer")
+    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
+        raise TaskError(f"{where}: answer: expected 0 to {len(choices) - 1}, got {json.dumps(answer)[:60]}")
+    split = _text(where, row, "split") if "split" in row else "test"
+    return Question(_text(where, row, "id"), _text(where, row, "prompt"), tuple(choices), answer, split)
