@@ -1,0 +1,303 @@
+"""The command line: `icl-ft-fast demo | compare | score | task`.
+
+Bad input ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from icl_ft_fast import compare, report
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings
+from icl_ft_fast.generate import GenerateError
+from icl_ft_fast.model import CHUNK_ROWS, DTYPES, SHIPPED, Model, ModelError, load
+from icl_ft_fast.score import ScoreError, iter_scores
+from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions
+
+GENERATED_TASKS = ("simple-reversals",)
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be followed; the message names the argument."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError) as error:
+        print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"icl-ft-fast {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="icl-ft-fast",
+        description="In-context learning, fine-tuning or augmented fine-tuning? Measured on your model and documents.",
+        epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
+    demo.add_argument("--facts", type=_positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
+    _add_comparison_options(demo, seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, icl_per_topic=1, out=None)
+    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals")
+
+    comparison = _command(
+        commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
+        "icl-ft-fast compare --model shipped --task simple-reversals --facts 40 --icl-per-topic 1 --out out/run1\n"
+        "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2",
+    )  # fmt: skip
+    _add_model_options(comparison)
+    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATED_TASKS)}")
+    comparison.add_argument(
+        "--facts", type=_positive, default=100, help="facts of a generated task (default: %(default)s)"
+    )
+    _add_comparison_options(comparison, seeds="0", learning_rate=3e-4, icl_per_topic=None, out=Path("out/compare"))
+
+    scoring = _command(
+        commands, "score", _score, "log-likelihoods of multiple-choice questions over documents",
+        "icl-ft-fast score --model DIR --documents documents.jsonl --questions questions.jsonl --out scores.jsonl",
+    )  # fmt: skip
+    _add_model_options(scoring)
+    scoring.add_argument(
+        "--questions", type=Path, required=True, help="JSON lines with id, prompt, choices, answer, split"
+    )
+    scoring.add_argument("--documents", type=Path, help="JSON lines with id, text: all go before every prompt")
+    scoring.add_argument(
+        "--chunk-rows", type=_positive, default=CHUNK_ROWS, help="rows a forward (default: %(default)s)"
+    )
+    scoring.add_argument(
+        "--out", type=Path, required=True, help="JSON lines, one a question, written as they are ready"
+    )
+    _add_output_options(scoring)
+
+    task = _command(
+        commands, "task", _task, "write a generated task to a folder",
+        "icl-ft-fast task simple-reversals --facts 100 --seed 0 --out tasks/reversals",
+    )  # fmt: skip
+    task.add_argument("name", choices=GENERATED_TASKS)
+    task.add_argument("--facts", type=_positive, default=100, help="facts (default: %(default)s)")
+    task.add_argument("--seed", type=int, default=0, help="of words, features and order (default: %(default)s)")
+    task.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
+    _add_output_options(task)
+    return parser
+
+
+DEMO_FACTS = 40
+DEMO_LEARNING_RATE = 1e-3
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    indented = "\n".join("  " + line for line in examples.splitlines())
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"examples:\n{indented}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=f"a checkpoint directory, a hub id, or '{SHIPPED}'")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
+    )
+
+
+def _add_comparison_options(
+    parser: argparse.ArgumentParser, *, seeds: str, learning_rate: float, icl_per_topic: int | None, out: Path | None
+) -> None:
+    defaults = FinetuneSettings()
+    parser.add_argument("--arms", default=",".join(compare.ARMS), help="default: %(default)s")
+    parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=defaults.steps, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
+    parser.add_argument(
+        "--icl-per-topic",
+        type=_positive,
+        default=icl_per_topic,
+        help="documents of a topic in the context (default: all)",
+    )
+    parser.add_argument(
+        "--icl-subsample", type=_positive, default=1, metavar="K", help="of those, one in K at random (default: 1)"
+    )
+    parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
+    _add_output_options(parser)
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    options.trust_remote_code = False
+    Console().print(
+        f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
+        "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
+        highlight=False,
+    )
+    _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    settings = compare.Settings(
+        arms=_arms(options.arms),
+        seeds=_seeds(options.seeds),
+        icl_per_topic=options.icl_per_topic,
+        icl_subsample=options.icl_subsample,
+        finetune=FinetuneSettings(
+            steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
+        ),
+    )
+    results = None if options.out is None else options.out / "results.json"
+    if results is not None:
+        _check_new(results, options.overwrite)
+    task_of_seed = _task_of_seed(options.task, options.facts)
+    model = _load(options)
+    runs: list[compare.Run] = []
+
+    def keep(run: compare.Run) -> None:
+        runs.append(run)
+        if results is not None:
+            compare.write_results(results, compare.as_json(model, options.task, settings, runs))
+
+    compare.compare(model, task_of_seed, settings, progress=not options.quiet, on_run=keep)
+    report.print_table(runs, Console())
+    if results is not None:
+        print(f"\nWritten to {results}")
+
+
+def _score(options: argparse.Namespace) -> None:
+    _check_new(options.out, options.overwrite)
+    questions = read_questions(options.questions)
+    context = icl_context(read_documents(options.documents)) if options.documents else ""
+    model = _load(options)
+    ledger = Ledger()
+    scores = iter_scores(
+        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, progress=not options.quiet
+    )
+    correct = known = 0
+    with ledger.phase("score"):
+        first = next(scores)  # requests that cannot be scored are refused here, before the output is touched
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", encoding="utf-8") as file:
+            for result in itertools.chain([first], scores):
+                file.write(json.dumps(asdict(result)) + "\n")
+                file.flush()
+                known += result.answer is not None
+                correct += bool(result.is_correct)
+    accuracy = f", {correct} of {known} correct" if known else ""
+    print(
+        f"{len(questions)} questions in {ledger.seconds['score']:.1f} s{accuracy}: "
+        f"{ledger.request_tokens:,} request tokens, "
+        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
+        f"{ledger.head_rows:,} through the head. Written to {options.out}"
+    )
+
+
+def _task(options: argparse.Namespace) -> None:
+    for name in ("documents.jsonl", "questions.jsonl"):
+        _check_new(options.out / name, options.overwrite)
+    task = _task_of_seed(options.name, options.facts)(options.seed)
+    task.write(options.out)
+    print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
+
+
+def _load(options: argparse.Namespace) -> Model:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
+    logging.set_verbosity_error()
+    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+
+
+def _task_of_seed(name: str, facts: int) -> Callable[[int], Task]:
+    if name in GENERATED_TASKS:
+        try:
+            simple_reversals(0, num_facts=facts)
+        except ValueError as error:
+            raise UsageError(f"--facts: {error}") from error
+        return lambda seed: simple_reversals(seed, num_facts=facts)
+    if not Path(name).is_dir():
+        raise UsageError(f"--task: {name}: neither a folder nor one of {', '.join(GENERATED_TASKS)}")
+    task = Task.read(name)
+    return lambda _: task
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output that could not or must not be written."""
+    if path.is_dir():
+        raise UsageError(f"--out: {path}: is a folder")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    arms = tuple(text.split(","))
+    for arm in arms:
+        if arm not in compare.ARMS:
+            raise UsageError(f"--arms: expected some of {','.join(compare.ARMS)}, got {arm!r}")
+    return _distinct("--arms", arms)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--seeds: expected whole numbers separated by commas, got {text!r}") from error
+    return _distinct("--seeds", seeds)
+
+
+Item = TypeVar("Item", str, int)
+
+
+def _distinct(option: str, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """The items; a repeated one would be counted as more evidence than it is."""
+    for i, item in enumerate(items):
+        if item in items[:i]:
+            raise UsageError(f"{option}: {item} is given twice")
+    return items
+
+
+if __name__ == "__main__":
+    sys.exit(main())

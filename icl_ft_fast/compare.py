@@ -1,0 +1,212 @@
+"""The study: base, ICL, fine-tuning and augmented fine-tuning on one task, over seeds, with what each costs.
+
+Every arm ends in the same questions through the same scorer; they differ in what is in the context and what was trained
+on. Costs are wall seconds on this machine and rows forwarded, measured in the run itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl_ft_fast import augment, encoding, evaluate
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.model import Model
+from icl_ft_fast.score import loglikelihood, score
+from icl_ft_fast.tasks.task import Question, Task
+
+ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
+SCHEMA_VERSION = 1
+UNCACHED_SAMPLE = 3  # questions scored one by one to measure what a query costs when nothing is reused
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare and how.
+
+    Attributes:
+        arms: some of ARMS.
+        seeds: one run of every arm each; a generated task is generated anew for each seed.
+        icl_per_topic: documents of each topic in the context; None for all.
+        icl_subsample: of those, one in this many.
+        finetune: steps, batch size, learning rate.
+    """
+
+    arms: tuple[str, ...] = ARMS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    icl_per_topic: int | None = None
+    icl_subsample: int = 1
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one seed.
+
+    Attributes:
+        arm: one of ARMS.
+        seed: the seed.
+        accuracy: correct and total answers by split.
+        setup_s: seconds spent once before the first query: augmentation, training, or the context's prefill.
+        query_s: seconds a query costs after that, all questions scored together.
+        query_tokens: tokens of one query's requests, as a scorer without reuse forwards them.
+        query_rows: rows actually forwarded a query, without the context's prefill.
+        uncached_query_s: seconds a query costs when its context is forwarded for it alone.
+        counts: the ledger of the whole run, phases in seconds.
+        notes: augmentation counts and the like.
+    """
+
+    arm: str
+    seed: int
+    accuracy: dict[str, evaluate.Accuracy]
+    setup_s: float
+    query_s: float
+    query_tokens: float
+    query_rows: float
+    uncached_query_s: float
+    counts: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def compare(
+    model: Model,
+    task_of_seed: Callable[[int], Task],
+    settings: Settings | None = None,
+    *,
+    progress: bool = False,
+    on_run: Callable[[Run], None] | None = None,
+) -> list[Run]:
+    """Run every arm under every seed.
+
+    Args:
+        model: from load(), float32 if an arm trains; left as it is.
+        task_of_seed: the task for a seed (the same one each time, if it was read from a folder).
+        settings: see Settings.
+        progress: show bars.
+        on_run: called with each run as it ends.
+
+    Returns:
+        The runs, seeds outermost.
+
+    Raises:
+        ValueError: an unknown arm, or whatever scoring, generating or training raises.
+    """
+    settings = settings or Settings()
+    unknown = [arm for arm in settings.arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
+    runs = []
+    for seed in settings.seeds:
+        task = task_of_seed(seed)
+        for arm in settings.arms:
+            runs.append(_run(model, task, arm, seed, settings, progress))
+            if on_run is not None:
+                on_run(runs[-1])
+    return runs
+
+
+def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, progress: bool) -> Run:
+    ledger, context = Ledger(), ""
+    notes: dict[str, Any] = {}
+    if arm == "icl":
+        documents = evaluate.select_documents(
+            task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
+        )
+        context = evaluate.icl_context(documents)
+        notes["context_documents"] = len(documents)
+    elif arm != "base":
+        texts = [document.text for document in task.documents]
+        if arm != "ft":
+            with ledger.phase("augment"):
+                if arm == "augmented-ft":
+                    augmented = augment.augment_local(model, task.documents, ledger=ledger, progress=progress)
+                else:
+                    augmented = augment.augment_rules(task.documents)
+            texts += [row.text for row in augmented.rows]
+            notes["augmentations"] = len(augmented.rows)
+            notes["dropped_unparsed"] = augmented.dropped_unparsed
+            notes["dropped_repeats"] = augmented.dropped_repeats
+        with ledger.phase("train"):
+            tuned = finetune(model, texts, settings.finetune, seed=seed, ledger=ledger, progress=progress)
+        notes["final_loss"] = tuned.losses[-1]
+        model = tuned.model
+    uncached_s = _uncached_query_s(model, task.questions, context)
+    queries = Ledger()
+    with queries.phase("query"):
+        accuracy = evaluate.evaluate(model, task.questions, context=context, ledger=queries, progress=progress)
+    setup_s = math.fsum(ledger.seconds.values())
+    query_s: float = queries.seconds["query"]
+    rows = queries.forwarded_rows
+    if context:
+        prefill = Ledger()
+        with prefill.phase("prefill"):
+            context_ids = encoding.encode(model.tokenizer, [context.rstrip()])[0]
+            loglikelihood(model, [(context_ids, context_ids[:1])], ledger=prefill)
+        setup_s = prefill.seconds["prefill"]
+        query_s, rows = max(0.0, query_s - setup_s), rows - prefill.forwarded_rows
+        ledger.seconds["prefill"] = setup_s
+    ledger.seconds["query"] = query_s
+    for name in ("request_tokens", "forwarded_rows", "head_rows", "scored_tokens"):
+        setattr(ledger, name, getattr(ledger, name) + getattr(queries, name))
+    n = len(task.questions)
+    return Run(
+        arm=arm, seed=seed, accuracy=accuracy, setup_s=setup_s, query_s=query_s / n,
+        query_tokens=queries.request_tokens / n, query_rows=rows / n, uncached_query_s=uncached_s,
+        counts=ledger.as_dict(), notes=notes,
+    )  # fmt: skip
+
+
+def _uncached_query_s(model: Model, questions: Sequence[Question], context: str) -> float:
+    """Median seconds of scoring one question alone, its context forwarded for it."""
+    seconds = []
+    for question in questions[:UNCACHED_SAMPLE]:
+        start = time.perf_counter()
+        score(model, [question], context=context)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def break_even(setup_s: float, query_s: float, rival_setup_s: float, rival_query_s: float) -> float | None:
+    """The number of queries from which on setup + n * query costs less than the rival; 0 if always, None if never.
+
+    What starts cheaper and ends dearer has no such number either.
+    """
+    if query_s >= rival_query_s:
+        return 0.0 if query_s == rival_query_s and setup_s < rival_setup_s else None
+    return max(0.0, (setup_s - rival_setup_s) / (rival_query_s - query_s))
+
+
+def as_json(model: Model, task_name: str, settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything results.json holds."""
+    import transformers
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model.name,
+        "parameters": model.num_parameters,
+        "task": task_name,
+        "settings": asdict(settings),
+        "machine": {
+            "device": str(model.device), "processor": platform.machine(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "runs": [asdict(run) for run in runs],
+    }  # fmt: skip
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results.json atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""The shipped model: its recipe, its tokenizer and, in model/, the weights."""
