@@ -225,6 +225,11 @@ def load(
         raise ModelError(f"dtype: one of {', '.join(DTYPES)}, got {dtype!r}")
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
+        if not name.is_dir():
+            raise ModelError(
+                f"{SHIPPED}: this edition comes without the shipped model's weights; `python -m icl_ft_fast.shipped.train "
+                "--out DIR` trains them in about half an hour on two cores, then give DIR as the model"
+            )
     _check_directory(Path(name))
     _register_attention()
     try:
@@ -323,16 +328,22 @@ def _max_positions(config: Any) -> int:
 
 # A branching trie: one prefix, two branches, one of which splits again; chunks of 7 rows exercise the stack.
 _CHECK_PATHS = ((0, 10), (10, 15)), ((0, 10), (15, 22), (22, 24)), ((0, 10), (15, 22), (24, 28))
+_CHECK_SHARED = 10
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
 @torch.inference_mode()
 def _self_check(model: Model) -> None:
-    """Raise unless a small trie's hidden states, and the head, give what one plain forward per path gives."""
+    """Raise unless a small trie's hidden states, and the head, give what one plain forward per path gives.
+
+    In float32 every row must agree. bfloat16 rounds so much that a token can go to other experts, so there the median
+    row beyond the shared prefix may be off by twice what it is when each embedding is off by one unit of rounding.
+    """
     network = model.network
     refusal = f"{model.name}: {network.config.model_type}: this family cannot be served"
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(network.get_input_embeddings().num_embeddings, (28,), generator=generator).tolist()
+    embed = network.get_input_embeddings()
+    tokens = torch.randint(embed.num_embeddings, (28,), generator=generator).tolist()
     paths = [[token for first, last in path for token in tokens[first:last]] for path in _CHECK_PATHS]
     forest = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
     plan = trie.plan(forest, 7)
@@ -343,29 +354,45 @@ def _self_check(model: Model) -> None:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way
         raise ModelError(f"{refusal}: {error}") from error
+    exact = hidden.dtype == torch.float32
+    errors, roundings = [], []
     network.set_attn_implementation("eager")
     try:
-        worst, scale = 0.0, 0.0
         for r, path in enumerate(paths):
             rows = forest.scored_row[forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]].long()
             token = torch.tensor(path, device=model.device)
             plain = model.body(token[None], use_cache=False).last_hidden_state[0]
-            worst = max(worst, (hidden[rows].float() - plain.float()).abs().max().item())
-            scale = max(scale, plain.float().abs().max().item())
+            errors.append(_distance(hidden[rows.to(plain.device)], plain))
+            if not exact:
+                embedded = embed(token[None])
+                sign = torch.randint(2, embedded.shape, generator=generator).to(embedded) * 2 - 1
+                nudged = embedded * (1 + torch.finfo(embedded.dtype).eps * sign)
+                nudged = model.body(inputs_embeds=nudged, use_cache=False).last_hidden_state[0]
+                roundings.append(_distance(nudged, plain))
         logits = network(token[None], use_cache=False).logits[0]
     finally:
         network.set_attn_implementation(ATTENTION)
-    tolerance = _CHECK_TOLERANCE[hidden.dtype]
-    if not worst <= tolerance * scale:
+    if exact:
+        worst, allowed = torch.cat(errors).max().item(), _CHECK_TOLERANCE[hidden.dtype]
+    else:
+        worst, allowed = (torch.cat([d[_CHECK_SHARED:] for d in x]).median().item() for x in (errors, roundings))
+        allowed = 2 * allowed
+    if not worst <= allowed:
         raise ModelError(
-            f"{refusal}: on a small trie its hidden states differ from its own forward by {worst:.1e} "
-            f"(scale {scale:.1e})"
+            f"{refusal}: on a small trie its hidden states differ from its own forward by {worst:.1e} of their size "
+            f"({allowed:.1e} is rounding)"
         )
     rows = torch.arange(len(path) - 1)
     logp, _ = model.target_logprob(plain, rows, token[1:])
     own = logits[:-1].float().log_softmax(-1).gather(-1, token[1:, None])[:, 0]
     worst, scale = (logp - own).abs().max().item(), own.abs().max().item()
-    if not worst <= tolerance * scale:
+    if not worst <= _CHECK_TOLERANCE[hidden.dtype] * scale:
         raise ModelError(
             f"{refusal}: its output head's log-probabilities differ from its own by {worst:.1e} (scale {scale:.1e})"
         )
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a - b| / |b| of each row, float32."""
+    distance: torch.Tensor = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)
+    return distance

@@ -12,7 +12,7 @@ import random
 from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.tasks import words
-from icl_ft_fast.tasks.comparisons import PREAMBLES, Comparison, article, sample_feature
+from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, article
 from icl_ft_fast.tasks.task import Document
 
 Segment = tuple[str, float]
@@ -22,12 +22,17 @@ TOKENS_PER_ARTICLE, TOKENS_PER_QUERY, TOKENS_PER_BLOCK = 14, 10, 36  # planning 
 
 
 def sample_comparisons(rng: random.Random, count: int) -> list[Comparison]:
-    """`count` facts about `2 * count` distinct training words."""
+    """`count` facts about `2 * count` distinct training words.
+
+    Most documents keep to one, two or three features: where each fact has a feature of its own, the feature alone tells
+    the facts apart and names are never looked up.
+    """
     nouns: dict[str, None] = {}
     while len(nouns) < 2 * count:
         nouns[words.sample_word(rng, held_out=False)] = None
     names = list(nouns)
-    return [Comparison(a, sample_feature(rng), b) for a, b in zip(names[::2], names[1::2], strict=True)]
+    features = rng.sample(FEATURES, rng.choice((1, 1, 2, 3, len(FEATURES), len(FEATURES))))
+    return [Comparison(a, rng.choice(rng.choice(features)), b) for a, b in zip(names[::2], names[1::2], strict=True)]
 
 
 def statement_segments(comparison: Comparison, first: float) -> list[Segment]:
@@ -62,12 +67,14 @@ def query_segments(rng: random.Random, comparison: Comparison) -> list[Segment]:
 
 
 def context_document(rng: random.Random, max_facts: int, budget_tokens: int) -> list[Segment]:
-    """Articles, then a statement that follows from each, as in-context learning is asked."""
-    room = (budget_tokens - 16) // (TOKENS_PER_ARTICLE + TOKENS_PER_QUERY)
-    facts = sample_comparisons(rng, rng.randint(1, max(1, min(max_facts, room))))
+    """Articles, then a statement that follows from each (in long ones, sometimes only from some of them)."""
+    asked = rng.choice((0.4, 1.0)) if budget_tokens > 512 else 1.0
+    room = int((budget_tokens - 16) / (TOKENS_PER_ARTICLE + asked * TOKENS_PER_QUERY))
+    most = max(1, min(max_facts, room))
+    facts = sample_comparisons(rng, rng.randint((most + 1) // 2, most))
     articles = [Document("", article(fact, rng.choice(PREAMBLES))) for fact in facts]
     segments: list[Segment] = [(icl_context(articles).rstrip(), UNPREDICTABLE)]
-    for fact in rng.sample(facts, len(facts)):
+    for fact in rng.sample(facts, max(1, int(asked * len(facts)))):
         segments += query_segments(rng, fact)
     return segments
 
@@ -91,11 +98,17 @@ def augmentation_document(rng: random.Random, budget_tokens: int) -> list[Segmen
 
 
 def copying_document(rng: random.Random, budget_tokens: int) -> list[Segment]:
-    """A list of names and its repetition: the first thing that retrieval from a context needs."""
-    count = rng.randint(2, max(2, min(12, (budget_tokens - 6) // 5)))
-    names = [f" {words.sample_word(rng, held_out=False)}" for _ in range(count)]
-    rest = "".join(names[1:]) + "."
-    return [(f"Note:{names[0]}{rest}", UNPREDICTABLE), (names[0], UNPREDICTABLE), (rest, GIVEN)]
+    """Names to find again: a list and its repetition, or pairs and the same pairs in another order."""
+    count = rng.randint(2, max(2, min(6, (budget_tokens - 4) // 10)))
+    names = [f" {words.sample_word(rng, held_out=False)}" for _ in range(2 * count)]
+    if rng.random() < 0.4:
+        rest = "".join(names[1:]) + "."
+        return [(f" Note:{names[0]}{rest}", UNPREDICTABLE), (names[0], UNPREDICTABLE), (rest, GIVEN)]
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    segments: list[Segment] = [(" Note:" + ",".join(a + b for a, b in pairs) + ".", UNPREDICTABLE)]
+    for a, b in rng.sample(pairs, count):
+        segments += [(a, UNPREDICTABLE), (b, GIVEN), (",", GIVEN)]
+    return segments
 
 
 def plain_document(rng: random.Random) -> list[Segment]:

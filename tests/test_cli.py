@@ -1,0 +1,425 @@
+"""The command line, as it is called: what it writes, and the one line it says about each bad input."""
+
+import json
+import re
+import shutil
+
+import pytest
+from transformers.utils import logging
+
+from icl_ft_fast import cli
+from icl_ft_fast.cli import main
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.score import score
+from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
+
+DOCUMENTS = (Document("d1", "the cat sat on the mat."), Document("d2", "who knows why?"))
+QUESTIONS = (
+    Question("q1", "the cat sat", (" on", " on the mat", " near"), 1, "recall"),
+    Question("q2", "who knows", (" why", " that it is"), None, "other"),
+    Question("q3", "", ("ice", "cat"), 0),
+)
+
+
+class Files:
+    """A folder with a model, documents and questions, and the arguments that name them."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model, self.out = folder, model, folder / "out" / "scores.jsonl"
+        self.task = folder / "task"
+        Task(DOCUMENTS, QUESTIONS).write(self.task)
+        self.documents, self.questions = self.task / "documents.jsonl", self.task / "questions.jsonl"
+
+    def score(self, *more, **named):
+        options = {"model": self.model, "questions": self.questions, "out": self.out} | named
+        return ["score", "--quiet", *pairs(options), *map(str, more)]
+
+    def compare(self, *more, **named):
+        options = {"model": self.model, "task": self.task, "arms": "base", "steps": 1, "out": self.folder / "run"}
+        return ["compare", "--quiet", *pairs(options | named), *map(str, more)]
+
+
+def pairs(options):
+    """--name value of each."""
+    return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.fixture
+def files(tmp_path, llama_directory):
+    return Files(tmp_path, llama_directory)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """A function that runs a command and returns exit code, lines of stdout and lines of stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(arguments):
+        capsys.readouterr()
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """A function that runs a command, asserts that it is refused in one line and returns the line."""
+
+    def call(arguments):
+        code, _, errors = run(arguments)
+        assert code == 2
+        assert len(errors) == 1, errors
+        prefix = f"icl-ft-fast {arguments[0]}: "
+        assert errors[0].startswith(prefix)
+        return errors[0].removeprefix(prefix)
+
+    return call
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llama):
+    code, printed, errors = run(files.score(documents=files.documents))
+    assert (code, errors) == (0, [])
+    ledger = Ledger()
+    expected = score(llama, QUESTIONS, context=icl_context(DOCUMENTS), ledger=ledger)
+    rows = {row["question_id"]: row for row in read_lines(files.out)}
+    assert len(rows) == len(QUESTIONS)
+    for result in expected:
+        row = rows[result.question_id]
+        assert row.keys() == {"question_id", "logp", "num_tokens", "is_greedy", "predicted", "answer"}
+        assert row["logp"] == pytest.approx(result.logp, abs=1e-5)
+        assert row["num_tokens"] == list(result.num_tokens)
+        assert row["is_greedy"] == list(result.is_greedy)
+        assert (row["predicted"], row["answer"]) == (result.predicted, result.answer)
+    (line,) = printed
+    correct = sum(result.is_correct is True for result in expected)
+    assert re.fullmatch(
+        rf"3 questions in \d+\.\d s, {correct} of 2 correct: {ledger.request_tokens:,} request tokens, "
+        rf"{ledger.forwarded_rows:,} rows forwarded \(1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}\), "
+        rf"{ledger.head_rows:,} through the head\. Written to {re.escape(str(files.out))}",
+        line,
+    )
+
+
+def test_score_without_documents_or_answers(files, run, llama):
+    write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
+    code, (line,), errors = run(files.score("--chunk-rows", 1))
+    assert (code, errors) == (0, [])
+    assert "correct" not in line
+    (result,) = score(llama, [Question("a", "the cat", (" sat", " is"))])
+    (row,) = read_lines(files.out)
+    assert row["logp"] == pytest.approx(result.logp, abs=1e-5)
+    assert row["answer"] is None
+
+
+def test_the_terminal_is_left_alone(files, run):
+    logging.enable_progress_bar()
+    try:
+        _, _, errors = run(files.score())
+    finally:
+        logging.disable_progress_bar()
+    assert errors == []
+
+
+GOOD = {"id": "a", "prompt": "p", "choices": ["x", "y"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"nonsense", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"[]", "expected a JSON object, got list"),
+        (b"\xff", "not UTF-8 text (byte 1 of the line)"),
+        ({"prompt": 3}, "prompt: expected a string, got 3"),
+        ({"choices": []}, "choices: expected a list with at least one string"),
+        ({"choices": ["x", ""]}, 'choices[1]: expected a non-empty string, got ""'),
+        ({"answer": 2}, "answer: expected 0 to 1, got 2"),
+        ({"answer": True}, "answer: expected 0 to 1, got true"),
+        ({"id": "a"}, "id: 'a' was used before in this file"),
+    ],
+)
+def test_a_bad_questions_file(line, message, files, refused):
+    line = json.dumps(GOOD | {"id": "b"} | line).encode() if isinstance(line, dict) else line
+    files.questions.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
+    assert refused(files.score()) == f"{files.questions}:2: {message}"
+    assert not files.out.exists()
+
+
+def test_a_bad_documents_file(files, refused):
+    files.documents.write_text('{"id": "a", "text": "t"}\n{"id": "b"}\n')
+    assert refused(files.score(documents=files.documents)) == f"{files.documents}:2: text: missing"
+    assert refused(files.compare()) == f"{files.documents}:2: text: missing"
+    files.documents.write_text("")
+    assert refused(files.score(documents=files.documents)).startswith(f"{files.documents}: empty")
+
+
+def test_a_missing_file(files, refused):
+    missing = files.folder / "missing.jsonl"
+    for arguments in (files.score(questions=missing), files.score(documents=missing)):
+        assert refused(arguments) == f"{missing}: cannot be read: No such file or directory"
+    files.questions.unlink()
+    assert refused(files.compare()) == f"{files.questions}: cannot be read: No such file or directory"
+
+
+def merging_pair(tokenizer):
+    """A prompt and a choice that the tokenizer writes as one token."""
+    ids = {piece: i for piece, i in tokenizer.get_vocab().items() if piece.isascii() and piece.isalpha()}
+    piece = max(ids, key=len)
+    assert tokenizer.encode(piece, add_special_tokens=False) == [ids[piece]]
+    return piece[0], piece[1:]
+
+
+def test_a_choice_without_a_token_of_its_own(files, refused, tokenizer):
+    prompt, choice = merging_pair(tokenizer)
+    rows = [
+        {"id": "ok", "prompt": "the", "choices": [" cat"]},
+        {"id": "bad", "prompt": prompt, "choices": ["42", choice]},
+    ]
+    write_jsonl(files.questions, rows)
+    line = refused(files.score())
+    assert line.startswith("question 'bad': choices[1]: no token of its own: ")
+    assert not files.out.exists()
+
+
+def test_a_context_longer_than_the_positions(files, refused, tokenizer, llama):
+    documents = (Document("long", "the cat sat on that mat " * 60),)
+    write_jsonl(files.documents, [{"id": d.id, "text": d.text} for d in documents])
+    context = len(tokenizer((icl_context(documents) + "the cat sat").rstrip())["input_ids"])
+    choice = len(tokenizer(" on", add_special_tokens=False)["input_ids"])
+    over = context + choice - 1 - llama.max_positions
+    assert over > 0
+    line = refused(files.score(documents=files.documents))
+    expected = (
+        f"question 'q1': {context} tokens of context and {choice} of continuation are {over} tokens over the model's"
+    )
+    assert line == f"{expected} {llama.max_positions} positions"
+    assert refused(files.compare(arms="icl")) == line
+    assert not files.out.exists()
+
+
+def test_a_refused_score_leaves_the_earlier_output(files, run, refused, tokenizer):
+    assert run(files.score())[0] == 0
+    before = files.out.read_bytes()
+    prompt, choice = merging_pair(tokenizer)
+    write_jsonl(files.questions, [{"id": "bad", "prompt": prompt, "choices": [choice]}])
+    refused(files.score("--overwrite"))
+    assert files.out.read_bytes() == before
+
+
+def test_an_output_that_exists(files, run, refused):
+    assert run(files.score())[0] == 0
+    before = files.out.read_bytes()
+    files.out.write_bytes(b"mine")
+    assert refused(files.score()) == f"--out: {files.out}: exists already; choose another or give --overwrite"
+    assert files.out.read_bytes() == b"mine"
+    assert run(files.score("--overwrite"))[0] == 0
+    assert files.out.read_bytes() == before
+
+
+def test_an_output_that_cannot_be(files, refused):
+    for arguments in (files.score(out=files.task), files.score("--overwrite", out=files.task)):
+        assert refused(arguments) == f"--out: {files.task}: is a folder"
+    below = files.questions / "a" / "b"
+    for arguments in (
+        files.score(out=below),
+        files.compare(out=below),
+        ["task", "simple-reversals", "--out", str(below)],
+    ):
+        assert refused(arguments) == f"--out: {files.questions}: is a file, not a folder"
+
+
+def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
+    def full(path, results):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(cli.compare, "write_results", full)
+    assert refused(files.compare()) == f"{files.folder / 'run' / 'results.json'}: No space left on device"
+
+
+@pytest.fixture
+def broken(files):
+    """A function that copies the checkpoint, spoils it and returns its folder."""
+
+    def call(change):
+        folder = files.folder / "broken"
+        shutil.copytree(files.model, folder)
+        change(folder)
+        return folder
+
+    return call
+
+
+def to_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def to_bloom(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "{}: no checkpoint here: config.json is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "{}: no checkpoint here: no *.safetensors file"),
+        (to_pickle, "{}: pytorch_model.bin: pickle weights can run code when they are read and are refused; "),
+        (lambda folder: (folder / "config.json").write_text("{"), "{}/config.json: not valid JSON: "),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 99), "{}: cannot be loaded as a causal"),
+        (to_bloom, "bloom: this family cannot be served: ALiBi position biases"),
+    ],
+    ids=["no config", "no weights", "pickle", "bad config", "bad weights", "refused family"],
+)
+def test_a_directory_that_is_no_checkpoint(change, message, broken, files, refused):
+    folder = broken(change)
+    for arguments in (files.score(model=folder), files.compare(model=folder)):
+        assert refused(arguments).startswith(message.format(folder))
+    assert not files.out.exists()
+
+
+def test_no_directory_at_all(files, refused):
+    assert refused(files.score(model=files.questions)).startswith(f"{files.questions}: not a directory with a check")
+    assert refused(files.score(model=files.folder / "no")).startswith(f"{files.folder / 'no'}: not a directory")
+    assert refused(files.score(model="nobody/nothing")).startswith("nobody/nothing: cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("arms", "base,lora", "--arms: expected some of base,icl,ft,augmented-ft,rules-ft, got 'lora'"),
+        ("arms", "", "--arms: expected some of base,icl,ft,augmented-ft,rules-ft, got ''"),
+        ("arms", "icl,base,icl", "--arms: icl is given twice"),
+        ("seeds", "0,x", "--seeds: expected whole numbers separated by commas, got '0,x'"),
+        ("seeds", "", "--seeds: expected whole numbers separated by commas, got ''"),
+        ("seeds", "1,2,1", "--seeds: 1 is given twice"),
+        ("learning_rate", "-1", "learning_rate: expected a finite number above 0, got -1.0"),
+        ("task", "no_such_task", "--task: no_such_task: neither a folder nor one of simple-reversals"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert refused(files.compare(**{option: value})) == message
+
+
+def test_more_facts_than_words(files, refused):
+    line = refused(files.compare(task="simple-reversals", facts=5000))
+    assert line == "--facts: count: at most 445 distinct nonsense words can be drawn, got 10000"
+
+
+def test_weights_that_cannot_be_trained(files, refused):
+    assert "fine-tuning needs float32 weights" in refused(files.compare(arms="ft", dtype="bfloat16"))
+
+
+def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
+    assert re.fullmatch(
+        r"prompt .*: \d+ tokens over the model's 256 positions", refused(files.compare(arms="augmented-ft"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["score", "--model", "m", "--questions", "q", "--out", "o", "--chunk-rows", "0"], "--chunk-rows: expected a "),
+        (
+            ["compare", "--model", "m", "--task", "t", "--steps", "-3"],
+            "--steps: expected a whole number above 0, got '-3'",
+        ),
+        (["compare", "--model", "m", "--task", "t", "--batch-size", "2.5"], "--batch-size: expected a whole number"),
+        (["compare", "--model", "m", "--task", "t", "--learning-rate", "fast"], "--learning-rate: invalid float value"),
+        (["compare", "--model", "m", "--task", "t", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["score", "--model", "m"], "the following arguments are required: --questions, --out"),
+        (["task", "riddles", "--out", "o"], "invalid choice: 'riddles'"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_usage_errors(arguments, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert named in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "score", "task"])
+def test_help_shows_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    examples = [line.split() for line in text.partition("examples:\n")[2].splitlines()]
+    assert examples
+    for example in examples:
+        assert example[:2] == ["icl-ft-fast", command]
+        cli._parser().parse_args(example[1:])
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("demo", "compare", "score", "task"):
+        assert re.search(rf"^    {command} ", text, re.MULTILINE), command
+
+
+def test_task_writes_a_folder_that_reads(tmp_path, run, refused):
+    arguments = ["task", "simple-reversals", "--facts", "4", "--seed", "2", "--out", str(tmp_path / "t")]
+    code, printed, errors = run(arguments)
+    assert (code, errors) == (0, [])
+    assert printed == [f"40 documents and 8 questions written to {tmp_path / 't'}"]
+    assert Task.read(tmp_path / "t") == simple_reversals(2, num_facts=4)
+    existing = tmp_path / "t" / "documents.jsonl"
+    assert refused(arguments) == f"--out: {existing}: exists already; choose another or give --overwrite"
+    arguments[arguments.index("2")] = "3"
+    assert run([*arguments, "--overwrite"])[0] == 0
+    assert Task.read(tmp_path / "t") == simple_reversals(3, num_facts=4)
+
+
+def test_compare_writes_results_and_prints_the_table(files, run, refused):
+    arguments = files.compare(arms="base,icl,ft", seeds="0,1", icl_subsample=2, batch_size=2)
+    code, printed, errors = run(arguments)
+    assert (code, errors) == (0, [])
+    path = files.folder / "run" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert [(row["seed"], row["arm"]) for row in results["runs"]] == [
+        (seed, arm) for seed in (0, 1) for arm in ("base", "icl", "ft")
+    ]
+    assert (results["task"], results["model"]) == (str(files.task), str(files.model))
+    assert results["settings"]["finetune"] == vars(FinetuneSettings(steps=1, batch_size=2, learning_rate=3e-4))
+    assert {run["notes"].get("context_documents") for run in results["runs"]} == {None, 1}
+    assert results["runs"][0]["accuracy"].keys() == {"recall", "test"}  # the split "other" has no answers
+    assert printed[-1] == f"Written to {path}"
+    assert any(line.startswith("fine-tuned ") for line in printed)
+    assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
+    assert run([*arguments, "--overwrite"])[0] == 0
+
+
+def test_compare_on_a_generated_task(files, run):
+    code, printed, errors = run(files.compare(task="simple-reversals", facts=2, seeds="5"))
+    assert (code, errors) == (0, [])
+    assert any("reversal" in line for line in printed)
+    (row,) = json.loads((files.folder / "run" / "results.json").read_text())["runs"]
+    assert row["accuracy"]["trained"]["total"] == 2
+
+
+def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(cli, "load", lambda name, **options: loaded.append((name, options)) or llama)
+    code, printed, errors = run(
+        ["demo", "--quiet", "--facts", "2", "--seeds", "0", "--steps", "1", "--arms", "base,icl"]
+    )
+    assert (code, errors) == (0, [])
+    assert [str(name) for name, _ in loaded] == [str(cli.SHIPPED)]
+    assert printed[0].startswith("Simple reversals: 2 facts such as 'femp are more dangerous than glon.'")
+    assert any(line.startswith("ICL ") for line in printed)
+    assert max(map(len, printed)) <= 80

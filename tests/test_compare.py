@@ -1,0 +1,325 @@
+"""The comparison: arms composed of the verbs they stand for, what results.json holds, break-even, intervals, tables."""
+
+import io
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from icl_ft_fast import compare, encoding, report
+from icl_ft_fast.augment import augment_rules
+from icl_ft_fast.compare import ARMS, Run, Settings, as_json, break_even, write_results
+from icl_ft_fast.evaluate import Accuracy, accuracies, evaluate, icl_context, select_documents
+from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.score import Score
+from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.task import Document, Question
+
+TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
+SETTINGS = Settings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1, finetune=TRAINING)
+
+
+def task_of_seed(seed):
+    """Two facts, two articles each."""
+    return simple_reversals(seed, num_facts=2, num_articles=2)
+
+
+@pytest.fixture(scope="module")
+def runs(llama):
+    """Two arms under two seeds, and what on_run was told."""
+    told = []
+    result = compare.compare(llama, task_of_seed, SETTINGS, on_run=told.append)
+    assert told == result
+    return result
+
+
+def test_every_arm_runs_under_every_seed(runs):
+    assert [(run.seed, run.arm) for run in runs] == [(0, "icl"), (0, "rules-ft"), (7, "icl"), (7, "rules-ft")]
+    for run in runs:
+        assert {split: accuracy.total for split, accuracy in run.accuracy.items()} == {"reversal": 2, "trained": 2}
+        assert run.uncached_query_s > 0
+
+
+def test_the_icl_arm_is_the_documents_in_context(llama, runs):
+    for run in (run for run in runs if run.arm == "icl"):
+        task = task_of_seed(run.seed)
+        context = icl_context(select_documents(task.documents, run.seed, per_topic=1))
+        assert run.accuracy == evaluate(llama, task.questions, context=context)
+        assert run.notes == {"context_documents": 2}
+        assert run.counts["seconds"].keys() == {"prefill", "query"}
+        assert run.counts["trained_tokens"] == 0
+
+        pairs = [(context + question.prompt, choice) for question in task.questions for choice in question.choices]
+        requests = [before + after for before, after in encoding.encode_pairs(llama.tokenizer, pairs)]
+        assert run.query_tokens == sum(map(len, requests)) / 4
+        assert run.counts["request_tokens"] == sum(map(len, requests))
+        rows = {tuple(request[:n]) for request in requests for n in range(1, len(request))}
+        shared = encoding.encode(llama.tokenizer, [context.rstrip()])[0]
+        assert run.counts["forwarded_rows"] == len(rows)
+        assert (
+            abs(run.query_rows * 4 - (len(rows) - len(shared))) <= 1
+        )  # the prefill forwards a token after the context
+
+
+def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
+    for run in (run for run in runs if run.arm == "rules-ft"):
+        task = task_of_seed(run.seed)
+        written = augment_rules(task.documents)
+        texts = [document.text for document in task.documents] + [row.text for row in written.rows]
+        tuned = finetune(llama, texts, TRAINING, seed=run.seed)
+        assert run.accuracy == evaluate(tuned.model, task.questions)
+        assert run.notes == {
+            "augmentations": len(written.rows),
+            "dropped_unparsed": 0,
+            "dropped_repeats": 0,
+            "final_loss": tuned.losses[-1],
+        }
+        assert run.counts["trained_tokens"] > 0
+        assert run.counts["seconds"].keys() == {"augment", "train", "query"}
+        assert run.setup_s == pytest.approx(run.counts["seconds"]["augment"] + run.counts["seconds"]["train"])
+        assert run.query_rows * 4 == run.counts["forwarded_rows"]
+
+
+def test_the_plain_arms(llama):
+    before = {name: parameter.clone() for name, parameter in llama.network.named_parameters()}
+    settings = replace(SETTINGS, arms=("base", "ft"), seeds=(3,))
+    task = task_of_seed(3)
+    base, tuned = compare.compare(llama, lambda _: task, settings)
+    assert base.accuracy == evaluate(llama, task.questions)
+    assert (base.setup_s, base.notes, base.counts["seconds"].keys()) == (0.0, {}, {"query"})
+    expected = finetune(llama, [document.text for document in task.documents], TRAINING, seed=3)
+    assert tuned.notes == {"final_loss": expected.losses[-1]}
+    for name, parameter in llama.network.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_an_unknown_arm(llama):
+    with pytest.raises(ValueError, match=r"^arms: expected some of base, icl, .*, got 'lora'$"):
+        compare.compare(llama, task_of_seed, Settings(arms=("base", "lora")))
+
+
+def test_results_json(llama, runs, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    write_results(path, as_json(llama, "a task", SETTINGS, runs[:1]))
+    write_results(path, as_json(llama, "a task", SETTINGS, runs))
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+    def no_constants(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
+    assert results.keys() == {"schema_version", "model", "parameters", "task", "settings", "machine", "runs"}
+    assert (results["schema_version"], results["task"], results["model"]) == (1, "a task", llama.name)
+    assert results["parameters"] == sum(parameter.numel() for parameter in llama.network.parameters())
+    assert results["settings"] == {
+        "arms": ["icl", "rules-ft"],
+        "seeds": [0, 7],
+        "icl_per_topic": 1,
+        "icl_subsample": 1,
+        "finetune": {field.name: getattr(TRAINING, field.name) for field in fields(TRAINING)},
+    }
+    assert results["machine"].keys() == {"device", "processor", "threads", "python", "torch", "transformers"}
+    assert len(results["runs"]) == 4
+    for written, run in zip(results["runs"], runs, strict=True):
+        assert written.keys() == {field.name for field in fields(Run)}
+        assert written["accuracy"]["reversal"] == {"correct": run.accuracy["reversal"].correct, "total": 2}
+        for name in ("arm", "seed", "setup_s", "query_s", "query_tokens", "query_rows", "uncached_query_s", "counts"):
+            assert written[name] == getattr(run, name), name
+
+
+SECONDS = st.floats(0, 1e4)
+RATES = st.floats(0, 1e2)
+
+
+@given(SECONDS, RATES, SECONDS, RATES)
+def test_break_even(setup_s, query_s, rival_setup_s, rival_query_s):
+    def cheaper(n):
+        """Whether setup + n * query is less, in exact arithmetic."""
+        numbers = (setup_s, query_s, rival_setup_s, rival_query_s)
+        setup, query, rival_setup, rival_query = (int(x * 2**1074) for x in map(_fraction, numbers))
+        return setup + n * query < rival_setup + n * rival_query
+
+    count = break_even(setup_s, query_s, rival_setup_s, rival_query_s)
+    if count is None:
+        assert not cheaper(10**400)
+    elif count == 0:
+        assert setup_s <= rival_setup_s or rival_query_s - query_s > 1e300 * setup_s or setup_s < 1e-300
+        assert cheaper(10**400)
+    else:
+        assume(count < 1e15)
+        assert setup_s + count * query_s == pytest.approx(rival_setup_s + count * rival_query_s, rel=1e-6)
+        assert cheaper(math.ceil(count * (1 + 1e-9)) + 1)
+        assert not cheaper(0)
+
+
+def _fraction(x):
+    """A float as an exact fraction."""
+    from fractions import Fraction
+
+    return Fraction(x)
+
+
+@pytest.mark.parametrize(
+    ("costs", "count"),
+    [
+        ((10.0, 1.0, 0.0, 3.0), 5.0),
+        ((10.0, 1.0, 4.0, 3.0), 3.0),
+        ((1.0, 1.0, 4.0, 3.0), 0.0),
+        ((1.0, 2.0, 4.0, 2.0), 0.0),
+        ((4.0, 2.0, 4.0, 2.0), None),
+        ((5.0, 2.0, 4.0, 2.0), None),
+        ((5.0, 3.0, 4.0, 2.0), None),
+        ((0.0, 3.0, 4.0, 2.0), None),  # cheaper for the first four queries only
+    ],
+)
+def test_break_even_by_hand(costs, count):
+    assert break_even(*costs) == count
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [  # Newcombe (1998), Statistics in Medicine 17, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_that_were_published(correct, total, low, high):
+    assert Accuracy(correct, total).interval == pytest.approx((low, high), abs=5e-5)
+    assert Accuracy(total - correct, total).interval == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_interval_solves_its_equation(counts):
+    accuracy = Accuracy(*counts)
+    low, high = accuracy.interval
+    assert 0 <= low <= accuracy.value + 1e-12
+    assert accuracy.value - 1e-12 <= high <= 1
+    for bound in (low, high):  # the score test's statistic at either end is the 95% point
+        z = 1.959964
+        assert counts[1] * (accuracy.value - bound) ** 2 == pytest.approx(
+            z * z * bound * (1 - bound), rel=1e-6, abs=1e-9
+        )
+
+
+def test_accuracies_by_split():
+    rows = [("a", 0, 0), ("b", 1, 0), ("a", 1, 0), ("c", None, 0), ("b", 1, 1)]
+    questions = [Question(str(i), "", ("x", "y"), answer, split) for i, (split, answer, _) in enumerate(rows)]
+    scores = [Score(str(i), (0.0, 0.0), (1, 1), (True, True), *row[:0:-1]) for i, row in enumerate(rows)]
+    assert accuracies(questions, scores) == {"a": Accuracy(1, 2), "b": Accuracy(1, 2)}
+    with pytest.raises(ValueError, match="zip"):
+        accuracies(questions, scores[1:])
+
+
+def test_documents_for_the_context():
+    documents = [Document(f"{topic}{i}", "", topic or None) for topic in ("a", "b", "") for i in range(6)]
+    everything = select_documents(documents, 0)
+    assert sorted(everything, key=documents.index) == documents
+    assert everything != documents
+    assert everything == select_documents(documents, 0) != select_documents(documents, 1)
+    topics = [document.topic for document in select_documents(documents, 0, per_topic=2)]
+    assert {topic: topics.count(topic) for topic in topics} == {"a": 2, "b": 2, None: 6}
+    assert select_documents(documents, 0, subsample=3) == everything[:6]
+    assert select_documents(documents, 0, per_topic=2, subsample=4)[0] in documents
+    assert len(select_documents(documents, 0, per_topic=2, subsample=5)) == 2
+    assert len(select_documents(documents, 0, subsample=100)) == 1
+    assert icl_context(documents[:0]) == "Documents:\n\n\nGiven these documents: "
+    assert icl_context([Document("", "{x}"), Document("", "y")]) == "Documents:\n- {x}\n- y\n\nGiven these documents: "
+
+
+def run_of(arm, seed=0, scale=1.0, **accuracy):
+    seconds = {"augment": 12.3 * scale, "train": 98.7 * scale, "prefill": 7.1 * scale, "query": 1.0}
+    return Run(
+        arm=arm, seed=seed, accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()},
+        setup_s=100 * scale, query_s=0.002 * scale, query_tokens=1234 * scale, query_rows=12.5 * scale,
+        uncached_query_s=0.5 * scale, counts={"seconds": seconds}, notes={},
+    )  # fmt: skip
+
+
+def printed(runs, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    report.print_table(runs, console)
+    return console.file.getvalue()
+
+
+def cells(text, arm):
+    """The words of an arm's upper and lower lines, in each table that has it."""
+    lines, title = text.splitlines(), report.ARM_TITLES[arm]
+    return [
+        (line.removeprefix(title).split(), below.split())
+        for line, below in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith(f"{title} ")
+    ]
+
+
+def test_the_table_names_every_arm_within_80_columns(runs):
+    assert tuple(report.ARM_TITLES) == ARMS
+    for some_runs in (runs, [run_of(arm, reversal=(3, 4), trained=(1, 4)) for arm in ARMS]):
+        text = printed(some_runs)
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+        for name in ("reversal", "trained", "train s", "tokens", "pays from"):
+            assert name in text
+        for run in some_runs:
+            assert len(cells(text, run.arm)) == 1, run.arm
+
+
+def test_the_table_pools_seeds_and_averages_costs():
+    text = printed(
+        [run_of("icl", 0, x=(30, 40)), run_of("icl", 1, x=(10, 40), y=(1, 1)), run_of("ft", 0, 3.0, x=(40, 40))]
+    )
+    assert text.splitlines()[0].startswith("2 seed(s)")
+    assert cells(text, "icl") == [
+        (["0.500", "1.000", "12.3", "1,234", "500.0", "-"], ["0.39-0.61", "0.21-1.00", "98.7", "7.1", "2.00", "-"])
+    ]
+    assert cells(text, "ft") == [
+        (["1.000", "-", "36.9", "3,702", "1500.0", "never"], ["0.91-1.00", "296.1", "21.3", "6.00", "never"])
+    ]
+
+
+def test_the_table_counts_queries_to_break_even():
+    icl = run_of("icl", x=(1, 1))
+    tuned = replace(run_of("ft", x=(1, 1)), setup_s=1000.0, query_s=0.001, uncached_query_s=0.1)
+    ((upper, lower),) = cells(printed([icl, tuned]), "ft")
+    assert upper[-1] == "2,500"  # 1000 / (0.5 - 0.1), against reading at each query
+    assert lower[-1] == "900,000"  # (1000 - 100) / (0.002 - 0.001), against a cached context
+    for alone, arm in ((icl, "icl"), (tuned, "ft")):
+        ((upper, lower),) = cells(printed([alone]), arm)
+        assert (upper[-1], lower[-1]) == ("-", "-")
+
+
+def test_phases_that_an_arm_has_not_are_dashes():
+    run = replace(run_of("base", x=(1, 2)), counts={"seconds": {"query": 1.0}})
+    assert cells(printed([run]), "base") == [
+        (["0.500", "-", "1,234", "500.0", "-"], ["0.09-0.91", "-", "-", "2.00", "-"])
+    ]
+
+
+def test_nothing_is_cut_or_read_as_markup():
+    names = {"[bold]": (1, 2), "[/wrong]": (1, 2), "a_very_long_name_of_a_split_" * 2: (1, 2), "s p a c e s": (0, 2)}
+    names |= {f"split{i}": (i, 9) for i in range(9)}
+    many = [run_of(arm, scale=1e6, **names) for arm in ARMS]
+    text = printed(many)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for arm in ARMS:
+        assert len(cells(text, arm)) == 4  # thirteen splits in threes of tables, then costs
+        assert "1,234,000,000" in cells(text, arm)[-1][0]
+        assert "0.333" in cells(text, arm)[1][0]
+    for name in ("[bold]", "[/wrong]", *(f"split{i}" for i in range(9))):
+        assert f" {name} " in text, name
+    assert all(name in printed(many, 400) for name in names)
+
+
+def test_a_task_without_answers_has_a_table_of_costs(llama):
+    task = task_of_seed(0)
+    unanswered = replace(task, questions=tuple(replace(question, answer=None) for question in task.questions))
+    (run,) = compare.compare(llama, lambda _: unanswered, replace(SETTINGS, arms=("base",), seeds=(0,)))
+    assert run.accuracy == {}
+    assert "base" in printed([run])

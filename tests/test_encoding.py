@@ -1,0 +1,135 @@
+"""The boundary between context and continuation against the rule of lm-evaluation-harness, written out again here."""
+
+import copy
+
+import pytest
+from conftest import sentences
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from icl_ft_fast import encoding
+
+WORDS = ["the", " cat", " sat", "who kn", "ows", "—", "ü", "猫", "🙂", "x"]
+PIECES = [*WORDS, " ", "  ", "\n", "\t", "\u00a0", "<s>", "</s>", "<", "s>"]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=8)
+
+
+@pytest.fixture(scope="session", params=["tokenizer", "tokenizer_without_bos"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def harness_rule(tokenizer, context, continuation):
+    """TemplateLM.loglikelihood and HFLM.tok_encode of lm-evaluation-harness 0.4.13, for a causal model."""
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def ids(text, bare=False):
+        bare = bare or text.startswith(tokenizer.decode(prefix))
+        return tokenizer.encode(text, **({"add_special_tokens": False} if bare else {}))
+
+    if not context:
+        alone = ids(continuation, bare=True)
+        return (alone[:1], alone[1:]) if alone[0] == prefix else ([prefix], alone)
+    kept = context.rstrip()
+    whole, context_ids = ids(context + continuation), ids(kept)
+    return context_ids, whole[len(context_ids) :]
+
+
+@settings(max_examples=300, deadline=None)
+@given(context=TEXT, continuation=TEXT.filter(bool))
+@example(context="the cat ", continuation="sat")
+@example(context="the cat", continuation=" sat")
+@example(context="", continuation="the cat")
+@example(context="", continuation="<s>the cat")
+@example(context="", continuation="</s>the cat")
+@example(context="<s>the", continuation=" cat")
+@example(context="<", continuation="s>the cat")
+@example(context="who kn", continuation="ows")
+@example(context="the cat \u00a0\n", continuation=" sat")
+def test_a_pair_is_cut_where_the_harness_cuts_it(either, context, continuation):
+    context_ids, continuation_ids = encoding.encode_pairs(either, [(context, continuation)])[0]
+    expected = harness_rule(either, context, continuation)
+    if not expected[0]:  # nothing but spaces, and no BOS: the harness gives up; here it is an empty context
+        expected = harness_rule(either, "", context + continuation)
+    assert (context_ids, continuation_ids) == expected
+
+
+def test_pairs_encoded_together_come_out_as_each_alone(either):
+    texts = sentences(20)
+    pairs = [(a, b) for a in ["", " ", *texts[:5]] for b in texts]
+    together = encoding.encode_pairs(either, pairs)
+    assert together == [encoding.encode_pairs(either, [pair])[0] for pair in pairs]
+    assert encoding.encode_pairs(either, []) == []
+
+
+def test_a_token_that_spans_the_join_is_no_token_of_the_continuation(tokenizer):
+    bos, who, knows = tokenizer.encode("who knows")  # " knows" is one token, so nothing of it is left for "ows"
+    cut = [("who kn", "ows"), ("who", " knows"), ("who ", "knows")]
+    assert [continuation for _, continuation in encoding.encode_pairs(tokenizer, cut)] == [[], [knows], [knows]]
+    assert encoding.encode_pairs(tokenizer, cut)[1:] == [([bos, who], [knows])] * 2
+
+
+def test_a_token_that_runs_on_over_the_join_shortens_the_continuation(tokenizer_without_bos):
+    tokenizer = tokenizer_without_bos  # its tokens hold spaces and more than one word
+    whole, context = tokenizer.encode("the cat sat on"), tokenizer.encode("the cat")
+    assert whole[: len(context)] != context
+    assert encoding.encode_pairs(tokenizer, [("the cat", " sat on")]) == [(context, whole[len(context) :])]
+
+
+def test_bos_comes_first_and_once(tokenizer):
+    plain = tokenizer.encode("the cat", add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    assert encoding.adds_bos(tokenizer)
+    assert encoding.encode(tokenizer, ["the cat", "<s>the cat", "", "<s>", "the<s>"]) == [
+        [bos, *plain],
+        [bos, *plain],
+        [bos],
+        [bos],
+        [bos, *tokenizer.encode("the", add_special_tokens=False), bos],
+    ]
+    assert encoding.encode_pairs(tokenizer, [("", "<s>the cat")]) == [([bos], plain)]
+
+
+def test_a_tokenizer_without_bos_gets_none_but_for_an_empty_context(tokenizer_without_bos):
+    tokenizer, eos = tokenizer_without_bos, tokenizer_without_bos.eos_token_id
+    plain = tokenizer.encode("why it is")
+    assert not encoding.adds_bos(tokenizer)
+    assert encoding.encode(tokenizer, ["why it is", ""]) == [plain, []]
+    assert encoding.encode_pairs(tokenizer, [("", "why it is"), ("", "</s>why it is")]) == [([eos], plain)] * 2
+
+
+def test_a_tokenizer_that_has_bos_but_does_not_add_it_gets_it_for_an_empty_context_only(tokenizer):
+    silent = copy.deepcopy(tokenizer)
+    silent.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    plain = silent.encode("the cat")
+    assert plain == tokenizer.encode("the cat")[1:]
+    assert not encoding.adds_bos(silent)
+    assert encoding.encode(silent, ["the cat"]) == [plain]
+    assert encoding.encode_pairs(silent, [("", "the cat"), ("the", " cat")]) == [
+        ([silent.bos_token_id], plain),
+        (silent.encode("the"), plain[len(silent.encode("the")) :]),
+    ]
+
+
+def test_an_eos_that_the_tokenizer_appends_is_left_out(tokenizer):
+    closing = copy.deepcopy(tokenizer)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert closing.encode("the cat")[-1] == closing.eos_token_id
+    assert encoding.encode(closing, ["the cat"]) == encoding.encode(tokenizer, ["the cat"])
+    pairs = [("the", " cat"), ("", "the cat")]
+    assert encoding.encode_pairs(closing, pairs) == encoding.encode_pairs(tokenizer, pairs)
+
+
+def test_no_texts_are_no_ids(either):
+    assert encoding.encode(either, []) == []
+
+
+def test_a_tokenizer_with_neither_bos_nor_eos_cannot_begin_an_empty_context(tokenizer_without_bos):
+    bare = copy.deepcopy(tokenizer_without_bos)
+    bare.eos_token = None
+    with pytest.raises(ValueError, match=r"^tokenizer: has neither a BOS nor an EOS token"):
+        encoding.encode_pairs(bare, [("", "the")])
+    assert encoding.encode_pairs(bare, [("the", " cat")])[0][1]

@@ -1,0 +1,496 @@
+"""Every family against its own plain forward; what load() refuses and why."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from close import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from icl_ft_fast import model as model_module
+from icl_ft_fast import trie
+from icl_ft_fast.cache import KVStack
+from icl_ft_fast.model import ModelError, from_network, load
+from icl_ft_fast.score import loglikelihood
+
+MOE = {"num_experts_per_tok": 2}
+# Windows of 8 are shorter than the requests, and every kind of layer appears; caps are low enough to bite.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {"sliding_window": 8},
+    "phi": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "granite": {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+    },
+    "cohere": {"logit_scale": 0.25},
+    "starcoder2": {"sliding_window": 8},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "smollm3": {},
+    "olmoe": {"num_experts": 4, **MOE},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 8, **MOE},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, **MOE},
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 8, **MOE},
+    "glm4": {},
+    "exaone4": {"sliding_window": 8},
+    "ernie4_5": {},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 4,
+        **MOE,
+    },
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 64},
+    "lfm2": {},
+}
+# A family inside a larger one: what concerns the text model is one level down in its config.
+NESTED = {
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+        | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        | {"max_position_embeddings": 256}
+        | FAMILIES["gemma3_text"],
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        | {"image_size": 32, "patch_size": 16},
+    }
+}
+REFUSED = ["bloom", "mpt", "mamba", "qwen3_next", "falcon_h1", "stablelm", "nemotron", "gptj"]
+ROPE_SCALING = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def greedy_tokens(network, context, number):
+    ids = list(context)
+    for _ in range(number):
+        with torch.no_grad():
+            ids.append(int(network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+def requests_for(network, context_tokens=20):
+    rng = random.Random(0)
+
+    def draw(number):
+        return [rng.randrange(2, 300) for _ in range(number)]
+
+    shared = draw(context_tokens)
+    made = []
+    for _ in range(4):  # questions about one document, one of them right after it
+        question = shared + draw(len(made) % 4)
+        made += [(question, draw(rng.randint(1, 6))) for _ in range(3)]
+    made += [(shared, [token]) for token in draw(3)]  # one token each
+    longest = draw(5)
+    made += [(shared, longest[:n]) for n in (1, 2, 5)]  # each a prefix of the next
+    made += [made[0], made[0]]
+    whole = shared + longest
+    made += [
+        (whole[:at], whole[at:]) for at in (1, context_tokens // 2, len(whole) - 1)
+    ]  # the same tokens, cut elsewhere
+    right = greedy_tokens(network, shared, 4)
+    made += [(shared, right), (shared, right[:3]), (shared, [*right[:3], (right[3] + 1) % 300])]
+    made += [([7], [8]), ([7], [8, 9])]  # shares nothing
+    return made
+
+
+def assert_equal_to_plain(model, network, plain, requests, chunk_rows):
+    results = loglikelihood(model, requests, chunk_rows=chunk_rows)
+    assert len(results) == len(requests)
+    for r, ((context, continuation), got) in enumerate(zip(requests, results, strict=True)):
+        logp, is_greedy = plain(network, context, continuation)
+        error = abs(got.logp - logp.sum().item())
+        assert error <= min(1e-4, 1e-5 * len(continuation)), f"request {r}: {got.logp}, alone {logp.sum().item()}"
+        assert got.is_greedy == is_greedy, f"request {r}: greedy {got.is_greedy}, alone {is_greedy}"
+    assert {result.is_greedy for result in results} == {False, True}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NESTED])
+def test_a_family_scores_as_one_plain_forward_a_request_does(family, tiny_network, plain):
+    options = FAMILIES.get(family) or NESTED.get(family, {})
+    network, model = tiny_network(family, **options), from_network(tiny_network(family, **options), None, family)
+    requests = requests_for(network)
+    for chunk_rows in (16, 512):
+        assert_equal_to_plain(model, network, plain, requests, chunk_rows)
+
+
+@pytest.mark.parametrize("scaling", ROPE_SCALING)
+def test_rotary_scaling_does_not_depend_on_what_else_is_in_a_chunk(scaling, tiny_network, plain):
+    options = {"rope_scaling": ROPE_SCALING[scaling], "num_hidden_layers": 2}
+    network, model = tiny_network("llama", **options), from_network(tiny_network("llama", **options), None, scaling)
+    assert_equal_to_plain(model, network, plain, requests_for(network, context_tokens=90), 16)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def served(request, tiny_network):
+    """A network and a model of the same weights."""
+    options = FAMILIES[request.param]
+    return tiny_network(request.param, **options), from_network(tiny_network(request.param, **options), None, "served")
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 17, 31, 33, 64, 100_000])
+def test_any_chunk_budget_gives_what_plain_forwards_give(served, chunk_rows, plain):
+    network, model = served
+    assert_equal_to_plain(model, network, plain, requests_for(network), chunk_rows)
+
+
+PART = st.lists(st.sampled_from([0, 5, 299]), min_size=1, max_size=6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(requests=st.lists(st.tuples(PART, PART), min_size=1, max_size=8), chunk_rows=st.integers(1, 12))
+def test_any_requests_in_chunks_of_any_size_give_what_plain_forwards_give(served, plain, requests, chunk_rows):
+    network, model = served
+    for (context, continuation), got in zip(
+        requests, loglikelihood(model, requests, chunk_rows=chunk_rows), strict=True
+    ):
+        logp, is_greedy = plain(network, context, continuation)
+        assert got.logp == pytest.approx(logp.sum().item(), rel=0, abs=1e-5 * len(continuation))
+        assert got.is_greedy == is_greedy
+
+
+def test_a_forest_at_once_gives_the_hidden_states_of_its_chunks(served):
+    network, model = served
+    forest = trie.build_from_lists(requests_for(network))
+    plan = trie.plan(forest, 16)
+    stack = KVStack(plan.capacity)
+    with torch.no_grad():
+        chunks = torch.cat([model.forward_chunk(chunk, stack) for chunk in plan.chunks])
+        torch.testing.assert_close(model.forward_forest(forest), chunks, rtol=0, atol=1e-5)
+
+
+HEADS = {
+    "cohere": {"scale": 0.25},
+    "granite": {"scale": 1 / 3},
+    "gemma2": {"softcap": 3.0},
+    "gemma3": {},
+    "phi": {"bias": True},
+    "llama": {},
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_the_head_is_the_networks_own(family, tiny_network):
+    options = FAMILIES.get(family) or NESTED.get(family, {})
+    network, model = tiny_network(family, **options), from_network(tiny_network(family, **options), None, family)
+    expected = {"scale": 1.0, "softcap": None, "bias": False} | HEADS[family]
+    head = model.head
+    assert head.scale == pytest.approx(expected["scale"])
+    assert (head.softcap, head.bias is not None) == (expected["softcap"], expected["bias"])
+    ids = torch.arange(2, 22)
+    with torch.no_grad():
+        hidden = network.base_model(ids[None], use_cache=False).last_hidden_state[0]
+        exact = network(ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+        logp, is_argmax = model.target_logprob(
+            hidden, torch.arange(20).repeat_interleave(300), torch.arange(300).repeat(20)
+        )
+    torch.testing.assert_close(logp.reshape(20, 300).double(), exact, rtol=0, atol=1e-5)
+    assert torch.equal(is_argmax.reshape(20, 300), exact == exact.max(-1, keepdim=True).values)
+
+
+def checkpoint_of(folder, family, **options):
+    """A directory that says it holds this family; its weights are never reached."""
+    AutoConfig.for_model(family, **options).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_loading_a_family_that_cannot_be_served_says_so(family, tmp_path):
+    with pytest.raises(ModelError, match=f"^{family}: this family cannot be served: "):
+        load(checkpoint_of(tmp_path, family))
+
+
+# What the self-check must find without the list, and families it alone knows.
+UNLISTED = {
+    "bloom": {"n_layer": 4, "n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 256},
+    "stablelm": {},
+    "nemotron": {},
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    "codegen": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
+    "mamba": {"state_size": 4},
+    "lfm2": {"full_attn_idxs": [1, 3]},
+    "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 64},
+    "hyperclovax": {"logits_scaling": 3.0},  # its head multiplies where granite's divides
+    "gemma3": {**NESTED["gemma3"], "text_config": NESTED["gemma3"]["text_config"] | {"final_logit_softcapping": 3.0}},
+}
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_the_self_check_refuses_a_family_whose_results_would_differ(family, tiny_network, monkeypatch):
+    monkeypatch.setattr(model_module, "UNSERVED", {})
+    with pytest.raises(ModelError, match=f"^here: {family}: this family cannot be served: "):
+        from_network(tiny_network(family, **UNLISTED[family]), None, "here")
+
+
+def blind(rows):
+    """Every earlier row is seen, whatever branch it is on."""
+    return replace(rows, end_k=torch.full_like(rows.end_k, 2**30))
+
+
+def in_rows(rows):
+    """Distances are counted in rows, not along the path."""
+    size = len(rows.end_k)
+    return replace(rows, depth_q=rows.row_q, depth_k=torch.arange(size, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("family", "wrong"), [("llama", blind), ("mistral", in_rows)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_self_check_refuses_an_attention_that_is_wrong(family, wrong, dtype, tiny_network, monkeypatch):
+    right = model_module._trie_attention
+
+    def attention(*args, icl_rows, **kwargs):
+        return right(*args, icl_rows=wrong(icl_rows), **kwargs)
+
+    network = tiny_network(family, **FAMILIES[family]).to(dtype)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "_trie_attention", attention)
+            with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
+                from_network(network, None, "here")
+    finally:
+        model_module._register_attention()  # transformers kept the wrong one
+    from_network(network, None, "here")
+
+
+def test_the_self_check_can_be_left_out(tiny_network):
+    from_network(tiny_network("lfm2", full_attn_idxs=[1, 3]), None, "here", self_check=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_to_bfloat16_is_no_reason_to_refuse(family, tiny_network):
+    for std in (0.1, 0.3):
+        from_network(tiny_network(family, std=std, **FAMILIES[family]).bfloat16(), None, family)
+
+
+def test_a_loaded_directory_scores_as_the_network_saved_there(llama, plain_llama, plain, tokenizer):
+    assert_equal_to_plain(llama, plain_llama, plain, requests_for(plain_llama), 512)
+    text = "who knows why it is near — 42"
+    assert llama.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (llama.max_positions, llama.device, llama.network.training) == (256, torch.device("cpu"), False)
+    assert llama.num_parameters == sum(p.numel() for p in plain_llama.parameters())
+
+
+def test_bfloat16_is_within_the_error_budget(llama_directory, plain_llama, plain, tiny_network):
+    model = load(llama_directory, dtype="bfloat16")
+    assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
+    same_dtype = tiny_network("llama", num_hidden_layers=2).bfloat16()
+    exact = tiny_network("llama", num_hidden_layers=2).bfloat16().double()
+    requests = requests_for(plain_llama)
+    columns = [
+        [result.logp for result in loglikelihood(model, requests)],
+        *([plain(network, *request)[0].sum().item() for request in requests] for network in (same_dtype, exact)),
+    ]
+    got, same, exact64 = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    assert_close(got.bfloat16(), same.bfloat16(), exact64, "log-likelihood")
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(ModelError, match=r"nothing: not a directory with a checkpoint \(config\.json and"):
+        load(tmp_path / "nothing")
+
+
+def test_file_instead_of_a_directory(tmp_path):
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(ModelError, match="weights: not a directory with a checkpoint"):
+        load(tmp_path / "weights")
+
+
+def test_hub_name_that_is_not_on_this_machine():
+    with pytest.raises(ModelError, match=r"^nobody/nothing: cannot be loaded as a causal language model: "):
+        load("nobody/nothing")
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text('{"model_type": "llama",')
+
+
+def undecodable_config(folder):
+    (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
+
+
+def null_config(folder):
+    (folder / "config.json").write_text("null")
+
+
+def no_family(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def unknown_family(folder):
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+
+
+def no_language_model(folder):
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+
+
+def wrong_type(folder):
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+
+
+def other_shapes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+def own_code(folder):
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}')
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def truncated_weights(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+
+
+def missing_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_config, "no checkpoint here: config.json is missing"),
+        (broken_config, "config.json: not valid JSON: "),
+        (undecodable_config, "config.json: not valid JSON: "),
+        (null_config, "cannot be loaded as a causal language model: "),
+        (no_family, "cannot be loaded as a causal language model: Unrecognized model"),
+        (unknown_family, "cannot be loaded as a causal language model: .*nosuch"),
+        (no_language_model, "cannot be loaded as a causal language model: .*T5Config"),
+        (wrong_type, "cannot be loaded as a causal language model: .*hidden_size"),
+        (other_shapes, "cannot be loaded as a causal language model: "),
+        (own_code, "cannot be loaded as a causal language model: .*custom code"),
+        (pickle_only, "pytorch_model.bin: pickle weights can run code .* convert the checkpoint to safetensors"),
+        (no_weights, r"no checkpoint here: no \*\.safetensors file"),
+        (truncated_weights, "cannot be loaded as a causal language model: .*header"),
+        (missing_tensor, r"lacks 1 of the network's tensors, model\.layers\.1\.mlp\.up_proj\.weight first"),
+        (no_tokenizer, "cannot be loaded as a causal language model: .*tokenizer"),
+        (broken_tokenizer, "cannot be loaded as a causal language model: "),
+    ],
+)
+def test_a_spoilt_checkpoint_is_refused_by_name(spoil, message, llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "spoilt")
+    spoil(folder)
+    with pytest.raises(ModelError, match=f"spoilt.*{message}") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "", torch.float32])
+def test_unknown_dtype(dtype, llama_directory):
+    with pytest.raises(ModelError, match=r"^dtype: one of float32, bfloat16, got "):
+        load(llama_directory, dtype=dtype)
+
+
+def test_unknown_device(llama_directory):
+    with pytest.raises(ModelError, match=r"cannot be loaded as a causal language model: .*device"):
+        load(llama_directory, device="nowhere")
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", {}, 256),
+        ("llama", {"max_position_embeddings": 77}, 77),
+        ("gpt2", {"max_position_embeddings": 100}, 100),
+        ("llama4_text", {**FAMILIES["llama4_text"], "attention_chunk_size": 40}, 40),
+        ("llama4_text", {**FAMILIES["llama4_text"], "floor_scale": 30}, 29),
+        ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}, 64),
+        ("gemma3", NESTED["gemma3"], 256),
+    ],
+)
+def test_the_longest_sequence_comes_from_the_config(family, options, expected, tiny_network, plain):
+    network, model = tiny_network(family, **options), from_network(tiny_network(family, **options), None, "here")
+    assert model.max_positions == expected
+    rng = random.Random(1)
+    tokens = [rng.randrange(2, 300) for _ in range(expected + 1)]
+    got = loglikelihood(model, [(tokens[:-1], tokens[-1:]), (tokens[:5], tokens[5:9])], chunk_rows=16)[0]
+    assert got.logp == pytest.approx(plain(network, tokens[:-1], tokens[-1:])[0].item(), rel=0, abs=1e-5)
+
+
+def test_the_stack_holds_the_open_ancestors_and_the_chunk(llama, plain_llama):
+    forest = trie.build_from_lists(requests_for(plain_llama))
+    plan = trie.plan(forest, 16)
+    stack = KVStack(plan.capacity)
+    with torch.no_grad():
+        for before, chunk in pairwise((None, *plan.chunks)):
+            llama.forward_chunk(chunk, stack)
+            assert stack.rows == chunk.stack_rows + len(chunk.token) <= plan.capacity
+            assert before is None or chunk.first_row == before.last_row

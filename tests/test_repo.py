@@ -1,0 +1,223 @@
+"""The repository's laws: layers, what an import loads, the line budget, forbidden names, docstrings, the README."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import icl_ft_fast
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "icl_ft_fast"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+# Imports go to a lower layer. A name stands for the module or for everything in the folder; "" is the facade.
+LAYERS = {
+    "reference": 0,
+    "kernels": 0,
+    "_C": 0,
+    "ops": 0.5,
+    "trie": 1,
+    "cache": 1,
+    "model": 1,
+    "encoding": 1,
+    "tasks": 1,
+    "cost": 2,
+    "score": 2,
+    "generate": 2,
+    "augment": 3,
+    "finetune": 3,
+    "evaluate": 3,
+    "compare": 4,
+    "shipped": 4,
+    "report": 4.5,
+    "cli": 5,
+    "integrations": 5,
+    "": 6,
+}
+# What may be imported within a layer: the path of a request inside the network, the ledger the request paths write to,
+# and the modules of one folder among themselves.
+SAME_LAYER = {("model", "trie"), ("model", "cache"), ("score", "cost"), ("generate", "cost")} | {
+    (folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations")
+}
+IMPORTS_NATIVE = {"ops", "trie", "cache"}
+BUDGET = 6000  # code lines of the package and of csrc
+
+
+def part(module):
+    """The entry of LAYERS a module belongs to."""
+    return module.partition(".")[0]
+
+
+def imported(name, tree, path):
+    """What a module imports: (ours, dotted, without the package's name; others, by their first name)."""
+    ours, others = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}:{node.lineno}: relative import"
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in found:
+            first, _, rest = target.partition(".")
+            if first != "icl_ft_fast":
+                others.add(first)
+                continue
+            while rest and rest != "_C" and rest not in MODULES:  # a name inside a module
+                rest = rest.rpartition(".")[0]
+            ours.add(rest)
+    return ours - {name}, others
+
+
+IMPORTS = {name: imported(name, tree, MODULES[name]) for name, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downward(name):
+    mine = part(name)
+    assert mine in LAYERS, f"{name}: give it a layer in this file's table"
+    for target in IMPORTS[name][0]:
+        theirs = part(target)
+        below = LAYERS[theirs] < LAYERS[mine] or (mine, theirs) in SAME_LAYER
+        assert below, f"{name} (layer {LAYERS[mine]}) imports {target or 'the facade'} (layer {LAYERS[theirs]})"
+        assert theirs != "_C" or mine in IMPORTS_NATIVE, f"{name} imports _C"
+        assert theirs not in ("reference", "kernels") or mine in ("ops", "kernels"), f"{name} imports {target}"
+    if mine in ("reference", "kernels"):
+        others = IMPORTS[name][1] - sys.stdlib_module_names
+        assert others <= {"torch"} | ({"triton"} if mine == "kernels" else set()), f"{name} knows {sorted(others)}"
+
+
+def test_no_circle_of_imports():
+    left = {name: ours & MODULES.keys() for name, (ours, _) in IMPORTS.items()}
+    while leaves := [name for name, ours in left.items() if not ours]:
+        left = {name: ours - set(leaves) for name, ours in left.items() if ours}
+    assert not left, f"imports go in a circle among {sorted(left)}"
+
+
+def test_the_table_names_only_what_there_is_or_is_planned():
+    planned = {"_C", "kernels", "integrations"}
+    assert LAYERS.keys() - {part(name) for name in MODULES} <= planned
+    assert {part(name) for name in MODULES} - LAYERS.keys() == set()
+
+
+def run_python(code):
+    """Standard output of a fresh interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, torch, icl_ft_fast; print(*sys.modules); print(torch.cuda.is_initialized())"
+    modules, cuda = run_python(code).splitlines()
+    assert "icl_ft_fast.score" in modules.split()
+    assert {"triton", "transformers", "tokenizers"}.isdisjoint(modules.split())
+    assert cuda == "False"
+
+
+def python_lines(path):
+    """Lines of code: not blank, not comment, not docstring."""
+    text = path.read_text(encoding="utf-8")
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and n not in docstrings for n, line in lines)
+
+
+def native_lines(path):
+    """Lines of C++ or CUDA: not blank, not comment."""
+    text = re.sub(r"/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return sum(bool(line.partition("//")[0].strip()) for line in text.splitlines())
+
+
+def test_line_counters(tmp_path):
+    python, native = tmp_path / "a.py", tmp_path / "a.cu"
+    python.write_text(
+        '"""Doc.\n\nMore.\n"""\n\n# note\nx = """a\nb"""  # two\n\n\ndef f():\n    """Doc."""\n    return x\n'
+    )
+    native.write_text('/* a\n b */ int x;\n// c\n\nint y; // d\n  /* e */\n#include "z"\n')
+    assert python_lines(python) == 4
+    assert native_lines(native) == 3
+
+
+def test_line_budget():
+    counts = {path: python_lines(path) for path in MODULES.values()}
+    counts |= {path: native_lines(path) for path in sorted((ROOT / "csrc").iterdir())}
+    assert len(counts) > 20
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:8]
+    report = ", ".join(f"{path.relative_to(ROOT)} {count}" for path, count in largest)
+    assert sum(counts.values()) <= BUDGET, f"{sum(counts.values())} lines of code, budget {BUDGET}: {report}, ..."
+
+
+def test_no_drawer_for_everything():
+    generated = {"build", "out", "node_modules"}
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name[0] != "." and name not in generated]
+        for name in files:
+            assert not re.fullmatch(r"(utils?|common|helpers?|misc)\.(py|h|cpp|cu)", name), f"{folder}/{name}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_read_can_run_code(name):
+    assert IMPORTS[name][1].isdisjoint({"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            called = f"{node.value.id}.{node.attr}"
+            assert called not in ("torch.load", "torch.save"), f"{MODULES[name].name}:{node.lineno}: {called}"
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert {alias.name for alias in node.names}.isdisjoint({"load", "save"}), f"{MODULES[name].name}"
+
+
+@pytest.mark.parametrize("name", icl_ft_fast.__all__)
+def test_the_public_api_is_documented(name):
+    public = getattr(icl_ft_fast, name)
+    assert public.__module__.startswith("icl_ft_fast.")
+    documented = {name: public}
+    if inspect.isclass(public):
+        documented |= {
+            f"{name}.{attribute}": value
+            for attribute, value in vars(public).items()
+            if attribute[0] != "_" and (callable(value) or isinstance(value, property | staticmethod))
+        }
+    for what, value in documented.items():
+        doc = value.__doc__ or ""
+        # dataclass and NamedTuple write a docstring that only repeats the signature
+        assert doc.strip(), f"{what} has no docstring"
+        assert not doc.startswith(f"{public.__name__}("), f"{what} has no docstring of its own"
+
+
+def readme_blocks():
+    """(line, code) of the README's python blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [
+        pytest.param(match[1], id=f"line{text[: match.start()].count(chr(10)) + 1}")
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def test_the_readme_shows_the_api():
+    assert readme_blocks()
+
+
+@pytest.mark.parametrize("code", readme_blocks())
+def test_readme_block_runs(code, tmp_path, monkeypatch, llama_directory):
+    if not (PACKAGE / "shipped" / "model").is_dir():  # an edition without weights: any model shows that the code runs
+        load = icl_ft_fast.load
+        monkeypatch.setattr(icl_ft_fast, "load", lambda name: load(llama_directory if name == "shipped" else name))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
