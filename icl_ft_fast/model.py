@@ -227,8 +227,8 @@ def load(
         name = Path(__file__).parent / "shipped" / "model"
         if not name.is_dir():
             raise ModelError(
-                f"{SHIPPED}: this edition comes without the shipped model's weights; `python -m icl_ft_fast.shipped.train "
-                "--out DIR` trains them in about half an hour on two cores, then give DIR as the model"
+                f"{SHIPPED}: this edition comes without the shipped model's weights; train your own with "
+                "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
             )
     _check_directory(Path(name))
     _register_attention()
