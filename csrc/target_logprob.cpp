@@ -13,6 +13,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "icl.h"
@@ -32,8 +33,10 @@ constexpr int64_t kSlices = 64;           // parts of the vocabulary that thread
 constexpr int64_t kBlockColumns = 96;     // logits of a row in a tile
 constexpr int64_t kBlockRows = 512;       // rows that share a pass over the weights ...
 constexpr int64_t kBlockBytes = 4 << 20;  // ... fewer where they are so wide that they would take more than this
-constexpr int64_t kDepthBytes = 512;      // of a row and a column, multiplied at a time: these stay in the L1 cache
 constexpr int64_t kDotRows = 4;           // up to so many rows are not worth packing into lanes
+constexpr int64_t kDepth = 2048;          // of a row and a column, multiplied at a time ...
+constexpr int64_t kPackedDepth = 256;     // ... where the weights are packed first
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -61,7 +64,7 @@ inline To convert(From x) {
 #define ICL_ISA Portable
 #define ICL_TARGET
 #define ICL_LANES 4
-#define ICL_COLUMNS 4
+#define ICL_SUMS 8
 #define ICL_VECTORS 2
 #define ICL_PAIRS 0
 #include "target_logprob_isa.h"
@@ -70,7 +73,7 @@ inline To convert(From x) {
 #define ICL_ISA Avx2
 #define ICL_TARGET __attribute__((target("avx2,fma")))
 #define ICL_LANES 8
-#define ICL_COLUMNS 6
+#define ICL_SUMS 12
 #define ICL_VECTORS 2
 #define ICL_PAIRS 0
 #include "target_logprob_isa.h"
@@ -78,7 +81,7 @@ inline To convert(From x) {
 #define ICL_ISA Avx512
 #define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define ICL_LANES 16
-#define ICL_COLUMNS 6
+#define ICL_SUMS 24
 #define ICL_VECTORS 4
 #define ICL_PAIRS 0
 #include "target_logprob_isa.h"
@@ -86,13 +89,13 @@ inline To convert(From x) {
 #define ICL_ISA Avx512Bf16
 #define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define ICL_LANES 16
-#define ICL_COLUMNS 6
+#define ICL_SUMS 24
 #define ICL_VECTORS 4
 #define ICL_PAIRS 1
 #include "target_logprob_isa.h"
 #endif
 
-// Deals out the workspace; counts only, if it has none.
+// Deals out the workspace; only counts, if it has none.
 struct Arena {
     char* memory;
     int64_t used = 0;
@@ -105,34 +108,24 @@ struct Arena {
     }
 };
 
-// How a call is cut up, and its workspace. Nothing here depends on the number of threads but the last three arrays, so
-// neither does any result.
-template <class K>
-struct Work {
-    using Element = typename K::Element;
-    static constexpr int64_t kPanelRows = K::kLanes * K::kVectors;
-
-    bool dot, direct;  // rows are multiplied one by one; weights are read where they are
-    int64_t rows, depth, depth_step, slice_columns, num_slices, num_panels, tile_size, weight_size;
-    Element* hidden;                      // panels [units of depth][rows of the panel][kUnit], or [rows][depth] to dot
-    float *top, *total;                   // [slices][rows]
-    int32_t *best, *argmax;               // [slices][rows], [rows]
-    int32_t *first_target, *next_target;  // [slices][panels], [M]: chains of targets
-    float *tile, *bias;                   // a thread: [panels][columns][rows of the panel], [columns]
-    Element* weight;                      // a thread: [columns][depth_step]
-
-    Work(const TargetLogprob& a, bool direct, Arena& arena) : dot(a.num_rows <= kDotRows), direct(direct) {
-        depth = round_up(a.width, K::kUnit);
+// One call. How it is cut up depends on the shapes alone, never on the threads, and so do the bits of its results.
+template <class K, class Source>
+class Head {
+public:
+    Head(const TargetLogprob& args, Arena& arena)
+        : a(args), dot(a.num_rows <= kDotRows), depth(round_up(a.width, K::kUnit)) {
+        direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
+        depth_step = std::max<int64_t>(K::kUnit, direct ? std::min(depth, kDepth) : std::min(depth, kPackedDepth));
         const int64_t row_bytes = std::max<int64_t>(1, depth) * sizeof(Element);
-        const int64_t most = std::clamp(kBlockBytes / row_bytes / kPanelRows, int64_t{1}, kBlockRows / kPanelRows);
-        const int64_t num_blocks = divide_up(std::max<int64_t>(1, a.num_rows), most * kPanelRows);
-        rows = round_up(divide_up(std::max<int64_t>(1, a.num_rows), num_blocks), K::kLanes);
-        depth_step = dot && direct ? depth : kDepthBytes / sizeof(Element);
-        slice_columns = round_up(divide_up(a.vocabulary, kSlices), K::kColumns);
-        num_slices = divide_up(a.vocabulary, slice_columns);
+        const int64_t panels = std::clamp(kBlockBytes / row_bytes / kPanelRows, int64_t{1}, kBlockRows / kPanelRows);
+        const int64_t blocks = divide_up(std::max<int64_t>(1, a.num_rows), panels * kPanelRows);
+        rows = round_up(divide_up(std::max<int64_t>(1, a.num_rows), blocks), K::kLanes);
         num_panels = divide_up(rows, kPanelRows);
-        tile_size = kBlockColumns * rows;
+        slice_columns = round_up(divide_up(a.vocabulary, kSlices), K::kSums);
+        num_slices = divide_up(a.vocabulary, slice_columns);
+        tile_size = kBlockColumns * (depth > depth_step ? rows : std::min(rows, kPanelRows));
         weight_size = direct ? 0 : kBlockColumns * depth_step;
+
         hidden = arena.take<Element>((dot ? kDotRows : rows) * depth);
         top = arena.take<float>(num_slices * rows);
         total = arena.take<float>(num_slices * rows);
@@ -140,217 +133,190 @@ struct Work {
         argmax = arena.take<int32_t>(rows);
         first_target = arena.take<int32_t>(num_slices * num_panels);
         next_target = arena.take<int32_t>(a.num_targets);
-        tile = arena.take<float>(a.num_threads * tile_size);
-        bias = arena.take<float>(a.num_threads * kBlockColumns);
-        weight = arena.take<Element>(a.num_threads * weight_size);
+        tiles = arena.take<float>(a.num_threads * tile_size);
+        biases = arena.take<float>(a.num_threads * kBlockColumns);
+        weights = arena.take<Element>(a.num_threads * weight_size);
     }
 
-    int vectors(int64_t panel) const {
-        return static_cast<int>(std::min<int64_t>(K::kVectors, (rows - panel * kPanelRows) / K::kLanes));
-    }
-};
-
-template <class K, int C>
-auto* products_of(int vectors) {
-    switch (vectors) {
-        case 1:
-            return &K::template products<C, 1>;
-        case 2:
-            return &K::template products<C, std::min(2, K::kVectors)>;
-        case 3:
-            return &K::template products<C, std::min(3, K::kVectors)>;
-        default:
-            return &K::template products<C, std::min(4, K::kVectors)>;
-    }
-}
-
-template <class K, class Source>
-struct Head {
-    using Element = typename K::Element;
-
-    const TargetLogprob& a;
-    const Work<K>& w;
-
-    const Source* hidden() const { return static_cast<const Source*>(a.hidden); }
-    const Source* weight() const { return static_cast<const Source*>(a.weight); }
-
-    Element hidden_at(int64_t row, int64_t k) const {
-        if (row >= a.num_rows || k >= a.width) return 0;
-        return convert<Element>(hidden()[row * a.hidden_stride[0] + k * a.hidden_stride[1]]);
-    }
-
-    void pack_hidden(int64_t first_row, int64_t panel) const {
-        const int64_t num_rows = w.vectors(panel) * K::kLanes, row = first_row + panel * w.kPanelRows;
-        Element* to = w.hidden + panel * w.kPanelRows * w.depth;
-        for (int64_t k = 0; k < w.depth; k += K::kUnit) {
-            for (int64_t r = 0; r < num_rows; ++r) {
-                for (int64_t i = 0; i < K::kUnit; ++i) *to++ = hidden_at(row + r, k + i);
-            }
-        }
-    }
-
-    void pack_weight(int64_t column, int64_t columns, int64_t k, int64_t depth, Element* to) const {
-        for (int64_t c = column; c < column + columns; ++c) {
-            const Source* from = weight() + c * a.weight_stride[0] + k * a.weight_stride[1];
-            const int64_t size = std::min(depth, a.width - k);
-            for (int64_t i = 0; i < size; ++i) to[i] = convert<Element>(from[i * a.weight_stride[1]]);
-            std::fill(to + size, to + depth, Element{0});
-            to += depth;
-        }
-    }
-
-    // Chains the block's targets by slice and panel, through next_target.
-    void chain_targets(int64_t first_row) const {
-        std::fill_n(w.first_target, w.num_slices * w.num_panels, -1);
-        for (int64_t m = a.num_targets; m-- > 0;) {
-            const int64_t row = a.row[m] - first_row;
-            if (!in_block(m, first_row)) continue;
-            int32_t& first = w.first_target[a.target[m] / w.slice_columns * w.num_panels + row / w.kPanelRows];
-            w.next_target[m] = first;
-            first = static_cast<int32_t>(m);
-        }
-    }
-
-    bool in_block(int64_t m, int64_t first_row) const {
-        const int64_t row = a.row[m], target = a.target[m];
-        return row >= first_row && row < std::min(first_row + w.rows, a.num_rows) && target >= 0 &&
-               target < a.vocabulary;
-    }
-
-    // Every row of the block against the columns of one slice.
-    void slice(int64_t first_row, int64_t index) const {
-        const int thread = omp_get_thread_num();
-        float* tile = w.tile + thread * w.tile_size;
-        float *top = w.top + index * w.rows, *total = w.total + index * w.rows;
-        int32_t* best = w.best + index * w.rows;
-        std::fill_n(top, w.rows, kLowest);
-        std::fill_n(total, w.rows, 0.0f);
-        std::fill_n(best, w.rows, 0);
-        if (w.dot) std::fill_n(tile, w.tile_size, 0.0f);
-        const int64_t last = std::min((index + 1) * w.slice_columns, a.vocabulary);
-        for (int64_t column = index * w.slice_columns; column < last; column += kBlockColumns) {
-            const int64_t columns = std::min(kBlockColumns, last - column);
-            multiply(column, columns, tile, w.weight + thread * w.weight_size);
-            float* bias = nullptr;
-            if (a.bias != nullptr) {
-                bias = w.bias + thread * kBlockColumns;
-                for (int64_t c = 0; c < columns; ++c) {
-                    bias[c] = to_float(static_cast<const Source*>(a.bias)[(column + c) * a.bias_stride]);
-                }
-            }
-            for (int64_t panel = 0; panel < w.num_panels; ++panel) {
-                const int64_t row = panel * w.kPanelRows;
-                float* logits = tile + row * kBlockColumns;
-                K::fold(logits, columns, w.vectors(panel), bias, a.scale, a.softcap, static_cast<int32_t>(column),
-                        top + row, total + row, best + row);
-                int32_t* link = w.first_target + index * w.num_panels + panel;
-                while (*link >= 0) {
-                    const int32_t m = *link;
-                    const int64_t c = a.target[m] - column;
-                    if (c < columns) {
-                        a.logp[m] = logits[c * w.vectors(panel) * K::kLanes + a.row[m] - first_row - row];
-                        *link = w.next_target[m];
-                    } else {
-                        link = w.next_target + m;
-                    }
-                }
-            }
-        }
-    }
-
-    void multiply(int64_t column, int64_t columns, float* tile, Element* packed) const {
-        // No depth at all still makes logits: zeros.
-        for (int64_t k = 0; k == 0 || k < w.depth; k += w.depth_step) {
-            const int64_t depth = std::min(w.depth_step, w.depth - k);
-            const Element* weights = packed;
-            int64_t stride = depth;
-            if (w.direct) {
-                weights = static_cast<const Element*>(a.weight) + column * a.weight_stride[0] + k;
-                stride = a.weight_stride[0];
-            } else {
-                pack_weight(column, columns, k, depth, packed);
-            }
-            if (w.dot) {
-                for (int64_t c = 0; c < columns; ++c) {
-                    for (int64_t r = 0; r < a.num_rows; ++r) {
-                        const float product = K::product(weights + c * stride, w.hidden + r * w.depth + k, depth);
-                        float& logit = tile[c * w.rows + r];
-                        logit = k == 0 ? product : logit + product;
-                    }
-                }
-                continue;
-            }
-            for (int64_t panel = 0; panel < w.num_panels; ++panel) {
-                const int vectors = w.vectors(panel);
-                const int64_t row = panel * w.kPanelRows, num_rows = vectors * K::kLanes;
-                const Element* rows = w.hidden + row * w.depth + k * num_rows;
-                const auto several = products_of<K, K::kColumns>(vectors), one = products_of<K, 1>(vectors);
-                for (int64_t c = 0; c < columns;) {
-                    const bool whole = columns - c >= K::kColumns;
-                    (whole ? several : one)(weights + c * stride, stride, rows, depth / K::kUnit, k == 0,
-                                            tile + row * kBlockColumns + c * num_rows);
-                    c += whole ? K::kColumns : 1;
-                }
-            }
-        }
-    }
-
-    void run() const {
-        for (int64_t m = 0; m < a.num_targets; ++m) {
-            a.logp[m] = std::numeric_limits<float>::quiet_NaN();
-            a.is_argmax[m] = false;
-        }
-        for (int64_t first_row = 0; first_row < a.num_rows; first_row += w.rows) {
-            chain_targets(first_row);
-            const int64_t rows = std::min(w.rows, a.num_rows - first_row);
+    void run() {
+        std::fill_n(a.logp, a.num_targets, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(a.is_argmax, a.num_targets, false);
+        for (first_row = 0; first_row < a.num_rows; first_row += rows) {
+            const int64_t num_rows = std::min(rows, a.num_rows - first_row);
+            chain_targets();
 #pragma omp parallel num_threads(a.num_threads)
             {
 #pragma omp for
-                for (int64_t panel = 0; panel < (w.dot ? 0 : w.num_panels); ++panel) pack_hidden(first_row, panel);
-                if (w.dot) {
-#pragma omp for
-                    for (int64_t r = 0; r < rows; ++r) {
-                        for (int64_t k = 0; k < w.depth; ++k) w.hidden[r * w.depth + k] = hidden_at(r, k);
-                    }
-                }
+                for (int64_t r = 0; r < (dot ? num_rows : rows); ++r) pack_row(r);
 #pragma omp for schedule(dynamic)
-                for (int64_t index = 0; index < w.num_slices; ++index) slice(first_row, index);
+                for (int64_t index = 0; index < num_slices; ++index) slice(index);
 #pragma omp for
-                for (int64_t r = 0; r < w.rows; r += K::kLanes) {
-                    K::merge(w.top + r, w.total + r, w.best + r, w.num_slices, w.rows, w.argmax + r);
+                for (int64_t r = 0; r < rows; r += K::kLanes) {
+                    K::merge(top + r, total + r, best + r, num_slices, rows, argmax + r);
                 }
             }
-            for (int64_t r = 0; r < rows; ++r) {
-                // No logit above the lowest float means that there is none above -inf.
-                const float log = std::log(w.total[r]);
-                a.lse[first_row + r] =
-                    w.top[r] == kLowest ? log - std::numeric_limits<float>::infinity() : w.top[r] + log;
+            for (int64_t r = 0; r < num_rows; ++r) {
+                // That no logit exceeds the lowest float means that all are -inf.
+                a.lse[first_row + r] = std::log(total[r]) + (top[r] == kLowest ? -kInfinity : top[r]);
             }
             for (int64_t m = 0; m < a.num_targets; ++m) {
-                if (!in_block(m, first_row)) continue;
-                a.is_argmax[m] = w.argmax[a.row[m] - first_row] == a.target[m] && !std::isnan(a.logp[m]);
+                if (!in_block(m)) continue;
+                a.is_argmax[m] = argmax[a.row[m] - first_row] == a.target[m] && !std::isnan(a.logp[m]);
                 a.logp[m] -= a.lse[a.row[m]];
             }
         }
     }
+
+private:
+    using Element = typename K::Element;
+    static constexpr int64_t kPanelRows = K::kLanes * K::kVectors;
+
+    const TargetLogprob& a;
+    bool dot, direct;  // rows are multiplied one at a time; weights are read where they are
+    int64_t rows, first_row = 0, depth, depth_step, slice_columns, num_slices, num_panels, tile_size, weight_size;
+    Element* hidden;                      // [panels][units][rows of the panel][kUnit], or [rows][depth] to dot
+    float *top, *total;                   // [slices][rows]
+    int32_t *best, *argmax;               // [slices][rows], [rows]
+    int32_t *first_target, *next_target;  // [slices][panels], [M]: which targets to look up where, chained
+    float *tiles, *biases;  // a thread's: [panels][columns][rows of the panel] or, where one will do, one; [columns]
+    Element* weights;       // a thread's: [columns][depth_step]
+
+    int vectors(int64_t panel) const {
+        return static_cast<int>(std::min<int64_t>(K::kVectors, (rows - panel * kPanelRows) / K::kLanes));
+    }
+
+    bool in_block(int64_t m) const {
+        const int64_t row = a.row[m], target = a.target[m];
+        return row >= first_row && row < std::min(first_row + rows, a.num_rows) && target >= 0 && target < a.vocabulary;
+    }
+
+    void chain_targets() {
+        std::fill_n(first_target, num_slices * num_panels, -1);
+        for (int64_t m = 0; m < a.num_targets; ++m) {
+            if (!in_block(m)) continue;
+            const int64_t panel = (a.row[m] - first_row) / kPanelRows;
+            int32_t& first = first_target[a.target[m] / slice_columns * num_panels + panel];
+            next_target[m] = first;
+            first = static_cast<int32_t>(m);
+        }
+    }
+
+    void pack_row(int64_t r) {
+        const int64_t panel = r / kPanelRows, stride = (dot ? 1 : vectors(panel) * K::kLanes) * K::kUnit;
+        const int64_t size = first_row + r < a.num_rows ? a.width : 0;
+        const Source* from = static_cast<const Source*>(a.hidden) + (first_row + r) * a.hidden_stride[0];
+        Element* to = hidden + (dot ? r * depth : panel * kPanelRows * depth + r % kPanelRows * K::kUnit);
+        for (int64_t k = 0; k < depth; ++k) {
+            to[k / K::kUnit * stride + k % K::kUnit] = k < size ? convert<Element>(from[k * a.hidden_stride[1]]) : 0;
+        }
+    }
+
+    void pack_weight(int64_t column, int64_t columns, int64_t k, int64_t size, Element* to) const {
+        const int64_t filled = std::min(size, a.width - k);
+        for (int64_t c = column; c < column + columns; ++c, to += size) {
+            const Source* from = static_cast<const Source*>(a.weight) + c * a.weight_stride[0] + k * a.weight_stride[1];
+            for (int64_t i = 0; i < filled; ++i) to[i] = convert<Element>(from[i * a.weight_stride[1]]);
+            std::fill(to + filled, to + size, Element{0});
+        }
+    }
+
+    // All rows of the block against one slice of the vocabulary.
+    void slice(int64_t index) {
+        const int64_t thread = omp_get_thread_num();
+        float *tile = tiles + thread * tile_size, *bias = a.bias == nullptr ? nullptr : biases + thread * kBlockColumns;
+        std::fill_n(top + index * rows, rows, kLowest);
+        std::fill_n(total + index * rows, rows, 0.0f);
+        std::fill_n(best + index * rows, rows, 0);
+        if (dot) std::fill_n(tile, tile_size, 0.0f);
+        const int64_t last = std::min((index + 1) * slice_columns, a.vocabulary);
+        for (int64_t column = index * slice_columns; column < last; column += kBlockColumns) {
+            const int64_t columns = std::min(kBlockColumns, last - column);
+            for (int64_t c = 0; bias != nullptr && c < columns; ++c) {
+                bias[c] = to_float(static_cast<const Source*>(a.bias)[(column + c) * a.bias_stride]);
+            }
+            int64_t k = 0;
+            do {
+                const int64_t size = std::min(depth_step, depth - k);
+                const Element* weight = weights + thread * weight_size;
+                if (direct) {
+                    weight = static_cast<const Element*>(a.weight) + column * a.weight_stride[0] + k;
+                } else {
+                    pack_weight(column, columns, k, size, weights + thread * weight_size);
+                }
+                const int64_t stride = direct ? a.weight_stride[0] : size;
+                for (int64_t panel = 0; panel < num_panels; ++panel) {
+                    float* logits = depth > depth_step ? tile + panel * kPanelRows * kBlockColumns : tile;
+                    multiply(weight, stride, columns, panel, k, size, logits);
+                    if (k + size < depth) continue;
+                    const int64_t at = index * rows + panel * kPanelRows;
+                    K::fold(logits, columns, vectors(panel), bias, a.scale, a.softcap, static_cast<int32_t>(column),
+                            top + at, total + at, best + at);
+                    pick(logits, column, columns, panel, first_target + index * num_panels + panel);
+                }
+                k += size;
+            } while (k < depth);
+        }
+    }
+
+    // Elements k to k + size of the products of a panel's rows with a block of columns, added to those before.
+    void multiply(const Element* weight, int64_t stride, int64_t columns, int64_t panel, int64_t k, int64_t size,
+                  float* tile) const {
+        const int64_t lanes = vectors(panel) * K::kLanes;
+        if (dot) {
+            for (int64_t c = 0; c < columns; ++c) {
+                for (int64_t r = 0; r < a.num_rows; ++r) {
+                    const float product = K::product(weight + c * stride, hidden + r * depth + k, size);
+                    tile[c * lanes + r] = (k == 0 ? 0 : tile[c * lanes + r]) + product;
+                }
+            }
+            return;
+        }
+        const Element* panel_rows = hidden + panel * kPanelRows * depth + k * lanes;
+        const auto [products, at_a_time, product] = products_of(vectors(panel));
+        for (int64_t c = 0; c < columns;) {
+            const bool whole = columns - c >= at_a_time;
+            (whole ? products : product)(weight + c * stride, stride, panel_rows, size / K::kUnit, k == 0,
+                                         tile + c * lanes);
+            c += whole ? at_a_time : 1;
+        }
+    }
+
+    // The product of as many columns as fill the registers with so many vectors of rows, how many those are, and the
+    // product of one column.
+    template <int N = 1>
+    static auto products_of(int vectors) {
+        if constexpr (N < K::kVectors) {
+            if (vectors > N) return products_of<N + 1>(vectors);
+        }
+        return std::tuple(&K::template products<K::kSums / N, N>, K::kSums / N, &K::template products<1, N>);
+    }
+
+    void pick(const float* tile, int64_t column, int64_t columns, int64_t panel, int32_t* link) {
+        const int64_t lanes = vectors(panel) * K::kLanes, row = first_row + panel * kPanelRows;
+        while (*link >= 0) {
+            const int32_t m = *link;
+            const int64_t c = a.target[m] - column;
+            if (c < columns) {
+                a.logp[m] = tile[c * lanes + a.row[m] - row];
+                *link = next_target[m];  // what is left is in later blocks
+            } else {
+                link = next_target + m;
+            }
+        }
+    }
 };
 
 template <class K, class Source>
 int64_t run(const TargetLogprob& a, char* workspace) {
-    using Element = typename K::Element;
-    const bool direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && a.width % K::kUnit == 0;
     Arena arena{workspace};
-    const Work<K> work(a, direct, arena);
-    if (workspace != nullptr) Head<K, Source>{a, work}.run();
+    Head<K, Source> head(a, arena);
+    if (workspace != nullptr) head.run();
     return arena.used;
 }
 
 template <class K>
-int64_t run(const TargetLogprob& a, char* workspace) {
-    if constexpr (std::is_same_v<typename K::Element, float>) {
-        if (!a.bfloat16) return run<K, float>(a, workspace);
-    }
-    return run<K, uint16_t>(a, workspace);
+int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
+    return a.bfloat16 ? run<K, uint16_t>(a, workspace) : run<K, float>(a, workspace);
 }
 
 // The size of the workspace, and the result if there is one.
@@ -365,15 +331,15 @@ int64_t dispatch(const TargetLogprob& args, char* workspace) {
     switch (a.isa == kBestIsa ? best : a.isa) {
 #if defined(__x86_64__)
         case kAvx512Bf16:
-            if (a.bfloat16) return run<Avx512Bf16>(a, workspace);
+            if (a.bfloat16) return run<Avx512Bf16, uint16_t>(a, workspace);
             [[fallthrough]];
         case kAvx512:
-            return run<Avx512>(a, workspace);
+            return run_in_floats<Avx512>(a, workspace);
         case kAvx2:
-            return run<Avx2>(a, workspace);
+            return run_in_floats<Avx2>(a, workspace);
 #endif
         default:
-            return run<Portable>(a, workspace);
+            return run_in_floats<Portable>(a, workspace);
     }
 }
 

@@ -1,11 +1,11 @@
 // What target_logprob does with vectors, written once: target_logprob.cpp includes this file for each instruction set,
 // after defining ICL_ISA (the struct's name), ICL_TARGET (its function attribute), ICL_LANES (floats in a vector),
-// ICL_COLUMNS x ICL_VECTORS (the block of sums that fits the registers) and ICL_PAIRS (whether products take pairs of
-// bfloat16 at a time, or floats one by one). Rows of `hidden` lie in the lanes, tokens of the vocabulary in the
-// vectors, so that nothing of the softmax ever has to be summed across lanes.
+// ICL_SUMS (vectors of sums that fit the registers), ICL_VECTORS (most vectors of rows in a product) and ICL_PAIRS
+// (whether products take bfloat16 in pairs, or floats one by one). Rows of `hidden` lie in the lanes and tokens one
+// after the other, so that nothing of the softmax is ever summed across lanes.
 
 struct ICL_ISA {
-    static constexpr int kLanes = ICL_LANES, kColumns = ICL_COLUMNS, kVectors = ICL_VECTORS;
+    static constexpr int kLanes = ICL_LANES, kVectors = ICL_VECTORS, kSums = ICL_SUMS;
     static constexpr int kUnit = ICL_PAIRS ? 2 : 1;  // elements multiplied at a time
     using Element = std::conditional_t<ICL_PAIRS, uint16_t, float>;
     using Unit = std::conditional_t<ICL_PAIRS, int32_t, float>;
@@ -159,6 +159,6 @@ struct ICL_ISA {
 #undef ICL_ISA
 #undef ICL_TARGET
 #undef ICL_LANES
-#undef ICL_COLUMNS
+#undef ICL_SUMS
 #undef ICL_VECTORS
 #undef ICL_PAIRS
