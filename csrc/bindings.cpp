@@ -1,6 +1,7 @@
 // The Python face of icl.h: checks shapes, allocates outputs, releases the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "icl.h"
 
@@ -63,6 +64,57 @@ void trie_ancestors(const Array<int32_t>& parent, int64_t row, Array<int32_t> ou
     icl::trie_ancestors(parent.data(), parent.size(), row, out.mutable_data(), out.size());
 }
 
+// Tensors come as addresses; ops.py has checked them and allocated the results.
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void target_logprob(bool bfloat16, uintptr_t hidden, std::array<int64_t, 2> hidden_stride, uintptr_t weight,
+                    std::array<int64_t, 2> weight_stride, uintptr_t bias, int64_t bias_stride,
+                    std::array<int64_t, 4> sizes, uintptr_t row, uintptr_t target, float scale, float softcap, int isa,
+                    int num_threads, uintptr_t logp, uintptr_t is_argmax, uintptr_t lse) {
+    icl::TargetLogprob args{};
+    args.bfloat16 = bfloat16;
+    args.hidden = pointer<const void>(hidden);
+    args.weight = pointer<const void>(weight);
+    args.bias = pointer<const void>(bias);
+    for (int i : {0, 1}) {
+        args.hidden_stride[i] = hidden_stride[i];
+        args.weight_stride[i] = weight_stride[i];
+    }
+    args.bias_stride = bias_stride;
+    args.num_rows = sizes[0];
+    args.width = sizes[1];
+    args.vocabulary = sizes[2];
+    args.num_targets = sizes[3];
+    args.row = pointer<const int32_t>(row);
+    args.target = pointer<const int32_t>(target);
+    args.scale = scale;
+    args.softcap = softcap;
+    args.isa = isa;
+    args.num_threads = num_threads;
+    args.logp = pointer<float>(logp);
+    args.is_argmax = pointer<bool>(is_argmax);
+    args.lse = pointer<float>(lse);
+    py::gil_scoped_release release;
+    icl::target_logprob(args);
+}
+
+int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> sizes, bool contiguous, int isa,
+                                       int num_threads) {
+    icl::TargetLogprob args{};
+    args.bfloat16 = bfloat16;
+    args.weight_stride[1] = contiguous ? 1 : 2;
+    args.num_rows = sizes[0];
+    args.width = sizes[1];
+    args.vocabulary = sizes[2];
+    args.num_targets = sizes[3];
+    args.isa = isa;
+    args.num_threads = num_threads;
+    return icl::target_logprob_workspace_bytes(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,4 +122,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
           arg("context_lengths").noconvert());
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
+    m.def("best_isa", &icl::best_isa);
+    m.def("target_logprob", &target_logprob);
+    m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
+          arg("contiguous"), arg("isa"), arg("num_threads"));
 }

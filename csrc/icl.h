@@ -47,4 +47,32 @@ void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, 
 // The ancestors of a row, root first, into out[depth of row].
 void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_t* out, int64_t num_out);
 
+// Instruction sets, each including those before it. What takes one takes kBestIsa for the best this processor has.
+enum Isa { kBestIsa, kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+int best_isa();
+
+// What icl_ft_fast/ops.py says target_logprob is, for float32 or bfloat16 (R hidden rows, V tokens, width E, M
+// targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
+// threads.
+struct TargetLogprob {
+    bool bfloat16;
+    const void* hidden;  // [R, E]
+    int64_t hidden_stride[2];
+    const void* weight;  // [V, E]
+    int64_t weight_stride[2];
+    const void* bias;  // [V], or null
+    int64_t bias_stride;
+    int64_t num_rows, vocabulary, width, num_targets;
+    const int32_t *row, *target;  // [M]
+    float scale, softcap;         // softcap 0: none
+    int isa, num_threads;
+    float* logp;      // [M]
+    bool* is_argmax;  // [M]
+    float* lse;       // [R]
+};
+
+// What target_logprob allocates: up to a bound that R and V do not move, and 4 bytes a target. Reads no array.
+int64_t target_logprob_workspace_bytes(const TargetLogprob& args);
+void target_logprob(const TargetLogprob& args);
+
 }  // namespace icl

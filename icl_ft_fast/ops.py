@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from icl_ft_fast import reference
+from icl_ft_fast import _C, reference
 from icl_ft_fast.reference import accumulator
 
 _DEVICES = {"cpu": reference}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
+_ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
 
 def _check(op: str, **arguments: tuple[Tensor, str, tuple[torch.dtype, ...]]) -> dict[str, int]:
@@ -280,12 +281,40 @@ def _fake_target_logprob_backward(
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
 
 
-def _register(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Defines an op and hands it to each device's module, whose function of that name takes the schema's arguments."""
+def _cpu_target_logprob(
+    hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C++ for float32 and bfloat16; for float64, which exists to be exact, and float16 the definition serves."""
+    if hidden.dtype not in (torch.float32, torch.bfloat16):
+        return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
+    results = _fake_target_logprob(hidden, weight, row)
+    row, target = row.contiguous(), target.contiguous()
+    _C.target_logprob(
+        hidden.dtype == torch.bfloat16,
+        hidden.data_ptr(),
+        hidden.stride(),
+        weight.data_ptr(),
+        weight.stride(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.stride(0),
+        (*hidden.shape, len(weight), len(row)),
+        row.data_ptr(),
+        target.data_ptr(),
+        scale,
+        softcap,
+        _ISA,
+        torch.get_num_threads(),
+        *(x.data_ptr() for x in results),
+    )
+    return results
+
+
+def _register(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **native: Callable[..., Any]) -> None:
+    """Defines an op and hands it to each device's function: `native`'s, or else that of its name in its module."""
     torch.library.define(f"icl_ft_fast::{name}", schema)
     torch.library.register_fake(f"icl_ft_fast::{name}", fake)
     for device, module in _DEVICES.items():
-        torch.library.impl(f"icl_ft_fast::{name}", device, getattr(module, name))
+        torch.library.impl(f"icl_ft_fast::{name}", device, native.get(device) or getattr(module, name))
 
 
 _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
@@ -306,6 +335,7 @@ _register(
     "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap)"
     " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
+    cpu=_cpu_target_logprob,
 )
 _register(
     "target_logprob_backward",

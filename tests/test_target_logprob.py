@@ -1,5 +1,6 @@
 """target_logprob against log_softmax of all the logits, in float64 and in the inputs' dtype."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from icl_ft_fast import reference
+from icl_ft_fast import _C, ops, reference
 from icl_ft_fast.ops import target_logprob
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"bias": True, "softcap": 3.0, "scale": 0.25}
+ISAS = {"portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}  # csrc/icl.h
 
 
 @pytest.fixture(params=["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=[name for name, isa in ISAS.items() if isa <= _C.best_isa()])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(ops, "_ISA", ISAS[request.param])
+    return request.param
+
+
+def strided(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[-1], 2 * len(x)).T[::2].copy_(x).detach() if x.dim() == 2 else x.repeat(2)[: len(x)]
+
+
+def unaligned(x: Tensor) -> Tensor:
+    return x.new_zeros(x.numel() + 1)[1:].view_as(x).copy_(x)
 
 
 def shaped(logits: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0) -> Tensor:
@@ -42,6 +58,7 @@ def check(
     index_dtype: torch.dtype = torch.int32,
     layout: Callable[[Tensor], Tensor] = Tensor.clone,
     bias: bool = False,
+    gradients: bool = True,
     **options: float,
 ) -> None:
     """logp, lse and every gradient, of both outputs at once, within the error budget, and the arg-max flags."""
@@ -63,7 +80,8 @@ def check(
         leaves = [layout(x.to(device, dtype)).requires_grad_() for x in inputs]
         logp, is_argmax, lse = head(*leaves)
         cotangents = [grad_logp.to(device, logp.dtype), grad_lse.to(device, lse.dtype)]
-        return [x.detach().cpu() for x in (logp, lse, *torch.autograd.grad([logp, lse], leaves, cotangents))], is_argmax
+        grads = torch.autograd.grad([logp, lse], leaves, cotangents) if gradients else ()
+        return [x.detach().cpu() for x in (logp, lse, *grads)], is_argmax
 
     def op(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         index = (x.to(device, index_dtype) for x in (row, target))
@@ -80,7 +98,7 @@ def check(
 
     results, is_argmax = run(op, dtype, device)
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-    assert [x.dtype for x in results] == [accumulated, accumulated, *[dtype] * len(inputs)]
+    assert [x.dtype for x in results] == [accumulated, accumulated, *[dtype] * (len(results) - 2)]
     names = ["logp", "lse", "grad_hidden", "grad_weight", "grad_bias"]
     same, exact = run(plain, dtype, "cpu")[0], run(simple, torch.float64, "cpu")[0]
     for name, *tensors in zip(names, results, same, exact, strict=False):
@@ -126,7 +144,7 @@ def test_half_precision_is_worked_out_in_float32(dtype: torch.dtype, device: str
     assert_close(logp.cpu(), same.log_softmax(-1)[row, target], exact.log_softmax(-1)[row, target], "logp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "all"])
 def test_many_blocks_give_what_one_gives(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -141,10 +159,88 @@ def test_a_vocabulary_of_several_blocks(device: str) -> None:
 
 
 def test_any_strides(device: str) -> None:
-    def strided(x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape[1], 2 * len(x)).T[::2].copy_(x).detach()
-
     check(64, 65, 63, 40, torch.float32, device, layout=strided)
+
+
+# The backward is the reference's whatever the instruction set, so these tests leave it out.
+NATIVE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("R", "V", "E"), [(1, 1, 1), (1, 1000, 65), (4, 63, 63), (5, 65, 1), (16, 7, 130), (63, 1, 65), (130, 1000, 64)]
+)
+def test_every_instruction_set(R: int, V: int, E: int, dtype: torch.dtype, isa: str) -> None:
+    check(R, 2 * R + 1, V, E, dtype, gradients=False)
+
+
+@NATIVE
+@pytest.mark.parametrize("layout", [strided, unaligned])
+@pytest.mark.parametrize("R", [3, 70])
+def test_every_instruction_set_takes_any_layout_and_options(
+    R: int, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, isa: str
+) -> None:
+    check(R, 99, 300, 66, dtype, layout=layout, gradients=False, **EVERYTHING)
+
+
+def many_blocks(dtype: torch.dtype, R: int = 530) -> tuple[Tensor, ...]:
+    """More rows, columns and width than a block has, and several targets a row."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 330, generator=generator).to(dtype) for n in (R, 6600))
+    weight *= 330**-0.5
+    row, target = torch.arange(R).repeat(3), torch.randint(6600, (3 * R,), generator=generator)
+    return hidden, weight, row.int(), target.int()
+
+
+@NATIVE
+@pytest.mark.parametrize("R", [2, 530])
+def test_every_instruction_set_joins_blocks(R: int, dtype: torch.dtype, isa: str) -> None:
+    hidden, weight, row, target = many_blocks(dtype, R)
+    exact, same = hidden.double() @ weight.double().T, hidden.float() @ weight.float().T
+    target[:R] = exact.argmax(-1)
+    logp, is_argmax, lse = target_logprob(hidden, weight, row, target)
+    index = (row.long(), target.long())
+    assert_close(lse, same.logsumexp(-1), exact.logsumexp(-1), "lse")
+    assert_close(logp, same.log_softmax(-1)[index], exact.log_softmax(-1)[index], "logp")
+    certain = decided(exact, dtype)[index[0]]
+    assert torch.equal(is_argmax[certain], (exact.argmax(-1)[index[0]] == target)[certain])
+
+
+@NATIVE
+@pytest.mark.parametrize("R", [2, 530])
+def test_results_repeat_to_the_bit_whatever_the_threads(R: int, dtype: torch.dtype, isa: str) -> None:
+    inputs, threads, results = many_blocks(dtype, R), torch.get_num_threads(), []
+    for num_threads in (1, 2, 2):
+        torch.set_num_threads(num_threads)
+        results.append(target_logprob(*inputs))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_memory_is_bounded(bfloat16: bool, contiguous: bool, isa: str) -> None:
+    for R, E, V, num_threads in itertools.product((1, 5, 512, 10**6), (1, 512, 2048, 8192), (1, 32000, 10**6), (2, 99)):
+        sizes = (R, E, V, 0)
+        size = _C.target_logprob_workspace_bytes(bfloat16, sizes, contiguous, ISAS[isa], num_threads)
+        assert 0 < size <= 16e6
+
+
+def test_values_that_are_not_finite(isa: str) -> None:
+    hidden, weight = torch.ones(6, 4), torch.ones(9, 4)
+    hidden[1, 2] = torch.nan
+    row = target = torch.arange(6)
+    lse = target_logprob(hidden, weight, row, target)[2]
+    assert lse.isnan().tolist() == [False, True, False, False, False, False]
+    logp, _, lse = target_logprob(hidden, weight, row, target, bias=torch.full((9,), -torch.inf))
+    assert lse.isneginf().tolist() == [True, False, True, True, True, True]
+    assert logp.isnan().all()
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="isa: expected 0 to"):
+        _C.target_logprob_workspace_bytes(True, (1, 1, 1, 1), True, 5, 1)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -160,13 +256,24 @@ def test_any_targets(R: int, M: int, V: int, bias: bool, softcap: float | None, 
     check(R, M, V, 8, torch.float16, bias=bias, softcap=softcap, scale=scale)
 
 
-def test_of_equal_maxima_the_first_is_the_argmax(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.tensor([0.0, 1, 0, 1, 1, 0], device=device)[:, None]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_of_equal_maxima_the_first_is_the_argmax(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.tensor([0.0, 1, 0, 1, 1, 0], dtype=dtype, device=device)[:, None]
     row, target = torch.zeros(6, dtype=torch.int32, device=device), torch.arange(6, device=device)
     for columns in (6, 3, 2):
         monkeypatch.setattr(reference, "_LOGIT_COLUMNS", columns)
-        is_argmax = target_logprob(torch.ones(1, 1, device=device), weight, row, target)[1]
+        is_argmax = target_logprob(torch.ones(1, 1, dtype=dtype, device=device), weight, row, target)[1]
         assert is_argmax.tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("R", [1, 70])
+def test_of_maxima_in_many_blocks_the_first_is_the_argmax(R: int, isa: str) -> None:
+    weight, target = torch.zeros(9001, 1), torch.tensor([0, 700, 701, 8999, 9000])
+    weight[700:] = 1
+    is_argmax = target_logprob(torch.ones(R, 1), weight, torch.full((5,), R - 1), target)[1]
+    assert is_argmax.tolist() == [False, True, False, False, False]
 
 
 def test_tokens_the_bias_rules_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

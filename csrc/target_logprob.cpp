@@ -1,0 +1,369 @@
+// The output head fused with its softmax: blocks of logits are made, folded into each row's maximum and sum of
+// exponentials, and overwritten while they are still in the cache.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "icl.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace icl {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kMaxThreads = 32;
+constexpr int64_t kSlices = 64;           // parts of the vocabulary that threads take turns at, summed up in order
+constexpr int64_t kBlockColumns = 96;     // logits of a row in a tile
+constexpr int64_t kBlockRows = 512;       // rows that share a pass over the weights ...
+constexpr int64_t kBlockBytes = 4 << 20;  // ... fewer where they are so wide that they would take more than this
+constexpr int64_t kDotRows = 4;           // up to so many rows are not worth packing into lanes
+constexpr int64_t kDepth = 2048;          // of a row and a column, multiplied at a time ...
+constexpr int64_t kPackedDepth = 256;     // ... where the weights are packed first
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+template <class To, class From>
+inline To convert(From x) {
+    if constexpr (std::is_same_v<To, From>) {
+        return x;
+    } else {
+        return to_float(x);
+    }
+}
+
+#define ICL_INLINE inline __attribute__((always_inline))
+
+#define ICL_ISA Portable
+#define ICL_TARGET
+#define ICL_LANES 4
+#define ICL_SUMS 8
+#define ICL_VECTORS 2
+#define ICL_PAIRS 0
+#include "target_logprob_isa.h"
+
+#if defined(__x86_64__)
+#define ICL_ISA Avx2
+#define ICL_TARGET __attribute__((target("avx2,fma")))
+#define ICL_LANES 8
+#define ICL_SUMS 12
+#define ICL_VECTORS 2
+#define ICL_PAIRS 0
+#include "target_logprob_isa.h"
+
+#define ICL_ISA Avx512
+#define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define ICL_LANES 16
+#define ICL_SUMS 24
+#define ICL_VECTORS 4
+#define ICL_PAIRS 0
+#include "target_logprob_isa.h"
+
+#define ICL_ISA Avx512Bf16
+#define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define ICL_LANES 16
+#define ICL_SUMS 24
+#define ICL_VECTORS 4
+#define ICL_PAIRS 1
+#include "target_logprob_isa.h"
+#endif
+
+// Deals out the workspace; only counts, if it has none.
+struct Arena {
+    char* memory;
+    int64_t used = 0;
+
+    template <class T>
+    T* take(int64_t size) {
+        char* start = memory == nullptr ? nullptr : memory + used;
+        used += round_up(size * static_cast<int64_t>(sizeof(T)), kCacheLine);
+        return reinterpret_cast<T*>(start);
+    }
+};
+
+// One call. How it is cut up depends on the shapes alone, never on the threads, and so do the bits of its results.
+template <class K, class Source>
+class Head {
+public:
+    Head(const TargetLogprob& args, Arena& arena)
+        : a(args), dot(a.num_rows <= kDotRows), depth(round_up(a.width, K::kUnit)) {
+        direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
+        depth_step = std::max<int64_t>(K::kUnit, direct ? std::min(depth, kDepth) : std::min(depth, kPackedDepth));
+        const int64_t row_bytes = std::max<int64_t>(1, depth) * sizeof(Element);
+        const int64_t panels = std::clamp(kBlockBytes / row_bytes / kPanelRows, int64_t{1}, kBlockRows / kPanelRows);
+        const int64_t blocks = divide_up(std::max<int64_t>(1, a.num_rows), panels * kPanelRows);
+        rows = round_up(divide_up(std::max<int64_t>(1, a.num_rows), blocks), K::kLanes);
+        num_panels = divide_up(rows, kPanelRows);
+        slice_columns = round_up(divide_up(a.vocabulary, kSlices), K::kSums);
+        num_slices = divide_up(a.vocabulary, slice_columns);
+        tile_size = kBlockColumns * (depth > depth_step ? rows : std::min(rows, kPanelRows));
+        weight_size = direct ? 0 : kBlockColumns * depth_step;
+
+        hidden = arena.take<Element>((dot ? kDotRows : rows) * depth);
+        top = arena.take<float>(num_slices * rows);
+        total = arena.take<float>(num_slices * rows);
+        best = arena.take<int32_t>(num_slices * rows);
+        argmax = arena.take<int32_t>(rows);
+        first_target = arena.take<int32_t>(num_slices * num_panels);
+        next_target = arena.take<int32_t>(a.num_targets);
+        tiles = arena.take<float>(a.num_threads * tile_size);
+        biases = arena.take<float>(a.num_threads * kBlockColumns);
+        weights = arena.take<Element>(a.num_threads * weight_size);
+    }
+
+    void run() {
+        std::fill_n(a.logp, a.num_targets, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(a.is_argmax, a.num_targets, false);
+        for (first_row = 0; first_row < a.num_rows; first_row += rows) {
+            const int64_t num_rows = std::min(rows, a.num_rows - first_row);
+            chain_targets();
+#pragma omp parallel num_threads(a.num_threads)
+            {
+#pragma omp for
+                for (int64_t r = 0; r < (dot ? num_rows : rows); ++r) pack_row(r);
+#pragma omp for schedule(dynamic)
+                for (int64_t index = 0; index < num_slices; ++index) slice(index);
+#pragma omp for
+                for (int64_t r = 0; r < rows; r += K::kLanes) {
+                    K::merge(top + r, total + r, best + r, num_slices, rows, argmax + r);
+                }
+            }
+            for (int64_t r = 0; r < num_rows; ++r) {
+                // That no logit exceeds the lowest float means that all are -inf.
+                a.lse[first_row + r] = std::log(total[r]) + (top[r] == kLowest ? -kInfinity : top[r]);
+            }
+            for (int64_t m = 0; m < a.num_targets; ++m) {
+                if (!in_block(m)) continue;
+                a.is_argmax[m] = argmax[a.row[m] - first_row] == a.target[m] && !std::isnan(a.logp[m]);
+                a.logp[m] -= a.lse[a.row[m]];
+            }
+        }
+    }
+
+private:
+    using Element = typename K::Element;
+    static constexpr int64_t kPanelRows = K::kLanes * K::kVectors;
+
+    const TargetLogprob& a;
+    bool dot, direct;  // rows are multiplied one at a time; weights are read where they are
+    int64_t rows, first_row = 0, depth, depth_step, slice_columns, num_slices, num_panels, tile_size, weight_size;
+    Element* hidden;                      // [panels][units][rows of the panel][kUnit], or [rows][depth] to dot
+    float *top, *total;                   // [slices][rows]
+    int32_t *best, *argmax;               // [slices][rows], [rows]
+    int32_t *first_target, *next_target;  // [slices][panels], [M]: which targets to look up where, chained
+    float *tiles, *biases;  // a thread's: [panels][columns][rows of the panel] or, where one will do, one; [columns]
+    Element* weights;       // a thread's: [columns][depth_step]
+
+    int vectors(int64_t panel) const {
+        return static_cast<int>(std::min<int64_t>(K::kVectors, (rows - panel * kPanelRows) / K::kLanes));
+    }
+
+    bool in_block(int64_t m) const {
+        const int64_t row = a.row[m], target = a.target[m];
+        return row >= first_row && row < std::min(first_row + rows, a.num_rows) && target >= 0 && target < a.vocabulary;
+    }
+
+    void chain_targets() {
+        std::fill_n(first_target, num_slices * num_panels, -1);
+        for (int64_t m = 0; m < a.num_targets; ++m) {
+            if (!in_block(m)) continue;
+            const int64_t panel = (a.row[m] - first_row) / kPanelRows;
+            int32_t& first = first_target[a.target[m] / slice_columns * num_panels + panel];
+            next_target[m] = first;
+            first = static_cast<int32_t>(m);
+        }
+    }
+
+    void pack_row(int64_t r) {
+        const int64_t panel = r / kPanelRows, stride = (dot ? 1 : vectors(panel) * K::kLanes) * K::kUnit;
+        const int64_t size = first_row + r < a.num_rows ? a.width : 0;
+        const Source* from = static_cast<const Source*>(a.hidden) + (first_row + r) * a.hidden_stride[0];
+        Element* to = hidden + (dot ? r * depth : panel * kPanelRows * depth + r % kPanelRows * K::kUnit);
+        for (int64_t k = 0; k < depth; ++k) {
+            to[k / K::kUnit * stride + k % K::kUnit] = k < size ? convert<Element>(from[k * a.hidden_stride[1]]) : 0;
+        }
+    }
+
+    void pack_weight(int64_t column, int64_t columns, int64_t k, int64_t size, Element* to) const {
+        const int64_t filled = std::min(size, a.width - k);
+        for (int64_t c = column; c < column + columns; ++c, to += size) {
+            const Source* from = static_cast<const Source*>(a.weight) + c * a.weight_stride[0] + k * a.weight_stride[1];
+            for (int64_t i = 0; i < filled; ++i) to[i] = convert<Element>(from[i * a.weight_stride[1]]);
+            std::fill(to + filled, to + size, Element{0});
+        }
+    }
+
+    // All rows of the block against one slice of the vocabulary.
+    void slice(int64_t index) {
+        const int64_t thread = omp_get_thread_num();
+        float *tile = tiles + thread * tile_size, *bias = a.bias == nullptr ? nullptr : biases + thread * kBlockColumns;
+        std::fill_n(top + index * rows, rows, kLowest);
+        std::fill_n(total + index * rows, rows, 0.0f);
+        std::fill_n(best + index * rows, rows, 0);
+        if (dot) std::fill_n(tile, tile_size, 0.0f);
+        const int64_t last = std::min((index + 1) * slice_columns, a.vocabulary);
+        for (int64_t column = index * slice_columns; column < last; column += kBlockColumns) {
+            const int64_t columns = std::min(kBlockColumns, last - column);
+            for (int64_t c = 0; bias != nullptr && c < columns; ++c) {
+                bias[c] = to_float(static_cast<const Source*>(a.bias)[(column + c) * a.bias_stride]);
+            }
+            int64_t k = 0;
+            do {
+                const int64_t size = std::min(depth_step, depth - k);
+                const Element* weight = weights + thread * weight_size;
+                if (direct) {
+                    weight = static_cast<const Element*>(a.weight) + column * a.weight_stride[0] + k;
+                } else {
+                    pack_weight(column, columns, k, size, weights + thread * weight_size);
+                }
+                const int64_t stride = direct ? a.weight_stride[0] : size;
+                for (int64_t panel = 0; panel < num_panels; ++panel) {
+                    float* logits = depth > depth_step ? tile + panel * kPanelRows * kBlockColumns : tile;
+                    multiply(weight, stride, columns, panel, k, size, logits);
+                    if (k + size < depth) continue;
+                    const int64_t at = index * rows + panel * kPanelRows;
+                    K::fold(logits, columns, vectors(panel), bias, a.scale, a.softcap, static_cast<int32_t>(column),
+                            top + at, total + at, best + at);
+                    pick(logits, column, columns, panel, first_target + index * num_panels + panel);
+                }
+                k += size;
+            } while (k < depth);
+        }
+    }
+
+    // Elements k to k + size of the products of a panel's rows with a block of columns, added to those before.
+    void multiply(const Element* weight, int64_t stride, int64_t columns, int64_t panel, int64_t k, int64_t size,
+                  float* tile) const {
+        const int64_t lanes = vectors(panel) * K::kLanes;
+        if (dot) {
+            for (int64_t c = 0; c < columns; ++c) {
+                for (int64_t r = 0; r < a.num_rows; ++r) {
+                    const float product = K::product(weight + c * stride, hidden + r * depth + k, size);
+                    tile[c * lanes + r] = (k == 0 ? 0 : tile[c * lanes + r]) + product;
+                }
+            }
+            return;
+        }
+        const Element* panel_rows = hidden + panel * kPanelRows * depth + k * lanes;
+        const auto [products, at_a_time, product] = products_of(vectors(panel));
+        for (int64_t c = 0; c < columns;) {
+            const bool whole = columns - c >= at_a_time;
+            (whole ? products : product)(weight + c * stride, stride, panel_rows, size / K::kUnit, k == 0,
+                                         tile + c * lanes);
+            c += whole ? at_a_time : 1;
+        }
+    }
+
+    // The product of as many columns as fill the registers with so many vectors of rows, how many those are, and the
+    // product of one column.
+    template <int N = 1>
+    static auto products_of(int vectors) {
+        if constexpr (N < K::kVectors) {
+            if (vectors > N) return products_of<N + 1>(vectors);
+        }
+        return std::tuple(&K::template products<K::kSums / N, N>, K::kSums / N, &K::template products<1, N>);
+    }
+
+    void pick(const float* tile, int64_t column, int64_t columns, int64_t panel, int32_t* link) {
+        const int64_t lanes = vectors(panel) * K::kLanes, row = first_row + panel * kPanelRows;
+        while (*link >= 0) {
+            const int32_t m = *link;
+            const int64_t c = a.target[m] - column;
+            if (c < columns) {
+                a.logp[m] = tile[c * lanes + a.row[m] - row];
+                *link = next_target[m];  // what is left is in later blocks
+            } else {
+                link = next_target + m;
+            }
+        }
+    }
+};
+
+template <class K, class Source>
+int64_t run(const TargetLogprob& a, char* workspace) {
+    Arena arena{workspace};
+    Head<K, Source> head(a, arena);
+    if (workspace != nullptr) head.run();
+    return arena.used;
+}
+
+template <class K>
+int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
+    return a.bfloat16 ? run<K, uint16_t>(a, workspace) : run<K, float>(a, workspace);
+}
+
+// The size of the workspace, and the result if there is one.
+int64_t dispatch(const TargetLogprob& args, char* workspace) {
+    TargetLogprob a = args;
+    a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
+    const int best = best_isa();
+    if (a.isa < kBestIsa || a.isa > best) {
+        throw std::invalid_argument("isa: expected 0 to " + std::to_string(best) + ", which this processor has, got " +
+                                    std::to_string(a.isa));
+    }
+    switch (a.isa == kBestIsa ? best : a.isa) {
+#if defined(__x86_64__)
+        case kAvx512Bf16:
+            if (a.bfloat16) return run<Avx512Bf16, uint16_t>(a, workspace);
+            [[fallthrough]];
+        case kAvx512:
+            return run_in_floats<Avx512>(a, workspace);
+        case kAvx2:
+            return run_in_floats<Avx2>(a, workspace);
+#endif
+        default:
+            return run_in_floats<Portable>(a, workspace);
+    }
+}
+
+}  // namespace
+
+int best_isa() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kPortable;
+}
+
+int64_t target_logprob_workspace_bytes(const TargetLogprob& args) { return dispatch(args, nullptr); }
+
+void target_logprob(const TargetLogprob& args) {
+    const size_t size = static_cast<size_t>(target_logprob_workspace_bytes(args));
+    const std::unique_ptr<char, decltype(&std::free)> workspace(
+        static_cast<char*>(std::aligned_alloc(kCacheLine, size)), &std::free);
+    if (workspace == nullptr) throw std::bad_alloc();
+    dispatch(args, workspace.get());
+}
+
+}  // namespace icl
