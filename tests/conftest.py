@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start processes of their own
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that wait would hold the others up
 
 import pytest
 import torch
