@@ -10,9 +10,10 @@ setup(
         Pybind11Extension(
             "icl_ft_fast._C",
             sorted(glob("csrc/*.cpp")),
-            depends=["csrc/icl.h"],
+            depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
         )
     ],
     cmdclass={"build_ext": build_ext},

@@ -1,6 +1,7 @@
 // The Python face of icl.h: checks shapes, allocates outputs, releases the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "icl.h"
 
@@ -63,6 +64,37 @@ void trie_ancestors(const Array<int32_t>& parent, int64_t row, Array<int32_t> ou
     icl::trie_ancestors(parent.data(), parent.size(), row, out.mutable_data(), out.size());
 }
 
+using Address = uintptr_t;  // what Tensor.data_ptr() gives
+using Triple = std::array<int64_t, 3>;
+
+void trie_attention(Address q, Address k, Address v, Triple q_shape, Triple v_shape, Triple q_strides, Triple k_strides,
+                    Triple v_strides, bool bf16, Address row_q, Address end_k, Address depth_q, Address depth_k,
+                    Address sinks, double scale, int32_t window, double softcap, Address out, Address lse,
+                    const std::string& isa) {
+    icl::TrieAttention arguments{};
+    arguments.bf16 = bf16;
+    arguments.T = q_shape[0], arguments.H = q_shape[1], arguments.D = q_shape[2];
+    arguments.S = v_shape[0], arguments.G = v_shape[1], arguments.Dv = v_shape[2];
+    arguments.q = reinterpret_cast<const void*>(q);
+    arguments.k = reinterpret_cast<const void*>(k);
+    arguments.v = reinterpret_cast<const void*>(v);
+    std::copy(q_strides.begin(), q_strides.end(), arguments.q_strides);
+    std::copy(k_strides.begin(), k_strides.end(), arguments.k_strides);
+    std::copy(v_strides.begin(), v_strides.end(), arguments.v_strides);
+    arguments.row_q = reinterpret_cast<const int32_t*>(row_q);
+    arguments.end_k = reinterpret_cast<const int32_t*>(end_k);
+    arguments.depth_q = reinterpret_cast<const int32_t*>(depth_q);
+    arguments.depth_k = reinterpret_cast<const int32_t*>(depth_k);
+    arguments.sinks = reinterpret_cast<const float*>(sinks);
+    arguments.scale = static_cast<float>(scale);
+    arguments.softcap = static_cast<float>(softcap);
+    arguments.window = window;
+    arguments.out = reinterpret_cast<void*>(out);
+    arguments.lse = reinterpret_cast<float*>(lse);
+    py::gil_scoped_release release;
+    icl::trie_attention(arguments, isa);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,4 +102,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
           arg("context_lengths").noconvert());
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
+    m.def("trie_attention", &trie_attention, arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
+          arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"), arg("depth_q"),
+          arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"), arg("lse"),
+          arg("isa") = "");
+    m.def("trie_attention_isas", &icl::trie_attention_isas);
 }

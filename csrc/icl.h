@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace icl {
@@ -46,5 +47,25 @@ void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, 
 
 // The ancestors of a row, root first, into out[depth of row].
 void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_t* out, int64_t num_out);
+
+// icl_ft_fast/ops.py says what each means. Elements are bfloat16 or float, strides are counted in them.
+struct TrieAttention {
+    bool bf16;
+    int64_t T, S, H, G, D, Dv;
+    const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
+    int64_t q_strides[3], k_strides[3], v_strides[3];
+    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]
+    const float* sinks;                                // [H] or null
+    float scale, softcap;                              // no soft-cap: 0
+    int32_t window;                                    // none: 0
+    void* out;                                         // [T, H, Dv], contiguous
+    float* lse;                                        // [T, H], contiguous
+};
+
+// The instruction sets this machine has a version of trie_attention for, best first.
+std::vector<std::string> trie_attention_isas();
+
+// `isa` is one of them, or empty for the best. Sizes and pointers are taken as valid.
+void trie_attention(const TrieAttention& arguments, const std::string& isa);
 
 }  // namespace icl

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import icl_ft_fast._C as _C
 from icl_ft_fast import reference
 from icl_ft_fast.reference import accumulator
 
-_DEVICES = {"cpu": reference}
+_DEVICES = ("cpu",)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
 
@@ -280,12 +281,55 @@ def _fake_target_logprob_backward(
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
 
 
-def _register(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Defines an op and hands it to each device's module, whose function of that name takes the schema's arguments."""
+def _cpu_trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return reference.trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap)
+    out, lse = _fake_trie_attention(q, k, v)
+    index = [x.contiguous() for x in (row_q, end_k, depth_q, depth_k)]
+    sinks = None if sinks is None else sinks.contiguous()
+    _C.trie_attention(
+        *(x.data_ptr() for x in (q, k, v)),
+        q_shape=q.shape,
+        v_shape=v.shape,
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        bf16=q.dtype == torch.bfloat16,
+        row_q=index[0].data_ptr(),
+        end_k=index[1].data_ptr(),
+        depth_q=index[2].data_ptr(),
+        depth_k=index[3].data_ptr(),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+    )
+    return out, lse
+
+
+def _register(
+    name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **kernels: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Defines an op and registers each device's kernel, a function of the schema's arguments."""
     torch.library.define(f"icl_ft_fast::{name}", schema)
     torch.library.register_fake(f"icl_ft_fast::{name}", fake)
-    for device, module in _DEVICES.items():
-        torch.library.impl(f"icl_ft_fast::{name}", device, getattr(module, name))
+    for device in _DEVICES:
+        torch.library.impl(f"icl_ft_fast::{name}", device, kernels[device])
 
 
 _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
@@ -294,18 +338,21 @@ _register(
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap)"
     " -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
+    cpu=_cpu_trie_attention,
 )
 _register(
     "trie_attention_backward",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, float scale, int window,"
     " float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _fake_trie_attention_backward,
+    cpu=reference.trie_attention_backward,
 )
 _register(
     "target_logprob",
     "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap)"
     " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
+    cpu=reference.target_logprob,
 )
 _register(
     "target_logprob_backward",
@@ -313,4 +360,5 @@ _register(
     " Tensor lse, float scale, float softcap, bool need_weight)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
+    cpu=reference.target_logprob_backward,
 )
