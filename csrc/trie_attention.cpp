@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -20,12 +21,11 @@
 namespace icl {
 namespace {
 
-constexpr int kQueries = 64;  // a tile's
-constexpr int kKeys = 96;
+constexpr int kQueries = 64;                   // a tile's
+constexpr int kKeys = 96;                      // even, for pairs
 constexpr int kMaxTiles = 8;                   // of queries that share packed keys
 constexpr int64_t kMaxStateBytes = 512 << 10;  // of those tiles, to stay in the second-level cache
 constexpr float kLog2E = 1.44269504f, kLowest = -std::numeric_limits<float>::max();
-constexpr double kLn2 = 0.69314718055994531;
 
 struct Bf16 {
     uint16_t bits;
@@ -39,17 +39,15 @@ inline float to_float(Bf16 x) {
     return y;
 }
 
-template <class To, class From>
-inline To convert(From x) {
-    if constexpr (std::is_same_v<To, From>) {
+// The upper half of a float is a bfloat16.
+template <class T>
+inline T truncate(float x) {
+    if constexpr (std::is_same_v<T, float>) {
         return x;
-    } else if constexpr (std::is_same_v<To, float>) {
-        return to_float(x);
-    } else {  // to the nearest, ties to even; nan stays nan
+    } else {
         uint32_t bits;
         std::memcpy(&bits, &x, sizeof bits);
-        const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-        return {static_cast<uint16_t>((x != x ? bits | 1 << 22 : rounded) >> 16)};
+        return {static_cast<uint16_t>(bits >> 16)};
     }
 }
 
@@ -71,11 +69,10 @@ struct KeyTile {
 
 struct Problem : TrieAttention {
     std::vector<KeyTile> key_tiles;
-    // A score is (q_sign * q) @ k * factor / log2(e), with a soft-cap tanh((q_sign * q) @ k * cap_factor) * factor /
-    // log2(e): factors above 0 leave the greatest product the greatest score.
-    float q_sign, factor, cap_factor;
-    int64_t per_factor;
-    int64_t q_factors() const { return (D + per_factor - 1) / per_factor; }
+    // A score is product * unit, a product q @ k or, with a soft-cap, tanh(q @ k * cap_unit). Tiles hold -q where scale
+    // is below 0, so that units are above 0 and the greatest product is the greatest score.
+    float unit, cap_unit;
+    int64_t factors;  // of a query or key
 };
 
 enum class View { kNone, kSome, kAll };
@@ -169,15 +166,21 @@ void trie_attention(const TrieAttention& arguments, const std::string& isa_name)
     static const std::vector<Isa> known = isas();
     const auto isa = std::find_if(known.begin(), known.end(), [&](const Isa& x) { return isa_name == x.name; });
     if (!isa_name.empty() && isa == known.end()) {
-        throw std::invalid_argument("isa: expected one of trie_attention_isas(), got " + isa_name);
+        std::string names;
+        for (const Isa& x : known) names += (names.empty() ? "" : ", ") + std::string(x.name);
+        throw std::invalid_argument("isa: expected one of " + names + ", got " + isa_name);
     }
     const Isa& chosen = isa_name.empty() ? known.front() : *isa;
-    Problem problem{arguments, {}, 0, 0, 0, 1};
-    if (problem.bf16) problem.per_factor = chosen.bfloat16_per_factor;
-    const float scale = problem.scale ? std::abs(problem.scale) : 1;  // 0 is the sign's to apply
-    problem.q_sign = static_cast<float>((problem.scale > 0) - (problem.scale < 0));
-    problem.factor = (problem.softcap ? problem.softcap : scale) * kLog2E;
-    problem.cap_factor = problem.softcap ? scale / problem.softcap : 0;
+    Problem problem{arguments, {}, 0, 0, 0};
+    if (problem.scale == 0) {  // all scores are 0: those of queries and keys without components
+        problem.scale = 1;
+        problem.D = 0;
+    }
+    const int64_t per_factor = problem.bf16 ? chosen.bfloat16_per_factor : 1;
+    problem.factors = (problem.D + per_factor - 1) / per_factor;
+    const float scale = std::abs(problem.scale);
+    problem.unit = problem.softcap ? problem.softcap : scale;
+    problem.cap_unit = problem.softcap ? scale / problem.softcap : 0;
     for (int64_t first = 0; first < problem.S; first += kKeys) {
         KeyTile tile{first, static_cast<int>(std::min<int64_t>(kKeys, problem.S - first)), {}, {}};
         for (int64_t j = first; j < first + tile.count; ++j) {
@@ -194,17 +197,17 @@ void trie_attention(const TrieAttention& arguments, const std::string& isa_name)
 #endif
     // As few items as keep the threads evenly busy; how tiles are grouped changes no bit of the result.
     const int64_t tiles = (problem.T * (problem.H / problem.G) + kQueries - 1) / kQueries;
-    const int64_t state = sizeof(float) * kQueries * (problem.q_factors() + problem.Dv);
+    const int64_t state = sizeof(float) * kQueries * (problem.factors + problem.Dv);
     const int64_t most = std::clamp<int64_t>(kMaxStateBytes / std::max<int64_t>(1, state), 1, kMaxTiles);
     const int64_t per_item = std::clamp<int64_t>(tiles * problem.G / (4 * threads), 1, most);
     const int64_t items_per_head = (tiles + per_item - 1) / per_item, items = items_per_head * problem.G;
-    const int64_t shared = sizeof(float) * (kKeys * (problem.q_factors() + problem.Dv) + (kKeys + 1) * kQueries);
+    const int64_t shared = sizeof(float) * kKeys * (problem.factors + problem.Dv + kQueries);
     const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + 2 * per_item));
     const auto deleter = [](char* p) { ::operator delete[](p, std::align_val_t{64}); };
     const std::unique_ptr<char[], decltype(deleter)> workspace(
         static_cast<char*>(::operator new[](threads * bytes, std::align_val_t{64})), deleter);
     const Attend attend = problem.bf16 ? chosen.bfloat16 : chosen.float32;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (items > 1)
     for (int64_t item = items - 1; item >= 0; --item) {  // later queries see more keys: the longest items first
 #ifdef _OPENMP
         const int64_t thread = omp_get_thread_num();

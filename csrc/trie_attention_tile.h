@@ -7,18 +7,14 @@
 // Queries lie along the lanes: both products then read their other factor as broadcasts from rows as they are stored,
 // and the softmax over keys never crosses lanes. So a query's bits depend on no other query.
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t Factor __attribute__((may_alias));  // a float or a pair of bfloat16
 
 constexpr int kVectors = kQueries / LANES;  // vectors to a row of a tile
 constexpr int kWide = LANES == 16 ? 4 : 2;  // vectors and broadcasts of a register block; with more, sums would spill
 constexpr int kTall = 6;
-#if PAIRS
-using Element = Bf16;
-#else
-using Element = float;
-#endif
-constexpr int kPerFactor = sizeof(int32_t) / sizeof(Element);
+constexpr int kPerFactor = 1 + PAIRS;
 
 TARGET inline Floats splat(float x) { return x - Floats{}; }
 
@@ -75,7 +71,7 @@ TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
 
 // A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride]; no factor means 0.
 template <int N, int M>
-TARGET void multiply_block(const int32_t* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                            const Floats* factor, Floats* out) {
     Floats sums[N][M];
 #pragma GCC unroll 8
@@ -102,7 +98,7 @@ TARGET void multiply_block(const int32_t* x, int64_t row, int64_t stride, const 
 }
 
 template <int N, int M>
-TARGET void multiply_rows(const int32_t* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+TARGET void multiply_rows(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                           const Floats* factor, Floats* out) {
     for (; rows >= N; rows -= N, x += N * row, out += N * kVectors) {
         multiply_block<N, M>(x, row, stride, y, steps, factor, out);
@@ -111,7 +107,7 @@ TARGET void multiply_rows(const int32_t* x, int64_t rows, int64_t row, int64_t s
 }
 
 template <int M = kWide>
-TARGET void multiply(const int32_t* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+TARGET void multiply(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                      const Floats* factor, Floats* out, int vectors) {
     for (; vectors >= M; vectors -= M, y += M, out += M, factor += factor ? M : 0) {
         multiply_rows<kTall, M>(x, rows, row, stride, y, steps, factor, out);
@@ -119,22 +115,50 @@ TARGET void multiply(const int32_t* x, int64_t rows, int64_t row, int64_t stride
     if constexpr (M > 1) multiply<M - 1>(x, rows, row, stride, y, steps, factor, out, vectors);
 }
 
-// A tile of queries and what is known of their softmax so far.
+// A tile of queries and what is known of their softmax so far; lanes beyond `count` see nothing.
 struct Tile {
     int64_t first;  // of the T * (H / G) queries of a key/value head, a query's heads side by side
     int count, vectors;
+    Range rows, depths;
     alignas(64) int32_t row[kQueries];
     alignas(64) int32_t depth[kQueries];
-    Range rows, depths;
-    Floats top[kVectors];    // the greatest score so far, times log2(e)
-    Floats total[kVectors];  // the sum of 2**(score - top)
-    Element* q;              // [factors of a query][kQueries]
-    Floats* out;             // [Dv][kVectors], not yet divided by total
+    alignas(64) float top[kQueries];    // the greatest product so far
+    alignas(64) float total[kQueries];  // the sum of exp((product - top) * unit)
+    Factor* q;                          // [factors of a query][kQueries]
+    Floats* out;                        // [Dv][kVectors], not yet divided by total
 };
 
-// Where component i of the vector numbered `lane` stands among `lanes` vectors laid along the lanes.
-inline int64_t across(int64_t i, int64_t lane, int64_t lanes) {
-    return (i / kPerFactor * lanes + lane) * kPerFactor + i % kPerFactor;
+// out[i * out_stride] becomes the factor of low[i * stride] and, in a pair, high[i * stride].
+template <class T>
+TARGET inline void pack(const T* low, [[maybe_unused]] const T* high, int64_t stride, int64_t size, Factor* out,
+                        int64_t out_stride) {
+    for (int64_t i = 0; i < size; ++i) {
+#if PAIRS
+        out[i * out_stride] = low[i * stride].bits | static_cast<uint32_t>(high[i * stride].bits) << 16;
+#else
+        const float x = to_float(low[i * stride]);
+        std::memcpy(&out[i * out_stride], &x, sizeof x);
+#endif
+    }
+}
+
+// The components of one query or key as factors.
+template <class T>
+TARGET inline void pack_vector(const T* x, int64_t stride, int64_t size, Factor* out, int64_t out_stride) {
+#if PAIRS
+    if (stride == 1 && out_stride == 1) {
+        std::memcpy(out, x, size / 2 * sizeof(Factor));
+    } else {
+        pack(x, x + stride, 2 * stride, size / 2, out, out_stride);
+    }
+    if (size % 2) out[size / 2 * out_stride] = x[(size - 1) * stride].bits;
+#else
+    if (stride == 1 && out_stride == 1) {
+        pack(x, x, 1, size, out, 1);
+    } else {
+        pack(x, x, stride, size, out, out_stride);
+    }
+#endif
 }
 
 template <class T>
@@ -144,64 +168,58 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
     tile.count = static_cast<int>(std::min<int64_t>(kQueries, problem.T * heads - first));
     tile.vectors = (tile.count + LANES - 1) / LANES;
     tile.rows = tile.depths = {};
-    float top[kQueries], total[kQueries];
-    std::memset(tile.q, 0, sizeof(int32_t) * problem.q_factors() * kQueries);
+    std::memset(tile.q, 0, sizeof(Factor) * problem.factors * kQueries);
     for (int n = 0; n < kQueries; ++n) {
-        tile.row[n] = -1;  // sees nothing
+        tile.row[n] = -1;
         tile.depth[n] = 0;
-        top[n] = kLowest;
-        total[n] = 0;
+        tile.top[n] = kLowest;
+        tile.total[n] = 0;
         if (n >= tile.count) continue;
         const int64_t t = (first + n) / heads, h = g * heads + (first + n) % heads;
         tile.rows.include(tile.row[n] = problem.row_q[t]);
         tile.depths.include(tile.depth[n] = problem.depth_q[t]);
         if (problem.sinks && problem.sinks[h] > -INFINITY) {
-            top[n] = problem.sinks[h] * kLog2E;
-            total[n] = 1;
+            tile.top[n] = problem.sinks[h] / problem.unit;
+            tile.total[n] = 1;
         }
         const T* q = static_cast<const T*>(problem.q) + t * problem.q_strides[0] + h * problem.q_strides[1];
-        for (int64_t d = 0; d < problem.D; ++d) {
-            tile.q[across(d, n, kQueries)] = convert<Element>(problem.q_sign * to_float(q[d * problem.q_strides[2]]));
-        }
+        pack_vector(q, problem.q_strides[2], problem.D, tile.q + n, kQueries);
     }
-    std::memcpy(tile.top, top, sizeof top);
-    std::memcpy(tile.total, total, sizeof total);
+    if (problem.scale < 0) {
+        for (int64_t i = 0; i < problem.factors * kQueries; ++i) tile.q[i] ^= PAIRS ? 0x80008000 : 0x80000000;
+    }
     std::fill_n(tile.out, problem.Dv * kVectors, Floats{});
 }
 
-// Keys as [keys][factors of a key], as they are stored.
+// Keys as [keys][factors of a key].
 template <class T>
-TARGET void pack_keys(const Problem& problem, int64_t g, int64_t first, int keys, Element* out) {
-    const int64_t width = problem.q_factors() * kPerFactor, stride = problem.k_strides[2];
+TARGET void pack_keys(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
     const T* k = static_cast<const T*>(problem.k) + first * problem.k_strides[0] + g * problem.k_strides[1];
-    for (int j = 0; j < keys; ++j, k += problem.k_strides[0], out += width) {
-        if (stride == 1) {
-            for (int64_t d = 0; d < problem.D; ++d) out[d] = convert<Element>(k[d]);
-        } else {
-            for (int64_t d = 0; d < problem.D; ++d) out[d] = convert<Element>(k[d * stride]);
-        }
-        if (width > problem.D) out[problem.D] = {};
+    for (int j = 0; j < keys; ++j, k += problem.k_strides[0], out += problem.factors) {
+        pack_vector(k, problem.k_strides[2], problem.D, out, 1);
     }
 }
 
-// Values as [keys / kPerFactor][Dv][kPerFactor]. Rows that end before `row` are not read: they may hold anything.
+// Values as [keys / kPerFactor][Dv] factors, behind an odd key a 0.
 template <class T>
-TARGET void pack_values(const Problem& problem, int64_t g, int64_t first, int keys, int32_t row, Element* out) {
-    const int64_t stride = problem.v_strides[2], Dv = problem.Dv;
-    const T* v = static_cast<const T*>(problem.v) + first * problem.v_strides[0] + g * problem.v_strides[1];
-    for (int j = 0; j < keys || j % kPerFactor; ++j, v += problem.v_strides[0]) {
-        Element* to = out + across(j, 0, Dv);
-        if (j >= keys || problem.end_k[first + j] <= row) {
-            for (int64_t d = 0; d < Dv; ++d) to[d * kPerFactor] = {};
-        } else if (stride == 1) {
-            for (int64_t d = 0; d < Dv; ++d) to[d * kPerFactor] = convert<Element>(v[d]);
+TARGET void pack_values(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
+    const int64_t row = problem.v_strides[0], stride = problem.v_strides[2], Dv = problem.Dv;
+    const T* v = static_cast<const T*>(problem.v) + first * row + g * problem.v_strides[1];
+    for (int j = 0; j < keys; j += kPerFactor, v += kPerFactor * row, out += Dv) {
+        const bool pairs_up = j + 1 < keys;
+        const T* next = pairs_up ? v + row : v;
+        if (stride == 1) {
+            pack(v, next, 1, Dv, out, 1);
         } else {
-            for (int64_t d = 0; d < Dv; ++d) to[d * kPerFactor] = convert<Element>(v[d * stride]);
+            pack(v, next, stride, Dv, out, 1);
+        }
+        if (PAIRS && !pairs_up) {
+            for (int64_t d = 0; d < Dv; ++d) out[d] &= 0xffff;
         }
     }
 }
 
-// Applies soft-cap and mask to the scores of one vector of queries, [keys][kVectors]; returns the greatest of each.
+// Applies soft-cap and mask to the products of one vector of queries, [keys][kVectors]; returns the greatest of each.
 template <bool kMasked>
 TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector, int64_t first, int keys,
                             Floats* scores) {
@@ -212,7 +230,7 @@ TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector
     Floats top = hidden;
     for (int j = 0; j < keys; ++j, scores += kVectors) {
         Floats score = *scores;
-        if (capped) score = tanh(score * problem.cap_factor);
+        if (capped) score = tanh(score * problem.cap_unit);
         if (kMasked) {
             const int32_t key = static_cast<int32_t>(first) + j;
             Ints visible = (row >= key) & (row < problem.end_k[key]);
@@ -225,8 +243,10 @@ TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector
     return top;
 }
 
-// Turns finished scores into weights 2**(score * factor - top), factors of the product with values; returns their sum.
-TARGET inline Floats soften(float factor, Floats top, int keys, Floats* scores) {
+// Turns finished products into weights exp((product - top) * unit), as factors; returns their sum. The difference comes
+// first: where weights are large it is exact, and the greatest is 1 whatever the unit is rounded to.
+TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
+    const float factor = unit * kLog2E;
     Floats sum = {};
 #if PAIRS
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
@@ -234,14 +254,14 @@ TARGET inline Floats soften(float factor, Floats top, int keys, Floats* scores) 
     Floats* weights = scores;  // overtakes no score: two become one
     if (keys % 2) scores[keys * kVectors] = splat(-INFINITY);
     for (int j = 0; j < keys; j += 2, scores += 2 * kVectors, weights += kVectors) {
-        const Floats even = exp2(scores[0] * factor - top), odd = exp2(scores[kVectors] * factor - top);
+        const Floats even = exp2((scores[0] - top) * factor), odd = exp2((scores[kVectors] - top) * factor);
         sum += even + odd;
         const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
         *weights = (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
     }
 #else
     for (int j = 0; j < keys; ++j, scores += kVectors) {
-        *scores = exp2(*scores * factor - top);
+        *scores = exp2((*scores - top) * factor);
         sum += *scores;
     }
 #endif
@@ -249,37 +269,46 @@ TARGET inline Floats soften(float factor, Floats top, int keys, Floats* scores) 
 }
 
 // One tile of queries and one of keys.
-TARGET void attend_tile(const Problem& problem, Tile& tile, const Element* k, const Element* v, int64_t first, int keys,
+TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first, int keys,
                         bool masked, Floats* scores) {
-    const int64_t factors = problem.q_factors();
-    multiply(reinterpret_cast<const int32_t*>(k), keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors,
-             nullptr, scores, tile.vectors);
+    const int64_t factors = problem.factors;
+    multiply(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+    Floats *top = reinterpret_cast<Floats*>(tile.top), *total = reinterpret_cast<Floats*>(tile.total);
     Floats rescale[kVectors];
     for (int m = 0; m < tile.vectors; ++m) {
         const auto finish = masked ? finish_scores<true> : finish_scores<false>;
-        const Floats top = maximum(finish(problem, tile, m, first, keys, scores + m) * problem.factor, tile.top[m]);
-        rescale[m] = exp2(tile.top[m] - top);
-        tile.total[m] = tile.total[m] * rescale[m] + soften(problem.factor, top, keys, scores + m);
-        tile.top[m] = top;
+        const Floats before = top[m];
+        top[m] = maximum(finish(problem, tile, m, first, keys, scores + m), before);
+        rescale[m] = exp2((before - top[m]) * (problem.unit * kLog2E));
+        total[m] = total[m] * rescale[m] + soften(problem.unit, top[m], keys, scores + m);
     }
-    multiply(reinterpret_cast<const int32_t*>(v), problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores),
-             (keys + kPerFactor - 1) / kPerFactor, rescale, tile.out, tile.vectors);
+    multiply(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores), (keys + kPerFactor - 1) / kPerFactor,
+             rescale, tile.out, tile.vectors);
 }
 
 template <class T>
 TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
-    const int64_t heads = problem.H / problem.G;
-    float top[kQueries], total[kQueries];
-    std::memcpy(top, tile.top, sizeof top);
-    std::memcpy(total, tile.total, sizeof total);
+    const int64_t heads = problem.H / problem.G, Dv = problem.Dv;
+    for (int m = 0; m < tile.vectors; ++m) {
+        const Floats total = reinterpret_cast<const Floats*>(tile.total)[m],
+                     share = total > 0.0f ? 1.0f / total : Floats{};
+        for (int64_t d = 0; d < Dv; ++d) {
+            Floats& out = tile.out[d * kVectors + m];
+            out *= share;
+            if (sizeof(T) == sizeof(Bf16)) {  // to the nearest, ties to even; nan stays nan
+                const Ints bits = (Ints)out, rounded = bits + 0x7fff + (bits >> 16 & 1);
+                out = (Floats)(out == out ? rounded : bits);
+            }
+        }
+    }
     const float* from = reinterpret_cast<const float*>(tile.out);
-    for (int n = 0; n < tile.count; ++n) {
+    for (int n = 0; n < tile.count; ++n, ++from) {
         const int64_t t = (tile.first + n) / heads, h = g * heads + (tile.first + n) % heads, at = t * problem.H + h;
-        T* out = static_cast<T*>(problem.out) + at * problem.Dv;
-        const float share = total[n] > 0 ? 1 / total[n] : 0;
-        for (int64_t d = 0; d < problem.Dv; ++d) out[d] = convert<T>(from[d * kQueries + n] * share);
-        const bool only_sink = problem.sinks && total[n] == 1 && top[n] == problem.sinks[h] * kLog2E;
-        const double lse = (top[n] + std::log2(static_cast<double>(total[n]))) * kLn2;
+        T* out = static_cast<T*>(problem.out) + at * Dv;
+        for (int64_t d = 0; d < Dv; ++d) out[d] = truncate<T>(from[d * kQueries]);
+        const bool only_sink = problem.sinks && tile.total[n] == 1 && tile.top[n] == problem.sinks[h] / problem.unit;
+        const double lse =
+            static_cast<double>(tile.top[n]) * problem.unit + std::log(static_cast<double>(tile.total[n]));
         problem.lse[at] = only_sink ? problem.sinks[h] : static_cast<float>(lse);
     }
 }
@@ -290,13 +319,13 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
     const auto take = [&](int64_t floats) {
         return reinterpret_cast<float*>(std::exchange(workspace, workspace + round_up(floats * sizeof(float))));
     };
-    Element* k = reinterpret_cast<Element*>(take(kKeys * problem.q_factors()));
-    Element* v = reinterpret_cast<Element*>(take(kKeys * problem.Dv));
-    Floats* scores = reinterpret_cast<Floats*>(take((kKeys + 1) * kQueries));
+    Factor* k = reinterpret_cast<Factor*>(take(kKeys * problem.factors));
+    Factor* v = reinterpret_cast<Factor*>(take(kKeys * problem.Dv));
+    Floats* scores = reinterpret_cast<Floats*>(take(kKeys * kQueries));
     Tile tiles[kMaxTiles];
     Range rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
-        tiles[i].q = reinterpret_cast<Element*>(take(problem.q_factors() * kQueries));
+        tiles[i].q = reinterpret_cast<Factor*>(take(problem.factors * kQueries));
         tiles[i].out = reinterpret_cast<Floats*>(take(problem.Dv * kQueries));
         load_tile<T>(problem, g, (first_tile + i) * kQueries, tiles[i]);
         rows.include(tiles[i].rows.least);
@@ -310,7 +339,7 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
             if (view == View::kNone) continue;
             if (!std::exchange(packed, true)) {
                 pack_keys<T>(problem, g, key_tile.first, key_tile.count, k);
-                pack_values<T>(problem, g, key_tile.first, key_tile.count, rows.least, v);
+                pack_values<T>(problem, g, key_tile.first, key_tile.count, v);
             }
             attend_tile(problem, tiles[i], k, v, key_tile.first, key_tile.count, view == View::kSome, scores);
         }

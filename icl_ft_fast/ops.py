@@ -121,6 +121,9 @@ def trie_attention(
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
+    On the CPU the forward of float32 and bfloat16 is C++: there a query's bits depend on its own q, k and v and on where
+    on the stack these lie, not on the queries beside it or the number of threads, and where bfloat16 is multiplied in
+    hardware each softmax weight is rounded to it before it meets its value.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
@@ -160,7 +163,9 @@ class _TrieAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks, *index = ctx.saved_tensors
         delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
-        grads = torch.ops.icl_ft_fast.trie_attention_backward(grad_out, q, k, v, lse, delta, *index, *ctx.options)
+        grads = torch.ops.icl_ft_fast.trie_attention_backward(
+            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options
+        )
         grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
         return *grads, None, None, None, None, grad_sinks, None, None, None
 
@@ -342,8 +347,8 @@ _register(
 )
 _register(
     "trie_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, float scale, int window,"
-    " float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, Tensor? sinks,"
+    " float scale, int window, float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _fake_trie_attention_backward,
     cpu=reference.trie_attention_backward,
 )
