@@ -22,7 +22,7 @@ namespace icl {
 namespace {
 
 constexpr int kQueries = 64;                   // a tile's
-constexpr int kKeys = 96;                      // even, for pairs
+constexpr int kKeys = 48;                      // even, for pairs
 constexpr int kMaxTiles = 8;                   // of queries that share packed keys
 constexpr int64_t kMaxStateBytes = 512 << 10;  // of those tiles, to stay in the second-level cache
 constexpr float kLog2E = 1.44269504f, kLowest = -std::numeric_limits<float>::max();

@@ -70,6 +70,7 @@ TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
 }
 
 // A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride]; no factor means 0.
+// The product is summed by itself: one chain of additions over thousands of keys would lose four times the precision.
 template <int N, int M>
 TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                            const Floats* factor, Floats* out) {
@@ -77,7 +78,7 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[n][m] = factor ? factor[m] * out[n * kVectors + m] : Floats{};
+        for (int m = 0; m < M; ++m) sums[n][m] = Floats{};
     }
     for (int64_t step = 0; step < steps; ++step, x += stride, y += kVectors) {
         Ints values[M];
@@ -93,7 +94,10 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) out[n * kVectors + m] = sums[n][m];
+        for (int m = 0; m < M; ++m) {
+            Floats& sum = out[n * kVectors + m];
+            sum = factor ? factor[m] * sum + sums[n][m] : sums[n][m];
+        }
     }
 }
 

@@ -121,9 +121,9 @@ def trie_attention(
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
-    On the CPU the forward of float32 and bfloat16 is C++: there a query's bits depend on its own q, k and v and on where
-    on the stack these lie, not on the queries beside it or the number of threads, and where bfloat16 is multiplied in
-    hardware each softmax weight is rounded to it before it meets its value.
+    On the CPU, C++ serves the forward of float32 and bfloat16. There a query's bits depend on its own q, on k, v and
+    where on the stack it stands, not on the queries beside it or the number of threads; and where the processor
+    multiplies bfloat16 itself, each softmax weight is rounded to it before it meets its value.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
