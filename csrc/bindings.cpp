@@ -115,6 +115,37 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
     return icl::target_logprob_workspace_bytes(args);
 }
 
+using Triple = std::array<int64_t, 3>;
+
+void trie_attention(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Triple v_shape, Triple q_strides,
+                    Triple k_strides, Triple v_strides, bool bf16, uintptr_t row_q, uintptr_t end_k, uintptr_t depth_q,
+                    uintptr_t depth_k, uintptr_t sinks, double scale, int32_t window, double softcap, uintptr_t out,
+                    uintptr_t lse, int isa) {
+    icl::TrieAttention arguments{};
+    arguments.bf16 = bf16;
+    arguments.T = q_shape[0], arguments.H = q_shape[1], arguments.D = q_shape[2];
+    arguments.S = v_shape[0], arguments.G = v_shape[1], arguments.Dv = v_shape[2];
+    arguments.q = pointer<const void>(q);
+    arguments.k = pointer<const void>(k);
+    arguments.v = pointer<const void>(v);
+    std::copy(q_strides.begin(), q_strides.end(), arguments.q_strides);
+    std::copy(k_strides.begin(), k_strides.end(), arguments.k_strides);
+    std::copy(v_strides.begin(), v_strides.end(), arguments.v_strides);
+    arguments.row_q = pointer<const int32_t>(row_q);
+    arguments.end_k = pointer<const int32_t>(end_k);
+    arguments.depth_q = pointer<const int32_t>(depth_q);
+    arguments.depth_k = pointer<const int32_t>(depth_k);
+    arguments.sinks = pointer<const float>(sinks);
+    arguments.scale = static_cast<float>(scale);
+    arguments.softcap = static_cast<float>(softcap);
+    arguments.window = window;
+    arguments.out = pointer<void>(out);
+    arguments.lse = pointer<float>(lse);
+    arguments.isa = isa;
+    py::gil_scoped_release release;
+    icl::trie_attention(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -126,4 +157,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
           arg("contiguous"), arg("isa"), arg("num_threads"));
+    m.def("trie_attention", &trie_attention, arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
+          arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"), arg("depth_q"),
+          arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"), arg("lse"),
+          arg("isa"));
 }

@@ -50,6 +50,7 @@ void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_
 // Instruction sets, each including those before it. What takes one takes kBestIsa for the best this processor has.
 enum Isa { kBestIsa, kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 int best_isa();
+int choose_isa(int isa);
 
 // What icl_ft_fast/ops.py says target_logprob is, for float32 or bfloat16 (R hidden rows, V tokens, width E, M
 // targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
@@ -74,5 +75,23 @@ struct TargetLogprob {
 // What target_logprob allocates: up to a bound that R and V do not move, and 4 bytes a target. Reads no array.
 int64_t target_logprob_workspace_bytes(const TargetLogprob& args);
 void target_logprob(const TargetLogprob& args);
+
+// icl_ft_fast/ops.py says what each means. Elements are bfloat16 or float, strides are counted in them.
+struct TrieAttention {
+    bool bf16;
+    int64_t T, S, H, G, D, Dv;
+    const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
+    int64_t q_strides[3], k_strides[3], v_strides[3];
+    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]
+    const float* sinks;                                // [H] or null
+    float scale, softcap;                              // no soft-cap: 0
+    int32_t window;                                    // none: 0
+    int isa;
+    void* out;   // [T, H, Dv], contiguous
+    float* lse;  // [T, H], contiguous
+};
+
+// Sizes and pointers are taken as valid.
+void trie_attention(const TrieAttention& arguments);
 
 }  // namespace icl

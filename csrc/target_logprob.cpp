@@ -323,12 +323,7 @@ int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
 int64_t dispatch(const TargetLogprob& args, char* workspace) {
     TargetLogprob a = args;
     a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
-    const int best = best_isa();
-    if (a.isa < kBestIsa || a.isa > best) {
-        throw std::invalid_argument("isa: expected 0 to " + std::to_string(best) + ", which this processor has, got " +
-                                    std::to_string(a.isa));
-    }
-    switch (a.isa == kBestIsa ? best : a.isa) {
+    switch (choose_isa(a.isa)) {
 #if defined(__x86_64__)
         case kAvx512Bf16:
             if (a.bfloat16) return run<Avx512Bf16, uint16_t>(a, workspace);
@@ -344,17 +339,6 @@ int64_t dispatch(const TargetLogprob& args, char* workspace) {
 }
 
 }  // namespace
-
-int best_isa() {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-    return kPortable;
-}
 
 int64_t target_logprob_workspace_bytes(const TargetLogprob& args) { return dispatch(args, nullptr); }
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from icl_ft_fast import _C, reference
+import icl_ft_fast._C as _C
+from icl_ft_fast import reference
 from icl_ft_fast.reference import accumulator
 
-_DEVICES = {"cpu": reference}
+_DEVICES = ("cpu",)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
 _ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
@@ -121,6 +122,9 @@ def trie_attention(
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
+    On the CPU, C++ serves the forward of float32 and bfloat16. There a query's bits depend on its own q, on k, v and
+    where on the stack it stands, not on the queries beside it or the number of threads; and where the processor
+    multiplies bfloat16 itself, each softmax weight is rounded to it before it meets its value.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
@@ -160,7 +164,9 @@ class _TrieAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks, *index = ctx.saved_tensors
         delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
-        grads = torch.ops.icl_ft_fast.trie_attention_backward(grad_out, q, k, v, lse, delta, *index, *ctx.options)
+        grads = torch.ops.icl_ft_fast.trie_attention_backward(
+            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options
+        )
         grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
         return *grads, None, None, None, None, grad_sinks, None, None, None
 
@@ -309,12 +315,56 @@ def _cpu_target_logprob(
     return results
 
 
-def _register(name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **native: Callable[..., Any]) -> None:
-    """Defines an op and hands it to each device's function: `native`'s, or else that of its name in its module."""
+def _cpu_trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return reference.trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap)
+    out, lse = _fake_trie_attention(q, k, v)
+    index = [x.contiguous() for x in (row_q, end_k, depth_q, depth_k)]
+    sinks = None if sinks is None else sinks.contiguous()
+    _C.trie_attention(
+        *(x.data_ptr() for x in (q, k, v)),
+        q_shape=q.shape,
+        v_shape=v.shape,
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        bf16=q.dtype == torch.bfloat16,
+        row_q=index[0].data_ptr(),
+        end_k=index[1].data_ptr(),
+        depth_q=index[2].data_ptr(),
+        depth_k=index[3].data_ptr(),
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        isa=_ISA,
+    )
+    return out, lse
+
+
+def _register(
+    name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **kernels: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    """Defines an op and registers each device's kernel, a function of the schema's arguments."""
     torch.library.define(f"icl_ft_fast::{name}", schema)
     torch.library.register_fake(f"icl_ft_fast::{name}", fake)
-    for device, module in _DEVICES.items():
-        torch.library.impl(f"icl_ft_fast::{name}", device, native.get(device) or getattr(module, name))
+    for device in _DEVICES:
+        torch.library.impl(f"icl_ft_fast::{name}", device, kernels[device])
 
 
 _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
@@ -323,12 +373,14 @@ _register(
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap)"
     " -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
+    cpu=_cpu_trie_attention,
 )
 _register(
     "trie_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, float scale, int window,"
-    " float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, Tensor? sinks,"
+    " float scale, int window, float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _fake_trie_attention_backward,
+    cpu=reference.trie_attention_backward,
 )
 _register(
     "target_logprob",
@@ -343,4 +395,5 @@ _register(
     " Tensor lse, float scale, float softcap, bool need_weight)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
+    cpu=reference.target_logprob_backward,
 )

@@ -61,6 +61,22 @@ def _scores(q: Tensor, k: Tensor, softcap: float) -> Tensor:
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
+def _weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(scores - top), in place, their sum with the sink's and top; scores [..., H, S], -inf where hidden.
+
+    The sum is 0 where nothing is seen, else at least 1.
+    """
+    top = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
+    top.clamp_(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be nan in rows that see nothing
+    weights = _exp(scores.sub_(top[..., None]))
+    total = weights.sum(-1)
+    if sinks is not None:
+        total += (sinks - top).exp()
+    return weights, total, top
+
+
 @_literal
 def trie_attention(
     q: Tensor,
@@ -79,7 +95,6 @@ def trie_attention(
     (T, H, _), (S, G, Dv), dtype = q.shape, v.shape, accumulator(q.dtype)
     out, lse = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=dtype)
     k, v = k.to(dtype), v.to(dtype)
-    lowest = torch.finfo(dtype).min
     for rows in _blocks(T, max(1, _SCORES * G // max(1, S * H))):
         hidden = _hidden(row_q[rows], end_k, depth_q[rows], depth_k, window)[:, None]
         for g in range(G):
@@ -87,16 +102,9 @@ def trie_attention(
             q_block = q[rows, heads].to(dtype) * scale
             scores = _scores(q_block.flatten(0, 1), k[:, g], softcap).view(*q_block.shape[:2], S)
             scores.masked_fill_(hidden, -torch.inf)
-            top = scores.amax(-1) if S else scores.new_full(q_block.shape[:2], -torch.inf)
-            if sinks is not None:
-                top = torch.maximum(top, sinks[heads])
-            top.clamp_(min=lowest)  # -inf - -inf would be nan in rows that see nothing
-            weights = _exp(scores.sub_(top[..., None]))
-            total = weights.sum(-1)
-            if sinks is not None:
-                total += (sinks[heads] - top).exp()
+            weights, total, top = _weights(scores, None if sinks is None else sinks[heads])
             values = (weights.flatten(0, 1) @ v[:, g]).view(*total.shape, Dv)
-            out[rows, heads] = (values / total.clamp(min=1)[..., None]).to(q.dtype)  # a total is 0 or at least 1
+            out[rows, heads] = (values / total.clamp(min=1)[..., None]).to(q.dtype)
             lse[rows, heads] = top + total.log()
     return out, lse
 
@@ -113,13 +121,15 @@ def trie_attention_backward(
     end_k: Tensor,
     depth_q: Tensor,
     depth_k: Tensor,
+    sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, with delta = (grad_out * out).sum(-1) - grad_lse, [T, H], in the dtype of lse.
 
-    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta).
+    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta). The probabilities are
+    normalised anew: against the lse of a forward that rounds scores otherwise they would not sum to 1.
     """
     (T, H, D), (S, G, Dv), dtype = q.shape, v.shape, lse.dtype
     grad_q, grad_k, grad_v = q.new_empty(T, H, D), lse.new_zeros(G, S, D), lse.new_zeros(G, S, Dv)
@@ -131,8 +141,9 @@ def trie_attention_backward(
             q_block = (q[rows, heads].to(dtype) * scale).flatten(0, 1)
             grad_block = grad_out[rows, heads].to(dtype).flatten(0, 1)
             scores = _scores(q_block, k[:, g], softcap)
-            p = _exp(scores - lse[rows, heads].reshape(-1, 1))
-            p.view(len(hidden), H // G, S).masked_fill_(hidden, 0)
+            seen = scores.view(len(hidden), H // G, S).masked_fill(hidden, -torch.inf)
+            weights, total, _ = _weights(seen, None if sinks is None else sinks[heads])
+            p = weights.div_(total.clamp(min=1)[..., None]).flatten(0, 1)
             grad_v[g].addmm_(p.T, grad_block)
             grad_scores = (grad_block @ v[:, g].T).sub_(delta[rows, heads].reshape(-1, 1)).mul_(p)
             if softcap:

@@ -47,9 +47,13 @@ def forest(
 
 
 @st.composite
-def forests(draw: st.DrawFn, max_rows: int = 40) -> Forest:
-    """Any chunk of any forest, behind its kept ancestors; sometimes some queries only, and rows not filled yet."""
-    pops = draw(st.lists(st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3, 99]), max_size=max_rows))
+def forests(draw: st.DrawFn, max_rows: int = 40, contexts: Sequence[int] = (0,)) -> Forest:
+    """Any chunk of any forest, behind its kept ancestors; sometimes some queries only, and rows not filled yet.
+
+    The first tree starts with a chain of one of `contexts` rows.
+    """
+    pops = [0] * draw(st.sampled_from(contexts))
+    pops += draw(st.lists(st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3, 99]), max_size=max_rows))
     start = draw(st.integers(0, len(pops)))
     stop = draw(st.integers(start, len(pops)))
     whole = forest(pops, start, stop)

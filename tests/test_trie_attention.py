@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,16 +14,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from icl_ft_fast import reference
+from icl_ft_fast import _C, ops, reference
 from icl_ft_fast.ops import trie_attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"scale": 0.3, "window": 3, "softcap": 2.0, "sinks": True}
 
 
-@pytest.fixture(params=["cpu"])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+# What this machine's CPU has, and the version that runs on any.
+ISAS = {
+    name: isa
+    for name, isa in {"portable": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}.items()  # csrc/icl.h
+    if isa <= _C.best_isa()
+}
+
+
+def force(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_ISA", ISAS[isa])
+
+
+@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    device, _, isa = request.param.partition("-")
+    force(isa, monkeypatch)
+    return device
 
 
 def index_tensors(trie: Forest, device: str) -> list[Tensor]:
@@ -133,14 +148,14 @@ def bushy(rows: int) -> Forest:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 300])
 def test_odd_sizes(rows: int, dtype: torch.dtype, device: str) -> None:
     check(bushy(rows), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("sizes", [(8, 40), (40, 8), (64, 64), (80, 80)], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 1), (40, 8), (64, 96), (80, 80), (128, 192), (256, 128)], ids=str)
 def test_head_sizes(sizes: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     check(bushy(65), dtype, device, heads, sizes)
 
@@ -171,8 +186,10 @@ def test_many_blocks_give_what_one_gives(option: str, monkeypatch: pytest.Monkey
     check(bushy(65), torch.float32, **(EVERYTHING if option == "all" else {}))
 
 
-def test_any_strides(device: str) -> None:
-    check(bushy(64), torch.float32, device, layout=strided)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["strided", "unaligned"])
+def test_any_strides(layout: str, dtype: torch.dtype, device: str) -> None:
+    check(bushy(64), dtype, device, layout={"strided": strided, "unaligned": unaligned}[layout])
 
 
 def strided(x: Tensor) -> Tensor:
@@ -182,18 +199,71 @@ def strided(x: Tensor) -> Tensor:
     return view.copy_(x).detach()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def unaligned(x: Tensor) -> Tensor:
+    """The same values, one element off where the allocator would have put them."""
+    return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x).detach()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    trie=forests(),
+    isa=st.sampled_from(list(ISAS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    trie=forests(contexts=(0, 0, 47, 96, 200)),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2)]),
     window=st.none() | st.integers(1, 6),
     softcap=st.none() | st.just(2.0),
     sinks=st.booleans(),
 )
 def test_any_forest(
-    trie: Forest, heads: tuple[int, int], window: int | None, softcap: float | None, sinks: bool
+    isa: str,
+    dtype: torch.dtype,
+    trie: Forest,
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
 ) -> None:
-    check(trie, torch.float16, heads=heads, window=window, softcap=softcap, sinks=sinks)
+    with pytest.MonkeyPatch.context() as patch:
+        force(isa, patch)
+        check(trie, dtype, heads=heads, window=window, softcap=softcap, sinks=sinks)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_any_scale(scale: float, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(bushy(65), dtype, device, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_query_has_the_same_bits_in_any_company(window: int | None, dtype: torch.dtype, device: str) -> None:
+    """Run again, on one thread, or with other queries beside it: nothing about a row changes but where it stands."""
+    trie, generator = bushy(300), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 300, 4, 40, generator=generator).to(device, dtype).unbind()
+    row_q, end_k, depth_q, depth_k = index_tensors(trie, device)
+    attend = partial(trie_attention, end_k=end_k, depth_k=depth_k, window=window, return_lse=True)
+
+    def results(rows: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attend(q[rows], k, v, row_q=row_q[rows], depth_q=depth_q[rows])
+        return out, lse
+
+    out, lse = results(torch.arange(300))
+    threads = torch.get_num_threads()
+    for rows in (torch.arange(300), torch.arange(299, -1, -7), torch.tensor([150])):
+        for torch_threads in (threads, 1):
+            torch.set_num_threads(torch_threads)
+            try:
+                again = results(rows)
+            finally:
+                torch.set_num_threads(threads)
+            assert torch.equal(again[0], out[rows])
+            assert torch.equal(again[1], lse[rows])
+
+
+def test_an_instruction_set_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_ISA", _C.best_isa() + 1)
+    with pytest.raises(ValueError, match=r"^isa: expected 0 to "):
+        check(bushy(3), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,7 +348,7 @@ def test_ops_are_registered_soundly() -> None:
     out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, 0.5, 3, 2.0)
     for given_sinks in (None, sinks):
         torch.library.opcheck(torch.ops.icl_ft_fast.trie_attention, (q, k, v, *index, given_sinks, 0.5, 3, 2.0))
-    arguments = (torch.ones_like(out), q, k, v, lse, lse, *index, 0.5, 3, 2.0)
+    arguments = (torch.ones_like(out), q, k, v, lse, lse, *index, sinks, 0.5, 3, 2.0)
     torch.library.opcheck(torch.ops.icl_ft_fast.trie_attention_backward, arguments)
 
 

@@ -1,0 +1,144 @@
+"""trie_attention beside torch's own attention: the same dense work, a trie through a materialised mask, decoding."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.timing import Row, measure, peak_bytes
+from icl_ft_fast import ops, trie
+
+HEADS = 8
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class Call(NamedTuple):
+    """Arguments of trie_attention, head-first copies for torch, and a mask where torch needs one (True: visible)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: tuple[Tensor, ...]
+    torch_qkv: tuple[Tensor, ...]
+    mask: Tensor | None
+    num_visible: int
+
+
+def run(quick: bool) -> list[Row]:
+    """Check and time every case. Torch's masks are made beforehand; FLOPs count what is visible, for both alike."""
+    rows = []
+    for case, calls in cases(quick).items():
+        _check(case, calls[-1])
+        variants: dict[str, Callable[[], object]] = {
+            "trie_attention": partial(_each, _trie_attention, calls),
+            "torch SDPA": partial(_each, _torch, calls),
+        }
+        timings = measure(variants, seconds=0.3 if quick else 2.0)
+        num_flops = sum(2 * call.num_visible * HEADS * (call.q.shape[-1] + call.v.shape[-1]) for call in calls)
+        for name, timing in timings.items():
+            rate = num_flops / timing.ms / 1e6
+            times = (timing.ms, timing.p20_ms, timing.p80_ms)
+            rows.append(Row("trie_attention", case, name, *times, rate, "GFLOP/s", None, peak_bytes(variants[name])))
+    return rows
+
+
+def cases(quick: bool) -> dict[str, list[Call]]:
+    """Calls by case; `quick` divides contexts and questions by four."""
+    scale = 4 if quick else 1
+    num_keys = 4096 // scale
+    made = {}
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for size in (64, 128):
+            for gqa in (1, 4):
+                case = f"{name}, 512 queries x {num_keys:,} keys, head size {size}, {gqa} queries a key"
+                made[case] = [_call(dtype, HEADS // gqa, size, *_dense(512, num_keys), masked=False)]
+        case = f"{name}, {220 // scale} questions x 4 choices over {4000 // scale:,} tokens, chunks of 512"
+        made[case] = [_call(dtype, HEADS // 4, 64, *chunk, masked=True) for chunk in _questions(220 // scale, scale)]
+        case = f"{name}, one new token of {32 // scale} sequences over {num_keys:,} shared keys"
+        made[case] = [_call(dtype, HEADS // 4, 128, *_decode(32 // scale, num_keys), masked=True)]
+    return made
+
+
+Index = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _dense(num_queries: int, num_keys: int) -> Index:
+    """Every query sees every key: the keys are one path that all queries hang under."""
+    ends = torch.full((num_keys,), num_keys + num_queries, dtype=torch.int32)
+    row = torch.arange(num_keys, num_keys + num_queries, dtype=torch.int32)
+    return row, ends, torch.full_like(row, num_keys), torch.arange(num_keys, dtype=torch.int32)
+
+
+def _questions(num_questions: int, scale: int) -> list[Index]:
+    """The chunks of a trie of questions of 20 tokens with 4 choices of 5, over one context."""
+    rng = np.random.default_rng(0)
+    context = np.broadcast_to(rng.integers(0, 32_000, 4000 // scale), (num_questions * 4, 4000 // scale))
+    own = np.repeat(rng.integers(0, 32_000, (num_questions, 20)), 4, axis=0)
+    tokens = np.hstack([context, own, rng.integers(0, 32_000, (num_questions * 4, 5))]).astype(np.int32)
+    num_requests, length = tokens.shape
+    offsets = np.arange(num_requests + 1, dtype=np.int64) * length
+    built = trie.build(tokens.reshape(-1), offsets, np.full(num_requests, length - 5, np.int64))
+    chunks = []
+    for chunk in trie.plan(built, 512).chunks:
+        num_rows, depth = len(chunk.token), chunk.depth_k
+        row = torch.arange(chunk.stack_rows, chunk.stack_rows + num_rows, dtype=torch.int32)
+        chunks.append((row, chunk.end_k, depth[chunk.stack_rows :].contiguous(), depth))
+    return chunks
+
+
+def _decode(num_sequences: int, num_keys: int) -> Index:
+    """Sequences with 16 rows of their own, the last being filled, below a shared path."""
+    own = 16
+    first = torch.arange(num_keys, num_keys + num_sequences * own, own, dtype=torch.int32)
+    ends = torch.cat(
+        [first.new_full((num_keys,), num_keys + num_sequences * own), (first + own).repeat_interleave(own)]
+    )
+    row = first + own - 1
+    return row, ends, torch.full_like(row, num_keys + own - 1), torch.zeros_like(ends)
+
+
+def _call(
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    size: int,
+    row: Tensor,
+    ends: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    *,
+    masked: bool,
+) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(row), HEADS, size, generator=generator).to(dtype)
+    k, v = torch.randn(2, len(ends), num_kv_heads, size, generator=generator).to(dtype).unbind()
+    j = torch.arange(len(ends))
+    visible = (j <= row[:, None]) & (row[:, None] < ends)
+    torch_qkv = tuple(x.transpose(0, 1).contiguous()[None] for x in (q, k, v))
+    return Call(q, k, v, (row, ends, depth_q, depth_k), torch_qkv, visible if masked else None, int(visible.sum()))
+
+
+def _each(attention: Callable[[Call], Tensor], calls: list[Call]) -> None:
+    for call in calls:
+        attention(call)
+
+
+def _trie_attention(call: Call) -> Tensor:
+    return ops.trie_attention(call.q, call.k, call.v, *call.index)
+
+
+def _torch(call: Call) -> Tensor:
+    return scaled_dot_product_attention(*call.torch_qkv, attn_mask=call.mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _check(case: str, call: Call) -> None:
+    """The error budget of tests/close.py, torch's attention being the same-dtype one."""
+    exact = ops.trie_attention(call.q.double(), call.k.double(), call.v.double(), *call.index)
+    error, torch_error = ((f(call).double() - exact).abs().max().item() for f in (_trie_attention, _torch))
+    rounding = torch.finfo(call.q.dtype).eps * exact.abs().max().item()
+    if not error <= 2 * (torch_error + rounding):
+        raise AssertionError(f"{case}: off by {error:.3e}, torch by {torch_error:.3e}, rounding {rounding:.3e}")

@@ -1,0 +1,352 @@
+// Attention of a few tiles of queries, compiled once for each instruction set: trie_attention.cpp includes this file
+// inside a namespace, with these macros:
+//   TARGET  the functions' target attribute
+//   LANES   floats in a vector
+//   PAIRS   1 where a product's factors are pairs of bfloat16 that one instruction multiplies and sums, 0 for floats
+//
+// Queries lie along the lanes: both products then read their other factor as broadcasts from rows as they are stored,
+// and the softmax over keys never crosses lanes. So a query's bits depend on no other query.
+
+typedef float Floats __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t Factor __attribute__((may_alias));  // a float or a pair of bfloat16
+
+constexpr int kVectors = kQueries / LANES;  // vectors to a row of a tile
+constexpr int kWide = LANES == 16 ? 4 : 2;  // vectors and broadcasts of a register block; with more, sums would spill
+constexpr int kTall = 6;
+constexpr int kPerFactor = 1 + PAIRS;
+
+TARGET inline Floats splat(float x) { return x - Floats{}; }
+
+#if LANES == 16
+// Masks of all lanes: gcc 12 takes what the unmasked intrinsics start from for an uninitialised variable.
+TARGET inline Floats maximum(Floats x, Floats y) { return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
+#else
+TARGET inline Floats maximum(Floats x, Floats y) { return x > y ? x : y; }
+#endif
+
+// 2**x to a relative error of 1.3e-7, exactly 1 at 0, 0 below -127.
+TARGET inline Floats exp2(Floats x) {
+#if LANES == 16
+    const Floats fraction = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    const Floats whole = x - fraction;
+#else
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to an integer
+    x = maximum(x, splat(-127.0f));
+    const Floats shifted = x + kShift, whole = shifted - kShift, fraction = x - whole;
+#endif
+    Floats y = splat(0.001326472731307149f);
+    y = y * fraction + 0.009671512991189957f;
+    y = y * fraction + 0.05550733581185341f;
+    y = y * fraction + 0.24022242426872253f;
+    y = y * fraction + 0.6931470036506653f;
+    y = y * fraction + 1.0f;
+#if LANES == 16
+    return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)whole);
+#else
+    return (Floats)((Ints)y + ((Ints)shifted << 23));
+#endif
+}
+
+TARGET inline Floats tanh(Floats x) {
+    const Floats square = x * x, magnitude = (Floats)((Ints)x & 0x7fffffff);
+    Floats y = splat(-5.70498872745e-3f);  // below 0.625, where 1 - t would cancel
+    y = y * square + 2.06390887954e-2f;
+    y = y * square - 5.37397155531e-2f;
+    y = y * square + 1.33314422036e-1f;
+    y = y * square - 3.33332819422e-1f;
+    y = y * square * x + x;
+    const Floats t = exp2(magnitude * (-2 * kLog2E)), large = (1.0f - t) / (1.0f + t);
+    const Floats sign = (Floats)((Ints)x & INT32_MIN);
+    return magnitude < 0.625f ? y : (Floats)((Ints)large | (Ints)sign);
+}
+
+TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
+#if PAIRS
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    return sum + (Floats)x * (Floats)y;
+#endif
+}
+
+// A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride]; no factor means 0.
+// The product is summed by itself: one chain of additions over thousands of keys would lose four times the precision.
+template <int N, int M>
+TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+                           const Floats* factor, Floats* out) {
+    Floats sums[N][M];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sums[n][m] = Floats{};
+    }
+    for (int64_t step = 0; step < steps; ++step, x += stride, y += kVectors) {
+        Ints values[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) values[m] = y[m];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const Ints broadcast = x[n * row] - Ints{};
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) sums[n][m] = multiply_add(sums[n][m], broadcast, values[m]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            Floats& sum = out[n * kVectors + m];
+            sum = factor ? factor[m] * sum + sums[n][m] : sums[n][m];
+        }
+    }
+}
+
+template <int N, int M>
+TARGET void multiply_rows(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+                          const Floats* factor, Floats* out) {
+    for (; rows >= N; rows -= N, x += N * row, out += N * kVectors) {
+        multiply_block<N, M>(x, row, stride, y, steps, factor, out);
+    }
+    if constexpr (N > 1) multiply_rows<(N > 4 ? 4 : N / 2), M>(x, rows, row, stride, y, steps, factor, out);
+}
+
+template <int M = kWide>
+TARGET void multiply(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+                     const Floats* factor, Floats* out, int vectors) {
+    for (; vectors >= M; vectors -= M, y += M, out += M, factor += factor ? M : 0) {
+        multiply_rows<kTall, M>(x, rows, row, stride, y, steps, factor, out);
+    }
+    if constexpr (M > 1) multiply<M - 1>(x, rows, row, stride, y, steps, factor, out, vectors);
+}
+
+// A tile of queries and what is known of their softmax so far; lanes beyond `count` see nothing.
+struct Tile {
+    int64_t first;  // of the T * (H / G) queries of a key/value head, a query's heads side by side
+    int count, vectors;
+    Range rows, depths;
+    alignas(64) int32_t row[kQueries];
+    alignas(64) int32_t depth[kQueries];
+    alignas(64) float top[kQueries];    // the greatest product so far
+    alignas(64) float total[kQueries];  // the sum of exp((product - top) * unit)
+    Factor* q;                          // [factors of a query][kQueries]
+    Floats* out;                        // [Dv][kVectors], not yet divided by total
+};
+
+// out[i * out_stride] becomes the factor of low[i * stride] and, in a pair, high[i * stride].
+template <class T>
+TARGET inline void pack(const T* low, [[maybe_unused]] const T* high, int64_t stride, int64_t size, Factor* out,
+                        int64_t out_stride) {
+    for (int64_t i = 0; i < size; ++i) {
+#if PAIRS
+        out[i * out_stride] = low[i * stride].bits | static_cast<uint32_t>(high[i * stride].bits) << 16;
+#else
+        const float x = to_float(low[i * stride]);
+        std::memcpy(&out[i * out_stride], &x, sizeof x);
+#endif
+    }
+}
+
+// The components of one query or key as factors.
+template <class T>
+TARGET inline void pack_vector(const T* x, int64_t stride, int64_t size, Factor* out, int64_t out_stride) {
+#if PAIRS
+    if (stride == 1 && out_stride == 1) {
+        std::memcpy(out, x, size / 2 * sizeof(Factor));
+    } else {
+        pack(x, x + stride, 2 * stride, size / 2, out, out_stride);
+    }
+    if (size % 2) out[size / 2 * out_stride] = x[(size - 1) * stride].bits;
+#else
+    if (stride == 1 && out_stride == 1) {
+        pack(x, x, 1, size, out, 1);
+    } else {
+        pack(x, x, stride, size, out, out_stride);
+    }
+#endif
+}
+
+template <class T>
+TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& tile) {
+    const int64_t heads = problem.H / problem.G;
+    tile.first = first;
+    tile.count = static_cast<int>(std::min<int64_t>(kQueries, problem.T * heads - first));
+    tile.vectors = (tile.count + LANES - 1) / LANES;
+    tile.rows = tile.depths = {};
+    std::memset(tile.q, 0, sizeof(Factor) * problem.factors * kQueries);
+    for (int n = 0; n < kQueries; ++n) {
+        tile.row[n] = -1;
+        tile.depth[n] = 0;
+        tile.top[n] = kLowest;
+        tile.total[n] = 0;
+        if (n >= tile.count) continue;
+        const int64_t t = (first + n) / heads, h = g * heads + (first + n) % heads;
+        tile.rows.include(tile.row[n] = problem.row_q[t]);
+        tile.depths.include(tile.depth[n] = problem.depth_q[t]);
+        if (problem.sinks && problem.sinks[h] > -INFINITY) {
+            tile.top[n] = problem.sinks[h] / problem.unit;
+            tile.total[n] = 1;
+        }
+        const T* q = static_cast<const T*>(problem.q) + t * problem.q_strides[0] + h * problem.q_strides[1];
+        pack_vector(q, problem.q_strides[2], problem.D, tile.q + n, kQueries);
+    }
+    if (problem.scale < 0) {
+        for (int64_t i = 0; i < problem.factors * kQueries; ++i) tile.q[i] ^= PAIRS ? 0x80008000 : 0x80000000;
+    }
+    std::fill_n(tile.out, problem.Dv * kVectors, Floats{});
+}
+
+// Keys as [keys][factors of a key].
+template <class T>
+TARGET void pack_keys(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
+    const T* k = static_cast<const T*>(problem.k) + first * problem.k_strides[0] + g * problem.k_strides[1];
+    for (int j = 0; j < keys; ++j, k += problem.k_strides[0], out += problem.factors) {
+        pack_vector(k, problem.k_strides[2], problem.D, out, 1);
+    }
+}
+
+// Values as [keys / kPerFactor][Dv] factors, behind an odd key a 0.
+template <class T>
+TARGET void pack_values(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
+    const int64_t row = problem.v_strides[0], stride = problem.v_strides[2], Dv = problem.Dv;
+    const T* v = static_cast<const T*>(problem.v) + first * row + g * problem.v_strides[1];
+    for (int j = 0; j < keys; j += kPerFactor, v += kPerFactor * row, out += Dv) {
+        const bool pairs_up = j + 1 < keys;
+        const T* next = pairs_up ? v + row : v;
+        if (stride == 1) {
+            pack(v, next, 1, Dv, out, 1);
+        } else {
+            pack(v, next, stride, Dv, out, 1);
+        }
+        if (PAIRS && !pairs_up) {
+            for (int64_t d = 0; d < Dv; ++d) out[d] &= 0xffff;
+        }
+    }
+}
+
+// Applies soft-cap and mask to the products of one vector of queries, [keys][kVectors]; returns the greatest of each.
+template <bool kMasked>
+TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector, int64_t first, int keys,
+                            Floats* scores) {
+    const Ints row = reinterpret_cast<const Ints*>(tile.row)[vector];
+    const Ints depth = reinterpret_cast<const Ints*>(tile.depth)[vector];
+    const Floats hidden = splat(-INFINITY);
+    const bool capped = problem.softcap != 0;
+    Floats top = hidden;
+    for (int j = 0; j < keys; ++j, scores += kVectors) {
+        Floats score = *scores;
+        if (capped) score = tanh(score * problem.cap_unit);
+        if (kMasked) {
+            const int32_t key = static_cast<int32_t>(first) + j;
+            Ints visible = (row >= key) & (row < problem.end_k[key]);
+            if (problem.window) visible &= depth - problem.depth_k[key] < problem.window;
+            score = visible ? score : hidden;
+        }
+        if (kMasked || capped) *scores = score;
+        top = maximum(top, score);
+    }
+    return top;
+}
+
+// Turns finished products into weights exp((product - top) * unit), as factors; returns their sum. The difference comes
+// first: where weights are large it is exact, and the greatest is 1 whatever the unit is rounded to.
+TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
+    const float factor = unit * kLog2E;
+    Floats sum = {};
+#if PAIRS
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    Floats* weights = scores;  // overtakes no score: two become one
+    if (keys % 2) scores[keys * kVectors] = splat(-INFINITY);
+    for (int j = 0; j < keys; j += 2, scores += 2 * kVectors, weights += kVectors) {
+        const Floats even = exp2((scores[0] - top) * factor), odd = exp2((scores[kVectors] - top) * factor);
+        sum += even + odd;
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        *weights = (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+    }
+#else
+    for (int j = 0; j < keys; ++j, scores += kVectors) {
+        *scores = exp2((*scores - top) * factor);
+        sum += *scores;
+    }
+#endif
+    return sum;
+}
+
+// One tile of queries and one of keys.
+TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first, int keys,
+                        bool masked, Floats* scores) {
+    const int64_t factors = problem.factors;
+    multiply(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+    Floats *top = reinterpret_cast<Floats*>(tile.top), *total = reinterpret_cast<Floats*>(tile.total);
+    Floats rescale[kVectors];
+    for (int m = 0; m < tile.vectors; ++m) {
+        const auto finish = masked ? finish_scores<true> : finish_scores<false>;
+        const Floats before = top[m];
+        top[m] = maximum(finish(problem, tile, m, first, keys, scores + m), before);
+        rescale[m] = exp2((before - top[m]) * (problem.unit * kLog2E));
+        total[m] = total[m] * rescale[m] + soften(problem.unit, top[m], keys, scores + m);
+    }
+    multiply(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores), (keys + kPerFactor - 1) / kPerFactor,
+             rescale, tile.out, tile.vectors);
+}
+
+template <class T>
+TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
+    const int64_t heads = problem.H / problem.G, Dv = problem.Dv;
+    for (int m = 0; m < tile.vectors; ++m) {
+        const Floats total = reinterpret_cast<const Floats*>(tile.total)[m],
+                     share = total > 0.0f ? 1.0f / total : Floats{};
+        for (int64_t d = 0; d < Dv; ++d) {
+            Floats& out = tile.out[d * kVectors + m];
+            out *= share;
+            if (sizeof(T) == sizeof(Bf16)) {  // to the nearest, ties to even; nan stays nan
+                const Ints bits = (Ints)out, rounded = bits + 0x7fff + (bits >> 16 & 1);
+                out = (Floats)(out == out ? rounded : bits);
+            }
+        }
+    }
+    const float* from = reinterpret_cast<const float*>(tile.out);
+    for (int n = 0; n < tile.count; ++n, ++from) {
+        const int64_t t = (tile.first + n) / heads, h = g * heads + (tile.first + n) % heads, at = t * problem.H + h;
+        T* out = static_cast<T*>(problem.out) + at * Dv;
+        for (int64_t d = 0; d < Dv; ++d) out[d] = truncate<T>(from[d * kQueries]);
+        const bool only_sink = problem.sinks && tile.total[n] == 1 && tile.top[n] == problem.sinks[h] / problem.unit;
+        const double lse =
+            static_cast<double>(tile.top[n]) * problem.unit + std::log(static_cast<double>(tile.total[n]));
+        problem.lse[at] = only_sink ? problem.sinks[h] : static_cast<float>(lse);
+    }
+}
+
+// Some consecutive tiles of queries of one key/value head: each tile of keys is packed once for all of them.
+template <class T>
+TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_t num_tiles, char* workspace) {
+    const auto take = [&](int64_t floats) {
+        return reinterpret_cast<float*>(std::exchange(workspace, workspace + round_up(floats * sizeof(float))));
+    };
+    Factor* k = reinterpret_cast<Factor*>(take(kKeys * problem.factors));
+    Factor* v = reinterpret_cast<Factor*>(take(kKeys * problem.Dv));
+    Floats* scores = reinterpret_cast<Floats*>(take(kKeys * kQueries));
+    Tile tiles[kMaxTiles];
+    Range rows;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+        tiles[i].q = reinterpret_cast<Factor*>(take(problem.factors * kQueries));
+        tiles[i].out = reinterpret_cast<Floats*>(take(problem.Dv * kQueries));
+        load_tile<T>(problem, g, (first_tile + i) * kQueries, tiles[i]);
+        rows.include(tiles[i].rows.least);
+        rows.include(tiles[i].rows.greatest);
+    }
+    for (const KeyTile& key_tile : problem.key_tiles) {
+        if (key_tile.first > rows.greatest) break;
+        bool packed = false;
+        for (int64_t i = 0; i < num_tiles; ++i) {
+            const View view = see(problem, key_tile, tiles[i].rows, tiles[i].depths);
+            if (view == View::kNone) continue;
+            if (!std::exchange(packed, true)) {
+                pack_keys<T>(problem, g, key_tile.first, key_tile.count, k);
+                pack_values<T>(problem, g, key_tile.first, key_tile.count, v);
+            }
+            attend_tile(problem, tiles[i], k, v, key_tile.first, key_tile.count, view == View::kSome, scores);
+        }
+    }
+    for (int64_t i = 0; i < num_tiles; ++i) store_tile<T>(problem, g, tiles[i]);
+}
