@@ -30,6 +30,8 @@ namespace {
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kMaxThreads = 32;
 constexpr int64_t kSlices = 64;           // parts of the vocabulary that threads take turns at, summed up in order
+constexpr int64_t kSliceColumns = 24;     // divides their sizes: whole groups of columns, whatever the kernel
+constexpr int kColumns = 8;               // most columns at a time: weights 2^n apart contend for a few cache lines
 constexpr int64_t kBlockColumns = 96;     // logits of a row in a tile
 constexpr int64_t kBlockRows = 512;       // rows that share a pass over the weights ...
 constexpr int64_t kBlockBytes = 4 << 20;  // ... fewer where they are so wide that they would take more than this
@@ -121,7 +123,7 @@ public:
         const int64_t blocks = divide_up(std::max<int64_t>(1, a.num_rows), panels * kPanelRows);
         rows = round_up(divide_up(std::max<int64_t>(1, a.num_rows), blocks), K::kLanes);
         num_panels = divide_up(rows, kPanelRows);
-        slice_columns = round_up(divide_up(a.vocabulary, kSlices), K::kSums);
+        slice_columns = round_up(divide_up(a.vocabulary, kSlices), kSliceColumns);
         num_slices = divide_up(a.vocabulary, slice_columns);
         tile_size = kBlockColumns * (depth > depth_step ? rows : std::min(rows, kPanelRows));
         weight_size = direct ? 0 : kBlockColumns * depth_step;
@@ -288,7 +290,8 @@ private:
         if constexpr (N < K::kVectors) {
             if (vectors > N) return products_of<N + 1>(vectors);
         }
-        return std::tuple(&K::template products<K::kSums / N, N>, K::kSums / N, &K::template products<1, N>);
+        constexpr int C = std::min(kColumns, K::kSums / N);
+        return std::tuple(&K::template products<C, N>, C, &K::template products<1, N>);
     }
 
     void pick(const float* tile, int64_t column, int64_t columns, int64_t panel, int32_t* link) {

@@ -34,7 +34,7 @@ struct ICL_ISA {
     }
 
     // tile[c][r] = (first ? 0 : tile[c][r]) + sum over k of weight[c][k] * hidden[k][r], for C columns of the
-    // vocabulary, whose weights lie `stride` elements apart, and N vectors of rows.
+    // vocabulary, whose weights lie `stride` elements apart, and N vectors of rows. Meanwhile the next C are fetched.
     template <int C, int N>
     ICL_TARGET static void products(const Element* weight, int64_t stride, const Element* hidden, int64_t num_units,
                                     bool first, float* tile) {
@@ -43,6 +43,9 @@ struct ICL_ISA {
             for (int n = 0; n < N; ++n) sum[c][n] = first ? Floats{} : load<Floats>(tile + (c * N + n) * kLanes);
         }
         for (int64_t k = 0; k < num_units; ++k) {
+            if (k % (kCacheLine / static_cast<int64_t>(sizeof(Unit))) == 0) {
+                for (int c = 0; c < C; ++c) __builtin_prefetch(weight + (C + c) * stride + k * kUnit);
+            }
             Units rows[N];
             for (int n = 0; n < N; ++n) rows[n] = load<Units>(hidden + (k * N + n) * kLanes * kUnit);
             for (int c = 0; c < C; ++c) {

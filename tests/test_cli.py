@@ -12,7 +12,7 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.score import score
+from icl_ft_fast.score import iter_scores, score
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
 
@@ -109,7 +109,14 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
     )
 
 
-def test_score_without_documents_or_answers(files, run, llama):
+def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
+    budgets = []
+
+    def spy(*arguments, chunk_rows, **options):
+        budgets.append(chunk_rows)
+        return iter_scores(*arguments, chunk_rows=chunk_rows, **options)
+
+    monkeypatch.setattr(cli, "iter_scores", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
     code, (line,), errors = run(files.score("--chunk-rows", 1))
     assert (code, errors) == (0, [])
@@ -118,6 +125,7 @@ def test_score_without_documents_or_answers(files, run, llama):
     (row,) = read_lines(files.out)
     assert row["logp"] == pytest.approx(result.logp, abs=1e-5)
     assert row["answer"] is None
+    assert budgets == [1]
 
 
 def test_the_terminal_is_left_alone(files, run):

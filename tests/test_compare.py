@@ -228,6 +228,7 @@ def test_documents_for_the_context():
     assert select_documents(documents, 0, subsample=3) == everything[:6]
     assert select_documents(documents, 0, per_topic=2, subsample=4)[0] in documents
     assert len(select_documents(documents, 0, per_topic=2, subsample=5)) == 2
+    assert len(select_documents(documents, 0, subsample=7)) == 3
     assert len(select_documents(documents, 0, subsample=100)) == 1
     assert icl_context(documents[:0]) == "Documents:\n\n\nGiven these documents: "
     assert icl_context([Document("", "{x}"), Document("", "y")]) == "Documents:\n- {x}\n- y\n\nGiven these documents: "
@@ -315,6 +316,10 @@ def test_nothing_is_cut_or_read_as_markup():
     for name in ("[bold]", "[/wrong]", *(f"split{i}" for i in range(9))):
         assert f" {name} " in text, name
     assert all(name in printed(many, 400) for name in names)
+    few = printed([run_of(arm, **{"long_name_" * 9: (1, 2), "x": (1, 3)}) for arm in ARMS])
+    assert max(map(len, few.splitlines())) <= 80
+    assert "…" not in few
+    assert all(len(cells(few, arm)) == 1 for arm in ARMS)
 
 
 def test_a_task_without_answers_has_a_table_of_costs(llama):

@@ -101,6 +101,17 @@ def test_an_epoch_takes_every_text_once(llama, exact_llama):
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
 
 
+def test_steps_follow_from_one_another(llama, monkeypatch):
+    use_plain_descent(monkeypatch)
+    settings = settings_of_one_step(learning_rate=0.1)
+    first = finetune(llama, TEXTS, settings)
+    second = finetune(first.model, TEXTS, settings)
+    both = finetune(llama, TEXTS, replace(settings, steps=2))
+    assert both.losses == first.losses + second.losses
+    for name, gradient in descent(second.model, both.model).items():
+        assert gradient.abs().max() < 1e-6, name
+
+
 def test_learning_rate_warms_up(llama, monkeypatch):
     rates = []
 

@@ -445,6 +445,15 @@ def test_a_spoilt_checkpoint_is_refused_by_name(spoil, message, llama_directory,
     assert "\n" not in str(caught.value)
 
 
+def test_code_beside_a_family_that_transformers_knows_is_not_run(llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "beside")
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Network"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    assert load(folder).network.config.model_type == "llama"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8", "", torch.float32])
 def test_unknown_dtype(dtype, llama_directory):
     with pytest.raises(ModelError, match=r"^dtype: one of float32, bfloat16, got "):

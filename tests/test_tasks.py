@@ -50,6 +50,13 @@ def test_round_trip(task, tmp_path_factory):
     assert Task.read(folder).documents == task.documents[:1]
 
 
+def test_files_are_legible(tmp_path):
+    Task((Document("d", "naïve 日本語"),), (Question("q", "ß ", ("ü",)),)).write(tmp_path)
+    documents, questions = ((tmp_path / f"{name}.jsonl").read_text("utf-8") for name in ("documents", "questions"))
+    assert documents == '{"id": "d", "text": "naïve 日本語", "topic": null}\n'
+    assert questions == '{"id": "q", "prompt": "ß ", "choices": ["ü"], "answer": null, "split": "test"}\n'
+
+
 def test_fields_left_out_and_fields_unknown(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\n  \n{"id": "a", "text": "b", "why": [1]}\r\n\n{"id": "b", "text": "", "topic": null}', "utf-8")
