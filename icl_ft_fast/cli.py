@@ -23,10 +23,8 @@ from icl_ft_fast.finetune import FinetuneError, FinetuneSettings
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import CHUNK_ROWS, DTYPES, SHIPPED, Model, ModelError, load
 from icl_ft_fast.score import ScoreError, iter_scores
-from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.generated import GENERATORS, Preset
 from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions
-
-GENERATED_TASKS = ("simple-reversals",)
 
 
 class UsageError(ValueError):
@@ -59,20 +57,20 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.add_argument("--facts", type=_positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
-    _add_comparison_options(demo, seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, icl_per_topic=1, out=None)
-    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals")
+    _add_comparison_options(demo, seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None)
+    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
 
     comparison = _command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
-        "icl-ft-fast compare --model shipped --task simple-reversals --facts 40 --icl-per-topic 1 --out out/run1\n"
+        "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2",
     )  # fmt: skip
     _add_model_options(comparison)
-    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATED_TASKS)}")
-    comparison.add_argument(
-        "--facts", type=_positive, default=100, help="facts of a generated task (default: %(default)s)"
-    )
-    _add_comparison_options(comparison, seeds="0", learning_rate=3e-4, icl_per_topic=None, out=Path("out/compare"))
+    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+    comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
+    comparison.add_argument("--facts", type=_positive, help="facts of simple-reversals, in place of the preset's")
+    comparison.add_argument("--data", type=Path, help="the folder that a task by name reads, if it does")
+    _add_comparison_options(comparison, seeds="0", learning_rate=3e-4, out=Path("out/compare"))
 
     scoring = _command(
         commands, "score", _score, "log-likelihoods of multiple-choice questions over documents",
@@ -93,13 +91,21 @@ def _parser() -> argparse.ArgumentParser:
 
     task = _command(
         commands, "task", _task, "write a generated task to a folder",
-        "icl-ft-fast task simple-reversals --facts 100 --seed 0 --out tasks/reversals",
+        "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
+        "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse",
     )  # fmt: skip
-    task.add_argument("name", choices=GENERATED_TASKS)
-    task.add_argument("--facts", type=_positive, default=100, help="facts (default: %(default)s)")
-    task.add_argument("--seed", type=int, default=0, help="of words, features and order (default: %(default)s)")
-    task.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
-    _add_output_options(task)
+    names = task.add_subparsers(dest="task", required=True, metavar="NAME")
+    for name, generator in GENERATORS.items():
+        made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
+        made.add_argument("--preset", choices=list(generator.presets), default="paper", help="default: %(default)s")
+        made.set_defaults(facts=None, data=None)
+        if name == "simple-reversals":
+            made.add_argument("--facts", type=_positive, help="in place of the preset's")
+        if generator.reads is not None:
+            made.add_argument("--data", type=Path, required=True, help=generator.reads)
+        made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
+        _add_output_options(made)
     return parser
 
 
@@ -134,7 +140,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_comparison_options(
-    parser: argparse.ArgumentParser, *, seeds: str, learning_rate: float, icl_per_topic: int | None, out: Path | None
+    parser: argparse.ArgumentParser, *, seeds: str, learning_rate: float, out: Path | None
 ) -> None:
     defaults = FinetuneSettings()
     parser.add_argument("--arms", default=",".join(compare.ARMS), help="default: %(default)s")
@@ -143,13 +149,10 @@ def _add_comparison_options(
     parser.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
     parser.add_argument(
-        "--icl-per-topic",
-        type=_positive,
-        default=icl_per_topic,
-        help="documents of a topic in the context (default: all)",
+        "--icl-per-topic", type=_positive, help="documents of a topic in the context (default: the preset's, or all)"
     )
     parser.add_argument(
-        "--icl-subsample", type=_positive, default=1, metavar="K", help="of those, one in K at random (default: 1)"
+        "--icl-subsample", type=_positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     _add_output_options(parser)
@@ -171,11 +174,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    task_of_seed, preset = _task_of_seed(options)
     settings = compare.Settings(
         arms=_arms(options.arms),
         seeds=_seeds(options.seeds),
-        icl_per_topic=options.icl_per_topic,
-        icl_subsample=options.icl_subsample,
+        icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
+        icl_subsample=options.icl_subsample or preset.icl_subsample,
         finetune=FinetuneSettings(
             steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
         ),
@@ -183,7 +187,6 @@ def _compare(options: argparse.Namespace) -> None:
     results = None if options.out is None else options.out / "results.json"
     if results is not None:
         _check_new(results, options.overwrite)
-    task_of_seed = _task_of_seed(options.task, options.facts)
     model = _load(options)
     runs: list[compare.Run] = []
 
@@ -229,7 +232,7 @@ def _score(options: argparse.Namespace) -> None:
 def _task(options: argparse.Namespace) -> None:
     for name in ("documents.jsonl", "questions.jsonl"):
         _check_new(options.out / name, options.overwrite)
-    task = _task_of_seed(options.name, options.facts)(options.seed)
+    task = _task_of_seed(options)[0](options.seed)
     task.write(options.out)
     print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
 
@@ -242,17 +245,34 @@ def _load(options: argparse.Namespace) -> Model:
     return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
 
 
-def _task_of_seed(name: str, facts: int) -> Callable[[int], Task]:
-    if name in GENERATED_TASKS:
-        try:
-            simple_reversals(0, num_facts=facts)
-        except ValueError as error:
-            raise UsageError(f"--facts: {error}") from error
-        return lambda seed: simple_reversals(seed, num_facts=facts)
-    if not Path(name).is_dir():
-        raise UsageError(f"--task: {name}: neither a folder nor one of {', '.join(GENERATED_TASKS)}")
-    task = Task.read(name)
-    return lambda _: task
+def _task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Preset]:
+    """The named task, or the folder's, for a seed; and its preset."""
+    generator = GENERATORS.get(options.task)
+    if generator is None:
+        if not Path(options.task).is_dir():
+            raise UsageError(f"--task: {options.task}: neither a folder nor one of {', '.join(GENERATORS)}")
+        task = Task.read(options.task)
+        return lambda _: task, Preset()
+    if options.preset not in generator.presets:
+        raise UsageError(f"--preset: {options.task} has {', '.join(generator.presets)}; got {options.preset!r}")
+    preset = generator.presets[options.preset]
+    if options.facts is not None and options.task != "simple-reversals":
+        raise UsageError(f"--facts: {options.task} has none; only simple-reversals does")
+    if (options.data is None) != (generator.reads is None):
+        raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
+    arguments = {**preset.arguments, **({} if options.facts is None else {"num_facts": options.facts})}
+    folders = [] if options.data is None else [options.data]
+
+    def task_of_seed(seed: int) -> Task:
+        return generator.make(*folders, seed=seed, **arguments)
+
+    try:
+        task_of_seed(0)  # refused before any work
+    except TaskError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--facts: {error}") from error
+    return task_of_seed, preset
 
 
 def _check_new(path: Path, overwrite: bool) -> None:

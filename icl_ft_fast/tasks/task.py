@@ -1,8 +1,8 @@
 """A task: documents and multiple-choice questions about them, read from and written to JSON lines.
 
-documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices", "answer",
-"split"}, where answer (the index of the correct choice) may be absent and split is "test" unless given; other fields
-are ignored.
+documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices"} and perhaps
+"answer" (the index of the correct choice), "split" ("test" unless given), "topic", "form" and "also_correct"; other
+fields are ignored.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Question:
         choices: at least one, none empty.
         answer: index of the correct choice, None if unknown.
         split: the kind of generalisation that the question tests.
+        topic: questions of one topic rest on the same facts, so statistics count them as one witness.
+        form: a finer kind within the split, such as a syllogism's figure.
+        also_correct: indices of further choices that are as true as the answer ("no X are Y", "no Y are X").
     """
 
     id: str
@@ -51,6 +54,14 @@ class Question:
     choices: tuple[str, ...]
     answer: int | None = None
     split: str = "test"
+    topic: str | None = None
+    form: str | None = None
+    also_correct: tuple[int, ...] = ()
+
+    @property
+    def correct(self) -> tuple[int, ...]:
+        """Indices of all correct choices, the answer first; empty where it is unknown."""
+        return () if self.answer is None else (self.answer, *self.also_correct)
 
 
 @dataclass(frozen=True)
@@ -135,12 +146,18 @@ def _read(path: Path, parse: Callable[[str, dict[str, Any]], Row]) -> tuple[Row,
     return tuple(rows.values())
 
 
-def _text(where: str, row: dict[str, Any], field: str) -> str:
+def text_field(where: str, row: dict[str, Any], field: str) -> str:
+    """The string in a row's field; raises TaskError."""
     if field not in row:
         raise TaskError(f"{where}: {field}: missing")
     if not isinstance(row[field], str):
         raise TaskError(f"{where}: {field}: expected a string, got {json.dumps(row[field])[:60]}")
     return _encodable(where, field, row[field])
+
+
+def optional_field(where: str, row: dict[str, Any], field: str) -> str | None:
+    """The string in a row's field, None where it is absent or null; raises TaskError."""
+    return None if row.get(field) is None else text_field(where, row, field)
 
 
 def _encodable(where: str, field: str, text: str) -> str:
@@ -153,8 +170,7 @@ def _encodable(where: str, field: str, text: str) -> str:
 
 
 def _document(where: str, row: dict[str, Any]) -> Document:
-    topic = None if row.get("topic") is None else _text(where, row, "topic")
-    return Document(_text(where, row, "id"), _text(where, row, "text"), topic)
+    return Document(text_field(where, row, "id"), text_field(where, row, "text"), optional_field(where, row, "topic"))
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
@@ -168,5 +184,14 @@ def _question(where: str, row: dict[str, Any]) -> Question:
     answer = row.get("answer")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
         raise TaskError(f"{where}: answer: expected 0 to {len(choices) - 1}, got {json.dumps(answer)[:60]}")
-    split = _text(where, row, "split") if "split" in row else "test"
-    return Question(_text(where, row, "id"), _text(where, row, "prompt"), tuple(choices), answer, split)
+    also = row.get("also_correct", [])
+    indices = isinstance(also, list) and all(type(c) is int and 0 <= c < len(choices) for c in also)
+    if not indices or len({answer, *also}) <= len(also) or (also and answer is None):
+        raise TaskError(
+            f"{where}: also_correct: expected distinct indices of choices beside an answer, got {json.dumps(also)[:60]}"
+        )
+    return Question(
+        text_field(where, row, "id"), text_field(where, row, "prompt"), tuple(choices), answer,
+        text_field(where, row, "split") if "split" in row else "test",
+        optional_field(where, row, "topic"), optional_field(where, row, "form"), tuple(also),
+    )  # fmt: skip
