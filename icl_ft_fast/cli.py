@@ -18,8 +18,8 @@ from rich.console import Console
 
 from icl_ft_fast import compare, report
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings
+from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template, icl_context
+from icl_ft_fast.finetune import SPLITTINGS, FinetuneError, FinetuneSettings
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import CHUNK_ROWS, DTYPES, SHIPPED, Model, ModelError, load
 from icl_ft_fast.score import ScoreError, iter_scores
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError) as error:
+    except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError) as error:
         print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.add_argument("--facts", type=_positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
-    _add_comparison_options(demo, seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None)
+    _add_comparison_options(
+        demo, arms=",".join(compare.ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
+    )
     demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
 
     comparison = _command(
@@ -70,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
     comparison.add_argument("--facts", type=_positive, help="facts of simple-reversals, in place of the preset's")
     comparison.add_argument("--data", type=Path, help="the folder that a task by name reads, if it does")
-    _add_comparison_options(comparison, seeds="0", learning_rate=3e-4, out=Path("out/compare"))
+    _add_comparison_options(
+        comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
+    )
 
     scoring = _command(
         commands, "score", _score, "log-likelihoods of multiple-choice questions over documents",
@@ -140,10 +144,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_comparison_options(
-    parser: argparse.ArgumentParser, *, seeds: str, learning_rate: float, out: Path | None
+    parser: argparse.ArgumentParser, *, arms: str, seeds: str, learning_rate: float, out: Path | None
 ) -> None:
     defaults = FinetuneSettings()
-    parser.add_argument("--arms", default=",".join(compare.ARMS), help="default: %(default)s")
+    parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
     parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=defaults.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help="default: %(default)s")
@@ -153,6 +157,17 @@ def _add_comparison_options(
     )
     parser.add_argument(
         "--icl-subsample", type=_positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
+    )
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
+    )
+    parser.add_argument(
+        "--template",
+        default="base",
+        help="of the prompt: base (default), chat, or a file with {documents} and {prompt}",
+    )
+    parser.add_argument(
+        "--splitting", choices=SPLITTINGS, default="none", help="of documents into training examples (default: none)"
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     _add_output_options(parser)
@@ -180,8 +195,13 @@ def _compare(options: argparse.Namespace) -> None:
         seeds=_seeds(options.seeds),
         icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
         icl_subsample=options.icl_subsample or preset.icl_subsample,
+        normalization=options.normalization,
+        template=_template(options.template),
         finetune=FinetuneSettings(
-            steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            splitting=options.splitting,
         ),
     )
     results = None if options.out is None else options.out / "results.json"
@@ -284,6 +304,20 @@ def _check_new(path: Path, overwrite: bool) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+def _template(name: str) -> str:
+    """base, chat, or the text of a file, less the line break that ends it."""
+    if name in ("base", "chat"):
+        return name
+    try:
+        return check_template(Path(name).read_text(encoding="utf-8").removesuffix("\n"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--template: {name}: not UTF-8 text (byte {error.start + 1})") from error
+    except OSError as error:
+        raise UsageError(f"--template: {name}: neither base, chat nor a file: {error.strerror}") from error
+    except ProtocolError as error:
+        raise UsageError(f"--template: {name}: {error}") from error
 
 
 def _positive(text: str) -> int:

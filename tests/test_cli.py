@@ -311,6 +311,7 @@ def test_no_directory_at_all(files, refused):
         ("seeds", "", "--seeds: expected whole numbers separated by commas, got ''"),
         ("seeds", "1,2,1", "--seeds: 1 is given twice"),
         ("learning_rate", "-1", "learning_rate: expected a finite number above 0, got -1.0"),
+        ("template", "no_file", "--template: no_file: neither base, chat nor a file: No such file or directory"),
         ("task", "no_such_task", f"--task: no_such_task: neither a folder nor one of {', '.join(GENERATORS)}"),
     ],
 )
@@ -440,6 +441,24 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert any(line.startswith("fine-tuned ") for line in printed)
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+
+
+def test_compare_follows_the_protocol_it_is_given(files, run, refused):
+    template = files.folder / "template.txt"
+    template.write_text("Read this:\n{documents}\n{prompt}\n")
+    options = {"normalization": "pmi", "splitting": "independent", "template": template, "arms": "icl"}
+    assert run(files.compare(**options))[0] == 0
+    results = json.loads((files.folder / "run" / "results.json").read_text())
+    assert results["settings"]["normalization"] == "pmi"
+    assert results["settings"]["finetune"]["splitting"] == "independent"
+    assert results["settings"]["template"] == "Read this:\n{documents}\n{prompt}"
+    (answer, _) = results["runs"][0]["answers"]
+    assert (answer["question_id"], answer["topic"], answer["correct"]) == ("q1", "q1", [1])
+    template.write_text("Read this")
+    assert refused(files.compare(**options)).startswith(f"--template: {template}: template: expected base, chat or a")
+    template.write_bytes(b"ab\xff")
+    assert refused(files.compare(**options)) == f"--template: {template}: not UTF-8 text (byte 3)"
+    assert "has no chat template" in refused(files.compare("--overwrite", arms="icl", template="chat"))
 
 
 def test_compare_on_a_generated_task(files, run):
