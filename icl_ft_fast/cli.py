@@ -23,8 +23,9 @@ from icl_ft_fast.finetune import SPLITTINGS, FinetuneError, FinetuneSettings
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import CHUNK_ROWS, DTYPES, SHIPPED, Model, ModelError, load
 from icl_ft_fast.score import ScoreError, iter_scores
+from icl_ft_fast.tasks import own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
-from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions, write_jsonl
 
 
 class UsageError(ValueError):
@@ -94,9 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(scoring)
 
     task = _command(
-        commands, "task", _task, "write a generated task to a folder",
+        commands, "task", _task, "write a task to a folder: generated, or of your own documents; check one",
         "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
-        "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse",
+        "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse\n"
+        "icl-ft-fast task new tasks/mine --documents handbook/ notes.jsonl --questions questions.jsonl\n"
+        "icl-ft-fast task check tasks/mine",
     )  # fmt: skip
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
     for name, generator in GENERATORS.items():
@@ -110,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
         _add_output_options(made)
+    new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
+    new.add_argument("folder", type=Path, metavar="DIR")
+    new.add_argument(
+        "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
+    )
+    new.add_argument("--questions", type=Path, help="JSON lines with id, prompt, choices, answer, split")
+    new.add_argument("--encoding", default="utf-8", help="of the documents (default: %(default)s)")
+    _add_output_options(new)
+    new.set_defaults(run=_task_new)
+    check = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("--ngram", type=_positive, default=8, help="words compared at a time (default: %(default)s)")
+    check.set_defaults(run=_task_check)
     return parser
 
 
@@ -255,6 +271,41 @@ def _task(options: argparse.Namespace) -> None:
     task = _task_of_seed(options)[0](options.seed)
     task.write(options.out)
     print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
+
+
+def _task_new(options: argparse.Namespace) -> None:
+    try:
+        "".encode(options.encoding)
+    except LookupError as error:
+        raise UsageError(f"--encoding: {error}") from error
+    for name in ("documents.jsonl", "questions.jsonl"):
+        _check_new(options.folder / name, options.overwrite)
+    questions = read_questions(options.questions) if options.questions else ()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    documents = own.iter_documents(options.documents, encoding=options.encoding)
+    count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
+    if questions:
+        write_jsonl(options.folder / "questions.jsonl", map(asdict, questions))
+    missing = "" if questions else "; questions.jsonl is yours to add"
+    print(f"{count} documents and {len(questions)} questions written to {options.folder}{missing}")
+
+
+def _task_check(options: argparse.Namespace) -> None:
+    questions = read_questions(options.folder / "questions.jsonl")
+    documents = own.iter_documents([options.folder / "documents.jsonl"])
+    found = own.check(documents, questions, ngram=options.ngram)
+    print(f"documents that repeat another: {_named(found.same_documents)}")
+    print(f"questions that repeat another: {_named(found.same_questions)}")
+    for split, leaked in found.leaked.items():
+        print(f"answers found in the documents, split {split}, of {found.answered[split]}: {_named(leaked)}")
+    print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
+    for number, counts in found.positions.items():
+        print(f"position of the answer among {number} choices: {', '.join(map(str, counts))}")
+
+
+def _named(ids: Sequence[str]) -> str:
+    """How many, and the first few."""
+    return f"{len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else "none"
 
 
 def _load(options: argparse.Namespace) -> Model:

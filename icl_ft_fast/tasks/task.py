@@ -92,7 +92,7 @@ class Task:
 
 def read_documents(path: str | Path) -> tuple[Document, ...]:
     """The documents of a JSON-lines file; raises TaskError."""
-    return _read(Path(path), _document)
+    return _read(Path(path), document_of)
 
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:
@@ -100,35 +100,52 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     return _read(Path(path), _question)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each non-empty line; raises TaskError."""
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+    """("file:line", line) of each line, read as it is asked for; raises TaskError."""
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TaskError(f"{where}: not valid JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
-                yield where, row
+        if encoding == "utf-8":
+            with path.open("rb") as file:
+                for number, raw in enumerate(file, 1):
+                    where = f"{path}:{number}"
+                    try:
+                        yield where, raw.decode("utf-8")
+                    except UnicodeDecodeError as error:
+                        raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
+        else:
+            with path.open(encoding=encoding, newline="") as text:
+                for number, line in enumerate(text, 1):
+                    yield f"{path}:{number}", line
+    except UnicodeError as error:
+        raise TaskError(f"{path}: not {encoding} text: {error}") from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one object a line and replace `path` atomically."""
+def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each non-empty line; raises TaskError."""
+    for where, line in read_lines(path, encoding):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{where}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one object a line, replace `path` atomically and return how many; nothing is left if the rows fail."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            count = sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return count
 
 
 Row = TypeVar("Row", Document, Question)
@@ -169,7 +186,8 @@ def _encodable(where: str, field: str, text: str) -> str:
     return text
 
 
-def _document(where: str, row: dict[str, Any]) -> Document:
+def document_of(where: str, row: dict[str, Any]) -> Document:
+    """A row as a document; raises TaskError."""
     return Document(text_field(where, row, "id"), text_field(where, row, "text"), optional_field(where, row, "topic"))
 
 
