@@ -225,24 +225,21 @@ def _questions(rng: random.Random, world: _World, num_questions: int) -> Iterato
             mine = [candidate for candidate in asked[split] if candidate[0].kind == kind]
             candidates += enumerate(rng.sample(mine, len(mine)))
         candidates.sort(key=lambda ranked: ranked[0])
-        # A held-out name among told ones would give itself away, so its rivals are held out too.
-        rivals = unseen if split == "holdout" else told
-        made = (_question(rng, world, split, *candidate, rivals) for _, candidate in candidates)
+        made = (_question(rng, world, split, *candidate) for _, candidate in candidates)
         for q, question in enumerate(itertools.islice(filter(None, made), num_questions)):
             yield replace(question, id=f"{split}{q}")
 
 
 def _question(
-    rng: random.Random, world: _World, split: str, fact: Fact, source: Fact, wording: dict[str, str], names: list[str]
+    rng: random.Random, world: _World, split: str, fact: Fact, source: Fact, wording: dict[str, str]
 ) -> Question | None:
     """The fact against claims with what is true of others in its place; None where fewer than three are false."""
-    if wording is REVERSED:
-        side, rivals = "subject", [c for c in names if any(_alike(fact, own) for own in world.own[c])]
-        if names[0] in world.held_out:
-            rivals = names
+    alike = [own for c in world.parent for own in world.own[c] if (own.kind, own.verb) == (fact.kind, fact.verb)]
+    side = "subject" if wording is REVERSED else "object"
+    if side == "subject" and split == "holdout":
+        rivals = sorted(world.held_out)  # a held-out name among told ones would give itself away
     else:
-        side = "object"
-        rivals = sorted({own.object for facts in world.own.values() for own in facts if _alike(fact, own)})
+        rivals = sorted({getattr(own, side) for own in alike} - world.held_out)
     truth = getattr(fact, side)
     false = [rival for rival in rivals if rival != truth and not world.may_hold(replace(fact, **{side: rival}))]
     if len(false) < CHOICES - 1:
@@ -252,7 +249,3 @@ def _question(
     texts = tuple(f" {choice}." for choice in choices)
     topic = " ".join(filter(None, (source.subject, source.verb, source.object)))
     return Question("", fact.fill(wording[fact.kind]), texts, choices.index(truth), split, topic, fact.kind)
-
-
-def _alike(a: Fact, b: Fact) -> bool:
-    return (a.kind, a.verb) == (b.kind, b.verb)
