@@ -435,6 +435,7 @@ def test_choices_are_normalised(normalization, llama):
         "byte": [result.logp[0] / 12, result.logp[1] / 4, result.logp[2] / 4],
         "pmi": [a - b for a, b in zip(result.logp, alone.logp, strict=True)],
     }[normalization]
+    assert result.is_correct == (result.predicted in (1, 2))
     (answer,) = answers(llama, [LENGTHS, replace(LENGTHS, id="r", answer=None)][:1], normalization=normalization)
     assert answer.probability == pytest.approx(torch.tensor(expected, dtype=torch.float64).softmax(0).tolist())
     assert answer.predicted == max(range(3), key=lambda c: expected[c])

@@ -176,12 +176,14 @@ def _question(
     outer, inner, arity = str(expression[0]), str(expression[1][0]), language.arity
     same_atoms = replace(language, atoms={atom: atom for atom in language.atoms})
     arguments = (language.transform(argument, language.rules) for argument in expression[1:])
-    wrong = dict.fromkeys([expression, (outer, *arguments), same_atoms.transform(expression, language.rules)])
+    wrong = dict.fromkeys([(outer, *arguments), same_atoms.transform(expression, language.rules)])
     for function in (outer, inner):
         for other, rule in language.rules.items():
             if arity[other] <= arity[function]:
                 wrong[language.transform(expression, language.rules | {function: rule})] = None
     wrong.pop(truth, None)
+    if len(wrong) < CHOICES - 1:  # the prompt's own words please a model that only copies, so they come last
+        wrong[expression] = None
     choices = [truth, *rng.sample(list(wrong), CHOICES - 1)]
     rng.shuffle(choices)
     return Question(
