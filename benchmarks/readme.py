@@ -50,13 +50,17 @@ def _score_table(newest: Newest) -> str:
     lines = ["| seconds (times ours) | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
     for case in cases:
         ours = seconds[case, "icl_ft_fast"]
-        cells = [f"{ours:.1f}"]
+        cells = [_seconds(ours)]
         for variant in variants[1:]:
             theirs = seconds.get((case, variant))
             ratio = "" if theirs is None else f"{theirs / ours:.2f}x" if theirs < 3 * ours else f"{theirs / ours:.0f}x"
-            cells.append("" if theirs is None else f"{theirs:,.1f} ({ratio})")
+            cells.append("" if theirs is None else f"{_seconds(theirs)} ({ratio})")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.1f}"
 
 
 def _ops_table(newest: Newest) -> str:
