@@ -2,11 +2,15 @@
 
 Boundary (lm-evaluation-harness's): spaces that end the context move to the continuation, both are encoded together, and
 the continuation is what follows the tokens of the context encoded alone. BOS: the tokenizer's own habit, never twice;
-an empty context becomes BOS, or EOS where there is none. Knows nothing of models or tries.
+an empty context becomes BOS, or EOS where there is none. A long beginning that texts share is encoded once.
+Knows nothing of models or tries.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +39,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with BOS where the tokenizer adds it and the text does not begin with it already."""
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    encoded = _encode(tokenizer, list(texts))
     if adds_bos(tokenizer):
         bos = tokenizer.bos_token_id
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
@@ -55,10 +59,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     """
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    encoded_context = dict(zip(contexts, encode(tokenizer, contexts), strict=True))
-    encoded_whole = encode(tokenizer, [context + continuation for context, continuation in moved])
+    encoded = encode(tokenizer, contexts + [context + continuation for context, continuation in moved])
+    encoded_context = dict(zip(contexts, encoded, strict=False))
     requests = []
-    for (context, _), whole in zip(moved, encoded_whole, strict=True):
+    for (context, _), whole in zip(moved, encoded[len(contexts) :], strict=True):
         context_ids = encoded_context[context]
         if context_ids:
             requests.append((context_ids, whole[len(context_ids) :]))
@@ -66,3 +70,63 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
             prefix = prefix_token_id(tokenizer)
             requests.append(([prefix], whole[1:] if whole[:1] == [prefix] else whole))
     return requests
+
+
+_ALIKE = 512  # characters: texts that begin alike for so long are looked at together
+_MARGIN = 64  # characters shared after a cut, so that what differs cannot reach back to it
+_WORTH = 20_000  # characters that a cut must save
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without BOS: a long beginning in common first, then, likewise, what is left."""
+    encoded: list[list[int]] = [[] for _ in texts]
+    groups: dict[str, list[int]] = {}
+    for t, text in enumerate(texts):
+        groups.setdefault(text[:_ALIKE], []).append(t)
+    whole: list[int] = []
+    for members in groups.values():
+        cut = _shared_cut(tokenizer, [texts[t] for t in members])
+        if not cut:
+            whole += members
+            continue
+        (head,) = _ids(tokenizer, [texts[members[0]][:cut]])
+        for t, tail in zip(members, _encode(tokenizer, [texts[t][cut:] for t in members]), strict=True):
+            encoded[t] = head + tail
+    for t, ids in zip(whole, _ids(tokenizer, [texts[t] for t in whole]), strict=True):
+        encoded[t] = ids
+    return encoded
+
+
+def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return ids
+
+
+def _shared_cut(tokenizer: Tokenizer, texts: list[str]) -> int:
+    """Length of a beginning of all `texts` that can be encoded apart from the rest with the same result; 0 if none can.
+
+    The cut is before a space between two letters. No piece of the vocabulary goes over such a place, so no merge does;
+    no added token is near it; and what the texts share is seen to come out the same in one part and in two, so that the
+    tokenizer puts nothing before a text and splits words alike wherever it starts.
+    """
+    shared = os.path.commonprefix(texts)  # noqa: RUF071
+    if (len(texts) - 1) * len(shared) < _WORTH or not _keeps_words_apart(tokenizer):
+        return 0
+    *_, cut = (0, *(match.end() for match in re.finditer("[a-z](?= [a-z])", shared[:-_MARGIN])))
+    around = shared[max(0, cut - _MARGIN) : cut + _MARGIN].lower()
+    if not cut or any(added.lower() in around for added in tokenizer.get_added_vocab()):
+        return 0
+    head, tail, both = _ids(tokenizer, [shared[:cut], shared[cut:], shared])
+    return cut if head + tail == both else 0
+
+
+@functools.lru_cache(maxsize=8)
+def _keeps_words_apart(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary is one of BPE or unigram pieces none of which goes from a letter to a space."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ not in ("BPE", "Unigram"):
+        return False
+    if getattr(backend.model, "dropout", None):  # random pieces
+        return False
+    crosses = re.compile("[a-z][ \u0120\u2581]")  # a space itself, in byte-level pieces, in SentencePiece's
+    return not any(crosses.search(piece) for piece in backend.get_vocab(with_added_tokens=False))
