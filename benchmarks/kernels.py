@@ -67,6 +67,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         name = str(dtype).removeprefix("torch.")
         for size in (64, 96, 128, 256):
             yield f"{name} {size}", partial(_attend, dtype, size, 512)
+        yield f"{name} 64, all sizes 1", partial(_attend, dtype, 64, 1, heads=(1, 1), keys=1)  # triton folds these in
+        yield f"{name}, all sizes 1", partial(_score, dtype, 1, vocabulary=1)
         yield f"{name} 128, few rows", partial(_attend, dtype, 128, 4)
         yield f"{name} 128, options", partial(_attend, dtype, 128, 512, options=True)
         yield f"{name}", partial(_score, dtype, 512)
@@ -74,24 +76,32 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{name}, options", partial(_score, dtype, 512, options=True)
 
 
-def _attend(dtype: torch.dtype, size: int, rows: int, *, options: bool = False) -> None:
-    q, k = torch.empty(rows, 8, size, dtype=dtype), torch.empty(4096, 2, size, dtype=dtype)
-    index = [torch.empty(n, dtype=torch.int32) for n in (rows, 4096, rows, 4096)]
-    sinks, lse = torch.empty(8) if options else None, torch.empty(rows, 8)
+def _attend(
+    dtype: torch.dtype,
+    size: int,
+    rows: int,
+    *,
+    heads: tuple[int, int] = (8, 2),
+    keys: int = 4096,
+    options: bool = False,
+) -> None:
+    q, k = torch.empty(rows, heads[0], size, dtype=dtype), torch.empty(keys, heads[1], size, dtype=dtype)
+    index = [torch.empty(n, dtype=torch.int32) for n in (rows, keys, rows, keys)]
+    sinks, lse = torch.empty(heads[0]) if options else None, torch.empty(rows, heads[0])
     settings = (sinks, 0.1, 2048 if options else 0, 30.0 if options else 0.0)
     trie_attention.trie_attention(q, k, k, *index, *settings)
-    if rows > 4:
+    if rows != 4:
         trie_attention.trie_attention_backward(q, q, k, k, lse, lse, *index, *settings)
 
 
-def _score(dtype: torch.dtype, rows: int, *, options: bool = False) -> None:
-    hidden, weight = torch.empty(rows, 1024, dtype=dtype), torch.empty(32_000, 1024, dtype=dtype)
+def _score(dtype: torch.dtype, rows: int, *, vocabulary: int = 32_000, options: bool = False) -> None:
+    hidden, weight = torch.empty(rows, 1024, dtype=dtype), torch.empty(vocabulary, 1024, dtype=dtype)
     row, target, lse = torch.zeros(16, dtype=torch.int32), torch.zeros(16, dtype=torch.int32), torch.zeros(rows)
-    rest = (row, target, torch.empty(32_000, dtype=dtype) if options else None)
+    rest = (row, target, torch.empty(vocabulary, dtype=dtype) if options else None)
     settings = (0.5, 30.0 if options else 0.0)
     target_logprob.target_logprob(hidden, weight, *rest, *settings)
-    if rows > 4:
-        target_logprob.target_logprob_backward(lse[:16], lse, hidden, weight, *rest, lse, *settings, True)
+    if rows != 4:
+        target_logprob.target_logprob_backward(torch.zeros(16), lse, hidden, weight, *rest, lse, *settings, True)
 
 
 def launches(target: str) -> list[Launch]:

@@ -122,6 +122,32 @@ def test_few_queries_are_split_over_their_keys(dtype: torch.dtype, device: str, 
     assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+def test_a_plan_lists_little_more_than_the_tiles_that_must_be_met(kernel: str, device: str) -> None:
+    kernels = import_module("icl_ft_fast.kernels.trie_attention")
+    question = [10, *[0] * 9, *[0, 0, 0, 3, 0, 0, 3, 0, 0, 3, 0, 0]]  # under its context; four answers of three tokens
+    trie = forest([0] * 150 + [0, *question[1:]] + [3 + 10, *question[1:]] * 11)
+    q, k = (torch.empty(len(trie.end_k), n, 64, device=device, dtype=torch.float16) for n in (2, 1))
+    common = kernels._common(q, k, k, *index_tensors(trie, device), scale=1.0, window=0, softcap=0.0)
+    own, plan = kernels._planned(kernel, common)
+    visible = torch.tensor(trie.visible).repeat_interleave(2, 0)
+    queries, keys = (range(0, n, plan[name]) for n, name in zip(visible.shape, ("BLOCK_M", "BLOCK_N"), strict=True))
+    tiles = [[visible[i : i + queries.step, j : j + keys.step] for j in keys] for i in queries]
+    seen = torch.tensor([[bool(tile.any()) for tile in row] for row in tiles])
+    whole = torch.tensor([[bool(tile.all()) for tile in row] for row in tiles])
+    if kernel == "backward_kv":
+        seen, whole = seen.T, whole.T
+    order, counts = plan["order"].cpu(), plan["counts"].cpu()
+    assert own == len(seen) == len(counts)
+    for i, (num_whole, num_partial) in enumerate(counts.tolist()):
+        front, back = order[i, :num_whole].tolist(), order[i, plan["many"] - num_partial :].tolist()
+        assert whole[i, front].all()
+        assert set(seen[i].nonzero()[:, 0].tolist()) <= {*front, *back}
+        assert len({*front, *back}) == num_whole + num_partial
+    assert counts[:, 0].sum() > 0
+    assert counts.sum() <= 1.1 * seen.sum()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("R", "M", "V", "E"), [(1, 1, 1, 1), (63, 130, 65, 64), (64, 63, 1000, 40), (130, 9, 63, 80)])
 def test_head_of_odd_sizes(R: int, M: int, V: int, E: int, dtype: torch.dtype, device: str) -> None:

@@ -94,7 +94,7 @@ def _forward(
         ):  # fmt: skip
             m = tl.load(order + i)
             hit = (r == tl.load(row + m))[:, None] & (c == tl.load(target + m))[None, :]
-            tl.store(picked + m, tl.sum(tl.sum(tl.where(hit, logits, 0.0), 1), 0))
+            tl.store(picked + m, tl.sum(tl.where(hit, logits, 0.0)))
     at = share.to(tl.int64) * R + r
     tl.store(tops + at, top, mask=r < R)
     tl.store(totals + at, total, mask=r < R)

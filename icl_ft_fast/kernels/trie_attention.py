@@ -302,7 +302,7 @@ _BLOCKS = {
     ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
     ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
     ("backward_q", 4): {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
-    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 128, 8), 256: (32, 64, 16)},
+    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 64, 16)},
     ("backward_kv", 4): {64: (16, 64, 8), 128: (16, 32, 8), 256: (16, 16, 8)},
 }
 
@@ -316,7 +316,7 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
         lines = stages * 2 * met + (own if kernel == "forward" else 2 * own)
-        if lines * head_size * itemsize + 4096 <= shared_bytes or queries == keys == 16:
+        if lines * head_size * itemsize + 4096 <= shared_bytes or (queries, keys, stages) == (16, 16, 1):
             return Blocks(queries, keys, warps, stages)
         if stages > 1:
             stages -= 1
