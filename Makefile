@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: setup demo test lint format bench readme clean
+.PHONY: setup demo test lint format bench kernels readme clean
 
 setup: .venv/installed
 
@@ -34,6 +34,10 @@ format: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks
+
+# Compiles the Triton kernels for every target; needs no GPU.
+kernels: setup
+	@$(BIN)/python -m benchmarks.kernels
 
 # Rewrites the demo's output in README.md.
 readme: setup

@@ -6,6 +6,7 @@ and knows nothing of models, tries or caches.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +17,7 @@ import icl_ft_fast._C as _C
 from icl_ft_fast import reference
 from icl_ft_fast.reference import accumulator
 
-_DEVICES = ("cpu",)
+_DEVICES = ("cpu", "cuda")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
 _ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
@@ -122,6 +123,8 @@ def trie_attention(
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
+    On a GPU, Triton serves all but float64, head sizes to 256; softmax weights and gradients of scores are rounded to
+    16 bits before they meet 16-bit factors, and float32 products are made of six of bfloat16 on NVIDIA's.
     On the CPU, C++ serves the forward of float32 and bfloat16. There a query's bits depend on its own q, on k, v and
     where on the stack it stands, not on the queries beside it or the number of threads; and where the processor
     multiplies bfloat16 itself, each softmax weight is rounded to it before it meets its value.
@@ -215,7 +218,9 @@ def target_logprob(
     never waits for the device, so values are not checked: a row or target out of range has logp nan. Once
     differentiable in hidden, weight and bias, through logp and lse; the backward recomputes the logits from lse.
     Memory beyond inputs and results: a block of logits and weights, whatever R and V. FLOPs: 2 * R * V * E forward,
-    2 or 3 times that backward (without or with the weight's gradient).
+    2 or 3 times that backward (without or with the weight's gradient). On a GPU, Triton serves all but float64; the
+    backward holds 256 MiB of gradients of logits, rounded to the dtype of hidden, and float32 products are made
+    of six of bfloat16 on NVIDIA's.
     """
     op = "target_logprob"
     sizes = _check(
@@ -357,6 +362,18 @@ def _cpu_trie_attention(
     return out, lse
 
 
+def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The Triton kernels, loaded with the first CUDA tensor; float64, which exists to be exact, has the definition."""
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        exact = arguments[0].dtype == torch.float64
+        served = reference if exact else import_module(f"icl_ft_fast.kernels.{module}")
+        results: tuple[Tensor, ...] = getattr(served, name)(*arguments)
+        return results
+
+    return call
+
+
 def _register(
     name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **kernels: Callable[..., tuple[Tensor, ...]]
 ) -> None:
@@ -374,6 +391,7 @@ _register(
     " -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
     cpu=_cpu_trie_attention,
+    cuda=_triton("trie_attention", "trie_attention"),
 )
 _register(
     "trie_attention_backward",
@@ -381,6 +399,7 @@ _register(
     " float scale, int window, float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _fake_trie_attention_backward,
     cpu=reference.trie_attention_backward,
+    cuda=_triton("trie_attention", "trie_attention_backward"),
 )
 _register(
     "target_logprob",
@@ -388,6 +407,7 @@ _register(
     " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
     cpu=_cpu_target_logprob,
+    cuda=_triton("target_logprob", "target_logprob"),
 )
 _register(
     "target_logprob_backward",
@@ -396,4 +416,5 @@ _register(
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
     cpu=reference.target_logprob_backward,
+    cuda=_triton("target_logprob", "target_logprob_backward"),
 )

@@ -1,0 +1,1 @@
+"""The ops in Triton, a module an op: importing one loads triton."""

@@ -1,0 +1,449 @@
+"""trie_attention and its gradients in Triton; what they must return is said in icl_ft_fast.ops.
+
+The heads that share a key/value head are folded into a query tile: its row m is row m // group of the trie and head
+m % group of the key/value head, so that few rows fill a tile. For each tile of queries (for the gradients of k and v:
+of keys) `_plan` lists the tiles it must meet, and that list is all a kernel walks over: first those it sees whole,
+without a mask, then those it sees in part. Sums are in float32, in an order
+fixed by the shapes, without atomics. Knows torch and triton and nothing else.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from icl_ft_fast.kernels.gpu import accumulator, gpu
+
+_LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
+_INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+_PLAN_TILES = 32  # tiles a plan looks at together
+_MERGE_ROWS = 16
+_PROGRAMS = 128  # with fewer, a forward is split over its keys: about the multiprocessors of a large GPU
+_SHARE_TILES = 4  # key tiles that are worth a share of their own
+
+
+@triton.jit
+def _extremes(x, first, last, BLOCK: tl.constexpr):
+    """Least and largest of x[first:last], for each of a vector of ranges of at most BLOCK."""
+    i = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = i < last[:, None]
+    values = tl.load(x + i, mask=inside, other=0)
+    return tl.min(tl.where(inside, values, _INT_MAX), 1), tl.max(tl.where(inside, values, _INT_MIN), 1)
+
+
+@triton.jit
+def _plan(
+    row_q, end_k, depth_q, depth_k, order, counts, T, S, group, many, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BY_KEY: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Row i of `order` lists the tiles that tile i of the queries meets (BY_KEY: tile i of the keys).
+
+    Those of which every query sees every key stand at its front, those of which some may stand at its back, from the
+    end on; counts [tiles, 2] says how many of each.
+    """
+    own = tl.program_id(0).to(tl.int64)
+    order += own * many
+    num_whole = 0
+    num_partial = 0
+    for start in range(0, many, TILES):
+        other = start + tl.arange(0, TILES)
+        q_tile = (other if BY_KEY else own + tl.arange(0, 1)).to(tl.int64)
+        k_first = (own + tl.arange(0, 1) if BY_KEY else other) * BLOCK_N
+        k_last = tl.minimum(k_first + BLOCK_N, S)
+        t_first = q_tile * BLOCK_M // group
+        t_last = tl.minimum(tl.cdiv((q_tile + 1) * BLOCK_M, group), T)
+        row_low, row_high = _extremes(row_q, t_first, t_last, BLOCK_M)
+        end_low, end_high = _extremes(end_k, k_first, k_last, BLOCK_N)
+        seen = (k_first <= row_high) & (end_high > row_low) & (other < many)
+        whole = seen & (k_first + BLOCK_N - 1 <= row_low) & (end_low > row_high)
+        if WINDOW:
+            q_low, q_high = _extremes(depth_q, t_first, t_last, BLOCK_M)
+            k_low, k_high = _extremes(depth_k, k_first, k_last, BLOCK_N)
+            seen &= q_low - k_high < window
+            whole &= q_high - k_low < window
+        partial = seen & (whole == 0)
+        tl.store(order + num_whole + tl.cumsum(whole.to(tl.int32)) - 1, other, mask=whole)
+        tl.store(order + many - num_partial - tl.cumsum(partial.to(tl.int32)), other, mask=partial)
+        num_whole += tl.sum(whole.to(tl.int32))
+        num_partial += tl.sum(partial.to(tl.int32))
+    tl.store(counts + 2 * own, num_whole)
+    tl.store(counts + 2 * own + 1, num_partial)
+
+
+@triton.jit
+def _folded(tile, g, T, group, BLOCK_M: tl.constexpr):
+    """The trie's row and the head of each row of a query tile, int64, and which exist."""
+    m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return m // group, g * group + m % group, m // group < T
+
+
+@triton.jit
+def _rows(x, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK]: SIZE elements from each offset on, 0 beyond them and where not inside."""
+    d = tl.arange(0, BLOCK)[None, :]
+    return tl.load(x + offset[:, None] + d, mask=inside[:, None] & (d < SIZE), other=0.0)
+
+
+@triton.jit
+def _store_rows(x, offset, inside, values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)[None, :]
+    tl.store(x + offset[:, None] + d, values.to(x.dtype.element_ty), mask=inside[:, None] & (d < SIZE))
+
+
+@triton.jit
+def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
+    return libdevice.tanh(products * (scale / softcap)) * softcap if SOFTCAP else products * scale
+
+
+@triton.jit
+def _visible(row, depth, n, end_k, depth_k, S, window, WINDOW: tl.constexpr, BY_KEY: tl.constexpr):
+    """Which queries see which keys: [queries, keys] (BY_KEY: [keys, queries])."""
+    Q: tl.constexpr = 0 if BY_KEY else 1
+    K: tl.constexpr = 1 if BY_KEY else 0
+    row, end = tl.expand_dims(row, Q), tl.expand_dims(tl.load(end_k + n, mask=n < S, other=0), K)
+    visible = (tl.expand_dims(n, K) <= row) & (row < end)
+    if WINDOW:
+        visible &= tl.expand_dims(depth, Q) - tl.expand_dims(tl.load(depth_k + n, mask=n < S, other=0), K) < window
+    return visible
+
+
+@triton.jit
+def _forward(
+    q, k, v, row_q, end_k, depth_q, depth_k, sinks, order, counts, out, lse,
+    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    T, S, H, group, many, scale, softcap, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV]."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows tend to see more: longest first
+    g = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(2)
+    t, h, inside = _folded(tile, g, T, group, BLOCK_M)
+    row = tl.load(row_q + t, mask=inside, other=-1)
+    depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
+    q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
+    dtype: tl.constexpr = lse.dtype.element_ty
+    top = tl.full([BLOCK_M], _LOWEST, dtype)
+    total = tl.zeros([BLOCK_M], dtype)
+    values = tl.zeros([BLOCK_M, BLOCK_DV], dtype)
+    if SINKS:
+        sink = tl.load(sinks + h, mask=inside & (share == 0), other=float("-inf"))
+        top = tl.maximum(top, sink)
+        total += tl.exp(sink - top)
+    num_whole = tl.load(counts + 2 * tile)
+    num_tiles = num_whole + tl.load(counts + 2 * tile + 1)
+    first = share * tl.cdiv(num_tiles, tl.num_programs(2))
+    last = tl.minimum(first + tl.cdiv(num_tiles, tl.num_programs(2)), num_tiles)
+    for MASKED in tl.static_range(2):
+        tiles = order + tile.to(tl.int64) * many + (many - num_tiles if MASKED else 0)
+        for i in range(
+            tl.maximum(first, num_whole) if MASKED else first, last if MASKED else tl.minimum(last, num_whole)
+        ):
+            n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+            k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
+            products = tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION, out_dtype=dtype)
+            scores = _scores(products, scale, softcap, SOFTCAP)
+            if MASKED:
+                visible = _visible(row, depth, n, end_k, depth_k, S, window, WINDOW, False)
+                scores = tl.where(visible, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp(scores - new_top[:, None])
+            shrink = tl.exp(top - new_top)
+            total = total * shrink + tl.sum(weights, 1)
+            v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
+            values *= shrink[:, None]
+            values = tl.dot(weights.to(v_block.dtype), v_block, values, input_precision=PRECISION, out_dtype=dtype)
+            top = new_top
+    divisor = tl.where(total > 0, total, 1.0)
+    at = (share.to(tl.int64) * T + t) * H + h
+    _store_rows(out, at * DV, inside, values / divisor[:, None], DV, BLOCK_DV)
+    tl.store(lse + at, tl.where(total > 0, top + tl.log(divisor), float("-inf")), mask=inside)
+
+
+@triton.jit
+def _merge(
+    parts, part_lse, out, lse, rows, shares, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Joins the shares of the keys, in their order; parts [shares, rows, DV], part_lse [shares, rows]."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < rows
+    top = tl.full([BLOCK], _LOWEST, lse.dtype.element_ty)
+    at = r
+    for _ in range(shares):
+        top = tl.maximum(top, tl.load(part_lse + at, mask=inside, other=0.0))
+        at += rows
+    total = tl.zeros_like(top)
+    values = tl.zeros([BLOCK, BLOCK_DV], top.dtype)
+    at = r
+    for _ in range(shares):
+        weight = tl.exp(tl.load(part_lse + at, mask=inside, other=0.0) - top)
+        total += weight
+        values += weight[:, None] * _rows(parts, at * DV, inside, DV, BLOCK_DV)
+        at += rows
+    divisor = tl.where(total > 0, total, 1.0)
+    _store_rows(out, r * DV, inside, values / divisor[:, None], DV, BLOCK_DV)
+    tl.store(lse + r, tl.where(total > 0, top + tl.log(divisor), float("-inf")), mask=inside)
+
+
+@triton.jit
+def _grad_scores(
+    products, grad_weights, lse, delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """The softmax weights again and the gradient of the scaled products, [queries, keys] (BY_KEY: [keys, queries])."""
+    Q: tl.constexpr = 0 if BY_KEY else 1
+    scores = _scores(products, scale, softcap, SOFTCAP)
+    weights = tl.exp(scores - tl.expand_dims(lse, Q))
+    if MASKED:
+        weights = tl.where(_visible(row, depth, n, end_k, depth_k, S, window, WINDOW, BY_KEY), weights, 0.0)
+    grad = weights * (grad_weights - tl.expand_dims(delta, Q))
+    if SOFTCAP:
+        grad *= 1 - (scores / softcap) * (scores / softcap)
+    return weights, grad
+
+
+@triton.jit
+def _backward_q(
+    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, order, counts, grad_q,
+    grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    T, S, H, group, many, scale, softcap, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, one key/value head."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    t, h, inside = _folded(tile, g, T, group, BLOCK_M)
+    row = tl.load(row_q + t, mask=inside, other=-1)
+    depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
+    row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
+    row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0)
+    q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
+    grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
+    dtype: tl.constexpr = lse.dtype.element_ty
+    grad = tl.zeros([BLOCK_M, BLOCK_D], dtype)
+    for MASKED in tl.static_range(2):
+        num = tl.load(counts + 2 * tile + MASKED)
+        tiles = order + tile.to(tl.int64) * many + (many - num if MASKED else 0)
+        for i in range(num):
+            n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+            k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
+            v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
+            products = tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION, out_dtype=dtype)
+            grad_weights = tl.dot(grad_block, tl.trans(v_block), input_precision=PRECISION, out_dtype=dtype)
+            _, grad_scores = _grad_scores(
+                products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
+                WINDOW, SOFTCAP, MASKED, False,
+            )  # fmt: skip
+            grad = tl.dot(grad_scores.to(k_block.dtype), k_block, grad, input_precision=PRECISION, out_dtype=dtype)
+    _store_rows(grad_q, (t * H + h) * D, inside, grad * scale, D, BLOCK_D)
+
+
+@triton.jit
+def _backward_kv(
+    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, order, counts, grad_k, grad_v,
+    grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
+    T, S, H, group, many, scale, softcap, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one head; the heads that share it are summed by being folded into the queries."""
+    tile = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
+    v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
+    dtype: tl.constexpr = lse.dtype.element_ty
+    k_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype)
+    v_sum = tl.zeros([BLOCK_N, BLOCK_DV], dtype)
+    for MASKED in tl.static_range(2):
+        num = tl.load(counts + 2 * tile + MASKED)
+        tiles = order + tile.to(tl.int64) * many + (many - num if MASKED else 0)
+        for i in range(num):
+            t, h, inside = _folded(tl.load(tiles + i), g, T, group, BLOCK_M)
+            row = tl.load(row_q + t, mask=inside, other=-1)
+            depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
+            row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
+            row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0)
+            q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
+            grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
+            products = tl.dot(k_block, tl.trans(q_block), input_precision=PRECISION, out_dtype=dtype)
+            grad_weights = tl.dot(v_block, tl.trans(grad_block), input_precision=PRECISION, out_dtype=dtype)
+            weights, grad_scores = _grad_scores(
+                products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
+                WINDOW, SOFTCAP, MASKED, True,
+            )  # fmt: skip
+            v_sum = tl.dot(weights.to(q_block.dtype), grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
+            k_sum = tl.dot(grad_scores.to(q_block.dtype), q_block, k_sum, input_precision=PRECISION, out_dtype=dtype)
+    at = n.to(tl.int64) * (H // group) + g
+    _store_rows(grad_k, at * D, n < S, k_sum * scale, D, BLOCK_D)
+    _store_rows(grad_v, at * DV, n < S, v_sum, DV, BLOCK_DV)
+
+
+class Blocks(NamedTuple):
+    """What a kernel is compiled for: rows of a query tile, keys of a key tile, and how the GPU runs it."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# Queries, keys and warps by kernel, bytes of an element and padded head size; `make kernels` shows what they cost.
+_BLOCKS = {
+    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)},
+    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
+    ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
+    ("backward_q", 4): {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
+    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 64, 8)},
+    ("backward_kv", 4): {64: (16, 64, 8), 128: (16, 32, 8), 256: (16, 16, 8)},
+}
+
+
+def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_bytes: int) -> Blocks:
+    """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU with so much shared memory a program."""
+    queries, keys, warps = _BLOCKS[kernel, min(4, itemsize)][max(64, head_size)]
+    if folded_rows <= 64:
+        queries = min(queries, 64)
+    stages = 3
+    while True:
+        own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
+        lines = stages * 2 * met + (own if kernel == "forward" else 2 * own)
+        if lines * head_size * itemsize + 4096 <= shared_bytes or (queries, keys, stages) == (16, 16, 1):
+            return Blocks(queries, keys, warps, stages)
+        if stages > 1:
+            stages -= 1
+        elif keys > 16 and (keys >= queries or kernel != "backward_kv"):
+            keys //= 2
+        else:
+            queries //= 2
+
+
+def _lines(x: Tensor) -> Tensor:
+    """The same values, the last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _common(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> dict[str, Any]:
+    """What forward and backward kernels take, by its name."""
+    (T, H, D), (S, G, DV) = q.shape, v.shape
+    if max(D, DV) > 256:
+        raise NotImplementedError(f"trie_attention: q and v expected head sizes up to 256 on a GPU, got {D} and {DV}")
+    tensors = {"q": _lines(q), "k": _lines(k), "v": _lines(v)}
+    index = {"row_q": row_q, "end_k": end_k, "depth_q": depth_q, "depth_k": depth_k}
+    strides = {
+        f"{x}_stride_{d}": tensors[x].stride(i)
+        for x, ds in (("q", "th"), ("k", "sg"), ("v", "sg"))
+        for i, d in enumerate(ds)
+    }
+    sizes = {"T": T, "S": S, "H": H, "group": H // G, "D": D, "DV": DV}
+    padded = {f"BLOCK_{x}": max(16, triton.next_power_of_2(sizes[x])) for x in ("D", "DV")}
+    options = {"scale": scale, "softcap": softcap or 1.0, "window": window}
+    switches = {"WINDOW": window > 0, "SOFTCAP": softcap > 0}
+    index = {name: x.contiguous() for name, x in index.items()}
+    return {**tensors, **index, **strides, **sizes, **padded, **options, **switches}
+
+
+def _planned(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The tiles a kernel has a program for, and the arguments that say which tiles each of them meets."""
+    q, T, S, group = (common[name] for name in ("q", "T", "S", "group"))
+    head_size = max(common["BLOCK_D"], common["BLOCK_DV"])
+    shared_bytes, precision = gpu(q.device)
+    block = blocks(kernel, head_size, q.itemsize, T * group, shared_bytes)
+    own, many = triton.cdiv(T * group, block.queries), triton.cdiv(S, block.keys)
+    by_key = kernel == "backward_kv"
+    if by_key:
+        own, many = many, own
+    order = torch.empty(own, many, dtype=torch.int32, device=q.device)
+    counts = torch.empty(own, 2, dtype=torch.int32, device=q.device)
+    plan = {"order": order, "counts": counts, "many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys}
+    names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "group", "window", "WINDOW")
+    _plan[(own,)](**{name: common[name] for name in names}, **plan, BY_KEY=by_key, TILES=_PLAN_TILES)
+    return own, {**plan, "PRECISION": precision, "num_warps": block.num_warps, "num_stages": block.num_stages}
+
+
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """ops.trie_attention: out [T, H, Dv], lse [T, H]."""
+    (T, H, _), (_, G, DV) = q.shape, v.shape
+    out, lse = q.new_empty(T, H, DV), q.new_empty(T, H, dtype=accumulator(q.dtype))
+    if not lse.numel():
+        return out, lse
+    with torch.cuda.device_of(q):
+        common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
+        tiles, plan = _planned("forward", common)
+        shares = max(1, min(_PROGRAMS // (tiles * G), plan["many"] // _SHARE_TILES))
+        parts, part_lse = (
+            (out, lse) if shares == 1 else (lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H))
+        )
+        sinks = None if sinks is None else sinks.contiguous()
+        _forward[(tiles, G, shares)](
+            **common, **plan, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None
+        )  # fmt: skip
+        if shares > 1:
+            _merge[(triton.cdiv(T * H, _MERGE_ROWS),)](
+                parts, part_lse, out, lse, T * H, shares, DV=DV, BLOCK_DV=common["BLOCK_DV"], BLOCK=_MERGE_ROWS
+            )
+    return out, lse
+
+
+def trie_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, with delta = (grad_out * out).sum(-1) - grad_lse, [T, H]; lse has the sinks in it."""
+    contiguous = torch.contiguous_format
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
+    if not lse.numel() or not len(k):
+        return grad_q, grad_k, grad_v
+    with torch.cuda.device_of(q):
+        common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
+        grad_out = _lines(grad_out)
+        common |= {"grad_out": grad_out, "grad_stride_t": grad_out.stride(0), "grad_stride_h": grad_out.stride(1)}
+        common |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
+        tiles, plan = _planned("backward_q", common)
+        _backward_q[(tiles, k.shape[1])](**common, **plan, grad_q=grad_q)
+        tiles, plan = _planned("backward_kv", common)
+        _backward_kv[(tiles, k.shape[1])](**common, **plan, grad_k=grad_k, grad_v=grad_v)
+    return grad_q, grad_k, grad_v
