@@ -192,7 +192,11 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
     for r, (context, continuation) in enumerate(requests):
         if isinstance(context, str) != isinstance(continuation, str):
             raise ScoreError(f"requests[{r}]: one part is text and the other token ids")
-        pairs.append(next(from_text) if isinstance(context, str) else (list(context), [int(t) for t in continuation]))
+        if isinstance(context, str):
+            pairs.append(next(from_text))
+        else:  # a list stays the caller's object: the trie reads a context that many requests share only once
+            ids = context if isinstance(context, list) else [int(t) for t in context]
+            pairs.append((ids, [int(t) for t in continuation]))
         for name, ids in zip(("context", "continuation"), pairs[-1], strict=True):
             if not ids:
                 raise ScoreError(f"requests[{r}]: empty {name}")
@@ -202,12 +206,15 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
 
 def _check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
     """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
-    num_tokens = model.head.weight.shape[0]
+    num_tokens = min(model.vocabulary, model.head.weight.shape[0])
+    checked: Sequence[int] = ()
     # The last token needs no position of its own: it is predicted, never forwarded.
     for (context, continuation), name in zip(encoded, names, strict=True):
-        highest = max(max(context), max(continuation))
-        if highest >= num_tokens:
-            raise ScoreError(f"{name}: token id {highest}: the model's vocabulary has {num_tokens} tokens")
+        ids = continuation if context is checked else [*context, *continuation]
+        checked = context
+        for token_id in (min(ids), max(ids)):
+            if not 0 <= token_id < num_tokens:
+                raise ScoreError(f"{name}: token id {token_id}: the model's vocabulary has {num_tokens} tokens")
         over = len(context) + len(continuation) - 1 - model.max_positions
         if over > 0:
             raise ScoreError(
@@ -222,8 +229,6 @@ def _run(
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield (request index, result) as chunks complete them."""
     forest = trie.build_from_lists(requests)
-    if len(forest.node_token) and int(forest.node_token.max()) >= model.vocabulary:
-        raise ScoreError(f"token id {int(forest.node_token.max())}: the model's vocabulary has {model.vocabulary}")
     plan = trie.plan(forest, chunk_rows)
     stack = KVStack(plan.capacity)
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)

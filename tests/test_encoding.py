@@ -1,14 +1,17 @@
 """The boundary between context and continuation against the rule of lm-evaluation-harness, written out again here."""
 
 import copy
+import random
 
 import pytest
 from conftest import sentences
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from icl_ft_fast import encoding
+from icl_ft_fast.shipped.tokenizer import build_tokenizer
 
 WORDS = ["the", " cat", " sat", "who kn", "ows", "—", "ü", "猫", "🙂", "x"]
 PIECES = [*WORDS, " ", "  ", "\n", "\t", "\u00a0", "<s>", "</s>", "<", "s>"]
@@ -199,3 +202,75 @@ def test_a_tokenizer_with_neither_bos_nor_eos_cannot_begin_an_empty_context(toke
     with pytest.raises(ValueError, match=r"^tokenizer: has neither a BOS nor an EOS token"):
         encoding.encode_pairs(bare, [("", "the")])
     assert encoding.encode_pairs(bare, [("the", " cat")])[0][1]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __call__(self, texts, **options):
+        self.characters += sum(map(len, [texts] if isinstance(texts, str) else texts))
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def sentencepiece_like(*, prepend, split):
+    """A BPE tokenizer that writes spaces as \u2581, as Llama 2's (prepend) and Gemma's do."""
+    backend = Tokenizer(models.BPE(fuse_unk=True, unk_token="<unk>"))
+    replace = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prepend else replace
+    backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next") if split else None
+    backend.train_from_iterator(sentences(300), trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"]))
+    backend.pre_tokenizer = None  # the pieces have kept words apart, as SentencePiece does in training
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<unk>")
+
+
+ONE_PART = {
+    "pieces of several words": lambda fixture: fixture("tokenizer_without_bos"),
+    "a space put before every text": lambda _: sentencepiece_like(prepend=True, split=True),
+    "merges across spaces": lambda _: sentencepiece_like(prepend=False, split=False),
+}
+TWO_PARTS = {
+    "byte-level, BOS": lambda fixture: fixture("tokenizer"),
+    "unigram, space before a text": lambda _: build_tokenizer(),
+    "no splitting into words": lambda _: sentencepiece_like(prepend=False, split=True),
+}
+
+
+def long_texts(rng, count=30):
+    """Texts of two beginnings of some 4,000 characters; one in three goes on alike for another 800."""
+    beginnings = [" ".join(rng.choices(sentences(50), k=150)) for _ in range(2)]
+    more = " ".join(rng.choices(sentences(50), k=30))
+    ends = [rng.choice(PIECES) + rng.choice(sentences(20)) + rng.choice(PIECES) for _ in range(count)]
+    return [rng.choice(beginnings) + (more if rng.random() < 0.3 else "") + end for end in ends]
+
+
+@pytest.mark.parametrize("kind", [*ONE_PART, *TWO_PARTS])
+def test_a_shared_beginning_changes_no_token(kind, request):
+    tokenizer = Counting((ONE_PART | TWO_PARTS)[kind](request.getfixturevalue))
+    for seed in range(5):
+        texts = long_texts(random.Random(seed))
+        expected = [tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        opening = encoding.opening(tokenizer.tokenizer)
+        expected = [opening + ids for ids in expected]
+        tokenizer.characters = 0
+        assert encoding.encode(tokenizer, texts) == expected
+        given = sum(map(len, texts))
+        assert (tokenizer.characters < given / 2) == (kind in TWO_PARTS), tokenizer.characters / given
+
+
+def test_no_cut_beside_an_added_token(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("sat on", lstrip=True, rstrip=True)])
+    texts = [
+        text.replace("<s>", "") + " the cat sat on that mat" * 8 + end
+        for text in long_texts(random.Random(0))
+        for end in "ab"
+    ]
+    assert encoding.encode(tokenizer, texts) == [tokenizer(text)["input_ids"] for text in texts]
+    assert encoding._shared_cut(tokenizer, [" the cat sat on that mat" * 1000] * 3) == 0
+    assert encoding._shared_cut(tokenizer, [" the cat sat at that mat" * 1000] * 3) > 20_000
