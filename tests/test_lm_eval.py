@@ -163,11 +163,10 @@ def test_options_after_the_command_are_the_harness_s(rest, monkeypatch):
     assert seen == ["lm-eval", *rest]
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, task_folder, capsys, monkeypatch):
-    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)
-    arguments = ["--model_args", f"pretrained={tmp_path}/none", "--tasks", "choose", "--include_path", str(task_folder)]
-    assert cli.main(["lm-eval", "run", "--model", "icl-ft-fast", *arguments]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("icl-ft-fast"))
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: IclFtFastLM(str(tmp_path / "none")))
+    assert cli.main(["lm-eval", "run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"icl-ft-fast lm-eval: {tmp_path}/none: not a directory with a checkpoint")
 
 
