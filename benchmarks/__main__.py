@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.timing import Row, append_csv, machine, record
 
 # Each is a module of this package with run(quick) -> list[Row], which checks its results before it times them.
-SUITES = ("target_logprob", "trie", "trie_attention")
+SUITES = ("target_logprob", "trie", "trie_attention", "score")
 
 
 def main() -> None:
@@ -17,13 +17,15 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", help=f"which suites to run, all by default: {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append the rows to DIR/<device>.csv")
     parser.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="score: documents.jsonl and questions.jsonl to use")
     args = parser.parse_args()
     if unknown := sorted(set(args.suite) - set(SUITES)):
         parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
 
     rows: list[Row] = []
     for suite in args.suite or SUITES:
-        measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick)
+        options = {"data": args.data} if suite == "score" else {}
+        measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured
     on = machine()
@@ -38,11 +40,11 @@ def _show(rows: list[Row]) -> None:
         if row.case != case:
             case = row.case
             print(f"\n{row.suite}: {case}")
-            print(f"  {'':14}{'ms':>10}{'p20':>10}{'p80':>10}{'rate':>12}  {'unit':20}{'of peak':>8}{'peak MB':>9}")
+            print(f"  {'':19}{'ms':>13}{'p20':>13}{'p80':>13}{'rate':>10}  {'unit':18}{'of peak':>8}{'peak MB':>9}")
         percent = "" if row.peak_percent is None else f"{row.peak_percent:.0f}%"
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
-        times = f"{row.ms:10.3f}{row.p20_ms:10.3f}{row.p80_ms:10.3f}"
-        print(f"  {row.variant:14}{times}{row.rate:12,.1f}  {row.unit:20}{percent:>8}{peak:>9}")
+        times = f"{row.ms:13,.3f}{row.p20_ms:13,.3f}{row.p80_ms:13,.3f}"
+        print(f"  {row.variant:19}{times}{row.rate:10,.1f}  {row.unit:18}{percent:>8}{peak:>9}")
     print()
 
 

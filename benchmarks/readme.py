@@ -1,26 +1,102 @@
-"""Write the demo's output into README.md, between its markers: `python -m benchmarks.readme`."""
+"""Write the generated parts of README.md, between their markers: `python -m benchmarks.readme [demo|results ...]`.
 
+`demo` runs the demo; `results` makes tables of the newest rows under benchmarks/results/.
+"""
+
+import csv
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"<!-- demo -->\n.*?<!-- /demo -->", re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Newest = dict[tuple[str, str, str], dict[str, str]]  # (suite, case, variant) -> row
 
 
-def main() -> None:
-    """Run the demo as a user does and replace the block."""
+def demo() -> str:
+    """The demo's output, as a user gets it."""
     command = [sys.executable, "-m", "icl_ft_fast.cli", "demo", "--quiet"]
     environment = {**os.environ, "COLUMNS": "100"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    block = f"<!-- demo -->\n```text\n{output.strip()}\n```\n<!-- /demo -->"
-    text, count = BLOCK.subn(lambda _: block, README.read_text(encoding="utf-8"))
-    if count != 1:
-        raise SystemExit(f"{README}: expected one <!-- demo --> block, found {count}")
-    README.write_text(text, encoding="utf-8")
-    print(f"{README.name} updated")
+    return f"```text\n{output.strip()}\n```"
+
+
+def results() -> str:
+    """For each device, what a run takes end to end and what an op does against its rival."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        newest: Newest = {(row["suite"], row["case"], row["variant"]): row for row in rows}
+        last = rows[-1]
+        parts.append(f"{last['device']}, torch {last['torch']}, {last['date']}:")
+        parts += [table for table in (_score_table(newest), _ops_table(newest)) if table]
+    return "\n\n".join(parts)
+
+
+def _score_table(newest: Newest) -> str:
+    """Seconds, and how many times ours, by case; a peer's number in brackets is the sample it was measured on."""
+    cases = list(dict.fromkeys(case for suite, case, _ in newest if suite == "score"))
+    if not cases:
+        return ""
+    seconds = {(case, variant): float(row["ms"]) / 1e3 for (_, case, variant), row in newest.items()}
+    variants = [v for s, _, v in newest if s == "score" and v not in ("icl_ft_fast", "encode, plan")]
+    variants = ["icl_ft_fast", *dict.fromkeys(variants)]
+    lines = ["| seconds (times ours) | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
+    for case in cases:
+        ours = seconds[case, "icl_ft_fast"]
+        cells = [_seconds(ours)]
+        for variant in variants[1:]:
+            theirs = seconds.get((case, variant))
+            ratio = "" if theirs is None else f"{theirs / ours:.2f}x" if theirs < 3 * ours else f"{theirs / ours:.0f}x"
+            cells.append("" if theirs is None else f"{_seconds(theirs)} ({ratio})")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.1f}"
+
+
+def _ops_table(newest: Newest) -> str:
+    """Speed of each op as a multiple of its rival's."""
+    rivals = {"trie_attention": "torch SDPA", "target_logprob": "matmul"}
+    ratios: dict[tuple[str, str], dict[str, str]] = {}
+    for suite, case, variant in newest:
+        if variant != suite or suite not in rivals:
+            continue
+        name, threads = re.fullmatch(r"(.*), (\d+) threads", case).groups()
+        ours, theirs = (float(newest[suite, case, v]["ms"]) for v in (suite, rivals[suite]))
+        ratios.setdefault((suite, name), {})[threads] = f"{theirs / ours:.2f}"
+    if not ratios:
+        return ""
+    threads = sorted({t for by_threads in ratios.values() for t in by_threads})
+    head = [f"times as fast, {t} thread{'s' if t != '1' else ''}" for t in threads]
+    lines = ["| op | than | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
+    for (suite, name), by_threads in ratios.items():
+        cells = " | ".join(by_threads.get(t, "") for t in threads)
+        lines.append(f"| {suite}: {name} | {rivals[suite]} | {cells} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "results": results}
+
+
+def main() -> None:
+    """Replace the blocks named on the command line, or all."""
+    for name in sys.argv[1:] or BLOCKS:
+        block = f"<!-- {name} -->\n{BLOCKS[name]()}\n<!-- /{name} -->"
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        text, count = pattern.subn(lambda _, block=block: block, README.read_text(encoding="utf-8"))
+        if count != 1:
+            raise SystemExit(f"{README}: expected one <!-- {name} --> block, found {count}")
+        README.write_text(text, encoding="utf-8")
+        print(f"{README.name}: {name} updated")
 
 
 if __name__ == "__main__":

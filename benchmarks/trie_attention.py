@@ -29,20 +29,24 @@ class Call(NamedTuple):
 
 
 def run(quick: bool) -> list[Row]:
-    """Check and time every case. Torch's masks are made beforehand; FLOPs count what is visible, for both alike."""
-    rows = []
-    for case, calls in cases(quick).items():
-        _check(case, calls[-1])
+    """Check and time every case on one thread and on all; FLOPs count what is visible; masks are made before."""
+    rows, threads = [], torch.get_num_threads()
+    for name, calls in cases(quick).items():
+        _check(name, calls[-1])
         variants: dict[str, Callable[[], object]] = {
             "trie_attention": partial(_each, _trie_attention, calls),
             "torch SDPA": partial(_each, _torch, calls),
         }
-        timings = measure(variants, seconds=0.3 if quick else 2.0)
         num_flops = sum(2 * call.num_visible * HEADS * (call.q.shape[-1] + call.v.shape[-1]) for call in calls)
-        for name, timing in timings.items():
-            rate = num_flops / timing.ms / 1e6
-            times = (timing.ms, timing.p20_ms, timing.p80_ms)
-            rows.append(Row("trie_attention", case, name, *times, rate, "GFLOP/s", None, peak_bytes(variants[name])))
+        for num_threads in sorted({1, threads}):
+            torch.set_num_threads(num_threads)
+            case = f"{name}, {num_threads} threads"
+            for variant, timing in measure(variants, seconds=0.3 if quick else 2.0).items():
+                rate = num_flops / timing.ms / 1e6
+                times = (timing.ms, timing.p20_ms, timing.p80_ms)
+                peak = peak_bytes(variants[variant])
+                rows.append(Row("trie_attention", case, variant, *times, rate, "GFLOP/s", None, peak))
+        torch.set_num_threads(threads)
     return rows
 
 

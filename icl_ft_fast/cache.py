@@ -46,10 +46,11 @@ class KVStack:
         self.rows += rows
 
     def compact(self, keep: torch.Tensor) -> None:
-        """Keep only the positions `keep` (int64, ascending), in that order."""
-        if len(keep) != self.rows:
+        """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing."""
+        stay = int((keep == torch.arange(len(keep))).sum())  # keep ascends, so these come first
+        if stay < len(keep):
             for keys, values in self._layers.values():
-                where = keep.to(keys.device)
-                keys[: len(keep)] = keys[where]
-                values[: len(keep)] = values[where]
+                where = keep[stay:].to(keys.device)
+                keys[stay : len(keep)] = keys[where]
+                values[stay : len(keep)] = values[where]
         self.rows = len(keep)

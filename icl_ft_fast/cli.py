@@ -18,15 +18,14 @@ from rich.console import Console
 
 from icl_ft_fast import compare, report
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings
+from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template, icl_context
+from icl_ft_fast.finetune import SPLITTINGS, FinetuneError, FinetuneSettings
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import CHUNK_ROWS, DTYPES, SHIPPED, Model, ModelError, load
 from icl_ft_fast.score import ScoreError, iter_scores
-from icl_ft_fast.tasks.reversals import simple_reversals
-from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions
-
-GENERATED_TASKS = ("simple-reversals",)
+from icl_ft_fast.tasks import own
+from icl_ft_fast.tasks.generated import GENERATORS, Preset
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_questions, write_jsonl
 
 
 class UsageError(ValueError):
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = given[len(ours) :]
     try:
         options.run(options)
-    except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError) as error:
+    except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError) as error:
         print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -61,20 +60,24 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.add_argument("--facts", type=_positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
-    _add_comparison_options(demo, seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, icl_per_topic=1, out=None)
-    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals")
+    _add_comparison_options(
+        demo, arms=",".join(compare.ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
+    )
+    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
 
     comparison = _command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
-        "icl-ft-fast compare --model shipped --task simple-reversals --facts 40 --icl-per-topic 1 --out out/run1\n"
+        "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2",
     )  # fmt: skip
     _add_model_options(comparison)
-    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATED_TASKS)}")
-    comparison.add_argument(
-        "--facts", type=_positive, default=100, help="facts of a generated task (default: %(default)s)"
+    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+    comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
+    comparison.add_argument("--facts", type=_positive, help="facts of simple-reversals, in place of the preset's")
+    comparison.add_argument("--data", type=Path, help="the folder that a task by name reads, if it does")
+    _add_comparison_options(
+        comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
     )
-    _add_comparison_options(comparison, seeds="0", learning_rate=3e-4, icl_per_topic=None, out=Path("out/compare"))
 
     scoring = _command(
         commands, "score", _score, "log-likelihoods of multiple-choice questions over documents",
@@ -94,14 +97,37 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(scoring)
 
     task = _command(
-        commands, "task", _task, "write a generated task to a folder",
-        "icl-ft-fast task simple-reversals --facts 100 --seed 0 --out tasks/reversals",
+        commands, "task", _task, "write a task to a folder: generated, or of your own documents; check one",
+        "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
+        "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse\n"
+        "icl-ft-fast task new tasks/mine --documents handbook/ notes.jsonl --questions questions.jsonl\n"
+        "icl-ft-fast task check tasks/mine",
     )  # fmt: skip
-    task.add_argument("name", choices=GENERATED_TASKS)
-    task.add_argument("--facts", type=_positive, default=100, help="facts (default: %(default)s)")
-    task.add_argument("--seed", type=int, default=0, help="of words, features and order (default: %(default)s)")
-    task.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
-    _add_output_options(task)
+    names = task.add_subparsers(dest="task", required=True, metavar="NAME")
+    for name, generator in GENERATORS.items():
+        made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
+        made.add_argument("--preset", choices=list(generator.presets), default="paper", help="default: %(default)s")
+        made.set_defaults(facts=None, data=None)
+        if name == "simple-reversals":
+            made.add_argument("--facts", type=_positive, help="in place of the preset's")
+        if generator.reads is not None:
+            made.add_argument("--data", type=Path, required=True, help=generator.reads)
+        made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
+        _add_output_options(made)
+    new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
+    new.add_argument("folder", type=Path, metavar="DIR")
+    new.add_argument(
+        "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
+    )
+    new.add_argument("--questions", type=Path, help="JSON lines with id, prompt, choices, answer, split")
+    new.add_argument("--encoding", default="utf-8", help="of the documents (default: %(default)s)")
+    _add_output_options(new)
+    new.set_defaults(run=_task_new)
+    check = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("--ngram", type=_positive, default=8, help="words compared at a time (default: %(default)s)")
+    check.set_defaults(run=_task_check)
 
     _command(
         commands, "lm-eval", _lm_eval, "lm-evaluation-harness's own command line, with the model icl-ft-fast",
@@ -141,22 +167,30 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_comparison_options(
-    parser: argparse.ArgumentParser, *, seeds: str, learning_rate: float, icl_per_topic: int | None, out: Path | None
+    parser: argparse.ArgumentParser, *, arms: str, seeds: str, learning_rate: float, out: Path | None
 ) -> None:
     defaults = FinetuneSettings()
-    parser.add_argument("--arms", default=",".join(compare.ARMS), help="default: %(default)s")
+    parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
     parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=defaults.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
     parser.add_argument(
-        "--icl-per-topic",
-        type=_positive,
-        default=icl_per_topic,
-        help="documents of a topic in the context (default: all)",
+        "--icl-per-topic", type=_positive, help="documents of a topic in the context (default: the preset's, or all)"
     )
     parser.add_argument(
-        "--icl-subsample", type=_positive, default=1, metavar="K", help="of those, one in K at random (default: 1)"
+        "--icl-subsample", type=_positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
+    )
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
+    )
+    parser.add_argument(
+        "--template",
+        default="base",
+        help="of the prompt: base (default), chat, or a file with {documents} and {prompt}",
+    )
+    parser.add_argument(
+        "--splitting", choices=SPLITTINGS, default="none", help="of documents into training examples (default: none)"
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     _add_output_options(parser)
@@ -178,19 +212,24 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    task_of_seed, preset = _task_of_seed(options)
     settings = compare.Settings(
         arms=_arms(options.arms),
         seeds=_seeds(options.seeds),
-        icl_per_topic=options.icl_per_topic,
-        icl_subsample=options.icl_subsample,
+        icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
+        icl_subsample=options.icl_subsample or preset.icl_subsample,
+        normalization=options.normalization,
+        template=_template(options.template),
         finetune=FinetuneSettings(
-            steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            splitting=options.splitting,
         ),
     )
     results = None if options.out is None else options.out / "results.json"
     if results is not None:
         _check_new(results, options.overwrite)
-    task_of_seed = _task_of_seed(options.task, options.facts)
     model = _load(options)
     runs: list[compare.Run] = []
 
@@ -236,7 +275,7 @@ def _score(options: argparse.Namespace) -> None:
 def _task(options: argparse.Namespace) -> None:
     for name in ("documents.jsonl", "questions.jsonl"):
         _check_new(options.out / name, options.overwrite)
-    task = _task_of_seed(options.name, options.facts)(options.seed)
+    task = _task_of_seed(options)[0](options.seed)
     task.write(options.out)
     print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
 
@@ -249,6 +288,41 @@ def _lm_eval(options: argparse.Namespace) -> None:
     lm_eval.run(options.rest)
 
 
+def _task_new(options: argparse.Namespace) -> None:
+    try:
+        "".encode(options.encoding)
+    except LookupError as error:
+        raise UsageError(f"--encoding: {error}") from error
+    for name in ("documents.jsonl", "questions.jsonl"):
+        _check_new(options.folder / name, options.overwrite)
+    questions = read_questions(options.questions) if options.questions else ()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    documents = own.iter_documents(options.documents, encoding=options.encoding)
+    count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
+    if questions:
+        write_jsonl(options.folder / "questions.jsonl", map(asdict, questions))
+    missing = "" if questions else "; questions.jsonl is yours to add"
+    print(f"{count} documents and {len(questions)} questions written to {options.folder}{missing}")
+
+
+def _task_check(options: argparse.Namespace) -> None:
+    questions = read_questions(options.folder / "questions.jsonl")
+    documents = own.iter_documents([options.folder / "documents.jsonl"])
+    found = own.check(documents, questions, ngram=options.ngram)
+    print(f"documents that repeat another: {_named(found.same_documents)}")
+    print(f"questions that repeat another: {_named(found.same_questions)}")
+    for split, leaked in found.leaked.items():
+        print(f"answers found in the documents, split {split}, of {found.answered[split]}: {_named(leaked)}")
+    print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
+    for number, counts in found.positions.items():
+        print(f"position of the answer among {number} choices: {', '.join(map(str, counts))}")
+
+
+def _named(ids: Sequence[str]) -> str:
+    """How many, and the first few."""
+    return f"{len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else "none"
+
+
 def _load(options: argparse.Namespace) -> Model:
     from transformers.utils import logging
 
@@ -257,17 +331,34 @@ def _load(options: argparse.Namespace) -> Model:
     return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
 
 
-def _task_of_seed(name: str, facts: int) -> Callable[[int], Task]:
-    if name in GENERATED_TASKS:
-        try:
-            simple_reversals(0, num_facts=facts)
-        except ValueError as error:
-            raise UsageError(f"--facts: {error}") from error
-        return lambda seed: simple_reversals(seed, num_facts=facts)
-    if not Path(name).is_dir():
-        raise UsageError(f"--task: {name}: neither a folder nor one of {', '.join(GENERATED_TASKS)}")
-    task = Task.read(name)
-    return lambda _: task
+def _task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Preset]:
+    """The named task, or the folder's, for a seed; and its preset."""
+    generator = GENERATORS.get(options.task)
+    if generator is None:
+        if not Path(options.task).is_dir():
+            raise UsageError(f"--task: {options.task}: neither a folder nor one of {', '.join(GENERATORS)}")
+        task = Task.read(options.task)
+        return lambda _: task, Preset()
+    if options.preset not in generator.presets:
+        raise UsageError(f"--preset: {options.task} has {', '.join(generator.presets)}; got {options.preset!r}")
+    preset = generator.presets[options.preset]
+    if options.facts is not None and options.task != "simple-reversals":
+        raise UsageError(f"--facts: {options.task} has none; only simple-reversals does")
+    if (options.data is None) != (generator.reads is None):
+        raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
+    arguments = {**preset.arguments, **({} if options.facts is None else {"num_facts": options.facts})}
+    folders = [] if options.data is None else [options.data]
+
+    def task_of_seed(seed: int) -> Task:
+        return generator.make(*folders, seed=seed, **arguments)
+
+    try:
+        task_of_seed(0)  # refused before any work
+    except TaskError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--facts: {error}") from error
+    return task_of_seed, preset
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
@@ -279,6 +370,20 @@ def _check_new(path: Path, overwrite: bool) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+def _template(name: str) -> str:
+    """base, chat, or the text of a file, less the line break that ends it."""
+    if name in ("base", "chat"):
+        return name
+    try:
+        return check_template(Path(name).read_text(encoding="utf-8").removesuffix("\n"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--template: {name}: not UTF-8 text (byte {error.start + 1})") from error
+    except OSError as error:
+        raise UsageError(f"--template: {name}: neither base, chat nor a file: {error.strerror}") from error
+    except ProtocolError as error:
+        raise UsageError(f"--template: {name}: {error}") from error
 
 
 def _positive(text: str) -> int:

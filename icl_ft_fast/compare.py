@@ -6,27 +6,28 @@ on. Costs are wall seconds on this machine and rows forwarded, measured in the r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from icl_ft_fast import augment, encoding, evaluate
+from icl_ft_fast import augment, encoding, evaluate, statistics
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import loglikelihood, score
-from icl_ft_fast.tasks.task import Question, Task
+from icl_ft_fast.tasks.task import Document, Question, Task
 
 ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: answers, normalization, template, splitting
 UNCACHED_SAMPLE = 3  # questions scored one by one to measure what a query costs when nothing is reused
 
 
@@ -39,6 +40,8 @@ class Settings:
         seeds: one run of every arm each; a generated task is generated anew for each seed.
         icl_per_topic: documents of each topic in the context; None for all.
         icl_subsample: of those, one in this many.
+        normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
+        template: of the prompt, see evaluate.prompt_context.
         finetune: steps, batch size, learning rate.
     """
 
@@ -46,6 +49,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     icl_per_topic: int | None = None
     icl_subsample: int = 1
+    normalization: str = "sum"
+    template: str = "base"
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 
 
@@ -57,6 +62,7 @@ class Run:
         arm: one of ARMS.
         seed: the seed.
         accuracy: correct and total answers by split.
+        answers: each question's choice probabilities, for those whose answer is known.
         setup_s: seconds spent once before the first query: augmentation, training, or the context's prefill.
         query_s: seconds a query costs after that, all questions scored together.
         query_tokens: tokens of one query's requests, as a scorer without reuse forwards them.
@@ -69,6 +75,7 @@ class Run:
     arm: str
     seed: int
     accuracy: dict[str, evaluate.Accuracy]
+    answers: tuple[evaluate.Answer, ...]
     setup_s: float
     query_s: float
     query_tokens: float
@@ -99,6 +106,7 @@ def compare(
         The runs, seeds outermost.
 
     Raises:
+        ProtocolError: rules-ft on documents that it has no rule for.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
     """
     settings = settings or Settings()
@@ -108,6 +116,8 @@ def compare(
     runs = []
     for seed in settings.seeds:
         task = task_of_seed(seed)
+        if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
+            raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
         for arm in settings.arms:
             runs.append(_run(model, task, arm, seed, settings, progress))
             if on_run is not None:
@@ -116,13 +126,13 @@ def compare(
 
 
 def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, progress: bool) -> Run:
-    ledger, context = Ledger(), ""
+    ledger = Ledger()
+    documents: list[Document] = []
     notes: dict[str, Any] = {}
     if arm == "icl":
         documents = evaluate.select_documents(
             task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
         )
-        context = evaluate.icl_context(documents)
         notes["context_documents"] = len(documents)
     elif arm != "base":
         texts = [document.text for document in task.documents]
@@ -140,14 +150,18 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
             tuned = finetune(model, texts, settings.finetune, seed=seed, ledger=ledger, progress=progress)
         notes["final_loss"] = tuned.losses[-1]
         model = tuned.model
+    context = evaluate.prompt_context(model, documents, settings.template)
     uncached_s = _uncached_query_s(model, task.questions, context)
     queries = Ledger()
     with queries.phase("query"):
-        accuracy = evaluate.evaluate(model, task.questions, context=context, ledger=queries, progress=progress)
+        answers = evaluate.answers(
+            model, task.questions, context=context, normalization=settings.normalization, ledger=queries,
+            progress=progress,
+        )  # fmt: skip
     setup_s = math.fsum(ledger.seconds.values())
     query_s: float = queries.seconds["query"]
     rows = queries.forwarded_rows
-    if context:
+    if documents:
         prefill = Ledger()
         with prefill.phase("prefill"):
             context_ids = encoding.encode(model.tokenizer, [context.rstrip()])[0]
@@ -160,8 +174,9 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
         setattr(ledger, name, getattr(ledger, name) + getattr(queries, name))
     n = len(task.questions)
     return Run(
-        arm=arm, seed=seed, accuracy=accuracy, setup_s=setup_s, query_s=query_s / n,
-        query_tokens=queries.request_tokens / n, query_rows=rows / n, uncached_query_s=uncached_s,
+        arm=arm, seed=seed, accuracy=evaluate.accuracies(answers), answers=tuple(answers),
+        setup_s=setup_s, query_s=query_s / n, query_tokens=queries.request_tokens / n, query_rows=rows / n,
+        uncached_query_s=uncached_s,
         counts=ledger.as_dict(), notes=notes,
     )  # fmt: skip
 
@@ -174,6 +189,47 @@ def _uncached_query_s(model: Model, questions: Sequence[Question], context: str)
         score(model, [question], context=context)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same questions of a split.
+
+    Attributes:
+        first, second: the arms.
+        split: the split.
+        difference: accuracy of the first less that of the second.
+        p: exact two-sided p-value of the sign-flip test over topics, Holm-adjusted for all tests made together.
+    """
+
+    first: str
+    second: str
+    split: str
+    difference: float
+    p: float
+
+
+def paired_tests(runs: Sequence[Run]) -> list[Paired]:
+    """Every two arms in every split, on the questions and seeds that both have."""
+    arms = dict.fromkeys(run.arm for run in runs)
+    right: dict[str, dict[tuple[int, str], evaluate.Answer]] = {
+        arm: {(run.seed, answer.question_id): answer for run in runs if run.arm == arm for answer in run.answers}
+        for arm in arms
+    }
+    tests = []
+    for first, second in itertools.combinations(arms, 2):
+        differences: dict[str, dict[str, list[int]]] = {}
+        for key in right[first].keys() & right[second].keys():
+            a, b = right[first][key], right[second][key]
+            topics = differences.setdefault(a.split, {})
+            topics.setdefault(a.topic, []).append(a.is_correct - b.is_correct)
+        for split in dict.fromkeys(answer.split for answer in right[first].values()):
+            if topics := differences.get(split, {}):
+                each = [difference for topic in topics.values() for difference in topic]
+                p = statistics.sign_flip_test([sum(topic) for topic in topics.values()])
+                tests.append(Paired(first, second, split, sum(each) / len(each), p))
+    adjusted = statistics.holm([test.p for test in tests])
+    return [replace(test, p=p) for test, p in zip(tests, adjusted, strict=True)]
 
 
 def break_even(setup_s: float, query_s: float, rival_setup_s: float, rival_query_s: float) -> float | None:

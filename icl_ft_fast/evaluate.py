@@ -1,18 +1,33 @@
-"""Accuracy of a model on a task's questions, with or without the documents in context."""
+"""Answers of a model to a task's questions, with or without the documents in context, and how many are right.
+
+The paper says of its protocol that choices are scored by likelihood and not shown; everything beyond that is an
+argument here: what likelihoods are divided by, the prompt around documents and question, which documents and in what
+order.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from icl_ft_fast import statistics
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import Score, score
 from icl_ft_fast.tasks.task import Document, Question
 
 ICL_TEMPLATE = "Documents:\n{documents}\n\nGiven these documents: {prompt}"
+CHAT_WITH_DOCUMENTS = "Documents:\n{documents}\n\nGiven these documents, complete the statement."
+CHAT_WITHOUT_DOCUMENTS = "Complete the statement."
+# A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or less its log-likelihood
+# after nothing at all (pointwise mutual information with the prompt and the documents).
+NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
+
+
+class ProtocolError(ValueError):
+    """A way of asking that cannot be followed; the message names the argument."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +45,109 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson (1927) score interval at 95%; counts questions as independent."""
-        z, n, p = 1.959964, self.total, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return statistics.wilson(self.correct, self.total)
 
 
-def accuracies(questions: Sequence[Question], scores: Sequence[Score]) -> dict[str, Accuracy]:
-    """Accuracy by split of the questions that have an answer; scores in the questions' order."""
-    counts: dict[str, list[int]] = {}
-    for question, result in zip(questions, scores, strict=True):
-        if result.is_correct is not None:
-            split = counts.setdefault(question.split, [0, 0])
-            split[0] += result.is_correct
-            split[1] += 1
-    return {split: Accuracy(*count) for split, count in counts.items()}
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a question whose answer is known.
+
+    Attributes:
+        question_id, split, form: the question's.
+        topic: the question's, or its id where it has none: what statistics count as one witness.
+        predicted: index of the choice with the best score (the first of equals).
+        probability: of each choice, the softmax of the choices' scores.
+        correct: indices of the correct choices.
+    """
+
+    question_id: str
+    split: str
+    form: str | None
+    topic: str
+    predicted: int
+    probability: tuple[float, ...]
+    correct: tuple[int, ...]
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the predicted choice."""
+        return self.probability[self.predicted]
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the predicted choice is correct."""
+        return self.predicted in self.correct
+
+    @property
+    def chance(self) -> float:
+        """Probability that a blind guess is correct."""
+        return len(self.correct) / len(self.probability)
+
+
+def choice_scores(
+    question: Question, result: Score, normalization: str = "sum", unconditional: Score | None = None
+) -> list[float]:
+    """A score for each choice; `unconditional`, the choices scored after nothing, is needed for "pmi" only.
+
+    Raises:
+        ProtocolError: an unknown normalization.
+    """
+    if normalization == "pmi" and unconditional is not None:
+        return [a - b for a, b in zip(result.logp, unconditional.logp, strict=True)]
+    lengths = {
+        "sum": [1] * len(result.logp),
+        "token": list(result.num_tokens),
+        "character": [len(choice) for choice in question.choices],
+        "byte": [len(choice.encode()) for choice in question.choices],
+    }
+    if normalization not in lengths:
+        raise ProtocolError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+    return [logp / length for logp, length in zip(result.logp, lengths[normalization], strict=True)]
+
+
+def answers(
+    model: Model,
+    questions: Sequence[Question],
+    *,
+    context: str = "",
+    normalization: str = "sum",
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> list[Answer]:
+    """Score the questions after `context`; those without a known answer are scored and left out.
+
+    Raises:
+        ProtocolError: an unknown normalization.
+        ScoreError: as score() does.
+    """
+    results = score(model, questions, context=context, ledger=ledger, progress=progress)
+    alone: Sequence[Score | None] = [None] * len(results)
+    if normalization == "pmi":
+        alone = score(model, [replace(question, prompt="") for question in questions], ledger=ledger, progress=progress)
+    given = []
+    for question, result, unconditional in zip(questions, results, alone, strict=True):
+        scores = choice_scores(question, result, normalization, unconditional)
+        if question.answer is not None:
+            topic, predicted = question.topic or question.id, max(range(len(scores)), key=scores.__getitem__)
+            probability = _softmax(scores)
+            given.append(
+                Answer(question.id, question.split, question.form, topic, predicted, probability, question.correct)
+            )
+    return given
+
+
+def _softmax(scores: Sequence[float]) -> tuple[float, ...]:
+    top = max(scores)
+    weights = [math.exp(value - top) for value in scores]
+    return tuple(weight / math.fsum(weights) for weight in weights)
+
+
+def accuracies(given: Sequence[Answer]) -> dict[str, Accuracy]:
+    """Accuracy by split."""
+    splits: dict[str, list[bool]] = {}
+    for answer in given:
+        splits.setdefault(answer.split, []).append(answer.is_correct)
+    return {split: Accuracy(sum(right), len(right)) for split, right in splits.items()}
 
 
 def select_documents(
@@ -71,9 +174,44 @@ def select_documents(
     return shuffled[: max(1, round(len(shuffled) / subsample))]
 
 
-def icl_context(documents: Sequence[Document]) -> str:
-    """What stands before each prompt when the documents are given in context."""
-    return ICL_TEMPLATE.format(documents="\n".join(f"- {document.text}" for document in documents), prompt="")
+def icl_context(documents: Sequence[Document], template: str = ICL_TEMPLATE) -> str:
+    """What stands before each prompt when the documents are given in context; the template ends in {prompt}."""
+    listed = "\n".join(f"- {document.text}" for document in documents)
+    return template.removesuffix("{prompt}").replace("{documents}", listed)
+
+
+def prompt_context(model: Model, documents: Sequence[Document], template: str = "base") -> str:
+    """What stands before each prompt, with documents or, if there are none, without.
+
+    Args:
+        model: whose tokenizer's chat template is used, if `template` asks for it.
+        documents: to be read in context; may be empty.
+        template: "base" (ICL_TEMPLATE, nothing without documents), "chat" (documents and a request in the user's
+            turn, the question begins the assistant's), or a text of one's own that holds {documents} and ends in
+            {prompt} (nothing without documents).
+
+    Raises:
+        ProtocolError: a text without {documents} or a last {prompt}, or a tokenizer without a chat template.
+    """
+    if template == "chat":
+        if not getattr(model.tokenizer, "chat_template", None):
+            raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")
+        request = icl_context(documents, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
+        turn = [{"role": "user", "content": request}]
+        return str(model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    text = check_template(template)
+    return icl_context(documents, text) if documents else ""
+
+
+def check_template(template: str) -> str:
+    """The text that a template other than "chat" stands for; raises ProtocolError."""
+    text = ICL_TEMPLATE if template == "base" else template
+    if text.count("{documents}") != 1 or text.count("{prompt}") != 1 or not text.endswith("{prompt}"):
+        raise ProtocolError(
+            "template: expected base, chat or a text with one {documents} that ends in its only {prompt}, "
+            f"got {template[:60]!r}"
+        )
+    return text
 
 
 def evaluate(
@@ -85,4 +223,4 @@ def evaluate(
     progress: bool = False,
 ) -> dict[str, Accuracy]:
     """Score the questions after `context` and count the correct ones by split."""
-    return accuracies(questions, score(model, questions, context=context, ledger=ledger, progress=progress))
+    return accuracies(answers(model, questions, context=context, ledger=ledger, progress=progress))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import fmean
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icl_ft_fast.compare import Run, break_even
-from icl_ft_fast.evaluate import Accuracy
+from icl_ft_fast.compare import Run, break_even, paired_tests
+from icl_ft_fast.evaluate import Accuracy, Answer
+from icl_ft_fast.statistics import brier, cluster_bootstrap, expected_calibration_error
 
 ARM_TITLES = {
     "base": "base",
@@ -22,40 +25,44 @@ ARM_TITLES = {
 }
 
 CAPTION = (
-    "Two lines a cell, as the heading says. Once: seconds of augmentation and training; reading the documents into the "
-    "context. ms a query: alone, its context read for it; together, all questions at once after one reading. Pays from:"
-    " queries that repay an arm's one-off seconds against ICL reading its context at each query, and keeping it cached."
+    "Under an accuracy: Wilson's interval, then the bootstrap's over facts and seeds. Once: seconds of augmentation "
+    "and training; reading the documents into the context. ms a query: alone, its context read for it; together, all "
+    "questions at once after one reading. Pays from: queries that repay an arm's one-off seconds against ICL reading "
+    "its context at each query, and keeping it cached."
+)
+PAIRED_CAPTION = (
+    "Accuracy of the first less that of the second on the same questions; exact sign-flip test over facts, "
+    "Holm-adjusted for all these tests."
 )
 
-SPLITS_BESIDE_COSTS, SPLITS_ALONE = 2, 6  # columns of accuracies that fit
+Item = TypeVar("Item")
+
+SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED = 2, 6, 4  # columns that fit
 
 
 def print_table(runs: Sequence[Run], console: Console) -> None:
-    """Print accuracy by split, one-off costs, costs per query and break-even counts; seeds pooled."""
+    """Print accuracies, costs, break-even counts, accuracies by form, paired tests and calibration; seeds pooled."""
     arms = list(dict.fromkeys(run.arm for run in runs))
     splits = list(dict.fromkeys(split for run in runs for split in run.accuracy))
-    icl = [run for run in runs if run.arm == "icl"]
     if len(splits) > SPLITS_BESIDE_COSTS:
-        for first in range(0, len(splits), SPLITS_ALONE):
-            part = splits[first : first + SPLITS_ALONE]
-            table = _table(runs, part)
+        for part in _parts(splits, SPLITS_ALONE):
+            table = _accuracy_table(runs, part)
             for arm in arms:
-                mine = [run for run in runs if run.arm == arm]
-                table.add_row(ARM_TITLES[arm], *(_accuracy_cell(_pooled(mine, split)) for split in part))
+                table.add_row(ARM_TITLES[arm], *_accuracy_cells(_of(runs, arm), part))
             console.print(table)
         splits = []
-    table = _table(runs, splits, CAPTION)
-    for title in ("augm. s\ntrain s", "\nread s", "tokens\n/query", "ms alone\ntogether", "pays from\nif cached"):
-        table.add_column(title, justify="right", overflow="fold")
+    icl = _of(runs, "icl")
+    costs = ("augm. s\ntrain s", "\nread s", "tokens\n/query", "ms alone\ntogether", "pays from\nif cached")
+    table = _accuracy_table(runs, splits, costs, CAPTION)
     for arm in arms:
-        mine = [run for run in runs if run.arm == arm]
+        mine = _of(runs, arm)
         augment_s, train_s, read_s = (
             _seconds_cell(_mean(run.counts["seconds"].get(phase, 0.0) for run in mine))
             for phase in ("augment", "train", "prefill")
         )
         table.add_row(
             ARM_TITLES[arm],
-            *(_accuracy_cell(_pooled(mine, split)) for split in splits),
+            *_accuracy_cells(mine, splits),
             f"{augment_s}\n{train_s}",
             f"\n{read_s}",
             f"{_mean(run.query_tokens for run in mine):,.0f}",
@@ -63,15 +70,101 @@ def print_table(runs: Sequence[Run], console: Console) -> None:
             _break_even_cell(mine, icl),
         )
     console.print(table)
+    for table in itertools.chain(_form_tables(runs, arms), _paired_tables(runs), _calibration_table(runs, arms)):
+        console.print()
+        console.print(table)
 
 
-def _table(runs: Sequence[Run], splits: Sequence[str], caption: str | None = None) -> Table:
-    """A table with columns for the arms and the splits; a cell that is too wide wraps and is never cut."""
+def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def _of(runs: Sequence[Run], arm: str) -> list[Run]:
+    return [run for run in runs if run.arm == arm]
+
+
+def _new_table(first: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    """A table with a column for names; a cell that is too wide wraps and is never cut."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(f"{len({run.seed for run in runs})} seed(s)\npooled", min_width=max(map(len, ARM_TITLES.values())))
-    for split in splits:
-        table.add_column(f"{escape(split)}\n95%", justify="right", overflow="fold")
+    table.add_column(first, min_width=max(map(len, ARM_TITLES.values())), no_wrap=True)
+    for column in columns:
+        table.add_column(escape(column), justify="right", overflow="fold")
     return table
+
+
+def _accuracy_table(
+    runs: Sequence[Run], splits: Sequence[str], more: Sequence[str] = (), caption: str | None = None
+) -> Table:
+    """Columns for the splits and `more`; its first row is what blind guesses would have."""
+    title = f"{len({run.seed for run in runs})} seed(s)\npooled"
+    table = _new_table(title, [*(f"{split}\n95%" for split in splits), *more], caption)
+    if splits and all(run.answers for run in runs):
+        chances = ([a.chance for run in runs for a in run.answers if a.split == split] for split in splits)
+        table.add_row("chance", *(f"{_mean(chance):.3f}" for chance in chances))
+    return table
+
+
+def _accuracy_cells(runs: Sequence[Run], splits: Sequence[str]) -> list[str]:
+    """Fraction correct, Wilson's interval and, where the answers are kept, that of topics and seeds."""
+    cells = []
+    for split in splits:
+        cell = _accuracy_cell(_pooled(runs, split))
+        if found := [(run.seed, answer) for run in runs for answer in run.answers if answer.split == split]:
+            seeds, answers = zip(*found, strict=True)
+            low, high = cluster_bootstrap([a.is_correct for a in answers], [a.topic for a in answers], seeds)
+            cell += f"\n{low:.2f}-{high:.2f}"
+        cells.append(cell)
+    return cells
+
+
+def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
+    """Fractions correct by form, for splits with more than one."""
+    counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for run in runs:
+        for answer in run.answers:
+            if answer.form is not None:
+                by_arm = counts.setdefault((answer.split, answer.form), {})
+                by_arm.setdefault(run.arm, []).append(answer.is_correct)
+    splits = [split for split, _ in counts]
+    several = [key for key in counts if splits.count(key[0]) > 1]
+    for part in _parts(several, SPLITS_ALONE):
+        table = _new_table("by form", (f"{split}\n{form}" for split, form in part))
+        for arm in arms:
+            cells = (counts[key].get(arm) for key in part)
+            table.add_row(ARM_TITLES[arm], *("-" if cell is None else f"{_mean(cell):.3f}" for cell in cells))
+        yield table
+
+
+def _paired_tables(runs: Sequence[Run]) -> Iterator[Table]:
+    """Differences in accuracy between arms, with their p-values."""
+    tests = {(test.first, test.second, test.split): test for test in paired_tests(runs)}
+    pairs = dict.fromkeys(key[:2] for key in tests)
+    for part in _parts(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
+        table = _new_table("difference, p", part, PAIRED_CAPTION)
+        for first, second in pairs:
+            found = (tests.get((first, second, split)) for split in part)
+            cells = ("-" if t is None else f"{t.difference:+.2f} {_p(t.p)}" for t in found)
+            table.add_row(f"{ARM_TITLES[first]} - {ARM_TITLES[second]}", *cells)
+        yield table
+
+
+def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
+    """How far the choices' probabilities are from how often they are right, over all splits."""
+    answers: dict[str, list[Answer]] = {arm: [a for run in _of(runs, arm) for a in run.answers] for arm in arms}
+    if not all(answers.values()):
+        return
+    table = _new_table("calibration", (ARM_TITLES[arm] for arm in arms))
+    errors: dict[str, Callable[[list[Answer]], float]] = {
+        "ECE": lambda mine: expected_calibration_error([a.confidence for a in mine], [a.is_correct for a in mine]),
+        "Brier": lambda mine: _mean(brier(a.probability, a.correct) for a in mine),
+    }
+    for name, error in errors.items():
+        table.add_row(name, *(f"{error(mine):.3f}" for mine in answers.values()))
+    yield table
+
+
+def _p(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
 
 
 def _break_even_cell(runs: Sequence[Run], icl: Sequence[Run]) -> str:
@@ -107,4 +200,4 @@ def _count(queries: float | None) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
+    return fmean(values)

@@ -41,6 +41,7 @@ class Score:
         is_greedy: whether greedy decoding would have written the choice.
         predicted: index of the most likely choice (the first of equals).
         answer: index of the correct choice, None if unknown.
+        also_correct: indices of further correct choices.
     """
 
     question_id: str
@@ -49,11 +50,12 @@ class Score:
     is_greedy: tuple[bool, ...]
     predicted: int
     answer: int | None
+    also_correct: tuple[int, ...] = ()
 
     @property
     def is_correct(self) -> bool | None:
-        """Whether the prediction is the answer; None where the answer is unknown."""
-        return None if self.answer is None else self.predicted == self.answer
+        """Whether the prediction is a correct choice; None where the answer is unknown."""
+        return None if self.answer is None else self.predicted in (self.answer, *self.also_correct)
 
 
 TokenRequest = tuple[Sequence[int], Sequence[int]]
@@ -151,6 +153,7 @@ def _scored(
                     is_greedy=tuple(results.pop(i).is_greedy for i in mine),
                     predicted=max(range(len(logp)), key=logp.__getitem__),
                     answer=questions[q].answer,
+                    also_correct=questions[q].also_correct,
                 ),
             )
 

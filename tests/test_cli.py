@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from transformers.utils import logging
@@ -13,6 +14,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.score import iter_scores, score
+from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
 
@@ -94,7 +96,7 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
     assert len(rows) == len(QUESTIONS)
     for result in expected:
         row = rows[result.question_id]
-        assert row.keys() == {"question_id", "logp", "num_tokens", "is_greedy", "predicted", "answer"}
+        assert row.keys() == {"question_id", "logp", "num_tokens", "is_greedy", "predicted", "answer", "also_correct"}
         assert row["logp"] == pytest.approx(result.logp, abs=1e-5)
         assert row["num_tokens"] == list(result.num_tokens)
         assert row["is_greedy"] == list(result.is_greedy)
@@ -309,7 +311,8 @@ def test_no_directory_at_all(files, refused):
         ("seeds", "", "--seeds: expected whole numbers separated by commas, got ''"),
         ("seeds", "1,2,1", "--seeds: 1 is given twice"),
         ("learning_rate", "-1", "learning_rate: expected a finite number above 0, got -1.0"),
-        ("task", "no_such_task", "--task: no_such_task: neither a folder nor one of simple-reversals"),
+        ("template", "no_file", "--template: no_file: neither base, chat nor a file: No such file or directory"),
+        ("task", "no_such_task", f"--task: no_such_task: neither a folder nor one of {', '.join(GENERATORS)}"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
@@ -320,6 +323,34 @@ def test_bad_options_are_refused_before_the_model_is_loaded(option, value, messa
 def test_more_facts_than_words(files, refused):
     line = refused(files.compare(task="simple-reversals", facts=5000))
     assert line == "--facts: count: at most 445 distinct nonsense words can be drawn, got 10000"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "process", "preset": "tiny"}, "--preset: process has paper, small; got 'tiny'"),
+        ({"task": "process", "facts": 3}, "--facts: process has none; only simple-reversals does"),
+        ({"task": "process", "data": "."}, "--data: process reads no folder"),
+        ({"task": "reversal-curse"}, "--data: reversal-curse reads a folder of "),
+        ({"task": "reversal-curse", "data": "no"}, "no/all_prompts_train.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_presets_and_data_that_a_task_has_not(options, message, files, refused):
+    assert refused(files.compare(**options)).startswith(message)
+
+
+@pytest.mark.parametrize("name", [name for name, generator in GENERATORS.items() if generator.reads is None])
+def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatch):
+    arguments = ["task", name, "--preset", "small", "--seed", "3", "--out", str(files.folder / name)]
+    assert run(arguments)[0] == 0
+    generator = GENERATORS[name]
+    task = generator.make(3, **generator.presets["small"].arguments)
+    assert Task.read(files.folder / name) == task
+    few = Task(task.documents[:2], task.questions[:4])
+    monkeypatch.setitem(GENERATORS, name, replace(generator, make=lambda seed, **_: few))
+    code, printed, errors = run(files.compare(task=name, preset="small"))
+    assert (code, errors) == (0, [])
+    assert any(line.startswith("base ") for line in printed)
 
 
 def test_weights_that_cannot_be_trained(files, refused):
@@ -410,6 +441,24 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert any(line.startswith("fine-tuned ") for line in printed)
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+
+
+def test_compare_follows_the_protocol_it_is_given(files, run, refused):
+    template = files.folder / "template.txt"
+    template.write_text("Read this:\n{documents}\n{prompt}\n")
+    options = {"normalization": "pmi", "splitting": "independent", "template": template, "arms": "icl"}
+    assert run(files.compare(**options))[0] == 0
+    results = json.loads((files.folder / "run" / "results.json").read_text())
+    assert results["settings"]["normalization"] == "pmi"
+    assert results["settings"]["finetune"]["splitting"] == "independent"
+    assert results["settings"]["template"] == "Read this:\n{documents}\n{prompt}"
+    (answer, _) = results["runs"][0]["answers"]
+    assert (answer["question_id"], answer["topic"], answer["correct"]) == ("q1", "q1", [1])
+    template.write_text("Read this")
+    assert refused(files.compare(**options)).startswith(f"--template: {template}: template: expected base, chat or a")
+    template.write_bytes(b"ab\xff")
+    assert refused(files.compare(**options)) == f"--template: {template}: not UTF-8 text (byte 3)"
+    assert "has no chat template" in refused(files.compare("--overwrite", arms="icl", template="chat"))
 
 
 def test_compare_on_a_generated_task(files, run):

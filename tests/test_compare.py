@@ -1,8 +1,10 @@
 """The comparison: arms composed of the verbs they stand for, what results.json holds, break-even, intervals, tables."""
 
+import copy
 import io
 import json
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -13,10 +15,23 @@ from rich.console import Console
 
 from icl_ft_fast import compare, encoding, report
 from icl_ft_fast.augment import augment_rules
-from icl_ft_fast.compare import ARMS, Run, Settings, as_json, break_even, write_results
-from icl_ft_fast.evaluate import Accuracy, accuracies, evaluate, icl_context, select_documents
+from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, break_even, paired_tests, write_results
+from icl_ft_fast.evaluate import (
+    NORMALIZATIONS,
+    Accuracy,
+    Answer,
+    ProtocolError,
+    accuracies,
+    answers,
+    choice_scores,
+    evaluate,
+    icl_context,
+    prompt_context,
+    select_documents,
+)
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.score import Score
+from icl_ft_fast.score import score
+from icl_ft_fast.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -114,13 +129,15 @@ def test_results_json(llama, runs, tmp_path):
 
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
     assert results.keys() == {"schema_version", "model", "parameters", "task", "settings", "machine", "runs"}
-    assert (results["schema_version"], results["task"], results["model"]) == (1, "a task", llama.name)
+    assert (results["schema_version"], results["task"], results["model"]) == (2, "a task", llama.name)
     assert results["parameters"] == sum(parameter.numel() for parameter in llama.network.parameters())
     assert results["settings"] == {
         "arms": ["icl", "rules-ft"],
         "seeds": [0, 7],
         "icl_per_topic": 1,
         "icl_subsample": 1,
+        "normalization": "sum",
+        "template": "base",
         "finetune": {field.name: getattr(TRAINING, field.name) for field in fields(TRAINING)},
     }
     assert results["machine"].keys() == {"device", "processor", "threads", "python", "torch", "transformers"}
@@ -209,12 +226,10 @@ def test_wilson_interval_solves_its_equation(counts):
 
 
 def test_accuracies_by_split():
-    rows = [("a", 0, 0), ("b", 1, 0), ("a", 1, 0), ("c", None, 0), ("b", 1, 1)]
-    questions = [Question(str(i), "", ("x", "y"), answer, split) for i, (split, answer, _) in enumerate(rows)]
-    scores = [Score(str(i), (0.0, 0.0), (1, 1), (True, True), *row[:0:-1]) for i, row in enumerate(rows)]
-    assert accuracies(questions, scores) == {"a": Accuracy(1, 2), "b": Accuracy(1, 2)}
-    with pytest.raises(ValueError, match="zip"):
-        accuracies(questions, scores[1:])
+    rows = [("a", 0, 0), ("b", 1, 0), ("a", 1, 0), ("b", 1, 1)]
+    given = [Answer(str(i), split, None, "", p, (0.5, 0.5), (answer,)) for i, (split, answer, p) in enumerate(rows)]
+    assert accuracies(given) == {"a": Accuracy(1, 2), "b": Accuracy(1, 2)}
+    assert accuracies([]) == {}
 
 
 def test_documents_for_the_context():
@@ -237,7 +252,7 @@ def test_documents_for_the_context():
 def run_of(arm, seed=0, scale=1.0, **accuracy):
     seconds = {"augment": 12.3 * scale, "train": 98.7 * scale, "prefill": 7.1 * scale, "query": 1.0}
     return Run(
-        arm=arm, seed=seed, accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()},
+        arm=arm, seed=seed, accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()}, answers=(),
         setup_s=100 * scale, query_s=0.002 * scale, query_tokens=1234 * scale, query_rows=12.5 * scale,
         uncached_query_s=0.5 * scale, counts={"seconds": seconds}, notes={},
     )  # fmt: skip
@@ -255,7 +270,7 @@ def cells(text, arm):
     return [
         (line.removeprefix(title).split(), below.split())
         for line, below in zip(lines, [*lines[1:], ""], strict=True)
-        if line.startswith(f"{title} ")
+        if line.startswith(f"{title} ") and not line.startswith(f"{title} - ")
     ]
 
 
@@ -328,3 +343,137 @@ def test_a_task_without_answers_has_a_table_of_costs(llama):
     (run,) = compare.compare(llama, lambda _: unanswered, replace(SETTINGS, arms=("base",), seeds=(0,)))
     assert run.accuracy == {}
     assert "base" in printed([run])
+
+
+def answered(split, topic, right, form=None, choices=2):
+    """An answer with probability 0.75 on the predicted choice."""
+    probability = (0.75, *[0.25 / (choices - 1)] * (choices - 1))
+    return Answer(f"{split} {topic} {form}", split, form, topic, 0, probability, (0,) if right else (1,))
+
+
+def run_with(arm, rows, seed=0):
+    """A run of answers given as (split, topic, whether right, form)."""
+    answers = tuple(answered(*row) for row in rows)
+    return replace(run_of(arm, seed), answers=answers, accuracy=accuracies(answers))
+
+
+def test_arms_are_paired_on_the_same_questions():
+    icl = [("x", f"t{i}", i < 9, None) for i in range(10)] + [("y", "t0", True, None)]
+    tuned = [("x", f"t{i}", i < 1, None) for i in range(10)] + [("z", "t0", True, None)]
+    tests = paired_tests([run_with("icl", icl), run_with("ft", tuned), run_with("base", [("w", "t", True, None)])])
+    # Eight topics differ, all one way: 2 / 2^8; the only test there is.
+    assert tests == [Paired("icl", "ft", "x", pytest.approx(0.8), pytest.approx(2 / 256))]
+    twice = [run_with(arm, rows, seed) for seed in (0, 1) for arm, rows in (("icl", icl), ("ft", tuned))]
+    (test,) = paired_tests(twice)  # a second seed's answers to the same topics are no new witnesses
+    assert (test.difference, test.p) == (pytest.approx(0.8), pytest.approx(2 / 256))
+    three = [run_with(arm, icl if arm == "icl" else tuned) for arm in ("icl", "ft", "base")]
+    ps = {(test.first, test.second, test.split): test.p for test in paired_tests(three)}
+    assert len(ps) == 4  # ft and base also share z
+    assert ps["icl", "ft", "x"] == ps["icl", "base", "x"] == pytest.approx(4 * 2 / 256)
+    assert ps["ft", "base", "x"] == ps["ft", "base", "z"] == 1.0
+
+
+def test_the_table_shows_chance_clusters_forms_pairs_and_calibration():
+    rows = [("x", f"t{i // 2}", i < 18, form) for i, form in enumerate("ab" * 10)]
+    worse = [(split, topic, i < 4, form) for i, (split, topic, _, form) in enumerate(rows)]
+    text = printed([run_with("icl", rows), run_with("ft", worse)])
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^chance +0\.500 ", text, re.MULTILINE)
+    (main, forms) = cells(text, "icl")
+    assert main[0][0] == "0.900"
+    assert main[1][0] == "0.70-0.97"  # Wilson's
+    low, high = cluster_bootstrap([r for _, _, r, _ in rows], [t for _, t, _, _ in rows])
+    assert f"{low:.2f}-{high:.2f}" in text
+    assert forms[0] == ["0.900", "0.900"]
+    assert re.search(r"^ICL - fine-tuned +\+0\.70 \.016 *$", text, re.MULTILINE)  # 7 of 10 topics: 2 / 2^7
+    assert re.search(r"^ECE +0\.150 +0\.550 *$", text, re.MULTILINE)
+    assert re.search(r"^Brier +0\.225 +0\.925 *$", text, re.MULTILINE)
+
+
+def test_many_splits_and_forms_stay_within_80_columns():
+    rows = [(f"a long split {s}", f"t{i}", i < 3, f) for s in range(7) for i in range(4) for f in ("AAA1", "EIO2")]
+    text = printed([run_with(arm, rows) for arm in ARMS])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for s in range(7):
+        assert re.search(rf"\b{s}\b", text)
+    assert text.count("augmented - by rule") == 2  # tables of four and of three splits
+
+
+def test_rules_need_something_that_they_know(llama):
+    task = replace(task_of_seed(0), documents=(Document("d", "who knows why"),))
+    with pytest.raises(ProtocolError, match=r"^arms: rules-ft: no document states a comparison"):
+        compare.compare(llama, lambda _: task, SETTINGS)
+
+
+def test_answers_are_kept_with_their_questions(llama, runs):
+    (run, *_) = runs
+    task = task_of_seed(run.seed)
+    context = icl_context(select_documents(task.documents, run.seed, per_topic=1))
+    for answer, question, result in zip(
+        run.answers, task.questions, score(llama, task.questions, context=context), strict=True
+    ):
+        assert (answer.question_id, answer.split, answer.topic) == (question.id, question.split, question.topic)
+        assert answer.correct == (question.answer,)
+        assert answer.predicted == result.predicted
+        assert answer.is_correct == result.is_correct
+        assert answer.chance == 0.5
+        expected = torch.tensor(result.logp, dtype=torch.float64).softmax(0)
+        assert answer.probability == pytest.approx(expected.tolist())
+
+
+LENGTHS = Question("q", "who", (" knows über", " why", " cat"), 1, also_correct=(2,))
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_choices_are_normalised(normalization, llama):
+    result, alone = (score(llama, [replace(LENGTHS, prompt=prompt)])[0] for prompt in ("who", ""))
+    expected = {
+        "sum": result.logp,
+        "token": [logp / n for logp, n in zip(result.logp, result.num_tokens, strict=True)],
+        "character": [result.logp[0] / 11, result.logp[1] / 4, result.logp[2] / 4],
+        "byte": [result.logp[0] / 12, result.logp[1] / 4, result.logp[2] / 4],
+        "pmi": [a - b for a, b in zip(result.logp, alone.logp, strict=True)],
+    }[normalization]
+    assert result.is_correct == (result.predicted in (1, 2))
+    (answer,) = answers(llama, [LENGTHS, replace(LENGTHS, id="r", answer=None)][:1], normalization=normalization)
+    assert answer.probability == pytest.approx(torch.tensor(expected, dtype=torch.float64).softmax(0).tolist())
+    assert answer.predicted == max(range(3), key=lambda c: expected[c])
+    assert (answer.correct, answer.topic) == ((1, 2), "q")
+    assert answer.is_correct == (answer.predicted in (1, 2))
+    assert answer.chance == pytest.approx(2 / 3)
+    assert answers(llama, [replace(LENGTHS, answer=None, also_correct=())], normalization=normalization) == []
+
+
+def test_an_unknown_normalization(llama):
+    for unknown in ("length", "pmi"):
+        with pytest.raises(ProtocolError, match=rf"^normalization: expected one of sum, .*, got '{unknown}'$"):
+            choice_scores(LENGTHS, score(llama, [LENGTHS])[0], unknown)
+
+
+def test_templates(llama):
+    documents = [Document("a", "x {prompt} {documents}"), Document("b", "y")]
+    assert prompt_context(llama, documents) == icl_context(documents)
+    assert prompt_context(llama, []) == prompt_context(llama, [], "Read {documents} and {prompt}") == ""
+    assert prompt_context(llama, documents[1:], "Read\n{documents}\nand {prompt}") == "Read\n- y\nand "
+    with pytest.raises(ProtocolError, match=r"^template: .* has no chat template; use base or a text of your own$"):
+        prompt_context(llama, documents, "chat")
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chatty = replace(llama, tokenizer=tokenizer)
+    before, after = "<user>", "</><assistant>"
+    assert prompt_context(chatty, [], "chat") == f"{before}Complete the statement.{after}"
+    assert prompt_context(chatty, documents[1:], "chat") == (
+        f"{before}Documents:\n- y\n\nGiven these documents, complete the statement.{after}"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{prompt}", "{documents}", "{documents}{prompt}.", "{documents}" * 2 + "{prompt}"]
+)
+def test_bad_templates(text, llama):
+    with pytest.raises(ProtocolError, match=r"^template: expected base, chat or a text with one \{documents\} that"):
+        prompt_context(llama, [], text)

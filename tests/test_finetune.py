@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, finetune
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, finetune, split_sentences
 from icl_ft_fast.model import from_network, load
 from icl_ft_fast.score import loglikelihood
 
@@ -246,3 +248,37 @@ def test_a_loss_that_blows_up(llama):
 
 def test_defaults_are_the_papers():
     assert FinetuneSettings() == FinetuneSettings(steps=500, batch_size=8, learning_rate=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "independent", "cumulative"),
+    [
+        ("a b. c? d!", ["a b.", "c?", "d!"], ["a b.", "a b. c?", "a b. c? d!"]),
+        ("title\n\n* a.b\n* c", ["title", "* a.b", "* c"], ["title", "title\n\n* a.b", "title\n\n* a.b\n* c"]),
+        (" one.\n", [" one."], [" one."]),
+        ("one", ["one"], ["one"]),
+        ("", [""], [""]),
+    ],
+)
+def test_sentences(text, independent, cumulative):
+    assert split_sentences(text, "none") == [text]
+    assert split_sentences(text, "independent") == independent
+    assert split_sentences(text, "cumulative") == cumulative
+
+
+@given(st.text(alphabet="ab.!? \n", max_size=20))
+def test_splitting_loses_nothing_but_space(text):
+    parts, whole = split_sentences(text, "independent"), split_sentences(text, "cumulative")
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert len(parts) == len(whole)
+    assert all(text.startswith(part) for part in whole)
+
+
+def test_finetuning_on_sentences_is_finetuning_on_their_texts(llama):
+    settings = FinetuneSettings(steps=2, batch_size=2)
+    text = "the cat sat. who knows?"
+    for splitting in ("independent", "cumulative"):
+        split = finetune(llama, [text], replace(settings, splitting=splitting))
+        assert split.losses == finetune(llama, split_sentences(text, splitting), settings).losses
+    with pytest.raises(FinetuneError, match=r"^splitting: expected one of none, independent, cumulative, got 'words'$"):
+        replace(settings, splitting="words")

@@ -29,7 +29,10 @@ def tasks(draw):
     for i in ids:
         choices = tuple(draw(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4)))
         answer = draw(st.none() | st.integers(0, len(choices) - 1))
-        questions.append(Question(i, draw(TEXT), choices, answer, draw(TEXT)))
+        others = [] if answer is None else [c for c in range(len(choices)) if c != answer]
+        also = tuple(c for c in others if draw(st.booleans()))
+        topic, form = draw(st.none() | TEXT), draw(st.none() | TEXT)
+        questions.append(Question(i, draw(TEXT), choices, answer, draw(TEXT), topic, form, also))
     return Task(documents, tuple(questions))
 
 
@@ -54,7 +57,10 @@ def test_files_are_legible(tmp_path):
     Task((Document("d", "naïve 日本語"),), (Question("q", "ß ", ("ü",)),)).write(tmp_path)
     documents, questions = ((tmp_path / f"{name}.jsonl").read_text("utf-8") for name in ("documents", "questions"))
     assert documents == '{"id": "d", "text": "naïve 日本語", "topic": null}\n'
-    assert questions == '{"id": "q", "prompt": "ß ", "choices": ["ü"], "answer": null, "split": "test"}\n'
+    assert questions == (
+        '{"id": "q", "prompt": "ß ", "choices": ["ü"], "answer": null, "split": "test", '
+        '"topic": null, "form": null, "also_correct": []}\n'
+    )
 
 
 def test_fields_left_out_and_fields_unknown(tmp_path):
@@ -117,6 +123,13 @@ def changed(row, **fields):
         (read_questions, changed(GOOD_QUESTION, answer=1.0), ":1: answer: expected 0 to 1, got 1.0"),
         (read_questions, changed(GOOD_QUESTION, answer=math.nan), ":1: answer: expected 0 to 1, got NaN"),
         (read_questions, changed(GOOD_QUESTION, answer="1"), ':1: answer: expected 0 to 1, got "1"'),
+        (read_questions, changed(GOOD_QUESTION, topic=3), ":1: topic: expected a string, got 3"),
+        (read_questions, changed(GOOD_QUESTION, form=[]), ":1: form: expected a string, got []"),
+        (read_questions, changed(GOOD_QUESTION, also_correct=0), ":1: also_correct: expected distinct indices of "),
+        (read_questions, changed(GOOD_QUESTION, also_correct=[2]), ":1: also_correct: expected distinct indices of "),
+        (read_questions, changed(GOOD_QUESTION, also_correct=[1]), ":1: also_correct: expected distinct indices of "),
+        (read_questions, changed(GOOD_QUESTION, also_correct=[0, 0]), ":1: also_correct: expected distinct indices "),
+        (read_questions, changed(GOOD_QUESTION, answer=None, also_correct=[0]), ":1: also_correct: expected distinct"),
         (read_questions, b"\n".join([changed(GOOD_QUESTION)] * 2), ":2: id: 'q' was used before in this file"),
     ],
 )  # fmt: skip
@@ -153,7 +166,7 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("id", "prompt", "choices", "answer", "split")
+FIELDS = ("id", "prompt", "choices", "answer", "split", "topic", "form", "also_correct")
 ROWS = st.fixed_dictionaries({}, optional={f: st.just(GOOD_QUESTION.get(f, "s")) | ANYTHING for f in FIELDS})
 LINES = st.lists(ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20), max_size=3)
 

@@ -14,25 +14,32 @@ from icl_ft_fast.tasks.comparisons import PREAMBLES, Comparison, article, sample
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 
-def simple_reversals(seed: int = 0, *, num_facts: int = 100, num_articles: int = 10) -> Task:
+def simple_reversals(
+    seed: int = 0, *, num_facts: int = 100, num_articles: int = 10, reversed_fraction: float = 0.0
+) -> Task:
     """Generate the task; the same arguments give the same task.
 
     Args:
         seed: of the words, features, preambles and order of choices.
         num_facts: comparisons, each of two entities of its own.
-        num_articles: documents a fact; at most as many as there are preambles.
+        num_articles: documents a fact and direction; at most as many as there are preambles.
+        reversed_fraction: of the facts, at least 0 and below 1, whose reversal gets articles too. The paper has none;
+            arXiv 2604.04943 takes 0.4 and tests the others.
 
     Returns:
-        `num_facts * num_articles` documents and, for each fact, a question of split "reversal" (the sentence never
-        seen) and one of split "trained" (the direction of the articles); two choices each, chance 50%.
+        `num_articles` documents a fact (twice as many where its reversal is told). Split "reversal": a sentence never
+        seen, of each fact whose reversal is not told; "trained": the direction of the articles, of each fact. Two
+        choices each, chance 50%. A question's topic is its fact.
 
     Raises:
-        ValueError: `num_articles` out of range, or more facts than there are words.
+        ValueError: `num_articles` or `reversed_fraction` out of range, or more facts than there are words.
     """
     if not 1 <= num_articles <= len(PREAMBLES):
         raise ValueError(f"num_articles: expected 1 to {len(PREAMBLES)}, got {num_articles}")
     if num_facts < 1:
         raise ValueError(f"num_facts: expected at least 1, got {num_facts}")
+    if not 0 <= reversed_fraction < 1:
+        raise ValueError(f"reversed_fraction: expected at least 0 and below 1, got {reversed_fraction}")
     rng = random.Random(seed)
     nouns = words.sample_words(rng, 2 * num_facts)
     facts = [Comparison(a, sample_feature(rng), b) for a, b in zip(nouns[::2], nouns[1::2], strict=True)]
@@ -40,15 +47,21 @@ def simple_reversals(seed: int = 0, *, num_facts: int = 100, num_articles: int =
     for f, fact in enumerate(facts):
         for a, preamble in enumerate(rng.sample(PREAMBLES, num_articles)):
             documents.append(Document(f"fact{f}-article{a}", article(fact, preamble), topic=f"fact{f}"))
-        questions.append(_question(rng, f"fact{f}-reversal", fact.reversed, "reversal"))
-        questions.append(_question(rng, f"fact{f}-trained", fact, "trained"))
+        if f < int(reversed_fraction * num_facts):
+            for a, preamble in enumerate(rng.sample(PREAMBLES, num_articles)):
+                text = article(fact.reversed, preamble)
+                documents.append(Document(f"fact{f}-reverse{a}", text, topic=f"fact{f}-reverse"))
+        else:
+            questions.append(_question(rng, f"fact{f}", fact.reversed, "reversal"))
+        questions.append(_question(rng, f"fact{f}", fact, "trained"))
     return Task(tuple(documents), tuple(questions))
 
 
-def _question(rng: random.Random, question_id: str, truth: Comparison, split: str) -> Question:
+def _question(rng: random.Random, topic: str, truth: Comparison, split: str) -> Question:
     """The true comparison against the contradicting one, in a random order."""
     claims = [truth, Comparison(truth.subject, truth.reversed.comparative, truth.object)]
     answer = rng.randrange(2)
     ordered = claims if answer == 0 else claims[::-1]
     prompt = f"{truth.subject} are"
-    return Question(question_id, prompt, tuple(c.statement.removeprefix(prompt) for c in ordered), answer, split)
+    choices = tuple(claim.statement.removeprefix(prompt) for claim in ordered)
+    return Question(f"{topic}-{split}", prompt, choices, answer, split, topic)

@@ -1,8 +1,8 @@
 """A task: documents and multiple-choice questions about them, read from and written to JSON lines.
 
-documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices", "answer",
-"split"}, where answer (the index of the correct choice) may be absent and split is "test" unless given; other fields
-are ignored.
+documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices"} and perhaps
+"answer" (the index of the correct choice), "split" ("test" unless given), "topic", "form" and "also_correct"; other
+fields are ignored.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class Question:
         choices: at least one, none empty.
         answer: index of the correct choice, None if unknown.
         split: the kind of generalisation that the question tests.
+        topic: questions of one topic rest on the same facts, so statistics count them as one witness.
+        form: a finer kind within the split, such as a syllogism's figure.
+        also_correct: indices of further choices that are as true as the answer ("no X are Y", "no Y are X").
     """
 
     id: str
@@ -51,6 +54,14 @@ class Question:
     choices: tuple[str, ...]
     answer: int | None = None
     split: str = "test"
+    topic: str | None = None
+    form: str | None = None
+    also_correct: tuple[int, ...] = ()
+
+    @property
+    def correct(self) -> tuple[int, ...]:
+        """Indices of all correct choices, the answer first; empty where it is unknown."""
+        return () if self.answer is None else (self.answer, *self.also_correct)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Task:
 
 def read_documents(path: str | Path) -> tuple[Document, ...]:
     """The documents of a JSON-lines file; raises TaskError."""
-    return _read(Path(path), _document)
+    return _read(Path(path), document_of)
 
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:
@@ -89,35 +100,52 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     return _read(Path(path), _question)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each non-empty line; raises TaskError."""
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+    """("file:line", line) of each line, read as it is asked for; raises TaskError."""
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TaskError(f"{where}: not valid JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
-                yield where, row
+        if encoding == "utf-8":
+            with path.open("rb") as file:
+                for number, raw in enumerate(file, 1):
+                    where = f"{path}:{number}"
+                    try:
+                        yield where, raw.decode("utf-8")
+                    except UnicodeDecodeError as error:
+                        raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
+        else:
+            with path.open(encoding=encoding, newline="") as text:
+                for number, line in enumerate(text, 1):
+                    yield f"{path}:{number}", line
+    except UnicodeError as error:
+        raise TaskError(f"{path}: not {encoding} text: {error}") from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one object a line and replace `path` atomically."""
+def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each non-empty line; raises TaskError."""
+    for where, line in read_lines(path, encoding):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{where}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one object a line, replace `path` atomically and return how many; nothing is left if the rows fail."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            count = sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return count
 
 
 Row = TypeVar("Row", Document, Question)
@@ -135,12 +163,18 @@ def _read(path: Path, parse: Callable[[str, dict[str, Any]], Row]) -> tuple[Row,
     return tuple(rows.values())
 
 
-def _text(where: str, row: dict[str, Any], field: str) -> str:
+def text_field(where: str, row: dict[str, Any], field: str) -> str:
+    """The string in a row's field; raises TaskError."""
     if field not in row:
         raise TaskError(f"{where}: {field}: missing")
     if not isinstance(row[field], str):
         raise TaskError(f"{where}: {field}: expected a string, got {json.dumps(row[field])[:60]}")
     return _encodable(where, field, row[field])
+
+
+def optional_field(where: str, row: dict[str, Any], field: str) -> str | None:
+    """The string in a row's field, None where it is absent or null; raises TaskError."""
+    return None if row.get(field) is None else text_field(where, row, field)
 
 
 def _encodable(where: str, field: str, text: str) -> str:
@@ -152,9 +186,9 @@ def _encodable(where: str, field: str, text: str) -> str:
     return text
 
 
-def _document(where: str, row: dict[str, Any]) -> Document:
-    topic = None if row.get("topic") is None else _text(where, row, "topic")
-    return Document(_text(where, row, "id"), _text(where, row, "text"), topic)
+def document_of(where: str, row: dict[str, Any]) -> Document:
+    """A row as a document; raises TaskError."""
+    return Document(text_field(where, row, "id"), text_field(where, row, "text"), optional_field(where, row, "topic"))
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
@@ -168,5 +202,14 @@ def _question(where: str, row: dict[str, Any]) -> Question:
     answer = row.get("answer")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
         raise TaskError(f"{where}: answer: expected 0 to {len(choices) - 1}, got {json.dumps(answer)[:60]}")
-    split = _text(where, row, "split") if "split" in row else "test"
-    return Question(_text(where, row, "id"), _text(where, row, "prompt"), tuple(choices), answer, split)
+    also = row.get("also_correct", [])
+    indices = isinstance(also, list) and all(type(c) is int and 0 <= c < len(choices) for c in also)
+    if not indices or len({answer, *also}) <= len(also) or (also and answer is None):
+        raise TaskError(
+            f"{where}: also_correct: expected distinct indices of choices beside an answer, got {json.dumps(also)[:60]}"
+        )
+    return Question(
+        text_field(where, row, "id"), text_field(where, row, "prompt"), tuple(choices), answer,
+        text_field(where, row, "split") if "split" in row else "test",
+        optional_field(where, row, "topic"), optional_field(where, row, "form"), tuple(also),
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""The tasks that come by name: each a maker and its presets, "paper" (the paper's sizes) being the default.
+
+A preset is the maker's arguments and how much of the documents goes into the context unless asked otherwise: the paper
+gives one in eight of its two largest sets. The documents of a "small" preset fit the shipped model's context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from icl_ft_fast.tasks.process import process
+from icl_ft_fast.tasks.reversal_curse import reversal_curse
+from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.semantic import semantic_structure
+from icl_ft_fast.tasks.syllogisms import simple_syllogisms
+from icl_ft_fast.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A maker's arguments, and the documents of a topic and the share of the documents that ICL reads."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    icl_per_topic: int | None = None
+    icl_subsample: int = 1
+
+
+@dataclass(frozen=True)
+class Generator:
+    """How to make a task from a seed; `reads` says what folder its maker takes first, if any."""
+
+    make: Callable[..., Task]
+    presets: Mapping[str, Preset]
+    reads: str | None = None
+
+
+GENERATORS: dict[str, Generator] = {
+    "simple-reversals": Generator(
+        simple_reversals,
+        {
+            "paper": Preset(),
+            "small": Preset({"num_facts": 40}, icl_per_topic=1),
+            "reverses": Preset({"reversed_fraction": 0.4}),
+        },
+    ),
+    "simple-syllogisms": Generator(
+        simple_syllogisms, {"paper": Preset(), "small": Preset({"num_examples": 27})}
+    ),
+    "semantic-structure": Generator(
+        semantic_structure,
+        {
+            "paper": Preset(icl_subsample=8),
+            "small": Preset({"num_categories": 16, "num_articles": 20, "sentences": (4, 6), "num_questions": 40}),
+        },
+    ),
+    "process": Generator(
+        process,
+        {
+            "paper": Preset(),
+            "small": Preset({"num_functions": (3, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}),
+        },
+    ),
+    "reversal-curse": Generator(
+        reversal_curse,
+        {"paper": Preset(icl_subsample=8), "nonsense": Preset({"nonsense_names": True}, icl_subsample=8)},
+        reads="a folder of github.com/lukasberglund/reversal_curse's all_prompts_train.jsonl and test files",
+    ),
+}  # fmt: skip

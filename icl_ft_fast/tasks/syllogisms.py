@@ -1,0 +1,84 @@
+"""Simple syllogisms (Lampinen et al. 2025, section 3.2): two premises in training, their conclusion in the test.
+
+From the paper: 69 training examples, each naming three nonsense entities and stating two premises; the test names the
+two entities of the conclusion and scores all six statements {all, some, no} x two directions. The paper leaves the
+choice of forms open. Ours: every form that is valid without assuming that the entities exist and whose statements are
+all, some or no. "Some" and "no" hold in both directions, so their converses count as correct too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.task import Document, Question, Task
+
+# Mood and figure: major premise, minor premise, conclusion; A all, I some, E no.
+FORMS = ("AAA1", "EAE1", "AII1", "EAE2", "AEE2", "AII3", "IAI3", "AEE4", "IAI4")
+QUANTIFIERS = {"A": "All", "I": "Some", "E": "No"}
+# Figure: (subject, object) of the major and of the minor premise; M is the middle term, the conclusion is S - P.
+FIGURES = {
+    "1": (("M", "P"), ("S", "M")),
+    "2": (("P", "M"), ("S", "M")),
+    "3": (("M", "P"), ("M", "S")),
+    "4": (("P", "M"), ("M", "S")),
+}
+
+
+def simple_syllogisms(seed: int = 0, *, num_examples: int = 69) -> Task:
+    """Generate the task; the same arguments give the same task.
+
+    Args:
+        seed: of the words and of every order.
+        num_examples: syllogisms, each of three entities of its own; the forms take turns.
+
+    Returns:
+        `num_examples` documents and, for each, a six-way question of split "conclusion" and one of split "premise"
+        (a statement of the document). A question's form is the syllogism's mood and figure. Every statement that
+        follows counts as correct, so chance on conclusions is a sixth for "all" and a third for "some" and "no".
+
+    Raises:
+        ValueError: `num_examples` below 1, or more entities than there are words.
+    """
+    if num_examples < 1:
+        raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
+    rng = random.Random(seed)
+    nouns = words.sample_words(rng, 3 * num_examples)
+    forms = rng.sample(FORMS, len(FORMS))
+    documents, questions = [], []
+    for e in range(num_examples):
+        form, topic = forms[e % len(forms)], f"example{e}"
+        term = dict(zip("SMP", nouns[3 * e : 3 * e + 3], strict=True))
+        premises = [(mood, term[a], term[b]) for mood, (a, b) in zip(form[:2], FIGURES[form[3]], strict=True)]
+        rng.shuffle(premises)
+        statements = " ".join(_statement(*premise) for premise in premises)
+        documents.append(Document(topic, f"{_context(rng, nouns[3 * e : 3 * e + 3])} {statements}", topic))
+        for split, claim in (("conclusion", (form[2], term["S"], term["P"])), ("premise", rng.choice(premises))):
+            questions.append(_question(rng, f"{topic}-{split}", claim, split, topic, form))
+    return Task(tuple(documents), tuple(questions))
+
+
+def _statement(mood: str, subject: str, object: str) -> str:
+    return f"{QUANTIFIERS[mood]} {subject} are {object}."
+
+
+def _context(rng: random.Random, entities: Sequence[str]) -> str:
+    *others, last = rng.sample(entities, len(entities))
+    return f"The relationships between {', '.join(others)} and {last} are:"
+
+
+def _question(
+    rng: random.Random, question_id: str, claim: tuple[str, str, str], split: str, topic: str, form: str
+) -> Question:
+    """All six statements about the claim's two entities, in a random order."""
+    mood, subject, object = claim
+    prompt = _context(rng, (subject, object))
+    statements = [_statement(m, *pair) for m in QUANTIFIERS for pair in ((subject, object), (object, subject))]
+    rng.shuffle(statements)
+    true = [claim] if mood == "A" else [claim, (mood, object, subject)]
+    if mood == "A" and "I" in form:  # the other premise says that the subject exists
+        true += [("I", subject, object), ("I", object, subject)]
+    answer, *also = (statements.index(_statement(*other)) for other in true)
+    choices = tuple(f" {statement}" for statement in statements)
+    return Question(question_id, prompt, choices, answer, split, topic, form, tuple(also))
