@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | score | task`.
+"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval`.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -34,8 +34,10 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 for bad input."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
+    options = _parser().parse_args(ours)
+    options.rest = given[len(ours) :]
     try:
         options.run(options)
     except (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError) as error:
@@ -126,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path, metavar="DIR")
     check.add_argument("--ngram", type=_positive, default=8, help="words compared at a time (default: %(default)s)")
     check.set_defaults(run=_task_check)
+
+    _command(
+        commands, "lm-eval", _lm_eval, "lm-evaluation-harness's own command line, with the model icl-ft-fast",
+        "icl-ft-fast lm-eval run --model icl-ft-fast --model_args pretrained=DIR --tasks hellaswag --num_fewshot 5",
+    )  # fmt: skip
     return parser
 
 
@@ -271,6 +278,14 @@ def _task(options: argparse.Namespace) -> None:
     task = _task_of_seed(options)[0](options.seed)
     task.write(options.out)
     print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
+
+
+def _lm_eval(options: argparse.Namespace) -> None:
+    try:
+        from icl_ft_fast.integrations import lm_eval
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[lm-eval]'") from error
+    lm_eval.run(options.rest)
 
 
 def _task_new(options: argparse.Namespace) -> None:

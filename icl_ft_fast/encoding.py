@@ -1,14 +1,15 @@
 """Text to token ids, with one rule for the boundary between context and continuation and one for BOS.
 
 Boundary (lm-evaluation-harness's): spaces that end the context move to the continuation, both are encoded together, and
-the continuation is what follows the tokens of the context encoded alone. BOS: the tokenizer's own habit, never twice;
-an empty context becomes BOS, or EOS where there is none. A long beginning that texts share is encoded once.
-Knows nothing of models or tries.
+the continuation is what follows the tokens of the context encoded alone; how many continuations a token that spans the
+join has shortened is logged. BOS: the tokenizer's own habit, never twice; an empty context becomes BOS, or EOS where
+there is none. A long beginning that texts share is encoded once. Knows nothing of models or tries.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,10 +18,14 @@ from typing import Any
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, not imported here: importing the package stays light
 
 
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer begins a text with BOS by itself."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+_log = logging.getLogger(__name__)
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer begins a text with by itself: BOS, none, or (glm4) several."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return list(whole[: next(starts)])
 
 
 def prefix_token_id(tokenizer: Tokenizer) -> int:
@@ -35,23 +40,43 @@ def prefix_token_id(tokenizer: Tokenizer) -> int:
     raise ValueError("tokenizer: has neither a BOS nor an EOS token, so an empty context cannot be scored")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with BOS where the tokenizer adds it and the text does not begin with it already."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool | None = None) -> list[list[int]]:
+    """Token ids of each text, opened as the tokenizer does it unless the text begins so already.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: any strings.
+        bos: True begins every text with BOS, False none; None leaves it to the tokenizer.
+
+    Raises:
+        ValueError: bos is True and the tokenizer has no BOS token.
+    """
     if not texts:
         return []
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos: the tokenizer has no BOS token to begin a text with")
+    first = opening(tokenizer) if bos is None else [tokenizer.bos_token_id] * bos
     encoded = _encode(tokenizer, list(texts))
-    if adds_bos(tokenizer):
-        bos = tokenizer.bos_token_id
-        return [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
-    return encoded
+    return [ids if ids[:1] == first[:1] else [*first, *ids] for ids in encoded] if first else encoded
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+def encode_pairs(
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    bos: bool | None = None,
+    prefix: int | None = None,
+    whole_tokens: bool = False,
+) -> list[tuple[list[int], list[int]]]:
     """Token ids of (context, continuation) pairs; each context has at least one token.
 
     Args:
         tokenizer: a transformers tokenizer.
         pairs: context and continuation texts.
+        bos: see encode().
+        prefix: the token that stands for an empty context, instead of prefix_token_id().
+        whole_tokens: a token that spans the join belongs to the continuation, whose context ends before it. Otherwise
+            the context keeps its own tokens and the continuation is cut, as lm-evaluation-harness does it.
 
     Returns:
         For each pair, context ids and continuation ids. A continuation may come out empty when its text is empty or
@@ -59,17 +84,35 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     """
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    encoded = encode(tokenizer, contexts + [context + continuation for context, continuation in moved])
+    encoded = encode(tokenizer, contexts + [context + continuation for context, continuation in moved], bos=bos)
     encoded_context = dict(zip(contexts, encoded, strict=False))
-    requests = []
-    for (context, _), whole in zip(moved, encoded[len(contexts) :], strict=True):
-        context_ids = encoded_context[context]
+    encoded_alone = iter(encode(tokenizer, [continuation for context, continuation in pairs if not context], bos=False))
+    requests, num_spanned = [], 0
+    for (given, _), (context, _), whole in zip(pairs, moved, encoded[len(contexts) :], strict=True):
+        if given:
+            context_ids = encoded_context[context]
+        else:
+            context_ids, whole = [], next(encoded_alone)
+        if whole[: len(context_ids)] != context_ids:
+            num_spanned += 1
+            if whole_tokens:
+                context_ids = context_ids[: _common(context_ids, whole)]
         if context_ids:
             requests.append((context_ids, whole[len(context_ids) :]))
         else:
-            prefix = prefix_token_id(tokenizer)
-            requests.append(([prefix], whole[1:] if whole[:1] == [prefix] else whole))
+            first = prefix_token_id(tokenizer) if prefix is None else prefix
+            requests.append(([first], whole[1:] if whole[:1] == [first] else whole))
+    if num_spanned:
+        _log.warning(
+            "%d of %d continuations: a token spans the end of the context; %s", num_spanned, len(pairs),
+            "it counts to the continuation" if whole_tokens else "they are cut as lm-evaluation-harness cuts them",
+        )  # fmt: skip
     return requests
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that are equal."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 _ALIKE = 512  # characters: texts that begin alike for so long are looked at together

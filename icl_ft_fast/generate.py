@@ -6,7 +6,7 @@ end 0, so nobody sees it; a written one is seen by the rest of its own sequence 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,30 +60,68 @@ def generate(
     Raises:
         GenerateError: an empty prompt or stop string, or more tokens than the model has positions.
     """
+    encoded = encoding.encode(model.tokenizer, prompts)
+    names = [f"prompt {prompt[:40]!r}..." for prompt in prompts]
+    written = dict(
+        iter_tokens(
+            model, encoded, max_new_tokens=max_new_tokens, stop=stop, names=names, ledger=ledger, progress=progress
+        )
+    )
+    texts = [model.tokenizer.decode(written[p]) for p in range(len(prompts))]
+    return [min((text.split(mark)[0] for mark in stop), key=len, default=text) for text in texts]
+
+
+def iter_tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    names: Sequence[str] | None = None,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue prompts of token ids as generate() does, each yielded as soon as the group it is decoded in is done.
+
+    Args:
+        model: from load().
+        prompts: token ids, at least one each.
+        max_new_tokens: at least 1.
+        stop: strings whose appearance in the decoded continuation ends it.
+        names: what errors call each prompt.
+        ledger: counts of this call are added to it.
+        progress: show a bar of finished prompts.
+
+    Yields:
+        Index of the prompt and the ids written: EOS left out, the tokens of a stop string included.
+
+    Raises:
+        GenerateError: see generate().
+    """
     ledger = ledger or Ledger()
     if max_new_tokens < 1:
         raise GenerateError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if isinstance(stop, str) or not all(stop):
         raise GenerateError(f"stop: expected non-empty strings, got {stop!r}")
-    distinct = sorted(set(prompts))  # neighbours share prefixes, and groups hold neighbours
-    encoded = encoding.encode(model.tokenizer, distinct)
-    for prompt, ids in zip(distinct, encoded, strict=True):
-        over = len(ids) + max_new_tokens - 1 - model.max_positions  # the last new token is never forwarded
-        if not ids or over > 0:
-            reason = f"{over} tokens over the model's {model.max_positions} positions" if ids else "no tokens"
-            raise GenerateError(f"prompt {prompt[:40]!r}...: {reason}")
-    continuations: dict[str, str] = {}
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for p, prompt in enumerate(prompts):
+        over = len(prompt) + max_new_tokens - 1 - model.max_positions  # the last new token is never forwarded
+        if not prompt or over > 0:
+            reason = f"{over} tokens over the model's {model.max_positions} positions" if prompt else "no tokens"
+            raise GenerateError(f"{names[p] if names else f'prompts[{p}]'}: {reason}")
+        equal.setdefault(tuple(prompt), []).append(p)
+    distinct = sorted(equal)  # neighbours share prefixes, and groups hold neighbours
     with tqdm(total=len(distinct), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
         for first in range(0, len(distinct), GROUP_PROMPTS):
-            group = slice(first, first + GROUP_PROMPTS)
-            texts = _generate_group(model, encoded[group], max_new_tokens, stop, ledger)
-            continuations |= zip(distinct[group], texts, strict=True)
-            bar.update(len(texts))
-    ledger.request_tokens += sum(map(len, encoded))
-    return [continuations[prompt] for prompt in prompts]
+            group = distinct[first : first + GROUP_PROMPTS]
+            written = _generate_group(model, group, max_new_tokens, stop, ledger)
+            ledger.request_tokens += sum(map(len, group))
+            bar.update(len(group))
+            for prompt, ids in zip(group, written, strict=True):
+                yield from ((p, ids) for p in equal[prompt])
 
 
-def _lay_out(prompts: list[list[int]], reserved: int) -> _Layout:
+def _lay_out(prompts: Sequence[Sequence[int]], reserved: int) -> _Layout:
     """Prompt rows in pre-order, each prompt's last row followed by `reserved` free ones."""
     # A placeholder child makes each prompt's last token a row; it is itself a leaf and takes none.
     forest = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
@@ -104,8 +142,8 @@ def _lay_out(prompts: list[list[int]], reserved: int) -> _Layout:
 
 @torch.inference_mode()
 def _generate_group(
-    model: Model, prompts: list[list[int]], max_new_tokens: int, stop: Sequence[str], ledger: Ledger
-) -> list[str]:
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], ledger: Ledger
+) -> list[list[int]]:
     device, tokenizer, ends_text = model.device, model.tokenizer, _end_tokens(model)
     layout = _lay_out(prompts, max_new_tokens)
     stack = KVStack(layout.rows)
@@ -131,7 +169,6 @@ def _generate_group(
     ledger.forwarded_rows += len(forest.token)
 
     written: list[list[int]] = [[] for _ in prompts]
-    texts = ["" for _ in prompts]
     live = torch.arange(len(prompts))
     for step in range(max_new_tokens):
         going = []
@@ -141,8 +178,8 @@ def _generate_group(
             ledger.head_rows += 1
             if new not in ends_text:
                 written[sequence].append(new)
-                texts[sequence] = tokenizer.decode(written[sequence])
-                if not any(text in texts[sequence] for text in stop):
+                text = tokenizer.decode(written[sequence]) if stop else ""
+                if not any(mark in text for mark in stop):
                     going.append(place)
         if step + 1 == max_new_tokens or not going:
             break
@@ -155,7 +192,7 @@ def _generate_group(
         step_hidden = forward(token, forest.depth[ends] + 1 + step, slots, block_end)
         ledger.forwarded_rows += len(live)
         token = _greedy(model, step_hidden)
-    return [min((text.split(mark)[0] for mark in stop), key=len, default=text) for text in texts]
+    return written
 
 
 def _end_tokens(model: Model) -> set[int]:

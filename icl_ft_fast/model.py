@@ -7,7 +7,9 @@ on a small branching trie against plain forwards. Knows nothing of requests, que
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,19 @@ class Model:
         """Token ids that the network knows."""
         return int(self.network.get_input_embeddings().num_embeddings)
 
+    def fingerprint(self) -> str:
+        """Hex digest of config, vocabulary and weights: models with other scores have another one.
+
+        Reads every weight once, about a second a gigabyte.
+        """
+        config = {name: value for name, value in self.network.config.to_dict().items() if name[0] != "_"}
+        described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     @property
     def body(self) -> Any:
         """The network without its head."""
@@ -201,6 +216,9 @@ def load(
     *,
     dtype: str = "float32",
     device: str = "cpu",
+    revision: str = "main",
+    tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
 ) -> Model:
@@ -208,8 +226,11 @@ def load(
 
     Args:
         name: directory, hub id, or "shipped" for the small model that comes with the package.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16", or "auto" for the checkpoint's own if it is one of them.
         device: a torch device.
+        revision: branch, tag or commit of a hub id.
+        tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
+        adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
         self_check: compare a branching trie with plain forwards on the loaded weights.
 
@@ -221,8 +242,8 @@ def load(
     """
     import transformers
 
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype: one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
         if not name.is_dir():
@@ -233,22 +254,51 @@ def load(
     _check_directory(Path(name))
     _register_attention()
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(name, **origin)
         _check_family(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True,
+            name, config=config, dtype=DTYPES.get(dtype, dtype), attn_implementation=ATTENTION, use_safetensors=True,
+            output_loading_info=True, **origin,
         )  # fmt: skip
         network = network.to(device)
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {reason}") from error
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
-    return from_network(network, tokenizer, str(name), self_check=self_check)
+    if network.dtype not in DTYPES.values():
+        raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
+    if adapter is not None:
+        network = _merged(network, adapter)
+    return from_network(network, words, str(name), self_check=self_check)
+
+
+def _merged(network: Any, adapter: str | Path) -> Any:
+    """The network with a PEFT adapter added to its weights."""
+    import huggingface_hub
+
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModelError(f"adapter: {adapter}: reading it needs peft: pip install 'icl_ft_fast[lm-eval]'") from error
+    weights = "adapter_model.safetensors"
+    if Path(adapter).is_dir() and not (Path(adapter) / weights).is_file():
+        raise ModelError(f"adapter: {adapter}: no {weights} here; pickle weights are refused")
+    try:
+        if not Path(adapter).is_dir():
+            huggingface_hub.hf_hub_download(str(adapter), weights)  # fails where there are only pickle weights
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")  # peft would leave them random
+            return peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft, huggingface_hub, safetensors and torch each raise their own
+        raise ModelError(f"adapter: {adapter}: cannot be added to this network: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True) -> Model:

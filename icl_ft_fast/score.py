@@ -85,11 +85,20 @@ def loglikelihood(
         ScoreError: an empty continuation or context, more tokens than the model has positions, or a token id that its
             vocabulary does not have.
     """
-    encoded = _encode(model, requests)
-    results: list[LogLikelihood | None] = [None] * len(encoded)
-    for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
-        results[r] = result
-    return [result for result in results if result is not None]
+    results = dict(iter_loglikelihood(model, requests, chunk_rows=chunk_rows, ledger=ledger, progress=progress))
+    return [results[r] for r in range(len(requests))]
+
+
+def iter_loglikelihood(
+    model: Model,
+    requests: Sequence[TokenRequest | tuple[str, str]],
+    *,
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, LogLikelihood]]:
+    """Score as loglikelihood() does, each (index of the request, result) yielded as soon as its chunk is done."""
+    yield from _run(model, _encode(model, requests), chunk_rows, ledger or Ledger(), progress)
 
 
 def iter_scores(

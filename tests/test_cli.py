@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 from transformers.utils import logging
 
-from icl_ft_fast import cli
+from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import icl_context
@@ -480,3 +481,12 @@ def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
     assert printed[0].startswith("Simple reversals: 2 facts such as 'femp are more dangerous than glon.'")
     assert any(line.startswith("ICL ") for line in printed)
     assert max(map(len, printed)) <= 80
+
+
+def test_a_harness_that_is_not_installed_is_named(refused, monkeypatch):
+    monkeypatch.delitem(sys.modules, "icl_ft_fast.integrations.lm_eval", raising=False)
+    monkeypatch.delattr(integrations, "lm_eval", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert refused(["lm-eval", "run"]) == "needs lm_eval.api: pip install 'icl_ft_fast[lm-eval]'"

@@ -83,7 +83,7 @@ def test_a_token_that_runs_on_over_the_join_shortens_the_continuation(tokenizer_
 def test_bos_comes_first_and_once(tokenizer):
     plain = tokenizer.encode("the cat", add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    assert encoding.adds_bos(tokenizer)
+    assert encoding.opening(tokenizer) == [bos]
     assert encoding.encode(tokenizer, ["the cat", "<s>the cat", "", "<s>", "the<s>"]) == [
         [bos, *plain],
         [bos, *plain],
@@ -97,7 +97,7 @@ def test_bos_comes_first_and_once(tokenizer):
 def test_a_tokenizer_without_bos_gets_none_but_for_an_empty_context(tokenizer_without_bos):
     tokenizer, eos = tokenizer_without_bos, tokenizer_without_bos.eos_token_id
     plain = tokenizer.encode("why it is")
-    assert not encoding.adds_bos(tokenizer)
+    assert encoding.opening(tokenizer) == []
     assert encoding.encode(tokenizer, ["why it is", ""]) == [plain, []]
     assert encoding.encode_pairs(tokenizer, [("", "why it is"), ("", "</s>why it is")]) == [([eos], plain)] * 2
 
@@ -107,12 +107,78 @@ def test_a_tokenizer_that_has_bos_but_does_not_add_it_gets_it_for_an_empty_conte
     silent.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     plain = silent.encode("the cat")
     assert plain == tokenizer.encode("the cat")[1:]
-    assert not encoding.adds_bos(silent)
+    assert encoding.opening(silent) == []
     assert encoding.encode(silent, ["the cat"]) == [plain]
     assert encoding.encode_pairs(silent, [("", "the cat"), ("the", " cat")]) == [
         ([silent.bos_token_id], plain),
         (silent.encode("the"), plain[len(silent.encode("the")) :]),
     ]
+
+
+def test_a_tokenizer_that_begins_with_more_than_bos_does_so_once(tokenizer):
+    opening = copy.deepcopy(tokenizer)  # glm4's begins with two tokens
+    opening.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    plain = tokenizer.encode("the cat", add_special_tokens=False)
+    assert encoding.opening(opening) == [1, 0]
+    assert encoding.encode(opening, ["the cat", "</s><s>the cat"]) == [opening.encode("the cat")] * 2
+    pairs = [("the", " cat"), ("", "the cat")]
+    assert encoding.encode_pairs(opening, pairs) == [([1, 0, plain[0]], plain[1:]), ([0], plain)]
+    assert encoding.encode_pairs(opening, pairs) == [harness_rule(opening, *pair) for pair in pairs]
+
+
+def test_bos_can_be_demanded_and_forbidden(tokenizer, tokenizer_without_bos):
+    plain, bos = tokenizer.encode("the cat", add_special_tokens=False), tokenizer.bos_token_id
+    silent = copy.deepcopy(tokenizer)
+    silent.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    for each in (tokenizer, silent):
+        assert encoding.encode(each, ["the cat", "<s>the cat"], bos=True) == [[bos, *plain]] * 2
+        assert encoding.encode(each, ["the cat", "<s>the cat"], bos=False) == [plain, [bos, *plain]]
+        assert encoding.encode_pairs(each, [("the", " cat")], bos=True) == [([bos, plain[0]], plain[1:])]
+        assert encoding.encode_pairs(each, [("the", " cat")], bos=False) == [(plain[:1], plain[1:])]
+    with pytest.raises(ValueError, match=r"^bos: the tokenizer has no BOS token"):
+        encoding.encode(tokenizer_without_bos, ["the cat"], bos=True)
+
+
+def test_another_token_can_stand_for_an_empty_context(either):
+    plain = either.encode("the cat", add_special_tokens=False)
+    pairs = [("", "the cat"), ("", either.decode([7]) + "the cat")]
+    assert encoding.encode_pairs(either, pairs[:1], prefix=7) == [([7], plain)]
+    first, *rest = either.encode(pairs[1][1], add_special_tokens=False)
+    assert encoding.encode_pairs(either, pairs[1:], prefix=first) == [([first], rest)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(context=TEXT.filter(str.strip), continuation=TEXT.filter(bool))
+@example(context="who kn", continuation="ows")
+@example(context="the cat", continuation=" sat on")
+def test_whole_tokens_keep_the_tokens_of_the_whole_text(either, context, continuation):
+    (before, after), (cut_before, cut_after) = (
+        encoding.encode_pairs(either, [(context, continuation)], whole_tokens=whole)[0] for whole in (True, False)
+    )
+    whole = encoding.encode(either, [context + continuation])[0]
+    alone = encoding.encode(either, [context.rstrip()])[0]
+    if before != [encoding.prefix_token_id(either)]:  # else not even the first token was shared
+        assert before + after == whole
+    assert before == alone[: len(before)] or not alone
+    if cut_before + cut_after == whole:
+        assert (before, after) == (cut_before, cut_after)
+    else:
+        assert after[:1] != alone[len(before) : len(before) + 1]
+
+
+def test_spanned_joins_are_logged_by_number(tokenizer, caplog):
+    pairs = [("who kn", "ows"), ("the", " cat"), ("the cat who kn", "ows why")]
+    for whole in (False, True):
+        caplog.clear()
+        encoding.encode_pairs(tokenizer, pairs, whole_tokens=whole)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("2 of 3 continuations: a token spans the end of the context; ")
+        assert ("lm-evaluation-harness" in record.getMessage()) != whole
+    caplog.clear()
+    encoding.encode_pairs(tokenizer, pairs[1:2])
+    assert not caplog.records
 
 
 def test_an_eos_that_the_tokenizer_appends_is_left_out(tokenizer):
@@ -189,8 +255,8 @@ def test_a_shared_beginning_changes_no_token(kind, request):
     for seed in range(5):
         texts = long_texts(random.Random(seed))
         expected = [tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        if encoding.adds_bos(tokenizer.tokenizer):
-            expected = [[tokenizer.bos_token_id, *ids] for ids in expected]
+        opening = encoding.opening(tokenizer.tokenizer)
+        expected = [opening + ids for ids in expected]
         tokenizer.characters = 0
         assert encoding.encode(tokenizer, texts) == expected
         given = sum(map(len, texts))

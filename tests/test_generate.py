@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from icl_ft_fast import generate as generate_module
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, _lay_out, generate
+from icl_ft_fast.encoding import encode
+from icl_ft_fast.generate import GenerateError, _lay_out, generate, iter_tokens
 from icl_ft_fast.model import from_network
 
 NEW_TOKENS = 12
@@ -129,7 +130,7 @@ def test_eos_ends_a_continuation_and_is_not_part_of_it(ending, tokenizer):
     assert generate(model, PROMPTS, max_new_tokens=NEW_TOKENS, ledger=ledger) == [
         text_of(tokenizer, written) for written in ids
     ]
-    distinct = {prompt: len(written) for prompt, written in zip(PROMPTS, ids, strict=True)}
+    distinct = {tuple(prompt): len(new) for prompt, new in zip(encode(tokenizer, PROMPTS), ids, strict=True)}
     assert ledger.decoded_tokens == sum(distinct.values())  # EOS included
 
 
@@ -147,17 +148,45 @@ def test_every_end_token_of_the_generation_settings_ends_a_continuation(llama, a
 
 
 def test_the_ledger_counts_shared_prefixes_and_equal_prompts_once(llama, tokenizer):
-    distinct = [tokenizer.encode(prompt) for prompt in sorted(set(PROMPTS) - {"<s>the cat"})]
-    nodes = {tuple(ids[:n]) for ids in distinct for n in range(1, len(ids) + 1)}
-    prompts = [prompt for prompt in PROMPTS if prompt != "<s>the cat"]
+    distinct = {tuple(ids) for ids in encode(tokenizer, PROMPTS)}
+    assert len(distinct) < len(set(PROMPTS))  # BOS makes two prompts equal
+    nodes = {ids[:n] for ids in distinct for n in range(1, len(ids) + 1)}
     ledger = Ledger(decoded_tokens=1)
-    generate(llama, prompts, max_new_tokens=4, ledger=ledger)
+    generate(llama, PROMPTS, max_new_tokens=4, ledger=ledger)
     assert ledger == Ledger(
         request_tokens=sum(map(len, distinct)),
         forwarded_rows=len(nodes) + 3 * len(distinct),
         head_rows=4 * len(distinct),
         decoded_tokens=1 + 4 * len(distinct),
     )
+
+
+def test_token_ids_are_yielded_group_by_group(llama, alone, tokenizer, monkeypatch):
+    monkeypatch.setattr(generate_module, "GROUP_PROMPTS", 3)
+    ledger, done, yielded = Ledger(), [], {}
+    for p, ids in iter_tokens(llama, encode(tokenizer, PROMPTS), max_new_tokens=NEW_TOKENS, ledger=ledger):
+        yielded[p] = ids
+        done.append(ledger.decoded_tokens)
+    eos = tokenizer.eos_token_id
+    expected = [[token for token in alone(prompt) if token != eos] for prompt in PROMPTS]
+    assert [yielded[p] for p in range(len(PROMPTS))] == expected
+    assert done == sorted(done)
+    assert done[0] <= 3 * NEW_TOKENS < done[-1]
+
+
+def test_the_tokens_of_a_stop_string_are_part_of_what_is_yielded(llama, alone, tokenizer):
+    ids = alone("the")
+    stop = tokenizer.decode(ids[:3])[-1]
+    ((_, written),) = iter_tokens(llama, encode(tokenizer, ["the"]), max_new_tokens=NEW_TOKENS, stop=[stop])
+    assert written == ids[: len(written)]
+    assert stop in tokenizer.decode(written)
+    assert stop not in tokenizer.decode(written[:-1])
+
+
+@pytest.mark.parametrize(("names", "message"), [(None, r"^prompts\[1\]: no tokens$"), (["a", "b"], r"^b: no tokens$")])
+def test_a_prompt_of_token_ids_is_named_by_its_place_or_as_told(llama, names, message):
+    with pytest.raises(GenerateError, match=message):
+        list(iter_tokens(llama, [[5], []], max_new_tokens=1, names=names))
 
 
 def test_no_prompts_are_no_continuations(llama):

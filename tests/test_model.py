@@ -1,5 +1,6 @@
 """Every family against its own plain forward; what load() refuses and why."""
 
+import copy
 import json
 import random
 import shutil
@@ -456,8 +457,74 @@ def test_code_beside_a_family_that_transformers_knows_is_not_run(llama_directory
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "", torch.float32])
 def test_unknown_dtype(dtype, llama_directory):
-    with pytest.raises(ModelError, match=r"^dtype: one of float32, bfloat16, got "):
+    with pytest.raises(ModelError, match=r"^dtype: one of float32, bfloat16 or auto, got "):
         load(llama_directory, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_auto_is_the_checkpoint_s(dtype, llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
+    if dtype == torch.float16:
+        with pytest.raises(
+            ModelError, match=r"checkpoint: its dtype torch\.float16 is not served; give dtype as one of"
+        ):
+            load(folder, dtype="auto")
+    else:
+        assert load(folder, dtype="auto").network.dtype == dtype
+
+
+def test_the_tokenizer_may_come_from_elsewhere(llama_directory, tokenizer_without_bos, tmp_path):
+    tokenizer_without_bos.save_pretrained(tmp_path)
+    text = "who knows why"
+    assert load(llama_directory, tokenizer=tmp_path).tokenizer(text) == tokenizer_without_bos(text)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+def test_an_adapter_is_merged(llama_directory, plain, tmp_path, tiny_network):
+    peft = pytest.importorskip("peft", reason="comes with the extra lm-eval")
+    network = tiny_network("llama", num_hidden_layers=2)
+    adapted = peft.get_peft_model(
+        network, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # zero at first, so that an adapter changes nothing
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base, model = load(llama_directory), load(llama_directory, adapter=tmp_path / "adapter")
+    requests = requests_for(network)
+    assert_equal_to_plain(model, adapted.eval(), plain, requests, 512)
+    assert abs(loglikelihood(base, requests)[0].logp - loglikelihood(model, requests)[0].logp) > 1e-2
+    assert base.fingerprint() != model.fingerprint()
+
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"^adapter: .*: cannot be added to this network: Found missing adapter keys"):
+        load(llama_directory, adapter=tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"^adapter: .*: no adapter_model.safetensors here; pickle weights are refuse"):
+        load(llama_directory, adapter=tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"^adapter: nobody/nothing: cannot be added to this network: "):
+        load(llama_directory, adapter="nobody/nothing")
+
+
+def test_a_fingerprint_is_of_weights_and_vocabulary_not_of_the_place(llama_directory, llama, tmp_path, tokenizer):
+    folder = shutil.copytree(llama_directory, tmp_path / "copy")
+    mine = llama.fingerprint()
+    assert load(folder).fingerprint() == mine
+    assert load(folder, dtype="bfloat16").fingerprint() != mine
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-6
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert load(folder).fingerprint() != mine
+    words = copy.deepcopy(tokenizer)
+    words.add_tokens(["catmat"])
+    assert replace(llama, tokenizer=words).fingerprint() != mine
 
 
 def test_unknown_device(llama_directory):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.score import LogLikelihood, ScoreError, iter_scores, loglikelihood, score
+from icl_ft_fast.score import LogLikelihood, ScoreError, iter_loglikelihood, iter_scores, loglikelihood, score
 from icl_ft_fast.tasks.task import Question
 
 PART = st.lists(st.sampled_from([0, 5, VOCABULARY - 1]), min_size=1, max_size=6).map(tuple)
@@ -119,6 +119,16 @@ def test_a_question_is_yielded_before_later_chunks_are_forwarded(llama):
     forwarded = [ledger.forwarded_rows for _ in scores]
     assert len(forwarded) == len(asked)
     assert forwarded == sorted(forwarded)
+    assert forwarded[0] < forwarded[-1] == ledger.forwarded_rows
+
+
+def test_a_likelihood_is_yielded_before_later_chunks_are_forwarded(llama):
+    requests, ledger = [([5, token], [6, 7]) for token in (9, 5, 8, 7)], Ledger()
+    yielded, forwarded = {}, []
+    for r, result in iter_loglikelihood(llama, requests, chunk_rows=3, ledger=ledger):
+        yielded[r] = result
+        forwarded.append(ledger.forwarded_rows)
+    assert [yielded[r] for r in range(4)] == loglikelihood(llama, requests, chunk_rows=3)
     assert forwarded[0] < forwarded[-1] == ledger.forwarded_rows
 
 
