@@ -1,6 +1,6 @@
-"""Write the generated parts of README.md, between their markers: `python -m benchmarks.readme [demo|results ...]`.
+"""Write what is generated in the documents, between its markers: `python -m benchmarks.readme [demo|score|ops ...]`.
 
-`demo` runs the demo; `results` makes tables of the newest rows under benchmarks/results/.
+`demo` runs the demo; `score` and `ops` make tables of the newest rows under benchmarks/results/.
 """
 
 import csv
@@ -19,23 +19,24 @@ Newest = dict[tuple[str, str, str], dict[str, str]]  # (suite, case, variant) ->
 
 
 def demo() -> str:
-    """The demo's output, as a user gets it."""
+    """The demo's first table, as a user gets it; its tables of differences and calibration are left out."""
     command = [sys.executable, "-m", "icl_ft_fast.cli", "demo", "--quiet"]
     environment = {**os.environ, "COLUMNS": "100"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return f"```text\n{output.strip()}\n```"
+    table, _, _ = output.partition("\n\ndifference, p")
+    return f"```text\n{table.strip()}\n```"
 
 
-def results() -> str:
-    """For each device, what a run takes end to end and what an op does against its rival."""
+def _tables(table: Callable[[Newest], str]) -> str:
+    """A table for each device that has rows of its suites."""
     parts = []
     for path in sorted(RESULTS.glob("*.csv")):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         newest: Newest = {(row["suite"], row["case"], row["variant"]): row for row in rows}
         last = rows[-1]
-        parts.append(f"{last['device']}, torch {last['torch']}, {last['date']}:")
-        parts += [table for table in (_score_table(newest), _ops_table(newest)) if table]
+        if made := table(newest):
+            parts += [f"{last['device']}, torch {last['torch']}, {last['date']}:", made]
     return "\n\n".join(parts)
 
 
@@ -84,19 +85,24 @@ def _ops_table(newest: Newest) -> str:
     return "\n".join(lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "results": results}
+BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "demo": (README, demo),
+    "score": (README, lambda: _tables(_score_table)),
+    "ops": (RESULTS / "README.md", lambda: _tables(_ops_table)),
+}
 
 
 def main() -> None:
     """Replace the blocks named on the command line, or all."""
     for name in sys.argv[1:] or BLOCKS:
-        block = f"<!-- {name} -->\n{BLOCKS[name]()}\n<!-- /{name} -->"
+        path, make = BLOCKS[name]
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        text, count = pattern.subn(lambda _, block=block: block, README.read_text(encoding="utf-8"))
+        text, count = pattern.subn(lambda _, block=block: block, path.read_text(encoding="utf-8"))
         if count != 1:
-            raise SystemExit(f"{README}: expected one <!-- {name} --> block, found {count}")
-        README.write_text(text, encoding="utf-8")
-        print(f"{README.name}: {name} updated")
+            raise SystemExit(f"{path}: expected one <!-- {name} --> block, found {count}")
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {name} updated")
 
 
 if __name__ == "__main__":
