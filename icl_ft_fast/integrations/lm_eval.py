@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,25 +203,20 @@ class IclFtFastLM(TemplateLM):
         names: Sequence[str] = (),
     ) -> list[tuple[float, bool]]:
         """Score (texts, context ids, continuation ids); a result is filed under its texts as soon as it is there."""
-        results = [(-math.inf, False)] * len(requests)
-        before, place, fitting = self.over_length.copy(), [], []
-        for r, (_, context, continuation) in enumerate(requests):
-            name = names[r] if names else f"requests[{r}]"
+        names = names or [f"requests[{r}]" for r in range(len(requests))]
+        for name, (_, _, continuation) in zip(names, requests, strict=True):
             if not continuation:
                 raise ScoreError(
                     f"{name}: the continuation has no token of its own: it is empty, or the tokenizer merges it into "
                     "the end of the context (boundary=whole_tokens would score the merged token)"
                 )
-            fitted = self._fitted(name, context, self.max_length + 1 - len(continuation))
-            if fitted:
-                place.append(r)
-                fitting.append((fitted, continuation))
-        for i, result in self._scores(fitting, disable_tqdm):
-            r = place[i]
-            results[r] = tuple(result)
-            if (texts := requests[r][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, results[r])
-        self._report(before)
+        rooms = [self.max_length + 1 - len(continuation) for _, _, continuation in requests]
+        fitting = self._fitting(names, [context for _, context, _ in requests], rooms)
+        place, results = list(fitting), [(-math.inf, False)] * len(requests)
+        for i, result in self._scores([(fitting[r], requests[r][2]) for r in place], disable_tqdm):
+            texts, results[place[i]] = requests[place[i]][0], tuple(result)
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(result))
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -243,27 +238,21 @@ class IclFtFastLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What greedy decoding writes after each context, up to EOS, a stop string or max_gen_toks."""
-        results, before = [""] * len(requests), self.over_length.copy()
-        alike: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
-        for r, request in enumerate(requests):
-            alike[_greedy_settings(request)].append(r)
-        for (until, max_gen_toks), members in alike.items():
-            contexts = [requests[r].args[0] for r in members]
-            place, fitting = [], []
-            for r, ids in zip(members, encoding.encode(self.tokenizer, contexts, bos=self.add_bos_token), strict=True):
-                fitted = self._fitted(_name(requests[r]), ids or [self.prefix_token_id], self.max_length - max_gen_toks)
-                if fitted:
-                    place.append(r)
-                    fitting.append(fitted)
+        settings = [_greedy_settings(request) for request in requests]
+        contexts = encoding.encode(self.tokenizer, [request.args[0] for request in requests], bos=self.add_bos_token)
+        rooms = [self.max_length - max_gen_toks for _, max_gen_toks in settings]
+        names = [_name(request) for request in requests]
+        fitting = self._fitting(names, [ids or [self.prefix_token_id] for ids in contexts], rooms)
+        results = [""] * len(requests)
+        for until, max_gen_toks in dict.fromkeys(settings):
+            place = [r for r in fitting if settings[r] == (until, max_gen_toks)]
             written = iter_tokens(
-                self.model, fitting, max_new_tokens=max_gen_toks, stop=until, ledger=self.ledger,
+                self.model, [fitting[r] for r in place], max_new_tokens=max_gen_toks, stop=until, ledger=self.ledger,
                 progress=not disable_tqdm,
             )  # fmt: skip
             for i, ids in written:
-                r = place[i]
-                results[r] = self._text(ids, until)
-                self.cache_hook.add_partial("generate_until", requests[r].args, results[r])
-        self._report(before)
+                results[place[i]] = text = self._text(ids, until)
+                self.cache_hook.add_partial("generate_until", requests[place[i]].args, text)
         return results
 
     def get_model_info(self) -> dict[str, Any]:
@@ -281,28 +270,27 @@ class IclFtFastLM(TemplateLM):
             self.model, pairs, chunk_rows=self.chunk_rows, ledger=self.ledger, progress=not disable_tqdm
         )
 
-    def _fitted(self, name: str, context: list[int], room: int) -> list[int]:
-        """The context in at most `room` tokens; empty if the request is to be skipped."""
-        over = len(context) - room
-        if over <= 0:
-            return context
-        if self.overflow == "error" or (room < 1 and self.overflow == "truncate_left"):
-            advice = "give overflow=truncate_left or skip" if room > 0 else "no context would be left"
-            raise ScoreError(
-                f"{name}: {len(context)} tokens of context are {over} more than go into max_length {self.max_length} "
-                f"with what follows; {advice}"
-            )
-        self.over_length.update(requests=1, tokens=over)
-        return context[over:] if self.overflow == "truncate_left" else []
-
-    def _report(self, before: Counter[str]) -> None:
-        """Warn of the requests that did not fit since `before`."""
-        new = {name: count - before[name] for name, count in self.over_length.items()}
-        if new["requests"]:
-            _log.warning(
-                "%d requests exceed max_length %d by %d tokens in all: overflow=%s", new["requests"], self.max_length,
-                new["tokens"], self.overflow,
-            )  # fmt: skip
+    def _fitting(
+        self, names: Sequence[str], contexts: Sequence[list[int]], rooms: Sequence[int]
+    ) -> dict[int, list[int]]:
+        """By place, the contexts in at most their room of tokens, without those to skip; warns of what did not fit."""
+        fitting, before = {}, self.over_length.copy()
+        for r, (name, context, room) in enumerate(zip(names, contexts, rooms, strict=True)):
+            over = len(context) - room
+            if over > 0 and (self.overflow == "error" or (room < 1 and self.overflow == "truncate_left")):
+                advice = "give overflow=truncate_left or skip" if room > 0 else "no context would be left"
+                raise ScoreError(
+                    f"{name}: {len(context)} tokens of context are {over} more than go into max_length "
+                    f"{self.max_length} with what follows; {advice}"
+                )
+            if over > 0:
+                self.over_length.update(requests=1, tokens=over)
+            if over <= 0 or self.overflow == "truncate_left":
+                fitting[r] = context[over:] if over > 0 else context
+        if new := self.over_length - before:
+            what = (new["requests"], self.max_length, new["tokens"], self.overflow)
+            _log.warning("%d requests exceed max_length %d by %d tokens in all: overflow=%s", *what)
+        return fitting
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
         """The answer in what was written: after the reasoning, before the first stop string."""
