@@ -119,7 +119,7 @@ def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
         budgets.append(chunk_rows)
         return iter_scores(*arguments, chunk_rows=chunk_rows, **options)
 
-    monkeypatch.setattr(cli, "iter_scores", spy)
+    monkeypatch.setattr(cli.score, "iter_scores", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
     code, (line,), errors = run(files.score("--chunk-rows", 1))
     assert (code, errors) == (0, [])
@@ -251,7 +251,7 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
     def full(path, results):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(cli.compare, "write_results", full)
+    monkeypatch.setattr(cli.compare.compare, "write_results", full)
     assert refused(files.compare()) == f"{files.folder / 'run' / 'results.json'}: No space left on device"
 
 
@@ -317,7 +317,7 @@ def test_no_directory_at_all(files, refused):
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli.options, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert refused(files.compare(**{option: value})) == message
 
 
@@ -401,7 +401,7 @@ def test_help_shows_examples_that_parse(command, capsys):
     assert examples
     for example in examples:
         assert example[:2] == ["icl-ft-fast", command]
-        cli._parser().parse_args(example[1:])
+        cli.parser().parse_args(example[1:])
 
 
 def test_help_lists_the_commands(capsys):
@@ -472,12 +472,12 @@ def test_compare_on_a_generated_task(files, run):
 
 def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
     loaded = []
-    monkeypatch.setattr(cli, "load", lambda name, **options: loaded.append((name, options)) or llama)
+    monkeypatch.setattr(cli.options, "load", lambda name, **options: loaded.append((name, options)) or llama)
     code, printed, errors = run(
         ["demo", "--quiet", "--facts", "2", "--seeds", "0", "--steps", "1", "--arms", "base,icl"]
     )
     assert (code, errors) == (0, [])
-    assert [str(name) for name, _ in loaded] == [str(cli.SHIPPED)]
+    assert [str(name) for name, _ in loaded] == [str(cli.compare.SHIPPED)]
     assert printed[0].startswith("Simple reversals: 2 facts such as 'femp are more dangerous than glon.'")
     assert any(line.startswith("ICL ") for line in printed)
     assert max(map(len, printed)) <= 80

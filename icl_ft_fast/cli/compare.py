@@ -1,0 +1,167 @@
+"""`icl-ft-fast compare` and `icl-ft-fast demo`: arms x seeds on a task."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from icl_ft_fast import compare, report
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_model_options,
+    add_output_options,
+    check_new,
+    command,
+    load_model,
+    positive,
+)
+from icl_ft_fast.cli.task import task_of_seed
+from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
+from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
+from icl_ft_fast.model import SHIPPED
+from icl_ft_fast.tasks.generated import GENERATORS
+
+DEMO_FACTS = 40
+DEMO_LEARNING_RATE = 1e-3
+
+
+def add(commands: Commands) -> None:
+    """Add both commands."""
+    demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
+    demo.add_argument("--facts", type=positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
+    _add_comparison_options(
+        demo, arms=",".join(compare.ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
+    )
+    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
+
+    comparison = command(
+        commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
+        "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
+        "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2",
+    )  # fmt: skip
+    add_model_options(comparison)
+    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+    comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
+    comparison.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
+    comparison.add_argument("--data", type=Path, help="the folder that a task by name reads, if it does")
+    _add_comparison_options(
+        comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
+    )
+
+
+def _add_comparison_options(
+    parser: argparse.ArgumentParser, *, arms: str, seeds: str, learning_rate: float, out: Path | None
+) -> None:
+    defaults = FinetuneSettings()
+    parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
+    parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=defaults.steps, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
+    parser.add_argument(
+        "--icl-per-topic", type=positive, help="documents of a topic in the context (default: the preset's, or all)"
+    )
+    parser.add_argument(
+        "--icl-subsample", type=positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
+    )
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
+    )
+    parser.add_argument(
+        "--template",
+        default="base",
+        help="of the prompt: base (default), chat, or a file with {documents} and {prompt}",
+    )
+    parser.add_argument(
+        "--splitting", choices=SPLITTINGS, default="none", help="of documents into training examples (default: none)"
+    )
+    parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
+    add_output_options(parser)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    options.trust_remote_code = False
+    Console().print(
+        f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
+        "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
+        highlight=False,
+    )
+    _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    make_task, preset = task_of_seed(options)
+    settings = compare.Settings(
+        arms=_arms(options.arms),
+        seeds=_seeds(options.seeds),
+        icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
+        icl_subsample=options.icl_subsample or preset.icl_subsample,
+        normalization=options.normalization,
+        template=_template(options.template),
+        finetune=FinetuneSettings(
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            splitting=options.splitting,
+        ),
+    )
+    results = None if options.out is None else options.out / "results.json"
+    if results is not None:
+        check_new(results, options.overwrite)
+    model = load_model(options)
+    runs: list[compare.Run] = []
+
+    def keep(run: compare.Run) -> None:
+        runs.append(run)
+        if results is not None:
+            compare.write_results(results, compare.as_json(model, options.task, settings, runs))
+
+    compare.compare(model, make_task, settings, progress=not options.quiet, on_run=keep)
+    report.print_table(runs, Console())
+    if results is not None:
+        print(f"\nWritten to {results}")
+
+
+def _template(name: str) -> str:
+    """base, chat, or the text of a file, less the line break that ends it."""
+    if name in ("base", "chat"):
+        return name
+    try:
+        return check_template(Path(name).read_text(encoding="utf-8").removesuffix("\n"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--template: {name}: not UTF-8 text (byte {error.start + 1})") from error
+    except OSError as error:
+        raise UsageError(f"--template: {name}: neither base, chat nor a file: {error.strerror}") from error
+    except ProtocolError as error:
+        raise UsageError(f"--template: {name}: {error}") from error
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    arms = tuple(text.split(","))
+    for arm in arms:
+        if arm not in compare.ARMS:
+            raise UsageError(f"--arms: expected some of {','.join(compare.ARMS)}, got {arm!r}")
+    return _distinct("--arms", arms)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--seeds: expected whole numbers separated by commas, got {text!r}") from error
+    return _distinct("--seeds", seeds)
+
+
+Item = TypeVar("Item", str, int)
+
+
+def _distinct(option: str, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """The items; a repeated one would be counted as more evidence than it is."""
+    for i, item in enumerate(items):
+        if item in items[:i]:
+            raise UsageError(f"{option}: {item} is given twice")
+    return items

@@ -1,0 +1,23 @@
+"""`icl-ft-fast lm-eval`: lm-evaluation-harness's own command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from icl_ft_fast.cli.options import Commands, UsageError, command
+
+
+def add(commands: Commands) -> None:
+    """Add the command; what follows it is the harness's."""
+    command(
+        commands, "lm-eval", _lm_eval, "lm-evaluation-harness's own command line, with the model icl-ft-fast",
+        "icl-ft-fast lm-eval run --model icl-ft-fast --model_args pretrained=DIR --tasks hellaswag --num_fewshot 5",
+    )  # fmt: skip
+
+
+def _lm_eval(options: argparse.Namespace) -> None:
+    try:
+        from icl_ft_fast.integrations import lm_eval
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[lm-eval]'") from error
+    lm_eval.run(options.rest)

@@ -1,0 +1,73 @@
+"""What several commands share: their options, the model they load, the outputs they must not overwrite."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be followed; the message names the argument."""
+
+
+def command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
+) -> argparse.ArgumentParser:
+    """A parser that runs `run`; its help ends with the examples, a line each."""
+    indented = "\n".join("  " + line for line in examples.splitlines())
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"examples:\n{indented}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --trust-remote-code: what load_model() reads."""
+    parser.add_argument("--model", required=True, help=f"a checkpoint directory, a hub id, or '{SHIPPED}'")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """--overwrite, --quiet."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def load_model(options: argparse.Namespace) -> Model:
+    """The model of --model."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
+    logging.set_verbosity_error()
+    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output that could not or must not be written."""
+    if path.is_dir():
+        raise UsageError(f"--out: {path}: is a folder")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
