@@ -207,6 +207,14 @@ class Model:
         )  # fmt: skip
         return logp, is_argmax
 
+    def log_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities float32 [R, V] of every token after each row of hidden [R, E]."""
+        head = self.head
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+        if head.softcap:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return logits.log_softmax(-1)
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
