@@ -33,7 +33,11 @@ def _tables(table: Callable[[Newest], str]) -> str:
     for path in sorted(RESULTS.glob("*.csv")):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        newest: Newest = {(row["suite"], row["case"], row["variant"]): row for row in rows}
+        newest: Newest = {}
+        for row in rows:  # in the order of the newest
+            key = (row["suite"], row["case"], row["variant"])
+            newest.pop(key, None)
+            newest[key] = row
         last = rows[-1]
         if made := table(newest):
             parts += [f"{last['device']}, torch {last['torch']}, {last['date']}:", made]
@@ -42,20 +46,24 @@ def _tables(table: Callable[[Newest], str]) -> str:
 
 def _score_table(newest: Newest) -> str:
     """Seconds, and how many times ours, by case; a peer's number in brackets is the sample it was measured on."""
-    cases = list(dict.fromkeys(case for suite, case, _ in newest if suite == "score"))
-    if not cases:
+    seconds: dict[str, dict[str, float]] = {}  # by case and variant less its sample
+    samples: dict[str, dict[str, None]] = {"icl_ft_fast": {}}
+    for (suite, case, variant), row in newest.items():
+        if suite == "score" and variant != "encode, plan":
+            name, _, sample = variant.partition(" (")
+            seconds.setdefault(case, {})[name] = float(row["ms"]) / 1e3
+            samples.setdefault(name, {}).update({sample.rstrip(")"): None} if sample else {})
+    if not seconds:
         return ""
-    seconds = {(case, variant): float(row["ms"]) / 1e3 for (_, case, variant), row in newest.items()}
-    variants = [v for s, _, v in newest if s == "score" and v not in ("icl_ft_fast", "encode, plan")]
-    variants = ["icl_ft_fast", *dict.fromkeys(variants)]
-    lines = ["| seconds (times ours) | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
-    for case in cases:
-        ours = seconds[case, "icl_ft_fast"]
-        cells = [_seconds(ours)]
-        for variant in variants[1:]:
-            theirs = seconds.get((case, variant))
-            ratio = "" if theirs is None else f"{theirs / ours:.2f}x" if theirs < 3 * ours else f"{theirs / ours:.0f}x"
-            cells.append("" if theirs is None else f"{_seconds(theirs)} ({ratio})")
+    names = [f"{name} ({' or '.join(found)})" if found else name for name, found in samples.items()]
+    lines = ["| seconds (times ours) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, of in seconds.items():
+        ours = of["icl_ft_fast"]
+        cells = []
+        for name in samples:
+            ratio = of.get(name, 0) / ours
+            times = "" if name == "icl_ft_fast" else f" ({ratio:.2f}x)" if ratio < 3 else f" ({ratio:.0f}x)"
+            cells.append(f"{_seconds(of[name])}{times}" if name in of else "")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
