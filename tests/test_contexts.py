@@ -1,4 +1,4 @@
-"""Contexts: what starts from one scores as if it did not, forwards its own rows only, and leaves the context as it was."""
+"""Contexts: what starts from one scores as if it did not and forwards its own rows only."""
 
 import random
 from importlib import import_module
@@ -77,7 +77,7 @@ def test_a_context_near_another_forwards_what_differs(llama):
 )
 def test_requests_that_begin_otherwise_are_refused(llama, requests):
     start = prefill(llama, CONTEXT)
-    with pytest.raises(ScoreError, match="^start: not every request begins with its tokens$"):
+    with pytest.raises(ScoreError, match=r"^start: not every request begins with its tokens$"):
         loglikelihood(llama, requests, start=start)
 
 
