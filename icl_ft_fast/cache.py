@@ -7,9 +7,7 @@ requests have in common can stay on a stack, as a Context that later requests st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +74,13 @@ class KVStack:
         return sum(tensor.nbytes for tensors in self._layers.values() for tensor in tensors)
 
 
+def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """How many tokens two sequences have in common before they part."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
 @dataclass(eq=False)
 class Context:
     """A beginning of token sequences, forwarded: requests that begin with it forward what follows it only.
@@ -96,12 +101,6 @@ class Context:
     def nbytes(self) -> int:
         """Bytes of keys, values (with the stack's free rows) and hidden states."""
         return self.stack.nbytes + self.hidden.nbytes
-
-    def common(self, token: Sequence[int] | NDArray[Any]) -> int:
-        """How many tokens it and another sequence have in common before they part."""
-        length = min(len(self.token), len(token))
-        differs = self.token[:length] != np.asarray(token[:length])
-        return int(differs.argmax()) if differs.any() else length
 
     def open(self, capacity: int) -> KVStack:
         """The stack with the context's rows on it and nothing else, and room for `capacity` in all."""
@@ -126,14 +125,14 @@ class ContextCache:
         """Bytes of all kept contexts."""
         return sum(context.nbytes for context in self._contexts)
 
-    def find(self, token: Sequence[int] | NDArray[Any], *, whole: bool = True) -> Context | None:
+    def find(self, token: NDArray[np.int32], *, whole: bool = True) -> Context | None:
         """The context that has the longest beginning in common with `token`, None if none has any.
 
         Args:
-            token: ids.
+            token: int32 ids.
             whole: only contexts that `token` begins with, so that it can start from them; it counts as their use.
         """
-        common = [(context.common(token), context) for context in self._contexts]
+        common = [(common_tokens(context.token, token), context) for context in self._contexts]
         lengths = [n if not whole or n == len(context.token) else 0 for n, context in common]
         if not any(lengths):
             return None

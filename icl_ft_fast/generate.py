@@ -144,7 +144,7 @@ def _lay_out(prompts: Sequence[Sequence[int]], reserved: int) -> _Layout:
 def _generate_group(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], ledger: Ledger
 ) -> list[list[int]]:
-    device, tokenizer, ends_text = model.device, model.tokenizer, _end_tokens(model)
+    device, tokenizer, ends_text = model.device, model.tokenizer, end_tokens(model)
     layout = _lay_out(prompts, max_new_tokens)
     stack = KVStack(layout.rows)
     end_k = torch.zeros(layout.rows, dtype=torch.int32)
@@ -195,7 +195,7 @@ def _generate_group(
     return written
 
 
-def _end_tokens(model: Model) -> set[int]:
+def end_tokens(model: Model) -> set[int]:
     """The tokens that end a text: the tokenizer's EOS and those of the checkpoint's generation settings."""
     listed = getattr(getattr(model.network, "generation_config", None), "eos_token_id", None)
     ids = [model.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]

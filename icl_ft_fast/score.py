@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from icl_ft_fast import encoding, trie
-from icl_ft_fast.cache import Context, KVStack
+from icl_ft_fast.cache import Context, KVStack, common_tokens
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
@@ -136,8 +136,8 @@ def prefill(
     ids = [int(t) for t in token]
     if not ids:
         raise ScoreError("token: expected at least one id")
-    _check_fit(model, [(ids, ids[-1:])], ["context"])
-    known = near.common(ids) if near else 0
+    check_fit(model, [(ids, ids[-1:])], ["context"])
+    known = common_tokens(near.token, np.asarray(ids, np.int32)) if near else 0
     forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
     plan = trie.plan(forest, chunk_rows, known=known)
     stack = near.stack.copy(known, len(ids)) if near and known else KVStack(len(ids))
@@ -229,7 +229,7 @@ def _scored(
                 f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end of "
                 "the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
             )
-    _check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
+    check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
     waiting = [len(question.choices) for question in questions]
     results: dict[int, LogLikelihood] = {}
     for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
@@ -298,11 +298,11 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
         for name, ids in zip(("context", "continuation"), pairs[-1], strict=True):
             if not ids:
                 raise ScoreError(f"requests[{r}]: empty {name}")
-    _check_fit(model, pairs, [f"requests[{r}]" for r in range(len(pairs))])
+    check_fit(model, pairs, [f"requests[{r}]" for r in range(len(pairs))])
     return pairs
 
 
-def _check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
+def check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
     """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
     num_tokens = min(model.vocabulary, model.head.weight.shape[0])
     checked: Sequence[int] = ()

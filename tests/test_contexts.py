@@ -3,6 +3,7 @@
 import random
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,10 @@ from icl_ft_fast.score import ScoreError, iter_token_logprobs, loglikelihood, pr
 RNG = random.Random(0)
 CONTEXT = [0, *RNG.choices(range(2, 300), k=40)]
 PART = st.lists(st.sampled_from([5, 6, 299]), min_size=1, max_size=5)
+
+
+def ids(token):
+    return np.asarray(token, np.int32)
 
 
 def cache_of(llama, *sequences, max_bytes=2**30):
@@ -103,31 +108,31 @@ def test_token_logprobs_are_those_of_plain_forwards(llama, plain_llama, monkeypa
             target = want.gather(-1, torch.tensor(continuation)[:, None])
             assert results[r].logp == pytest.approx(target[:, 0].tolist(), abs=1e-5)
             assert results[r].rank == ((want > target).sum(-1) + 1).tolist()
-            values, ids = want.topk(4)
-            assert [[token for token, _ in top] for top in results[r].top] == ids.tolist()
+            values, likeliest = want.topk(4)
+            assert [[token for token, _ in top] for top in results[r].top] == likeliest.tolist()
             got = torch.tensor([[logp for _, logp in top] for top in results[r].top], dtype=torch.float64)
             torch.testing.assert_close(got, values, rtol=0, atol=1e-5)
 
 
 def test_the_longest_context_that_fits_is_found(llama):
     cache = cache_of(llama, CONTEXT[:5], CONTEXT[:20], [0, 9, 9])
-    assert len(cache.find(CONTEXT).token) == 20
-    assert len(cache.find([*CONTEXT[:19], 299]).token) == 5
-    assert len(cache.find([*CONTEXT[:19], 299], whole=False).token) == 20
-    assert cache.find([7, 8]) is cache.find([7], whole=False) is None
+    assert len(cache.find(ids(CONTEXT)).token) == 20
+    assert len(cache.find(ids([*CONTEXT[:19], 299])).token) == 5
+    assert len(cache.find(ids([*CONTEXT[:19], 299]), whole=False).token) == 20
+    assert cache.find(ids([7, 8])) is cache.find(ids([7]), whole=False) is None
 
 
 def test_the_least_recently_used_go_first(llama):
     size = prefill(llama, CONTEXT).nbytes
     cache = cache_of(llama, CONTEXT, [1, *CONTEXT[1:]], max_bytes=2 * size)
-    cache.find([*CONTEXT, 5])
+    cache.find(ids([*CONTEXT, 5]))
     cache.add(prefill(llama, [2, *CONTEXT[1:]]))
     assert (len(cache), cache.nbytes) == (2, 2 * size)
-    assert cache.find([1, *CONTEXT[1:]]) is None
-    start = cache.find(CONTEXT)
+    assert cache.find(ids([1, *CONTEXT[1:]])) is None
+    start = cache.find(ids(CONTEXT))
     loglikelihood(llama, [([*CONTEXT, *range(5, 25)], [6])], start=start)  # its stack has grown
     assert start.nbytes > size
     cache.trim()
     assert len(cache) == 1
-    assert cache.find(CONTEXT) is start
+    assert cache.find(ids(CONTEXT)) is start
     assert len(cache_of(llama, CONTEXT, max_bytes=size - 1)) == 0

@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval | serve`, a module a command.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, lm_eval, score, task
+from icl_ft_fast.cli import compare, lm_eval, score, serve, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError
@@ -47,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, score, task, lm_eval):
+    for module in (compare, score, task, lm_eval, serve):
         module.add(commands)
     return top
