@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serving.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     serving.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help=f"its first line is the key (default: ${KEY_VARIABLE})"
+        "--key-file", type=Path, metavar="FILE", help=f"its first line is the key (default: ${KEY_VARIABLE})"
     )
     options: dict[str, tuple[int, str]] = {
         "--context-memory": (2000, "MB of contexts that stay prefilled"),
@@ -47,7 +47,7 @@ def _serve(options: argparse.Namespace) -> None:
         from icl_ft_fast.integrations.server import Limits, make_app
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[serve]'") from error
-    key = _key(options.api_key_file)
+    key = _key(options.key_file)
     name = options.name or Path(options.model).name or options.model
     if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)

@@ -114,6 +114,23 @@ class Guard:
         await self.app(scope, replay, send)
 
 
+STATUS = {EngineBusyError: 429, EngineClosedError: 503, ScoreError: 400, GenerateError: 400}
+
+
+async def _refusal(_: Request, error: Exception) -> JSONResponse:
+    """What the client is told; what nobody foresaw is told to the log only."""
+    if isinstance(error, RequestValidationError):
+        place = str([*error.errors()[0]["loc"], "body"][1])
+        reasons = dict.fromkeys(fault["msg"] for fault in error.errors() if place in map(str, fault["loc"]))
+        return error_response(400, f"{place}: {'; or: '.join(reasons)}", place)  # a union's members each have a reason
+    if isinstance(error, RefusedError):
+        return error_response(error.status, str(error), error.param, error.code)
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, error.detail)
+    status = STATUS.get(type(error), 500)
+    return error_response(status, "internal error; the server's log has more" if status == 500 else str(error))
+
+
 def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limits | None = None) -> FastAPI:
     """The application; it closes the engine when it shuts down.
 
@@ -145,31 +162,8 @@ def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limit
     app.post("/v1/completions")(service.completions)
     app.post("/v1/chat/completions")(service.chat)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        place = str([*error.errors()[0]["loc"], "body"][1])  # of a union's alternatives each says why it is not it
-        reasons = dict.fromkeys(fault["msg"] for fault in error.errors() if place in map(str, fault["loc"]))
-        return error_response(400, f"{place}: {'; or: '.join(reasons)}", place)
-
-    @app.exception_handler(RefusedError)
-    async def refused(_: Request, error: RefusedError) -> JSONResponse:
-        return error_response(error.status, str(error), error.param, error.code)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, error.detail)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        status = {EngineBusyError: 429, EngineClosedError: 503, ScoreError: 400, GenerateError: 400}.get(type(error))
-        return (
-            error_response(status, str(error))
-            if status
-            else error_response(500, "internal error; the server's log has more")
-        )
-
-    for known in (EngineBusyError, EngineClosedError, ScoreError, GenerateError):
-        app.add_exception_handler(known, failed)
+    for kind in (RequestValidationError, HTTPException, RefusedError, *STATUS, Exception):
+        app.add_exception_handler(kind, _refusal)
     return app
 
 
