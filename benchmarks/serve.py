@@ -1,8 +1,8 @@
 """The server under load: 50 clients, 20 questions of four choices each, about one context of 4,000 tokens.
 
 A random Llama of 30M parameters. Three servers: contexts kept and waiting questions merged; merged only; neither, which
-is the same engine without prefix reuse (a question's own choices still share their prefix). The last two are asked fewer
-questions a client: their rate does not depend on it.
+is the same engine without prefix reuse (a question's own choices still share their prefix). The last two are asked
+fewer questions a client: their rate does not depend on it.
 """
 
 import json
@@ -54,7 +54,7 @@ def run(quick: bool) -> list[Row]:
     assert len(ids) > CONTEXT_TOKENS
     text = model.tokenizer.decode(ids[:CONTEXT_TOKENS])
     questions = [_question(made, i) for i in range(clients * 20)]
-    expected = {q.id: q for q in iff.score(model, questions[:clients], context=text)}
+    expected = {score.question_id: score for score in iff.score(model, questions[:clients], context=text)}
     name = f"30M float32, {clients} clients over {CONTEXT_TOKENS:,} tokens, {torch.get_num_threads()} threads"
     rows = []
     for server, (options, each) in SERVERS.items():

@@ -196,6 +196,12 @@ class Model:
         row_q = torch.arange(len(end), dtype=torch.int32, device=device)
         return self.forward(Rows(forest.token.to(device, torch.int64), depth, row_q, end, depth))
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
+        head = self.head
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
     def target_logprob(
         self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,14 +212,6 @@ class Model:
             bias=head.bias, scale=head.scale, softcap=head.softcap,
         )  # fmt: skip
         return logp, is_argmax
-
-    def log_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities float32 [R, V] of every token after each row of hidden [R, E]."""
-        head = self.head
-        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        return logits.log_softmax(-1)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

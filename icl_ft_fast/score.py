@@ -184,7 +184,8 @@ def iter_token_logprobs(
             block = slice(first, first + LOGIT_ROWS)
             where, row, target = (t[block].long() for t in (chunk.target_index, chunk.target_row, chunk.target_token))
             row -= int(row[0])
-            logp_RV = model.log_softmax(needed[int(chunk.target_row[first]) :][: int(row[-1]) + 1]).cpu()
+            hidden = needed[int(chunk.target_row[first]) :][: int(row[-1]) + 1]
+            logp_RV = model.logits(hidden).log_softmax(-1).cpu()
             logp[where] = taken = logp_RV[row, target]
             rank[where] = 1 + (logp_RV[row] > taken[:, None]).sum(-1)
             values, ids = logp_RV.topk(top)

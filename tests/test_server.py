@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from icl_ft_fast import cli, encoding
 from icl_ft_fast.cli.serve import KEY_VARIABLE
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import generate
+from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
 from icl_ft_fast.integrations.server import Limits, make_app
 from icl_ft_fast.score import ScoreError, loglikelihood
@@ -171,12 +171,9 @@ def test_a_context_beyond_the_budget_is_not_kept_and_scores_the_same(llama):
 
 
 def test_completions_through_the_client(client, llama):
-    expected = generate(llama, ["the cat", "who"], max_new_tokens=6)
+    expected = [one.text for one in generate(llama, ["the cat", "who"], Sampling(max_new_tokens=6))]
     got = client.completions.create(model="tiny", prompt=["the cat", "who"], max_tokens=6, temperature=0)
-    special = llama.tokenizer.all_special_tokens
-    assert [choice.text for choice in got.choices] == [
-        "".join(piece for piece in text if piece not in special) for text in expected
-    ]
+    assert [choice.text for choice in got.choices] == expected
     assert [choice.finish_reason for choice in got.choices] == ["length", "length"]
     assert got.usage.completion_tokens == 12
     stop = expected[0][2:4]
@@ -218,6 +215,19 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
     assert got.text.startswith("<s>the cat") == echo
 
 
+def test_sampling_follows_temperature_top_p_and_seed(client, llama):
+    asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 8, "seed": 5}
+    for given, how in (
+        ({}, Sampling(max_new_tokens=8, temperature=1.0, seed=5)),
+        ({"temperature": 0.5, "top_p": 0.4}, Sampling(max_new_tokens=8, temperature=0.5, top_p=0.4, seed=5)),
+        ({"temperature": 0, "top_p": 0.4}, Sampling(max_new_tokens=8)),
+    ):
+        (expected,) = generate(llama, ["the cat"], how)
+        got = client.completions.create(**asked, **given, logprobs=0).choices[0]
+        assert got.text == expected.text
+        assert got.logprobs.token_logprobs == pytest.approx(list(expected.logp), abs=1e-4)
+
+
 def test_an_end_of_text_that_is_predicted_is_no_text(llama, monkeypatch):
     engine = Engine(llama, context_bytes=0)
     ids = llama.tokenizer.encode("the cat")
@@ -234,8 +244,8 @@ def test_an_end_of_text_that_is_predicted_is_no_text(llama, monkeypatch):
 def test_chat_through_the_client(client, llama):
     turns = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}]
     got = client.chat.completions.create(model="tiny", messages=turns, temperature=0, max_completion_tokens=4)
-    (expected,) = generate(llama, ["<user>the cat <assistant>"], max_new_tokens=4)
-    assert got.choices[0].message.content == expected
+    (expected,) = generate(llama, ["<user>the cat <assistant>"], Sampling(max_new_tokens=4))
+    assert got.choices[0].message.content == expected.text
     with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
 
@@ -255,7 +265,7 @@ def test_models_and_tokens(client, live, llama):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.7}, "temperature: "),
+        ({"temperature": 2.1}, "temperature: "),
         ({"temperature": float("nan")}, "temperature: "),
         ({"temperature": float("inf")}, "temperature: "),
         ({"top_p": float("nan")}, "top_p: "),
@@ -429,9 +439,9 @@ def test_a_text_that_choices_repeat_too_often_is_refused(llama, monkeypatch):
 def test_generation_and_scores_share_a_batch(llama):
     engine = Engine(llama, context_bytes=2**26)
     prompts = encoding.encode(llama.tokenizer, ["the cat", "who knows"])
-    written, scored = engine.submit(Prompts(prompts, 5, ())), engine.submit(Choices("", "the cat", CHOICES))
-    texts = [llama.tokenizer.decode(ids) for ids in written.result().results]
-    assert texts == generate(llama, ["the cat", "who knows"], max_new_tokens=5)
+    how = Sampling(max_new_tokens=5, temperature=1.0, seed=7)
+    written, scored = engine.submit(Prompts(prompts, how)), engine.submit(Choices("", "the cat", CHOICES))
+    assert written.result().results == generate(llama, prompts, how)
     assert len(scored.result().results) == 3
     engine.close()
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from icl_ft_fast import encoding
 from icl_ft_fast.cache import Context, ContextCache, common_tokens
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import iter_tokens
+from icl_ft_fast.generate import Sampling, iter_generations
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 
@@ -57,11 +57,10 @@ class Sequences(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Asks for the token ids that greedy decoding writes after each prompt."""
+    """Asks for a Generation after each prompt."""
 
     prompts: Sequence[list[int]]
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    sampling: Sampling
 
 
 @dataclass
@@ -108,7 +107,7 @@ class _Unit:
     job: _Job
     members: range
     token: NDArray[np.int32]
-    kind: tuple[str, *tuple[Any, ...]]  # only units of one kind can be run together
+    kind: str  # only units of one kind can be run together
 
 
 class Engine:
@@ -240,8 +239,7 @@ class Engine:
             return iter_loglikelihood(model, pairs, chunk_rows=chunk_rows, ledger=ledger, start=start)
         if isinstance(asked, Sequences):
             return iter_token_logprobs(model, pairs, top=asked.top, chunk_rows=chunk_rows, ledger=ledger, start=start)
-        prompts = [prompt for prompt, _ in pairs]
-        return iter_tokens(model, prompts, max_new_tokens=asked.max_new_tokens, stop=asked.stop, ledger=ledger)
+        return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
 
     def _encode(self, jobs: list[_Job]) -> list[_Job]:
         """The jobs that can be answered, with their token ids; the others are told why not."""
@@ -268,7 +266,7 @@ class Engine:
         what = "choices" if isinstance(job.asked, Choices) else "prompt"
         pairs, names = job.pairs, [f"{what}[{r}]" for r in range(len(job.pairs))]
         if isinstance(job.asked, Prompts):
-            pairs = [(context, [0] * job.asked.max_new_tokens) for context, _ in pairs]
+            pairs = [(context, [0] * job.asked.sampling.max_new_tokens) for context, _ in pairs]
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context:
                 raise ScoreError(f"{name}: no token")
@@ -304,6 +302,6 @@ class Engine:
 
 def _units(job: _Job) -> list[_Unit]:
     if isinstance(job.asked, Choices):
-        return [_Unit(job, range(len(job.pairs)), np.asarray(job.pairs[0][0], np.int32), ("choices",))]
-    kind = (type(job.asked).__name__, *job.asked[1:])
+        return [_Unit(job, range(len(job.pairs)), np.asarray(job.pairs[0][0], np.int32), "choices")]
+    kind = repr((type(job.asked).__name__, *job.asked[1:]))
     return [_Unit(job, range(r, r + 1), np.asarray(a + b, np.int32), kind) for r, (a, b) in enumerate(job.pairs)]

@@ -26,10 +26,10 @@ class Generation(Body):
     """Fields of both OpenAI endpoints; those that name one value refuse every other."""
 
     model: Text
-    temperature: Literal[0] = Field(description="0: decoding is greedy; OpenAI's default of 1 would be sampling")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0 is greedy decoding")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="no effect on greedy decoding")
-    seed: int | None = Field(None, description="no effect on greedy decoding")
+    seed: int | None = Field(None, description="of the draws; a new one each time by default")
     user: Text | None = Field(None, description="not read")
     n: Literal[1] | None = None
     stream: Literal[False] | None = None

@@ -9,6 +9,7 @@ import asyncio
 import copy
 import functools
 import hmac
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from icl_ft_fast import encoding
-from icl_ft_fast.generate import GenerateError, end_tokens
+from icl_ft_fast.generate import GenerateError, Generation, Sampling, end_tokens
 from icl_ft_fast.integrations.engine import (
     Answer,
     Choices,
@@ -180,6 +181,15 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt[0], int)
 
 
+def _sampling(body: CompletionRequest | ChatRequest, new_tokens: int) -> Sampling:
+    """Of OpenAI's fields; whoever leaves out the temperature gets its default of 1, as there."""
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = body.top_p if body.top_p and temperature else 1.0
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    return Sampling(max_new_tokens=new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed)
+
+
 Result = TypeVar("Result")
 
 
@@ -241,7 +251,7 @@ class _Service:
         scored = of_prompt or body.logprobs is not None
         top = max(1, body.logprobs or 0, body.prompt_logprobs or 0)
         new_tokens = self._check_new_tokens(body.max_tokens, 16)
-        written, reused = await self._write(request, prompts, new_tokens, body.stop, of_prompt, top if scored else None)
+        written, reused = await self._write(request, prompts, new_tokens, body, of_prompt, top if scored else None)
         choices = await self._in_tokenizer(self._choices, body, given, prompts, written)
         counts = usage(sum(map(len, prompts)), sum(one.num_tokens for one in written), reused)
         return self._envelope("text_completion", "cmpl", choices, counts)
@@ -253,7 +263,7 @@ class _Service:
             raise RefusedError(400, "max_tokens: give either it or max_completion_tokens", "max_tokens")
         prompt = await self._in_tokenizer(self._conversation, body.messages)
         new_tokens = self._check_new_tokens(body.max_completion_tokens or body.max_tokens, 256)
-        (result,), reused = await self._write(request, [prompt], new_tokens, body.stop, False, None)
+        (result,), reused = await self._write(request, [prompt], new_tokens, body, False, None)
         message = {"role": "assistant", "content": result.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
         return self._envelope("chat.completion", "chatcmpl", [choice], usage(len(prompt), result.num_tokens, reused))
@@ -263,23 +273,22 @@ class _Service:
         request: Request,
         prompts: Sequence[list[int]],
         new_tokens: int,
-        stop: str | list[str] | None,
+        body: CompletionRequest | ChatRequest,
         of_prompt: bool,
         top: int | None,
     ) -> tuple[list[_Written], int]:
         """Continue prompts, and score what is written with `top`, the prompts too with `of_prompt`; tokens reused."""
-        marks = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        read_off = new_tokens == 1 and top is not None  # the likeliest token after a prompt needs no decoding
-        written: list[list[int]] = [[] for _ in prompts]
+        read_off = new_tokens == 1 and top is not None and body.temperature == 0  # the likeliest token: no decoding
+        written = [Generation("", (), (), "length")] * len(prompts)
         reused, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
         if new_tokens and not read_off:
-            answer = await self._answer(request, Prompts(prompts, new_tokens, marks))
+            answer = await self._answer(request, Prompts(prompts, _sampling(body, new_tokens)))
             written, reused = answer.results, answer.reused_tokens
         if top is not None:
             pairs = []
-            for prompt, ids in zip(prompts, written, strict=True):
+            for prompt, generation in zip(prompts, written, strict=True):
                 first = 1 if of_prompt else len(prompt)
-                rest = [*prompt[first:], *ids]
+                rest = [*prompt[first:], *generation.ids]
                 pairs.append((prompt[:first], rest if rest and not read_off else [*rest, 0]))  # 0: a placeholder
             answer = await self._answer(request, Sequences(pairs, top))
             reused += answer.reused_tokens
@@ -288,15 +297,15 @@ class _Service:
                 if read_off:
                     likeliest, logp = result.top[-1][0]
                     scored[-1] = ScoredToken(likeliest, logp, 1, result.top[-1])
-                    written[p] = [likeliest] if likeliest not in self.ends_text else []
-                elif len(context) + len(rest) > len(prompts[p]) + len(written[p]):
+                    text = await self._in_tokenizer(self._decode, [likeliest])
+                    ended = Generation("", (), (), "eos")
+                    written[p] = ended if likeliest in self.ends_text else Generation(text, (likeliest,), (), "length")
+                elif len(context) + len(rest) > len(prompts[p]) + len(written[p].ids):
                     scored.pop()
                 lists[p] = [*(ScoredToken(token) for token in context), *scored]
-        texts = await self._in_tokenizer(lambda: [self.tokenizer.decode(w, skip_special_tokens=True) for w in written])
-        cut = [min((text.split(mark)[0] for mark in marks), key=len, default=text) for text in texts]
         return [
-            _Written(text, "length" if len(ids) == new_tokens and text == whole else "stop", len(ids), tokens)
-            for text, whole, ids, tokens in zip(cut, texts, written, lists, strict=True)
+            _Written(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
+            for one, tokens in zip(written, lists, strict=True)
         ], reused
 
     def _choices(
