@@ -217,13 +217,13 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
 
 def test_sampling_follows_temperature_top_p_and_seed(client, llama):
     asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 8, "seed": 5}
-    for given, how in (
+    for fields, how in (
         ({}, Sampling(max_new_tokens=8, temperature=1.0, seed=5)),
         ({"temperature": 0.5, "top_p": 0.4}, Sampling(max_new_tokens=8, temperature=0.5, top_p=0.4, seed=5)),
         ({"temperature": 0, "top_p": 0.4}, Sampling(max_new_tokens=8)),
     ):
         (expected,) = generate(llama, ["the cat"], how)
-        got = client.completions.create(**asked, **given, logprobs=0).choices[0]
+        got = client.completions.create(**asked, **fields, logprobs=0).choices[0]
         assert got.text == expected.text
         assert got.logprobs.token_logprobs == pytest.approx(list(expected.logp), abs=1e-4)
 
