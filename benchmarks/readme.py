@@ -46,24 +46,26 @@ def _tables(table: Callable[[Newest], str]) -> str:
 
 def _score_table(newest: Newest) -> str:
     """Seconds, and how many times ours, by case; a peer's number in brackets is the sample it was measured on."""
-    seconds: dict[str, dict[str, float]] = {}  # by case and variant less its sample
-    samples: dict[str, dict[str, None]] = {"icl_ft_fast": {}}
+    measured: dict[str, dict[str, tuple[float, str]]] = {}  # case -> variant less its sample -> seconds, sample
+    names: dict[str, None] = {}
     for (suite, case, variant), row in newest.items():
         if suite == "score" and variant != "encode, plan":
             name, _, sample = variant.partition(" (")
-            seconds.setdefault(case, {})[name] = float(row["ms"]) / 1e3
-            samples.setdefault(name, {}).update({sample.rstrip(")"): None} if sample else {})
-    if not seconds:
+            measured.setdefault(case, {})[name] = float(row["ms"]) / 1e3, sample.rstrip(")")
+            names.pop(name, None)
+            names[name] = None
+    if not measured:
         return ""
-    names = [f"{name} ({' or '.join(found)})" if found else name for name, found in samples.items()]
-    lines = ["| seconds (times ours) | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for case, of in seconds.items():
-        ours = of["icl_ft_fast"]
+    samples = {name: dict.fromkeys(of[name][1] for of in measured.values() if name in of) for name in names}
+    titles = [f"{name} ({' or '.join(found)})" if any(found) else name for name, found in samples.items()]
+    lines = ["| seconds (times ours) | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, of in measured.items():
         cells = []
-        for name in samples:
-            ratio = of.get(name, 0) / ours
+        for name in names:
+            seconds, _ = of.get(name, (0.0, ""))
+            ratio = seconds / of["icl_ft_fast"][0]
             times = "" if name == "icl_ft_fast" else f" ({ratio:.2f}x)" if ratio < 3 else f" ({ratio:.0f}x)"
-            cells.append(f"{_seconds(of[name])}{times}" if name in of else "")
+            cells.append(f"{_seconds(seconds)}{times}" if name in of else "")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
