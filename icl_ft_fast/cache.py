@@ -68,6 +68,18 @@ class KVStack:
         other.commit(rows)
         return other
 
+    @classmethod
+    def of(cls, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> KVStack:
+        """A full stack of keys [S, G, D] and values [S, G, Dv] by layer, which it does not copy."""
+        rows = len(next(iter(layers.values()))[0])
+        stack = cls(rows)
+        stack._layers, stack.rows = layers, rows
+        return stack
+
+    def layers(self, rows: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first `rows` rows by layer; views."""
+        return {layer: (keys[:rows], values[:rows]) for layer, (keys, values) in self._layers.items()}
+
     @property
     def nbytes(self) -> int:
         """Bytes of every layer, free rows included."""

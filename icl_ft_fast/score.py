@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import Context, KVStack, common_tokens
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
@@ -150,6 +151,30 @@ def prefill(
     return Context(np.asarray(ids, np.int32), torch.cat(hidden), stack)
 
 
+def stored_context(
+    model: Model,
+    token: Sequence[int],
+    store: ContextStore,
+    *,
+    label: str = "",
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+) -> Context:
+    """The context of these tokens, mapped from the store or forwarded (what no saved beginning has) and saved there.
+
+    Raises:
+        ScoreError: see prefill().
+        ContextError: a damaged file, or a context that the store has no room for.
+    """
+    found = store.find(token, like=prefill(model, token[:1]))
+    if found is None or len(found.token) < len(token):
+        found = prefill(model, token, near=found, chunk_rows=chunk_rows, ledger=ledger)
+        store.add(found, label)
+    elif ledger is not None:
+        ledger.reused_rows += len(token)
+    return found
+
+
 class TokenLogprobs(NamedTuple):
     """Of each token of a continuation: its log-probability, its rank (1 is the most likely), and the likeliest tokens.
 
@@ -205,16 +230,24 @@ def iter_scores(
     chunk_rows: int = CHUNK_ROWS,
     ledger: Ledger | None = None,
     progress: bool = False,
+    store: ContextStore | None = None,
 ) -> Iterator[Score]:
     """Score multiple-choice questions, each yielded as soon as its last choice is done; see score()."""
-    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress):
+    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress, store):
         yield result
 
 
 def _scored(
-    model: Model, questions: Sequence[Question], context: str, chunk_rows: int, ledger: Ledger | None, progress: bool
+    model: Model,
+    questions: Sequence[Question],
+    context: str,
+    chunk_rows: int,
+    ledger: Ledger | None,
+    progress: bool,
+    store: ContextStore | None,
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
+    ledger = ledger or Ledger()
     pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
     encoded = encoding.encode_pairs(model.tokenizer, pairs)
     owner = [q for q, question in enumerate(questions) for _ in question.choices]
@@ -233,7 +266,16 @@ def _scored(
     check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
     waiting = [len(question.choices) for question in questions]
     results: dict[int, LogLikelihood] = {}
-    for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
+    start = None
+    if store is not None and context.strip():
+        (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
+        for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
+            token = token[: encoding.common(token, ids)]
+        with ledger.phase("context"):
+            start = stored_context(
+                model, token, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
+            )
+    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
@@ -262,6 +304,7 @@ def score(
     chunk_rows: int = CHUNK_ROWS,
     ledger: Ledger | None = None,
     progress: bool = False,
+    store: ContextStore | None = None,
 ) -> list[Score]:
     """Score multiple-choice questions by the likelihood of each choice after context + prompt.
 
@@ -272,6 +315,7 @@ def score(
         chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
+        store: of saved contexts; `context` is taken from it, or forwarded and saved there.
 
     Returns:
         One Score a question, in the order given.
@@ -279,7 +323,7 @@ def score(
     Raises:
         ScoreError: a choice without a token of its own, or more tokens than the model has positions.
     """
-    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress))
+    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress, store))
     return [scores[q] for q in range(len(questions))]
 
 
