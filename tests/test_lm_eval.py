@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import random
+import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from icl_ft_fast import cli, encoding
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
+from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.model import load
 from icl_ft_fast.score import ScoreError, loglikelihood
 
@@ -140,6 +145,44 @@ def test_a_run_gives_hf_s_answers_and_verdicts(chat, llama_directory, task_folde
     assert done["config"]["model_dtype"] == "torch.float32"
 
 
+def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder, tmp_path, theirs):
+    expected, _ = evaluate(theirs, task_folder, limit=11)
+    _, alone = evaluate(ours(llama_directory), task_folder, limit=11)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [
+        sys.executable, "-m", "icl_ft_fast.cli", "lm-eval", "run", "--model", "icl-ft-fast", "--limit", "11",
+        "--device", "cpu", "--tasks", "choose", "write", "--include_path", str(task_folder),
+        "--output_path", str(tmp_path), "--log_samples", "--model_args", f"pretrained={llama_directory},dtype=float32",
+    ]  # fmt: skip
+    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | several | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            arguments, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    for name in ("choose", "write"):
+        (path,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
+        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        assert [sample["doc_id"] for sample in samples] == list(range(11))
+        answers = [answer for sample in samples for answer in sample["filtered_resps"]]
+        if name == "choose":
+            answers = [(float(logp), flag == "True") for logp, flag in answers]
+            assert_same(answers, expected[name])
+        else:
+            assert answers == expected[name]
+    (results,) = tmp_path.rglob("results_*.json")
+    counts = json.loads(results.read_text())["config"]["icl_ft_fast"]
+    assert counts["request_tokens"] >= alone["config"]["icl_ft_fast"]["request_tokens"]  # of both, padding included
+
+
 def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)  # it would stay after the test
     arguments = [
@@ -175,6 +218,23 @@ def test_the_entry_point_is_the_registered_class():
     module, _, name = project["entry-points"]["lm_eval.models"]["icl-ft-fast"].partition(":")
     assert getattr(__import__(module, fromlist=[name]), name) is IclFtFastLM
     assert lm_eval.api.registry.get_model("icl-ft-fast") is IclFtFastLM
+
+
+@pytest.mark.parametrize(
+    ("size", "has_cuda", "asked", "expected"),
+    [
+        (1, True, "cuda:1", "cuda:1"),
+        (2, True, "cuda:0", "cuda:1"),
+        (2, True, "cpu", "cpu"),
+        (1, False, "cuda:0", "cpu"),
+    ],
+)
+def test_the_device_of_a_process(size, has_cuda, asked, expected, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    processes = Processes(alone=True)
+    processes.size, processes.local_rank = size, 1
+    assert processes.device(asked) == expected
+    assert ("no CUDA device here" in caplog.text) == (expected == "cpu" != asked)
 
 
 # Request by request
@@ -465,12 +525,6 @@ def test_arguments_as_the_harness_passes_them(llama_directory):
         IclFtFastLM.create_from_arg_obj({"pretrained": str(llama_directory), "max_length": 99}, config),
     ):
         assert (lm.batch_size, lm.max_batch_size, lm.device, lm.max_length) == ("auto:4", 8, torch.device("cpu"), 99)
-
-
-def test_several_processes_are_refused(llama, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
-        ours(llama)
 
 
 def test_likelihoods_of_a_model_that_thinks_are_refused(llama):
