@@ -14,6 +14,8 @@ from inspect_ai.solver import generate
 import icl_ft_fast as iff
 from icl_ft_fast import encoding
 from icl_ft_fast.evaluate import ProtocolError
+from icl_ft_fast.generate import Sampling
+from icl_ft_fast.generate import generate as generate_texts
 from icl_ft_fast.integrations import inspect_ai as ours
 from icl_ft_fast.integrations.inspect_ai import choice_likelihoods, most_likely_choice
 
@@ -118,14 +120,21 @@ def test_generation_is_transformers_greedy_one(model, llama, plain_llama, tmp_pa
     assert reasons == {"stop", "max_tokens"}
 
 
+def test_sampling_is_the_engine_s(model, llama, tmp_path):
+    config = GenerateConfig(max_tokens=9, temperature=0.8, top_k=40, top_p=0.9, seed=3)
+    log = run(model, tmp_path, [Sample("who sat", target="a")], solver=generate(), scorer=includes(), config=config)
+    sampling = Sampling(9, temperature=0.8, top_k=40, top_p=0.9, seed=3)
+    assert log.samples[0].output.completion == generate_texts(llama, ["who sat"], sampling)[0].text
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GenerateConfig(temperature=0.5), "temperature: not served"),
-        (GenerateConfig(top_p=0.5, num_choices=2), "num_choices, top_p: not served"),
+        (GenerateConfig(num_choices=2, logprobs=True), "logprobs, num_choices: not served"),
+        (GenerateConfig(temperature=0.5, top_p=2), "top_p: expected above 0, at most 1"),
     ],
 )
-def test_what_greedy_decoding_cannot_follow_is_refused(config, message, model, tmp_path):
+def test_what_generation_cannot_follow_is_refused(config, message, model, tmp_path):
     log = run(model, tmp_path, [Sample("the", target="the")], solver=generate(), scorer=includes(), config=config)
     assert log.status == "error"
     assert message in log.error.message

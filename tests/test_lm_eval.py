@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from icl_ft_fast import cli, encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError
+from icl_ft_fast.generate import GenerateError, Sampling, generate
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.model import load
@@ -428,7 +428,7 @@ class InterruptError(Exception):
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
 def test_results_are_filed_as_they_come_and_not_computed_again(kind, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("icl_ft_fast.generate.GROUP_PROMPTS", 2)
+    monkeypatch.setattr("icl_ft_fast.generate.RUNNING", 2)
     arguments = {
         "loglikelihood": texts(12),
         "loglikelihood_rolling": [(text,) for text in sentences(12)],
@@ -536,11 +536,30 @@ def test_likelihoods_of_a_model_that_thinks_are_refused(llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"do_sample": True, "temperature": 1.0}, "do_sample or temperature asks for sampling"),
-        ({"temperature": 0.7}, "do_sample or temperature asks for sampling"),
-        ({"num_beams": 4, "repetition_penalty": 2}, "generation_kwargs: num_beams, repetition_penalty: not served$"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample=true needs a temperature above 0"),
+        ({"temperature": 0.7, "typical_p": 0.5}, "typical_p: not served$"),
+        ({"num_beams": 4, "length_penalty": 2}, "length_penalty, num_beams: not served$"),
+        ({"temperature": 0.7, "top_p": 1.5}, "top_p: expected above 0, at most 1, got 1.5$"),
     ],
 )
-def test_what_greedy_decoding_cannot_follow_is_refused(settings, message, llama):
-    with pytest.raises(GenerateError, match=f"^task, document 0, request 0: .*{message}"):
+def test_what_decoding_cannot_follow_is_refused(settings, message, llama):
+    with pytest.raises(GenerateError, match=f"^task, document 0, request 0: generation_kwargs: {message}"):
         ours(llama).generate_until(instances("generate_until", [("the", settings)]))
+
+
+def test_sampled_texts_are_the_engine_s_and_anew_in_each_repeat(llama):
+    settings = {
+        "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7,
+        "no_repeat_ngram_size": 3, "max_gen_toks": 9, "until": ["cat"],
+    }  # fmt: skip
+    requests = instances("generate_until", [("who sat", settings), ("the mat", settings)])
+    got = ours(llama).generate_until([request for request in requests for _ in range(3)])
+    common = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    samplings = [Sampling(9, no_repeat_ngram=3, stop=("cat",), seed=7 + repeat, **common) for repeat in range(3)] * 2
+    texts = [written.text for written in generate(llama, ["who sat"] * 3 + ["the mat"] * 3, samplings)]
+    assert got == [text.replace("<s>", "") for text in texts]
+    assert len(set(got[:3])) == 3
+    greedy = {"do_sample": False, "temperature": 0.8, "top_k": 40, "seed": 7, "max_gen_toks": 9}
+    assert ours(llama).generate_until(instances("generate_until", [("who sat", greedy)])) == [
+        written.text for written in generate(llama, ["who sat"], Sampling(9))
+    ]

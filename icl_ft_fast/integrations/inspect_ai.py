@@ -19,7 +19,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, choice_scores
-from icl_ft_fast.generate import GenerateError, iter_tokens
+from icl_ft_fast.generate import GenerateError, Generation, Sampling, generate
 from icl_ft_fast.integrations.together import Together
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import load
@@ -31,11 +31,9 @@ TOGETHER = 1000  # samples that Inspect may run at a time
 FOUND = "icl_ft_fast"  # where the solver leaves a sample's likelihoods for the scorer, in the sample's store
 SERVED = {"max_tokens", "stop_seqs"}
 WITHOUT_EFFECT = {
-    "adaptive_connections", "attempt_timeout", "cache", "max_connections", "max_retries", "seed", "system_message",
-    "timeout",
+    "adaptive_connections", "attempt_timeout", "cache", "max_connections", "max_retries", "system_message", "timeout",
 }  # fmt: skip
 Pair = tuple[list[int], list[int]]
-Prompt = tuple[list[int], int, tuple[str, ...]]  # token ids, the most to write, stop strings
 
 
 @modelapi(name="icl-ft-fast")
@@ -90,27 +88,24 @@ class IclFtFastAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """What greedy decoding writes after the conversation, up to EOS, a stop string or max_tokens.
+        """What is written after the conversation, up to EOS, a stop string or max_tokens (256); greedy unless asked.
 
         Raises:
-            GenerateError: tools, or settings that greedy decoding cannot follow.
+            GenerateError: tools, or settings that are not served.
         """
         asked = config.model_dump(exclude_none=True)
-        if not asked.get("temperature"):
-            asked.pop("temperature", None)
+        given = {name: asked.pop(name) for name in ("temperature", "top_k", "top_p", "seed") if name in asked}
         if unknown := sorted(asked.keys() - SERVED - WITHOUT_EFFECT) + ["tools"] * bool(tools):
-            raise GenerateError(f"{', '.join(unknown)}: not served; generation is greedy, without tools")
-        size, stop = config.max_tokens or MAX_TOKENS, tuple(config.stop_seqs or ())
+            raise GenerateError(f"{', '.join(unknown)}: not served")
+        sampling = Sampling(config.max_tokens or MAX_TOKENS, stop=tuple(config.stop_seqs or ()), **given)
         (ids,) = encoding.encode(self.model.tokenizer, [self.prompt(input)])
-        fitting = self._window.fit(["input"], [ids], [size])
+        fitting = self._window.fit(["input"], [ids], [sampling.max_new_tokens])
         if not fitting:
             return ModelOutput.from_content(self.model_name, "", "model_length")
-        written = await self._texts.ask((fitting[0], size, stop))
-        whole = self.model.tokenizer.decode(written, skip_special_tokens=True)
-        text = min((whole.split(mark)[0] for mark in stop), key=len, default=whole)
-        is_cut = len(written) == size and text == whole
-        output = ModelOutput.from_content(self.model_name, text, "max_tokens" if is_cut else "stop")
-        output.usage = ModelUsage(input_tokens=len(fitting[0]), output_tokens=len(written))
+        written = await self._texts.ask((fitting[0], sampling))
+        reason = "max_tokens" if written.finish == "length" else "stop"
+        output = ModelOutput.from_content(self.model_name, written.text, reason)
+        output.usage = ModelUsage(input_tokens=len(fitting[0]), output_tokens=len(written.ids))
         return output
 
     def prompt(self, messages: list[ChatMessage]) -> str:
@@ -149,15 +144,9 @@ class IclFtFastAPI(ModelAPI):
         ordered = iter(range(len(pairs)))
         return [[results[next(ordered)] for _ in group] for group in asked]
 
-    def _write(self, asked: list[Prompt]) -> list[list[int]]:
-        """Token ids written after each prompt; those of equal settings are decoded together."""
-        written: list[list[int]] = [[] for _ in asked]
-        for size, stop in dict.fromkeys((size, stop) for _, size, stop in asked):
-            place = [p for p, (_, *settings) in enumerate(asked) if settings == [size, stop]]
-            prompts = [asked[p][0] for p in place]
-            for i, ids in iter_tokens(self.model, prompts, max_new_tokens=size, stop=stop, ledger=self.ledger):
-                written[place[i]] = ids
-        return written
+    def _write(self, asked: list[tuple[list[int], Sampling]]) -> list[Generation]:
+        """Continuations of prompts of token ids, decoded together."""
+        return generate(self.model, [ids for ids, _ in asked], [each for _, each in asked], ledger=self.ledger)
 
 
 @solver

@@ -21,7 +21,7 @@ from lighteval.utils.cache_management import SampleCache, cached
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, iter_tokens
+from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import load
 from icl_ft_fast.score import LogLikelihood, iter_loglikelihood
@@ -130,7 +130,7 @@ class IclFtFastModel(LightevalModel):
         parameters = self.config.generation_parameters
         if parameters != GenerationParameters(max_new_tokens=parameters.max_new_tokens):
             raise GenerateError("generation_parameters: only max_new_tokens is served; generation is greedy")
-        settings = []
+        samplings = []
         for doc in docs:
             size = parameters.max_new_tokens or doc.generation_size
             if doc.num_samples > 1 or doc.use_logits or not size:
@@ -138,26 +138,18 @@ class IclFtFastModel(LightevalModel):
                     f"{_name(doc)}: expected a generation_size, one sample and no logits: generation is greedy"
                 )
             stop = () if self._prompts.use_chat_template else tuple(filter(None, doc.stop_sequences or ()))
-            settings.append((stop, size))  # a chat ends with EOS
+            samplings.append(Sampling(size, stop=stop))  # a chat ends with EOS
         prompts = [self._prompts.prepare_prompt(doc) for doc in docs]
         encoded = encoding.encode(self.tokenizer, prompts)
-        fitting = self._window.fit([_name(doc) for doc in docs], encoded, [size for _, size in settings])
+        follow = [sampling.max_new_tokens for sampling in samplings]
+        fitting = self._window.fit([_name(doc) for doc in docs], encoded, follow)
         responses = [ModelResponse(input=prompt, text=[""], output_tokens=[[]]) for prompt in prompts]
-        for stop, size in dict.fromkeys(settings):
-            place = [d for d in fitting if settings[d] == (stop, size)]
-            written = iter_tokens(
-                self.model,
-                [fitting[d] for d in place],
-                max_new_tokens=size,
-                stop=stop,
-                ledger=self.ledger,
-                progress=True,
-            )
-            for i, ids in written:
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                response = responses[place[i]]
-                response.text = [min((text.split(mark)[0] for mark in stop), key=len, default=text)]
-                response.input_tokens, response.output_tokens = fitting[place[i]], [ids]
+        place, asked = list(fitting), list(fitting.values())
+        for i, written in iter_generations(
+            self.model, asked, [samplings[d] for d in place], ledger=self.ledger, progress=True
+        ):
+            response = responses[place[i]]
+            response.text, response.input_tokens, response.output_tokens = [written.text], asked[i], [list(written.ids)]
         return responses
 
     def _encode(self, pairs: list[tuple[str, str]]) -> list[Pair]:

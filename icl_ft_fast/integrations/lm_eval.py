@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, iter_tokens
+from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
@@ -34,7 +34,11 @@ _log = logging.getLogger(__name__)
 
 MAX_GEN_TOKS = 256  # the harness's default
 BOUNDARIES = ("harness", "whole_tokens")
-WITHOUT_EFFECT_ON_GREEDY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+# The harness's names of generation settings, which are transformers', and ours.
+GENERATION = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")} | {
+    "no_repeat_ngram_size": "no_repeat_ngram"
+}
+ONLY_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed")
 FINGERPRINT_KEY = "icl-ft-fast"  # no key of the harness: those are SHA-256 digests
 
 
@@ -238,22 +242,25 @@ class IclFtFastLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What greedy decoding writes after each context, up to EOS, a stop string or max_gen_toks."""
-        settings = [_greedy_settings(request) for request in requests]
+        """What is written after each context, up to EOS, a stop string or max_gen_toks; sampled anew in each repeat."""
+        repeats: Counter[str] = Counter()
+        samplings = []
+        for request in requests:
+            samplings.append(_sampling(request, repeats[repr(request.args)]))
+            repeats[repr(request.args)] += 1
         contexts = encoding.encode(self.tokenizer, [request.args[0] for request in requests], bos=self.add_bos_token)
-        follow = [max_gen_toks for _, max_gen_toks in settings]
+        follow = [sampling.max_new_tokens for sampling in samplings]
         names = [_name(request) for request in requests]
         fitting = self._window.fit(names, [ids or [self.prefix_token_id] for ids in contexts], follow)
-        results = [""] * len(requests)
-        for until, max_gen_toks in dict.fromkeys(settings):
-            place = [r for r in fitting if settings[r] == (until, max_gen_toks)]
-            written = iter_tokens(
-                self.model, [fitting[r] for r in place], max_new_tokens=max_gen_toks, stop=until, ledger=self.ledger,
-                progress=not disable_tqdm,
-            )  # fmt: skip
-            for i, ids in written:
-                results[place[i]] = text = self._text(ids, until)
-                self.cache_hook.add_partial("generate_until", requests[place[i]].args, text)
+        place, results = list(fitting), [""] * len(requests)
+        written = iter_generations(
+            self.model, list(fitting.values()), [samplings[r] for r in place], ledger=self.ledger,
+            progress=not disable_tqdm,
+        )  # fmt: skip
+        for i, generation in written:
+            r = place[i]
+            results[r] = self._text(list(generation.ids), samplings[r].stop)
+            self.cache_hook.add_partial("generate_until", requests[r].args, results[r])
         return results
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -306,18 +313,25 @@ def _name(request: Instance) -> str:
     return f"{request.task_name}, document {request.doc_id}, request {request.idx}"
 
 
-def _greedy_settings(request: Instance) -> tuple[tuple[str, ...], int]:
-    """Stop strings and the most tokens to write; raises GenerateError for what greedy decoding cannot follow."""
-    settings = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
-    until, max_gen_toks = settings.pop("until"), settings.pop("max_gen_toks")
-    if settings.pop("do_sample"):
-        raise GenerateError(
-            f"{_name(request)}: generation_kwargs: do_sample or temperature asks for sampling; only greedy decoding is "
-            "served (do_sample=false)"
-        )
-    if unknown := sorted(settings.keys() - set(WITHOUT_EFFECT_ON_GREEDY)):
+def _sampling(request: Instance, repeat: int) -> Sampling:
+    """How to continue a request in its repeat-th repetition; raises GenerateError for what is not served."""
+    asked = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
+    until, size, is_sampled = asked.pop("until"), asked.pop("max_gen_toks"), asked.pop("do_sample")
+    given = {ours: asked.pop(theirs) for theirs, ours in GENERATION.items() if asked.get(theirs) is not None}
+    if is_sampled:
+        given["temperature"] = float(given.get("temperature", 1.0))
+        given["seed"] = given.get("seed", 0) + repeat
+        if not given["temperature"]:
+            raise GenerateError(f"{_name(request)}: generation_kwargs: do_sample=true needs a temperature above 0")
+    else:
+        given = {name: value for name, value in given.items() if name not in ONLY_SAMPLED}
+        asked.pop("typical_p", None)
+    if unknown := sorted(asked):
         raise GenerateError(f"{_name(request)}: generation_kwargs: {', '.join(unknown)}: not served")
-    return tuple(text for text in until if text), max_gen_toks
+    try:
+        return Sampling(size, stop=tuple(text for text in until if text), **given)
+    except GenerateError as error:
+        raise GenerateError(f"{_name(request)}: generation_kwargs: {error}") from error
 
 
 def run(arguments: Sequence[str]) -> None:
