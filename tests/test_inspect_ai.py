@@ -111,7 +111,9 @@ def test_generation_is_transformers_greedy_one(model, llama, plain_llama, tmp_pa
     reasons = set()
     for text, sample in zip(QUESTIONS, log.samples, strict=True):
         ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
-        written = plain_llama.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        written = plain_llama.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))[
+            0, ids.shape[1] :
+        ]
         whole = llama.tokenizer.decode(written, skip_special_tokens=True)
         assert sample.output.completion == whole.split("the")[0]
         assert sample.output.usage.input_tokens == ids.shape[1]

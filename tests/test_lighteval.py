@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import sentences
 
 lighteval = pytest.importorskip("lighteval", reason="has an environment of its own: make harnesses")
@@ -114,12 +115,12 @@ def test_rolling_likelihoods_are_sums_over_windows(llama_directory, llama, plain
 
 
 def test_texts_are_those_of_transformers(model, llama, plain_llama):
-    import torch
-
     docs = [doc(number, generation_size=n, stop_sequences=["the"]) for number, n in enumerate((4, 9, 9, 12))]
     for each, response in zip(docs, model.greedy_until(docs), strict=True):
         ids = torch.tensor([llama.tokenizer(each.query)["input_ids"]])
-        written = plain_llama.generate(ids, max_new_tokens=each.generation_size, do_sample=False, pad_token_id=0)
+        written = plain_llama.generate(
+            ids, max_new_tokens=each.generation_size, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
         whole = llama.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
         assert response.text == [whole.split("the")[0]]
 
@@ -170,8 +171,6 @@ def test_the_command_runs_a_local_task(llama_directory, tmp_path, llama, plain_l
         "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }  # fmt: skip
-    # every run makes all of lighteval's tasks, one of which would download this file
-    (tmp_path / "tinyBenchmarks.pkl").touch()
     command = [
         str(Path(sys.executable).parent / "lighteval"), "custom", f"pretrained={llama_directory},dtype=float32",
         ours.__file__, "local|2", "--custom-tasks", "local_task.py", "--output-dir", "out", "--save-details",
