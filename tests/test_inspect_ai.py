@@ -1,5 +1,9 @@
 """Inspect AI's eval(), end to end, against the engine asked directly and a plain forward of every request."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import sentences
@@ -163,9 +167,15 @@ def test_other_models_and_unknown_normalizations_are_refused(tmp_path):
         most_likely_choice("pmi")
 
 
-def test_the_entry_point_is_this_module():
-    import tomllib
-    from pathlib import Path
+def test_the_documented_task_runs(model, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "harnesses.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names = {"__name__": "task"}
+    exec(compile(code, "harnesses.md", "exec"), names)
+    (log,) = inspect_ai.eval(names["reversals"](), model=model, log_dir=str(tmp_path), display="none")
+    assert log.status == "success", log.error
 
+
+def test_the_entry_point_is_this_module():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["inspect_ai"] == {"icl_ft_fast": ours.__name__}
