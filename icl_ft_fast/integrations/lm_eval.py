@@ -19,12 +19,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
+from icl_ft_fast.generate import iter_generations
+from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
@@ -32,13 +33,7 @@ from icl_ft_fast.score import iter_loglikelihood
 
 _log = logging.getLogger(__name__)
 
-MAX_GEN_TOKS = 256  # the harness's default
 BOUNDARIES = ("harness", "whole_tokens")
-# The harness's names of generation settings, which are transformers', and ours.
-GENERATION = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")} | {
-    "no_repeat_ngram_size": "no_repeat_ngram"
-}
-ONLY_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "seed")
 FINGERPRINT_KEY = "icl-ft-fast"  # no key of the harness: those are SHA-256 digests
 
 
@@ -198,14 +193,14 @@ class IclFtFastLM(TemplateLM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each request's continuation after its context."""
         if self.chat_template_args.get("enable_thinking"):
-            raise ValueError(f"enable_thinking: {_name(requests[0])}: a likelihood has no place for reasoning")
+            raise ValueError(f"enable_thinking: {request_name(requests[0])}: a likelihood has no place for reasoning")
         texts = [request.args for request in requests]
         pairs = encoding.encode_pairs(
             self.tokenizer, texts, bos=self.add_bos_token, prefix=self.prefix_token_id,
             whole_tokens=self.boundary == "whole_tokens",
         )  # fmt: skip
         rows = [(text, *pair) for text, pair in zip(texts, pairs, strict=True)]
-        return self._loglikelihood_tokens(rows, disable_tqdm, names=[_name(request) for request in requests])
+        return self._loglikelihood_tokens(rows, disable_tqdm, names=[request_name(request) for request in requests])
 
     def _loglikelihood_tokens(
         self,
@@ -246,11 +241,11 @@ class IclFtFastLM(TemplateLM):
         repeats: Counter[str] = Counter()
         samplings = []
         for request in requests:
-            samplings.append(_sampling(request, repeats[repr(request.args)]))
+            samplings.append(sampling_of(request, repeats[repr(request.args)]))
             repeats[repr(request.args)] += 1
         contexts = encoding.encode(self.tokenizer, [request.args[0] for request in requests], bos=self.add_bos_token)
         follow = [sampling.max_new_tokens for sampling in samplings]
-        names = [_name(request) for request in requests]
+        names = [request_name(request) for request in requests]
         fitting = self._window.fit(names, [ids or [self.prefix_token_id] for ids in contexts], follow)
         place, results = list(fitting), [""] * len(requests)
         written = iter_generations(
@@ -306,32 +301,6 @@ class IclFtFastLM(TemplateLM):
         text = text.lstrip() if isinstance(end, int) else text
         answer: str = postprocess_generated_text(text, list(until), end if isinstance(end, str) else None)
         return answer
-
-
-def _name(request: Instance) -> str:
-    """What errors call a request."""
-    return f"{request.task_name}, document {request.doc_id}, request {request.idx}"
-
-
-def _sampling(request: Instance, repeat: int) -> Sampling:
-    """How to continue a request in its repeat-th repetition; raises GenerateError for what is not served."""
-    asked = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
-    until, size, is_sampled = asked.pop("until"), asked.pop("max_gen_toks"), asked.pop("do_sample")
-    given = {ours: asked.pop(theirs) for theirs, ours in GENERATION.items() if asked.get(theirs) is not None}
-    if is_sampled:
-        given["temperature"] = float(given.get("temperature", 1.0))
-        given["seed"] = given.get("seed", 0) + repeat
-        if not given["temperature"]:
-            raise GenerateError(f"{_name(request)}: generation_kwargs: do_sample=true needs a temperature above 0")
-    else:
-        given = {name: value for name, value in given.items() if name not in ONLY_SAMPLED}
-        asked.pop("typical_p", None)
-    if unknown := sorted(asked):
-        raise GenerateError(f"{_name(request)}: generation_kwargs: {', '.join(unknown)}: not served")
-    try:
-        return Sampling(size, stop=tuple(text for text in until if text), **given)
-    except GenerateError as error:
-        raise GenerateError(f"{_name(request)}: generation_kwargs: {error}") from error
 
 
 def run(arguments: Sequence[str]) -> None:
