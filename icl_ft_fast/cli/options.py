@@ -29,9 +29,9 @@ def command(
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--model, --dtype, --trust-remote-code: what load_model() reads."""
-    parser.add_argument("--model", required=True, help=f"a checkpoint directory, a hub id, or '{SHIPPED}'")
+    parser.add_argument("--model", required=required, help=f"a checkpoint directory, a hub id, or '{SHIPPED}'")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
     )
