@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ def without_near_duplicates(rows: Iterable[Augmentation], similarity: float) -> 
         from datasketch import MinHash, MinHashLSH
     except ModuleNotFoundError as error:
         raise AugmentError("near duplicates: needs datasketch: pip install 'icl_ft_fast[augment]'") from error
-    index = MinHashLSH(threshold=similarity, num_perm=128)
+    index = MinHashLSH(threshold=similarity, num_perm=128, weights=(0.05, 0.95))
     kept: list[Augmentation] = []
     shingles: list[set[str]] = []
     for row in rows:
@@ -123,9 +123,12 @@ def without_near_duplicates(rows: Iterable[Augmentation], similarity: float) -> 
 
 
 def self_consistent(
-    model: Model, rows: Sequence[Augmentation], context: str, ledger: Ledger | None = None
+    model: Model,
+    rows: Sequence[Augmentation],
+    context: Callable[[Augmentation], str],
+    ledger: Ledger | None = None,
 ) -> tuple[list[Augmentation], int]:
-    """Rows that the model, given `context`, finds likelier than their contradiction; and how many could be asked.
+    """Rows that the model, given a row's `context`, finds likelier than their contradiction; how many could be asked.
 
     Only a comparison has a contradiction here (the other direction in the same words); other rows are kept unasked.
     """
@@ -135,7 +138,7 @@ def self_consistent(
         if len(found) == 1 and found[0].statement == row.text:
             denied = replace(found[0], comparative=comparisons.INVERSE[found[0].comparative]).statement
             asked.append((row, denied))
-    pairs = [(context, text) for row, denied in asked for text in (row.text, denied)]
+    pairs = [(context(row), text) for row, denied in asked for text in (row.text, denied)]
     logp = [result.logp for result in loglikelihood(model, pairs, ledger=ledger)]
     wrong = {id(row) for (row, _), told, denied in zip(asked, logp[::2], logp[1::2], strict=True) if told <= denied}
     return [row for row in rows if id(row) not in wrong], len(asked)

@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--near-duplicates", type=_fraction, default=0.9, metavar="J", help="drop rows this similar to "
                         "another (Jaccard of 3-word shingles, default: %(default)s); 1 drops none")  # fmt: skip
     parser.add_argument("--self-consistent", action="store_true", help="drop comparisons that --model, given the "
-                        "documents, finds less likely than their opposites")  # fmt: skip
+                        "documents they come from, finds less likely than their opposites")  # fmt: skip
     parser.add_argument("--limit", type=positive, help="ask for at most so many answers more")
     parser.add_argument("--price", type=_price, default=Price(), metavar="IN,OUT", help="dollars a million tokens")
     parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
@@ -105,7 +105,10 @@ def _augment(options: argparse.Namespace) -> None:
         keep("near_duplicates", steps.without_near_duplicates(rows, options.near_duplicates))
     report = {"strategy": options.strategy, "documents": len(task.documents), "rows": 0, "dropped": dropped}
     if options.self_consistent and model is not None:
-        kept, report["asked_for_consistency"] = steps.self_consistent(model, rows, icl_context(task.documents))
+        by_id = {document.id: document for document in task.documents}
+        kept, report["asked_for_consistency"] = steps.self_consistent(
+            model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]])
+        )
         keep("inconsistent", kept)
     contained = own.check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
