@@ -59,9 +59,7 @@ def run(quick: bool) -> list[Row]:
             for variant, theirs in written.items() if dtype == "float32" else ():
                 alike = sum(a == b for a, b in zip(written["icl_ft_fast"], theirs, strict=False))
                 if alike < len(theirs):
-                    raise AssertionError(
-                        f"{len(theirs) - alike} of {len(theirs)} continuations differ from those of {variant}"
-                    )
+                    raise AssertionError(f"{len(theirs) - alike} of {len(theirs)} differ from those of {variant}")
     return rows
 
 
