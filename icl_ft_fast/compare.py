@@ -144,8 +144,7 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
                     augmented = augment.augment_rules(task.documents)
             texts += [row.text for row in augmented.rows]
             notes["augmentations"] = len(augmented.rows)
-            notes["dropped_unparsed"] = augmented.dropped_unparsed
-            notes["dropped_repeats"] = augmented.dropped_repeats
+            notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
         with ledger.phase("train"):
             tuned = finetune(model, texts, settings.finetune, seed=seed, ledger=ledger, progress=progress)
         notes["final_loss"] = tuned.losses[-1]

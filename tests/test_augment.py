@@ -1,35 +1,64 @@
 """Augmentation: what the rules write, and how the model's lines are read, counted and dropped."""
 
+import os
+import random
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast import augment
-from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER, Augmentation, augment_local, augment_rules
-from icl_ft_fast.generate import Generation, Sampling
+from icl_ft_fast.augment import (
+    LOCAL_EXAMPLES,
+    LOCAL_HEADER,
+    Augmentation,
+    AugmentError,
+    augment_local,
+    augment_reverse,
+    augment_rules,
+)
+from icl_ft_fast.augment.generators import Engine, Written
+from icl_ft_fast.augment.prompts import LABELS, Prompting, fitting
+from icl_ft_fast.augment.run import Run
+from icl_ft_fast.augment.run import _key as key
+from icl_ft_fast.augment.steps import (
+    normalized,
+    parse,
+    self_consistent,
+    within_length,
+    without_duplicates,
+    without_near_duplicates,
+)
+from icl_ft_fast.generate import Sampling, generate
+from icl_ft_fast.score import loglikelihood
 from icl_ft_fast.tasks.comparisons import find
 from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.syllogisms import simple_syllogisms
 from icl_ft_fast.tasks.task import Document
 
-MODEL = object()  # augment_local only hands it on
+
+class Scripted:
+    """A generator that answers in order with the texts given to it."""
+
+    fingerprint = "scripted"
+
+    def __init__(self, *texts):
+        self.texts, self.asked = texts, []
+
+    def prompt_tokens(self, prompt):
+        return len(prompt.split())
+
+    def answer(self, asks):
+        self.asked += asks
+        for i, text in enumerate(self.texts[: len(asks)]):
+            yield i, Written(text, 10, 5, -1.5)
 
 
-@pytest.fixture
-def writes(monkeypatch):
-    """A function that replaces the model's continuations and returns the calls to generate()."""
-
-    def replace(*texts):
-        calls = []
-
-        def generate(model, prompts, sampling, **options):
-            assert model is MODEL
-            calls.append((list(prompts), sampling))
-            return [Generation(text, (), (), "eos") for text in texts]
-
-        monkeypatch.setattr(augment, "generate", generate)
-        return calls
-
-    return replace
+def local(documents, *texts):
+    """What local augmentation makes of the texts, and the generator that gave them."""
+    generator, prompting = Scripted(*texts), Prompting.of("local")
+    run = Run(prompting, prompting.asks(documents), generator, Sampling(9, stop=("\n\n",)))
+    run.collect()
+    return run.read(), generator
 
 
 def test_rules_write_both_forms_of_every_comparison():
@@ -47,7 +76,7 @@ def test_rules_write_both_forms_of_every_comparison():
         Augmentation("c", "reversed", "yazo are more noisy than zota."),
         Augmentation("c", "rephrased", "Compared with yazo, zota are less noisy."),
     )
-    assert (written.dropped_unparsed, written.dropped_repeats) == (0, 0)
+    assert written.dropped == {"unparsed": 0, "repeats": 0}
     assert augment_rules([]).rows == ()
 
 
@@ -66,21 +95,21 @@ def test_the_worked_examples_follow_their_own_rules():
         assert lines == [f"{row.kind.capitalize()}: {row.text}" for row in written]
 
 
-def test_prompts_hold_the_document_on_one_line(writes):
-    calls = writes("", "", "")
+def test_prompts_hold_a_sentence_on_one_line():
     documents = [
         Document("a", "  femp are\n\nmore\tcommon  than glon.\r\n"),
-        Document("b", "x {document} y"),
+        Document("b", "x {document} {{ document }} y? Is it!"),
         Document("c", ""),
     ]
-    augment_local(MODEL, documents, max_new_tokens=9)
-    ((prompts, sampling),) = calls
+    _, generator = local(documents)
     head = LOCAL_HEADER + LOCAL_EXAMPLES + "Statement: "
-    assert prompts == [f"{head}{text}\n" for text in ("femp are more common than glon.", "x {document} y", "")]
-    assert sampling == Sampling(9, stop=("\n\n",))
+    texts = ("femp are more common than glon.", "x {document} {{ document }} y?", "Is it!", "")
+    assert [ask.prompt for ask, _ in generator.asked] == [f"{head}{text}\n" for text in texts]
+    assert [ask.id for ask, _ in generator.asked] == ["a", "b#0", "b#1", "c"]
+    assert {sampling for _, sampling in generator.asked} == {Sampling(9, stop=("\n\n",))}
 
 
-def test_lines_are_read_and_the_others_counted(writes):
+def test_lines_are_read_and_the_others_counted():
     document = Document("a", " femp are more\ncommon than glon.")
     lines = {
         "Reversed: glon are less common than femp.": "row",
@@ -97,28 +126,27 @@ def test_lines_are_read_and_the_others_counted(writes):
         "glon are rarer.": "unparsed",
         "So Reversed: glon are rarer.": "unparsed",
     }
-    writes("\n".join(lines))
-    written = augment_local(MODEL, [document])
+    written, _ = local([document], "\n".join(lines))
     assert written.rows == (
         Augmentation("a", "reversed", "glon are less common than femp."),
         Augmentation("a", "rephrased", "Compared with glon, femp are more common."),
         Augmentation("a", "rephrased", "Glon are less common than femp."),
     )
-    assert written.dropped_unparsed == list(lines.values()).count("unparsed")
-    assert written.dropped_repeats == list(lines.values()).count("repeat")
+    assert written.dropped["unparsed"] == list(lines.values()).count("unparsed")
+    assert written.dropped["repeats"] == list(lines.values()).count("repeat")
 
 
-def test_rows_stay_with_their_documents(writes):
-    writes("Reversed: same.", "", "Reversed: same.\nRephrased: other.\nno", "\n\nReversed: b.\n")
+def test_rows_stay_with_their_documents():
+    texts = ("Reversed: same.", "", "Reversed: same.\nRephrased: other.\nno", "\n\nReversed: b.\n")
     documents = [Document(name, name) for name in "abcd"]
-    written = augment_local(MODEL, documents)
+    written, _ = local(documents, *texts)
     assert [(row.source_id, row.kind, row.text) for row in written.rows] == [
         ("a", "reversed", "same."),
         ("c", "reversed", "same."),
         ("c", "rephrased", "other."),
         ("d", "reversed", "b."),
     ]
-    assert (written.dropped_unparsed, written.dropped_repeats) == (1, 0)
+    assert written.dropped == {"unanswered": 0, "unparsed": 1, "repeats": 0}
 
 
 LINE = st.sampled_from(["Reversed: ", "Rephrased: ", "Reversed:", ""]).flatmap(
@@ -130,22 +158,154 @@ LINE = st.sampled_from(["Reversed: ", "Rephrased: ", "Reversed:", ""]).flatmap(
 @given(st.lists(LINE).map("\n".join))
 @example("Reversed: a\x0bReversed: a\u2028\x85Reversed: b")
 def test_every_line_is_kept_or_counted(text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment, "generate", lambda *_, **__: [Generation(text, (), (), "eos")])
-        written = augment_local(MODEL, [Document("d", "a  b")])
-    assert len(written.rows) + written.dropped_unparsed + written.dropped_repeats == len(text.strip().splitlines())
+    written, _ = local([Document("d", "a  b")], text)
+    counted = written.dropped["unparsed"] + written.dropped["repeats"]
+    assert len(written.rows) + counted == len(text.strip().splitlines())
     texts = [row.text for row in written.rows]
     assert len(set(texts)) == len(texts)
     assert "a b" not in texts
     for row in written.rows:
-        assert row.text == row.text.strip()
-        assert f"{row.kind.capitalize()}: {row.text}" in text
-        assert len(row.text.splitlines()) == 1
+        assert row.text == normalized(row.text)
+        assert f"{row.kind.capitalize()}: {row.text}" in normalized(text)
 
 
-def test_no_documents(writes):
-    writes()
-    assert augment_local(MODEL, []).rows == ()
+def test_no_documents(llama):
+    assert augment_local(llama, []).rows == ()
+
+
+def test_the_engine_answers_as_generate_does(llama):
+    documents = [Document("a", "the cat"), Document("b", "the mat")]
+    prompting = Prompting("local", "{{ document }}", "here")
+    run = Run(prompting, prompting.asks(documents), Engine(llama), Sampling(4, temperature=1.0, seed=3), 2)
+    run.collect()
+    hows = [Sampling(4, temperature=1.0, seed=seed) for seed in (3, 4)] * 2
+    expected = generate(llama, ["the cat", "the cat", "the mat", "the mat"], hows)
+    answers = [run.store.answers[key(*job)] for job in run.jobs]
+    assert [answer.text for answer in answers] == [made.text for made in expected]
+    assert [answer.logp for answer in answers] == [pytest.approx(sum(made.logp)) for made in expected]
+    assert [answer.completion_tokens for answer in answers] == [len(made.ids) for made in expected]
+
+
+def test_self_qa_joins_each_question_with_its_answer():
+    text = "Question: Who?\nAnswer: Femp.\nAnswer: Lost.\nQuestion: None?\nQuestion: Where?\nAnswer: Here.\nQuestion: ?"
+    found, unparsed, repeats = parse("self-qa", "told", text)
+    assert found == [("answer", "Who? Femp."), ("answer", "Where? Here.")]
+    assert (unparsed, repeats) == (3, 0)
+
+
+def test_syllogisms_close_over_all_documents():
+    documents = [
+        Document("a", "Look: All dogs are pets. All pets are dear."),
+        Document("b", "Some cats are dogs. No dear are stones."),
+    ]
+    rows = augment_rules(documents).rows
+    assert {row.text for row in rows} == {
+        "All dogs are dear.", "Some cats are pets.", "Some cats are dear.", "No pets are stones.",
+        "No dogs are stones.",
+        "Some dogs are cats.", "Some pets are cats.", "Some dear are cats.", "No stones are dear.",
+        "No stones are pets.", "No stones are dogs.",
+    }  # fmt: skip
+    (far,) = (row for row in rows if row.text == "Some cats are dear.")
+    assert sorted(far.origin["source_ids"]) == ["a", "b"]
+
+
+def test_what_the_rules_conclude_answers_the_syllogisms():
+    task = simple_syllogisms(0, num_examples=18)
+    concluded = {row.text for row in augment_rules(task.documents).rows}
+    told = " ".join(document.text for document in task.documents)
+    for question in task.questions:
+        true = {question.choices[c].strip() for c in question.correct}
+        if question.split == "conclusion":
+            assert true - {text for text in true if "Some" in text and len(true) > 2} <= concluded
+            false = {choice.strip() for choice in question.choices} - true
+            assert not {text for text in false if text in concluded and text not in told}
+
+
+def test_reverse_training_reverses_the_words():
+    (row,) = augment_reverse([Document("a", "femp are more\ncommon than glon.")]).rows
+    assert row.text == "glon. than common more are femp"
+
+
+def test_global_prompts_show_the_same_documents_and_as_many_as_fit():
+    documents = [Document(str(d), f"text {d}") for d in range(9)]
+    shown = fitting(documents, lambda some: len(some) <= 4, seed=1)
+    assert len(shown) == 4
+    assert [int(d.id) for d in shown] == sorted(int(d.id) for d in shown)
+    assert (
+        shown == fitting(documents, lambda some: len(some) <= 4, seed=1) != fitting(documents, lambda _: len(_) <= 4, 3)
+    )
+    assert fitting(documents, lambda _: True, seed=1) == documents
+    with pytest.raises(AugmentError, match=r"^global: not one document fits"):
+        fitting(documents, lambda some: not some, seed=1)
+    asks = Prompting.of("global").asks(documents, shown)
+    common = os.path.commonprefix([ask.prompt for ask in asks])  # noqa: RUF071
+    for ask, document in zip(asks, documents, strict=True):
+        assert all(f"- {other.text}\n" in common for other in shown)
+        assert ask.prompt == f"{common}{document.id}\n"
+        assert set(ask.source_ids) == {document.id, *(other.id for other in shown)}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if %}", r"^template: .*mine.jinja:1: "),
+        ("{{ documnet }}", r"^template: .*mine.jinja: document 'd': 'documnet' is undefined"),
+        ("{{ document.__class__.__mro__ }}", r"^template: .*mine.jinja: document 'd': access to attribute '__class__'"),
+        ("{{ documents.append(1) }}", r"^template: .*mine.jinja: document 'd': .*not safely callable|unsafe"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path, source, message):
+    path = tmp_path / "mine.jinja"
+    path.write_text(source)
+    with pytest.raises(AugmentError, match=message):
+        Prompting.of("document", template=path).asks([Document("d", "text")])
+
+
+@pytest.mark.parametrize("strategy", LABELS)
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_every_strategy_has_a_prompt_that_names_its_labels(strategy, is_chat):
+    prompting = Prompting.of(strategy, is_chat=is_chat)
+    (ask,) = prompting.asks([Document("d", "femp are odd")], [Document("e", "others are even")])
+    assert "femp are odd" in ask.prompt
+    assert ("others are even" in ask.prompt) == (strategy == "global")
+    if strategy != "global" or is_chat:
+        used = [label for label in LABELS[strategy] if f"{label}:" in ask.prompt]
+        assert len(used) >= 2
+    assert len({Prompting.of(s, is_chat=c).digest for s in LABELS for c in (False, True)}) == 2 * len(LABELS)
+
+
+def rows_of(*texts):
+    return [Augmentation(str(n), "inferred", text) for n, text in enumerate(texts)]
+
+
+def test_duplicates_near_duplicates_and_lengths():
+    pytest.importorskip("datasketch")
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    rows = rows_of("A b.", "a B.", long, f"{long} end", f"start {long}", long.replace("eight", "acht"), "x")
+    assert [row.source_id for row in without_duplicates(rows)] == ["0", "2", "3", "4", "5", "6"]
+    assert [row.source_id for row in without_near_duplicates(rows, 0.9)] == ["0", "2", "5", "6"]
+    assert [row.source_id for row in within_length(rows, 2, 16)] == ["0", "1", "2", "5"]
+
+
+def test_near_duplicates_agree_with_comparing_every_pair():
+    pytest.importorskip("datasketch")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 12))) for _ in range(150)]
+    kept = []
+    for text in texts:
+        words = text.split()
+        mine = {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+        if all(len(mine & other) < 0.8 * len(mine | other) for other in kept):
+            kept.append(mine)
+    assert abs(len(without_near_duplicates(rows_of(*texts), 0.8)) - len(kept)) <= 2  # banding may miss a candidate
+
+
+def test_self_consistency_asks_for_the_opposite_in_the_same_words(llama):
+    rows = rows_of("cat are taller than mat.", "cat are shorter than mat.", "who knows why")
+    kept, asked = self_consistent(llama, rows, lambda row: "the cat sat ")
+    assert asked == 2
+    ours, theirs = (r.logp for r in loglikelihood(llama, [("the cat sat ", row.text) for row in rows[:2]]))
+    assert [row.source_id for row in kept] == (["0", "2"] if ours > theirs else ["1", "2"])
 
 
 def test_what_the_rules_write_is_a_comparison_again():

@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval | serve | context`, a module a command.
+"""The command line, a module a command: `icl-ft-fast --help` lists them.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -9,7 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, context, lm_eval, score, serve, task
+from icl_ft_fast.augment import AugmentError
+from icl_ft_fast.cli import augment, compare, context, lm_eval, score, serve, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.evaluate import ProtocolError
@@ -19,7 +20,11 @@ from icl_ft_fast.model import ModelError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError, ContextError)
+COMMANDS = (compare, augment, score, context, task, serve, lm_eval)
+BAD_INPUT = (
+    UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
+    ContextError,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +53,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, score, task, lm_eval, serve, context):
+    for module in COMMANDS:
         module.add(commands)
     return top

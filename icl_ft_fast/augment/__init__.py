@@ -1,0 +1,21 @@
+"""Augmentation: statements that follow from the documents, written by a model or by rule.
+
+prompts -> generators -> store (run ties them) -> steps; rules needs no model. Strategies: local (a sentence), document,
+global (a document with the others in context), self-qa, rules, reverse.
+"""
+
+from icl_ft_fast.augment.prompts import LOCAL_EXAMPLES, LOCAL_HEADER, AugmentError
+from icl_ft_fast.augment.rules import augment_reverse, augment_rules
+from icl_ft_fast.augment.run import augment_local
+from icl_ft_fast.augment.steps import Augmentation, Augmented
+
+__all__ = [
+    "LOCAL_EXAMPLES",
+    "LOCAL_HEADER",
+    "AugmentError",
+    "Augmentation",
+    "Augmented",
+    "augment_local",
+    "augment_reverse",
+    "augment_rules",
+]

@@ -1,0 +1,198 @@
+"""Who answers: the engine, any OpenAI-compatible endpoint, or a file of answers written elsewhere; one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from icl_ft_fast import encoding
+from icl_ft_fast.augment.prompts import Ask, AugmentError
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.model import Model
+from icl_ft_fast.tasks.task import read_jsonl, text_field
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+CHARACTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not here: rather too many tokens than too few
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer: its text, what it took, and its log-probability where the generator tells."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    logp: float | None
+
+
+class Generator(Protocol):
+    """What answers prompts."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs between generators that may answer differently; holds no secret."""
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, estimated where they cannot be known."""
+
+    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
+        """Yield (index, answer) as answers are ready; those it has no answer to are left out."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model; prompts go through its chat template if `is_chat`.
+
+    Raises:
+        AugmentError: `is_chat`, and the tokenizer has no chat template.
+    """
+
+    model: Model
+    is_chat: bool = False
+    ledger: Ledger | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):
+            raise AugmentError(f"chat: {self.model.name} has no chat template")
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's, and whether it is asked in chat."""
+        return f"{'chat' if self.is_chat else 'base'} {self.model.fingerprint()}"
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Counted."""
+        return len(encoding.encode(self.model.tokenizer, [self._whole(prompt)])[0])
+
+    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
+        """See Generator; raises GenerateError where a prompt does not fit the model's positions."""
+        encoded = encoding.encode(self.model.tokenizer, [self._whole(ask.prompt) for ask, _ in asks])
+        names = [f"document {ask.id!r} with its prompt" for ask, _ in asks]
+        for i, made in iter_generations(
+            self.model, encoded, [sampling for _, sampling in asks], names=names, ledger=self.ledger
+        ):
+            yield i, Written(made.text, len(encoded[i]), len(made.ids), sum(made.logp))
+
+    def _whole(self, prompt: str) -> str:
+        if not self.is_chat:
+            return prompt
+        turn = [{"role": "user", "content": prompt}]
+        return str(self.model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server; the key is read from OPENAI_API_KEY and goes nowhere but to the server.
+
+    Attributes:
+        url: such as http://localhost:8000/v1.
+        model: its name there.
+        is_chat: chat completions instead of completions.
+        concurrency: requests at a time.
+        retries: of a request that met 408, 409, 429, 5xx, a timeout or a broken connection, with growing pauses.
+        timeout_s: of one request.
+    """
+
+    url: str
+    model: str
+    is_chat: bool = True
+    concurrency: int = 8
+    retries: int = 6
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise AugmentError("endpoint: expected http(s)://host/path without user, password or query")
+
+    @property
+    def fingerprint(self) -> str:
+        """Server, model and way of asking."""
+        return f"{'chat' if self.is_chat else 'base'} {self.model} at {self.url}"
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Estimated from the characters."""
+        return -(-len(prompt) // CHARACTERS_PER_TOKEN)
+
+    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
+        """See Generator; raises AugmentError when a request fails for good, after those in flight have ended."""
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise AugmentError("endpoint: needs openai: pip install 'icl_ft_fast[augment]'") from error
+        if not os.environ.get(KEY_VARIABLE):
+            raise AugmentError(f"endpoint: set {KEY_VARIABLE} in the environment (anything if none is wanted)")
+        client = openai.OpenAI(base_url=self.url, max_retries=self.retries, timeout=self.timeout_s)
+        failure: tuple[int, Exception] | None = None
+        with client, ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = iter(range(len(asks)))
+            running: dict[Any, int] = {}
+            while True:
+                while failure is None and len(running) < self.concurrency and (i := next(waiting, -1)) >= 0:
+                    running[pool.submit(self._request, client, *asks[i])] = i
+                if not running:
+                    break
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    i = running.pop(future)
+                    try:
+                        yield i, future.result()
+                    except openai.OpenAIError as error:
+                        failure = (i, error)
+        if failure is not None:
+            status = getattr(failure[1], "status_code", None)
+            what = f"status {status}" if status else type(failure[1]).__name__  # a message may repeat the key
+            raise AugmentError(f"endpoint: {self.url}: document {asks[failure[0]][0].id!r}: {what}") from None
+
+    def _request(self, client: Any, ask: Ask, sampling: Sampling) -> Written:
+        unserved = Sampling(
+            sampling.max_new_tokens, sampling.temperature, top_p=sampling.top_p, stop=sampling.stop, seed=sampling.seed
+        )
+        if sampling != unserved:
+            raise AugmentError("endpoint: takes temperature, top_p, stop and seed; no other control of sampling")
+        options: dict[str, Any] = {
+            "model": self.model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "seed": sampling.seed, "stop": list(sampling.stop) or None,
+        }  # fmt: skip
+        if self.is_chat:
+            made = client.chat.completions.create(messages=[{"role": "user", "content": ask.prompt}], **options)
+            text = made.choices[0].message.content or ""
+        else:
+            made = client.completions.create(prompt=ask.prompt, **options)
+            text = made.choices[0].text
+        usage = made.usage
+        prompt_tokens = usage.prompt_tokens if usage else self.prompt_tokens(ask.prompt)
+        return Written(text, prompt_tokens, usage.completion_tokens if usage else self.prompt_tokens(text), None)
+
+
+class Recorded:
+    """Answers from JSON lines of {"source_id", "text"}: the n-th of an id is its n-th sample.
+
+    An id is a document's, followed by #number (from 0) for a sentence of several under the local strategy.
+
+    Raises:
+        TaskError: a file that is not such.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.texts: dict[str, list[str]] = {}
+        for where, row in read_jsonl(path):
+            self.texts.setdefault(text_field(where, row, "source_id"), []).append(text_field(where, row, "text"))
+        self.fingerprint = f"recorded {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """None are read."""
+        return 0
+
+    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
+        """See Generator."""
+        for i, (ask, _) in enumerate(asks):
+            if ask.sample < len(texts := self.texts.get(ask.id, [])):
+                yield i, Written(texts[ask.sample], 0, 0, None)

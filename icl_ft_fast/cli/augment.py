@@ -1,0 +1,197 @@
+"""`icl-ft-fast augment`: write what follows from a task's documents, by a model, an endpoint, a file or by rule."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from icl_ft_fast.augment import steps
+from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
+from icl_ft_fast.augment.prompts import LABELS, Ask, Prompting, fitting
+from icl_ft_fast.augment.rules import augment_reverse, augment_rules
+from icl_ft_fast.augment.run import Estimate, Price, Run
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_model_options,
+    add_output_options,
+    check_new,
+    command,
+    load_model,
+    positive,
+)
+from icl_ft_fast.cli.task import task_of_seed
+from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.generate import Sampling
+from icl_ft_fast.tasks import own
+from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.task import Document, Task, write_jsonl
+
+RULES = {"rules": augment_rules, "reverse": augment_reverse}
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = command(
+        commands, "augment", _augment, "write what follows from a task's documents, to train on",
+        "icl-ft-fast augment --task FOLDER --model DIR --out out/augmented\n"
+        "icl-ft-fast augment --task FOLDER --strategy global --chat --model NAME --endpoint http://HOST:8000/v1 "
+        "--dry-run\n"
+        "icl-ft-fast augment --task FOLDER --strategy rules --out out/by_rule",
+    )  # fmt: skip
+    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+    parser.add_argument("--preset", default="paper", help="of a task by name (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder that a task by name reads")
+    parser.add_argument("--strategy", choices=[*LABELS, *RULES], default="local", help="default: %(default)s")
+    add_model_options(parser, required=False)
+    parser.add_argument("--endpoint", metavar="URL", help="ask --model there; key in OPENAI_API_KEY")
+    parser.add_argument("--recorded", type=Path, metavar="FILE", help='answers as JSON lines {"source_id", "text"}')
+    parser.add_argument("--chat", action="store_true", help="the prompts for chat models, through the chat template")
+    parser.add_argument("--template", type=Path, help="a jinja2 file in place of the strategy's own")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
+    parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
+    parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
+    parser.add_argument("--near-duplicates", type=_fraction, default=0.9, metavar="J", help="drop rows this similar to "
+                        "another (Jaccard of 3-word shingles, default: %(default)s); 1 drops none")  # fmt: skip
+    parser.add_argument("--self-consistent", action="store_true", help="drop comparisons that --model, given the "
+                        "documents they come from, finds less likely than their opposites")  # fmt: skip
+    parser.add_argument("--limit", type=positive, help="ask for at most so many answers more")
+    parser.add_argument("--price", type=_price, default=Price(), metavar="IN,OUT", help="dollars a million tokens")
+    parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be asked for and what it may cost")
+    parser.add_argument("--out", type=Path, required=True, help="folder for answers/, rows.jsonl and report.json")
+    add_output_options(parser)
+
+
+def _augment(options: argparse.Namespace) -> None:
+    if options.dry_run and options.strategy in RULES:
+        raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
+    for name in ("rows.jsonl", "report.json"):
+        check_new(options.out / name, options.overwrite or options.dry_run)
+    if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
+        raise UsageError("--self-consistent: needs a strategy that asks --model here")
+    options.facts = None
+    task = task_of_seed(options)[0](options.seed)
+    model = None
+    if options.strategy in RULES:
+        written = RULES[options.strategy](task.documents)
+    else:
+        generator = _generator(options)
+        model = generator.model if isinstance(generator, Engine) else None
+        run = _run(options, task, generator)
+        estimate = run.estimate(options.price, options.limit)
+        if options.dry_run:
+            print(_told(estimate))
+            return
+        run.collect(
+            price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
+        )  # fmt: skip
+        written = run.read()
+    rows, dropped = list(written.rows), dict(written.dropped)
+
+    def keep(step: str, kept: list[steps.Augmentation]) -> None:
+        dropped[step] = len(rows) - len(kept)
+        rows[:] = kept
+
+    keep("length", steps.within_length(rows, *options.words))
+    keep("duplicates", steps.without_duplicates(rows))
+    if options.near_duplicates < 1:
+        keep("near_duplicates", steps.without_near_duplicates(rows, options.near_duplicates))
+    report = {"strategy": options.strategy, "documents": len(task.documents), "rows": 0, "dropped": dropped}
+    if options.self_consistent and model is not None:
+        by_id = {document.id: document for document in task.documents}
+        kept, report["asked_for_consistency"] = steps.self_consistent(
+            model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]])
+        )
+        keep("inconsistent", kept)
+    contained = own.check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
+    report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.out / "rows.jsonl", (
+        {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
+        for number, row in enumerate(rows)
+    ))  # fmt: skip
+    write_jsonl(options.out / "report.json", [report])
+    steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
+    print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
+    for split, ids in contained.items():
+        print(f"answers found in the rows, split {split}: {len(ids)} of the questions")
+
+
+def _generator(options: argparse.Namespace) -> Generator:
+    """Whoever the options name."""
+    if options.recorded is not None:
+        if options.model or options.endpoint:
+            raise UsageError("--recorded: answers come from the file; leave --model and --endpoint out")
+        return Recorded(options.recorded)
+    if options.model is None:
+        raise UsageError(f"--model: needed for the strategy {options.strategy}, or --recorded")
+    if options.endpoint is not None:
+        return Endpoint(options.endpoint, options.model, options.chat, options.concurrency)
+    return Engine(load_model(options), options.chat)
+
+
+def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
+    """The prompts that the options ask for; in the global strategy, the documents that fit."""
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, top_p=options.top_p, seed=options.seed,
+        stop=() if options.chat else ("\n\n",),
+    )  # fmt: skip
+    if options.samples > 1 and not options.temperature:
+        raise UsageError("--samples: greedy answers are all alike; give --temperature")
+    prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
+    documents, shown = task.documents, list[Document]()
+    if options.strategy == "global":
+        longest = max(documents, key=lambda document: len(document.text))
+        room = generator.model.max_positions if isinstance(generator, Engine) else None
+
+        def fits(selected: Sequence[Document]) -> bool:
+            (ask,) = prompting.asks([longest], selected)
+            count = generator.prompt_tokens(ask.prompt) + options.max_new_tokens if room else 0
+            return len(selected) <= (options.global_documents or len(documents)) and count <= (room or 0)
+
+        shown = list(fitting(documents, fits, options.seed))
+        print(f"{len(shown)} of {len(documents)} documents in context")
+    asks: list[Ask] = prompting.asks(documents, shown)
+    return Run(prompting, asks, generator, sampling, options.samples, options.out / "answers")
+
+
+def _told(estimate: Estimate) -> str:
+    seconds = "unknown until some answers are stored" if estimate.seconds is None else f"{estimate.seconds:,.0f} s"
+    return (
+        f"{estimate.answers:,} answers to ask for, {estimate.stored:,} stored; at most {estimate.prompt_tokens:,} "
+        f"tokens read and {estimate.completion_tokens:,} written; at most ${estimate.usd:,.4f}; time: {seconds}"
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"expected A-B, got {text!r}")
+    return int(first), int(last)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+    return value
+
+
+def _price(text: str) -> Price:
+    try:
+        prompt_usd, completion_usd = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected IN,OUT in dollars a million tokens, got {text!r}") from error
+    if not (prompt_usd >= 0 and completion_usd >= 0):
+        raise argparse.ArgumentTypeError(f"expected dollars of 0 or more, got {text!r}")
+    return Price(prompt_usd, completion_usd)

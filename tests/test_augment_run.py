@@ -1,0 +1,325 @@
+"""Asking and keeping: kills at seeded moments, what is asked again, prices; endpoints against a local fake server."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from icl_ft_fast.augment import AugmentError
+from icl_ft_fast.augment.generators import Endpoint, Recorded, Written
+from icl_ft_fast.augment.prompts import Prompting
+from icl_ft_fast.augment.run import Price, Run
+from icl_ft_fast.cli import main
+from icl_ft_fast.generate import Sampling
+from icl_ft_fast.tasks.task import Document, TaskError
+
+DOCUMENTS = [Document(str(d), f"cat{d} are taller than mat.") for d in range(12)]
+# Answers each prompt; the process kills itself at answer number argv[2] or, if argv[3], in the middle of writing it.
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_augment_run import DOCUMENTS, Echo, run_of
+from icl_ft_fast.augment import store
+
+folder, last, torn = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torn"
+asked = []
+
+class Mortal(Echo):
+    def answer(self, asks):
+        for i, written in super().answer(asks):
+            asked.append(i)
+            if len(asked) == last:
+                if torn:
+                    shard = run.store._shard
+                    shard.write(b'{{"key": "half')
+                    shard.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield i, written
+
+run = run_of(folder, Mortal())
+run.collect()
+"""
+
+
+class Echo:
+    """Answers with a line that holds the prompt's last word but one and the seed."""
+
+    def __init__(self, fingerprint="echo"):
+        self.fingerprint, self.asked = fingerprint, 0
+
+    def prompt_tokens(self, prompt):
+        return 100
+
+    def answer(self, asks):
+        for i, (ask, sampling) in enumerate(asks):
+            self.asked += 1
+            yield i, Written(f"Inferred: {ask.told} {sampling.seed}", 100, 10, None)
+
+
+def run_of(folder, generator, template="{{ document }}", samples=2, **how):
+    prompting = Prompting("local", template, "here")
+    return Run(prompting, prompting.asks(DOCUMENTS), generator, Sampling(50, temperature=1.0, **how), samples, folder)
+
+
+def lines(folder):
+    """Every whole line of every shard."""
+    raw = [line for path in sorted(folder.rglob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
+    return [json.loads(line) for line in raw if line.endswith(b"\n")]
+
+
+def without_time(rows):
+    return [{**asdict(row), "origin": {k: v for k, v in row.origin.items() if k != "time"}} for row in rows]
+
+
+def test_killed_at_any_moment_it_goes_on_and_repeats_nothing(tmp_path):
+    rng = random.Random(0)
+    code = CHILD.format(tests=str(Path(__file__).parent))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    finished = 0
+    for how in ("torn", "whole", "torn"):
+        last = rng.randint(2, 8)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(last), how], env=environment, check=False, timeout=120
+        )
+        assert done.returncode == -signal.SIGKILL
+        finished += last - 1
+        assert len(lines(tmp_path)) == finished  # all but the one in flight
+    run = run_of(tmp_path, Echo())
+    assert run.estimate(Price()).stored == finished
+    assert run.estimate(Price()).seconds is not None
+    run.collect()
+    assert run.generator.asked == 24 - finished
+    kept = lines(tmp_path)
+    assert len(kept) == len({line["key"] for line in kept}) == 24
+    whole = run_of(None, Echo())
+    whole.collect()
+    assert without_time(run.read().rows) == without_time(whole.read().rows)
+    again = run_of(tmp_path, Echo())
+    again.collect()
+    assert again.generator.asked == 0
+    assert run.read() == again.read()
+
+
+@pytest.mark.parametrize(
+    "other", [{"template": "{{ document }}!"}, {"generator": Echo("other")}, {"top_p": 0.5}, {"seed": 100}]
+)
+def test_another_prompt_model_sampling_or_seed_reads_nothing_stale(tmp_path, other):
+    run_of(tmp_path, Echo()).collect()
+    other = {"generator": Echo()} | other
+    run = run_of(tmp_path, other.pop("generator"), **other)
+    assert len(run.missing()) == 24
+    run.collect()
+    assert len(lines(tmp_path)) == 48
+    for path in tmp_path.rglob("manifest.json"):
+        assert json.loads(path.read_text())["strategy"] == "local"
+
+
+def test_more_samples_keep_those_there_are(tmp_path):
+    run_of(tmp_path, Echo(), samples=1).collect()
+    assert len(run_of(tmp_path, Echo(), samples=3).missing()) == 24
+
+
+def test_a_shard_that_something_else_wrote_to_is_refused(tmp_path):
+    run_of(tmp_path, Echo()).collect()
+    (path,) = tmp_path.rglob("*.jsonl")
+    path.write_bytes(b'{"key": 1}\n' + path.read_bytes())
+    with pytest.raises(AugmentError, match=r"00000\.jsonl:1: not an answer: .*; move the file away$"):
+        run_of(tmp_path, Echo())
+
+
+def test_the_price_bounds_what_is_asked():
+    price = Price(prompt_usd=10_000, completion_usd=20_000)  # a dollar a prompt, 20 cents an answer, a dollar at most
+    run = run_of(None, Echo())
+    estimate = run.estimate(price)
+    assert (estimate.answers, estimate.prompt_tokens, estimate.completion_tokens) == (24, 2400, 1200)
+    assert estimate.usd == pytest.approx(48)
+    run.collect(price=price, max_usd=9.0)
+    spent = 1.2 * len(run.store.answers)
+    assert 9 - 2 < spent <= 9  # it stops where one more might cost too much
+    assert run.read().dropped["unanswered"] == 24 - len(run.store.answers)
+    run.collect(price=price, limit=3)
+    assert len(run.store.answers) == 24 - run.read().dropped["unanswered"] == round(spent / 1.2) + 3
+
+
+def test_recorded_answers_belong_to_their_ids(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    rows = [("1", "Inferred: one."), ("1", "Inferred: two."), ("1", "Inferred: three."), ("3", "Inferred: more.")]
+    path.write_text("".join(json.dumps({"source_id": name, "text": text}) + "\n" for name, text in rows))
+    run = run_of(tmp_path / "store", Recorded(path))
+    run.collect()
+    assert [(row.source_id, row.text) for row in run.read().rows] == [("1", "one."), ("1", "two."), ("3", "more.")]
+    assert run.read().dropped["unanswered"] == 21
+    path.write_text('{"source_id": "1"}\n')
+    with pytest.raises(TaskError, match=r"answers\.jsonl:1: text: missing"):
+        Recorded(path)
+
+
+class Fake(BaseHTTPRequestHandler):
+    """Completions that echo; each prompt meets the statuses of server.trouble first."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        is_chat = self.path.endswith("/chat/completions")
+        prompt = body["messages"][0]["content"] if is_chat else body["prompt"]
+        with server.lock:
+            server.seen.append((self.path, prompt, body, self.headers["Authorization"]))
+            tries = sum(seen == prompt for _, seen, _, _ in server.seen)
+            server.running += 1
+            server.most = max(server.most, server.running)
+        status = server.trouble[tries - 1] if tries <= len(server.trouble) else 200
+        text = f"Inferred: {prompt} {body['seed']}"
+        choice = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        answer = {"id": "x", "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage}
+        data = json.dumps(answer if status == 200 else {"error": {"message": f"refused {SECRET}"}}).encode()
+        with server.lock:
+            server.running -= 1
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+SECRET = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("openai")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as running:
+        running.seen, running.trouble, running.lock, running.running, running.most = [], [], threading.Lock(), 0, 0
+        running.url = f"http://127.0.0.1:{running.server_port}/v1"
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_an_endpoint_is_asked_again_after_429_and_5xx(server, tmp_path, is_chat):
+    server.trouble = [429, 500, 503]
+    run = run_of(tmp_path, Endpoint(server.url, "some-model", is_chat, concurrency=3), samples=1, seed=5)
+    run.collect()
+    assert [row.text for row in run.read().rows] == [f"{document.text} 5" for document in DOCUMENTS]
+    assert len(server.seen) == 4 * 12
+    assert server.most <= 3
+    path, _, body, authorization = server.seen[0]
+    assert path == ("/v1/chat/completions" if is_chat else "/v1/completions")
+    assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("some-model", 1.0, 50, 5)
+    assert authorization == f"Bearer {SECRET}"
+    answers = run.store.answers.values()
+    assert {(answer.prompt_tokens, answer.completion_tokens, answer.logp) for answer in answers} == {(7, 3, None)}
+    assert all(SECRET not in path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_an_endpoint_that_refuses_for_good_is_named_and_loses_nothing(server, tmp_path):
+    endpoint = Endpoint(server.url, "some-model", concurrency=2, retries=1)
+    run = run_of(tmp_path, endpoint, samples=1)
+    run.collect(limit=4)
+    server.seen.clear()
+    server.trouble = [400]
+    with pytest.raises(AugmentError, match=rf"^endpoint: {server.url}: document '\d+': status 400$") as caught:
+        run_of(tmp_path, endpoint, samples=1).collect()
+    assert SECRET not in str(caught.value)
+    assert len(server.seen) <= 2  # no new request after the failure
+    assert len(run_of(tmp_path, endpoint, samples=1).missing()) == 8
+    server.seen.clear()
+    server.trouble = [500] * 5
+    with pytest.raises(AugmentError, match=r"status 500$"):
+        run_of(tmp_path, endpoint, samples=1).collect(limit=1)
+    assert len(server.seen) == 2  # the request and its retry
+
+
+def test_an_endpoint_needs_a_key_and_a_plain_address(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(AugmentError, match=r"^endpoint: set OPENAI_API_KEY in the environment"):
+        run_of(None, Endpoint("http://127.0.0.1:9/v1", "m")).collect()
+    for url in ("localhost:8000", "http://me:word@host/v1", "http://host/v1?key=1"):
+        with pytest.raises(AugmentError, match=r"^endpoint: expected http\(s\)://host/path without user"):
+            Endpoint(url, "m")
+
+
+@pytest.fixture
+def task(tmp_path):
+    folder = tmp_path / "task"
+    folder.mkdir()
+    texts = ["femp are taller than glon.", "All zota are yazo. All yazo are blata."]
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts))
+    )
+    question = {"id": "q", "prompt": "glon are", "choices": [" shorter than femp.", " taller than femp."], "answer": 0}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    return folder
+
+
+def test_the_command_by_rule_reports_what_the_rows_give_away(task, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [
+        "glon are shorter than femp.", "Compared with glon, femp are taller.", "All zota are blata.",
+    ]  # fmt: skip
+    assert rows[0]["strategy"] == "rules"
+    report = json.loads((out / "report.json").read_text())
+    assert report["questions_contained"] == {"test": 1}
+    assert report["dropped"] == dict.fromkeys(("unparsed", "repeats", "length", "duplicates", "near_duplicates"), 0)
+    assert "answers found in the rows, split test: 1 of the questions" in capsys.readouterr().out
+    assert main(["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]) == 2
+
+
+def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, llama_directory):
+    recorded, out = tmp_path / "recorded.jsonl", tmp_path / "out"
+    recorded.write_text(json.dumps({"source_id": "d0", "text": "Inferred: a b.\nInferred: A b.\nnothing"}) + "\n")
+    arguments = ["augment", "--task", str(task), "--quiet", "--strategy", "document"]
+    assert main([*arguments, "--recorded", str(recorded), "--out", str(out)]) == 0
+    (row,) = (json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines())
+    assert (row["text"], row["kind"], row["source_ids"], row["strategy"]) == ("a b.", "inferred", ["d0"], "document")
+    assert {"template_sha256", "generator", "sampling", "seed", "time", "logp", "prompt_tokens"} <= row.keys()
+    dropped = json.loads((out / "report.json").read_text())["dropped"]
+    assert (dropped["unanswered"], dropped["unparsed"], dropped["duplicates"]) == (1, 1, 1)
+    template = tmp_path / "short.jinja"
+    template.write_text("{{ document }}")
+    arguments += ["--model", str(llama_directory), "--template", str(template), "--max-new-tokens", "5"]
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run", "--price", "1,1e6", "--out", str(tmp_path / "dry")]) == 0
+    assert "2 answers to ask for, 0 stored; at most" in (told := capsys.readouterr().out)
+    assert "10 written; at most $10.00" in told
+    assert not (tmp_path / "dry").exists()
+    assert main([*arguments, "--self-consistent", "--out", str(tmp_path / "asked")]) == 0
+    assert len(lines(tmp_path / "asked" / "answers")) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--strategy local", "--model: needed for the strategy local, or --recorded"),
+        ("--strategy rules --dry-run", "--dry-run: rules asks nobody"),
+        ("--recorded x.jsonl --model m", "--recorded: answers come from the file"),
+        ("--strategy rules --self-consistent", "--self-consistent: needs a strategy that asks --model here"),
+        ("--model m --endpoint nowhere", "endpoint: expected http"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(task, tmp_path, capsys, given, message):
+    assert main(["augment", "--task", str(task), *given.split(), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"icl-ft-fast augment: {message}")
