@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Rows:
         depth_k: int32 [S].
         stack: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+        plans: what the layers' attention shares, see ops.trie_attention.
     """
 
     token: torch.Tensor
@@ -67,6 +68,7 @@ class Rows:
     depth_k: torch.Tensor
     stack: KVStack | None = None
     slots: torch.Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
 
 
 def _trie_attention(
@@ -96,7 +98,7 @@ def _trie_attention(
             k, v = icl_rows.stack.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
     out = ops.trie_attention(
         q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
-        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
+        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, plans=icl_rows.plans,
     )  # fmt: skip
     return out[None], None
 

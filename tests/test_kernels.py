@@ -129,7 +129,7 @@ def test_a_plan_lists_little_more_than_the_tiles_that_must_be_met(kernel: str, d
     trie = forest([0] * 150 + [0, *question[1:]] + [3 + 10, *question[1:]] * 11)
     q, k = (torch.empty(len(trie.end_k), n, 64, device=device, dtype=torch.float16) for n in (2, 1))
     common = kernels._common(q, k, k, *index_tensors(trie, device), scale=1.0, window=0, softcap=0.0)
-    own, plan = kernels._planned(kernel, common)
+    own, planned = kernels._planned(kernel, common, None)
     visible = torch.tensor(trie.visible).repeat_interleave(2, 0)
     queries, keys = (range(0, n, plan[name]) for n, name in zip(visible.shape, ("BLOCK_M", "BLOCK_N"), strict=True))
     tiles = [[visible[i : i + queries.step, j : j + keys.step] for j in keys] for i in queries]
