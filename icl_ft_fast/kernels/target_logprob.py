@@ -360,7 +360,7 @@ def _multiply(
     many, num = 0, None
     if kept is not None:
         many, num = kept.shape[1], kept.sum(1)
-        kept = (~kept).sort(1, stable=True).indices  # those kept, ascending, stand first
+        kept = (~kept).sort(dim=1, stable=True).indices.contiguous()  # those kept, ascending, stand first
     _product[(triton.cdiv(M, block.rows), triton.cdiv(N, block.columns))](
         a, b, out, kept, num, M, N, K, many, *a.stride(), *b.stride(), ADD=add, PRECISION=head.precision,
         dtype=tl.float64 if out.dtype == torch.float64 else tl.float32,

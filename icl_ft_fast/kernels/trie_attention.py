@@ -314,11 +314,11 @@ class Blocks(NamedTuple):
 # Queries, keys and warps by kernel, bytes of an element and padded head size; `make kernels` shows what they cost.
 _BLOCKS = {
     ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)},
-    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
+    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)},
     ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
-    ("backward_q", 4): {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
-    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 64, 8)},
-    ("backward_kv", 4): {64: (16, 64, 8), 128: (16, 32, 8), 256: (16, 16, 8)},
+    ("backward_q", 4): {64: (64, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (16, 128, 8)},
+    ("backward_kv", 4): {64: (16, 64, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
 
 
@@ -541,7 +541,7 @@ def costs(
     sinks: bool = False,
     backward: bool = False,
 ) -> dict[str, Cost]:
-    """What each launch of an op's forward, or of its backward, costs, with its plan's; no query or key being absent."""
+    """What the launches of the forward, or of the backward, and of its plans cost, by kernel; T and S above 0."""
     common = _common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
     T, S, H, group, D, DV, BLOCK_D, BLOCK_DV = (
         common[name] for name in ("T", "S", "H", "group", "D", "DV", "BLOCK_D", "BLOCK_DV")
@@ -585,5 +585,6 @@ def costs(
         t_ranges = sum(min(-(-(m + queries) // group), T) - m // group for m in range(0, T * group, queries))
         steps = triton.cdiv(many, _PLAN_TILES)
         once, often = (S, t_ranges) if kernel == "backward_kv" else (t_ranges, S)
-        found[f"_plan{kernel}"] = Cost(0, index * (steps * once + own * often), 4 * (num_met + 2 * own))
+        plan = Cost(0, index * (steps * once + own * often), 4 * (num_met + 2 * own))
+        found["_plan"] = Cost(*map(sum, zip(found.get("_plan", Cost(0, 0, 0)), plan, strict=True)))
     return found
