@@ -2,8 +2,9 @@
 
 Prints registers, shared memory, bytes of stack, matrix instructions and 16-byte loads for each target. Fails on more
 registers or shared memory than the target has, on a kernel of matrix products that loads nothing 16 bytes at a time or,
-with 16-bit factors, does not multiply on the matrix units alone (on sm_90: by wgmma), and there on a spill. The launchers
-themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no second list.
+with 16-bit factors, does not multiply on the matrix units alone (on sm_90: by wgmma), and there on a spill. The
+launchers themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no
+second list.
 """
 
 import argparse

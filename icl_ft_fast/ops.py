@@ -411,9 +411,7 @@ def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
     return call
 
 
-def _register(
-    name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **kernels: Callable[..., tuple[Tensor, ...]]
-) -> None:
+def _register(name: str, schema: str, fake: Callable[..., Any], **kernels: Callable[..., tuple[Tensor, ...]]) -> None:
     """Defines an op and registers each device's kernel, a function of the schema's arguments."""
     torch.library.define(f"icl_ft_fast::{name}", schema)
     torch.library.register_fake(f"icl_ft_fast::{name}", fake)

@@ -6,7 +6,6 @@ Interpreted, what they compute and load is counted too, and held against their c
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from test_trie_attention import bushy, index_tensors
 
 from benchmarks.trie_attention import questions
 from icl_ft_fast import ops
-from icl_ft_fast.model import load
 from icl_ft_fast.ops import target_logprob, trie_attention
 
 pytest.importorskip("triton")
@@ -207,7 +205,7 @@ def test_of_equal_maxima_the_first_is_the_argmax(device: str, monkeypatch: pytes
 @NEEDS_GPU
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31() -> None:
-    """Rows of q, k and hidden that start past 2^31 elements of their tensors."""
+    """Rows of q, k and v that start past 2^31 elements of their tensors."""
     rows = 2**31 // (8 * 64) + 65
     q = torch.randn(rows, 8, 64, device="cuda", dtype=torch.float16)
     chains = torch.arange(rows, dtype=torch.int32, device="cuda")
@@ -220,9 +218,22 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 @NEEDS_GPU
 @pytest.mark.gpu
-def test_a_model_is_loaded_onto_the_gpu(llama_directory: Path) -> None:
-    for dtype in ("float32", "bfloat16"):
-        assert load(llama_directory, dtype=dtype, device="cuda").device.type == "cuda"  # and has proved itself there
+def test_head_offsets_beyond_two_to_the_31() -> None:
+    """A weight whose last rows, and gradients of logits that, start past 2^31 elements."""
+    V, E = 2**31 // 512 + 200, 512
+    weight = torch.zeros(V, E, device="cuda", dtype=torch.float16)
+    weight[-70:] = torch.randn(70, E, device="cuda")
+    hidden = torch.randn(64, E, device="cuda", dtype=torch.float16, requires_grad=True)
+    row, target = torch.arange(64, device="cuda"), V - 1 - torch.arange(64, device="cuda")
+    logp, _, lse = target_logprob(hidden, weight, row, target)
+    (grad,) = torch.autograd.grad(logp.sum(), hidden)
+    logits = hidden.detach().double() @ weight[-70:].double().T
+    exact = torch.cat([logits, logits.new_tensor(V - 70.0).log().expand(64, 1)], 1).logsumexp(1)
+    assert torch.allclose(lse.double(), exact, rtol=1e-5)
+    assert torch.allclose(logp.double(), logits[row, 69 - row] - exact, rtol=1e-4)
+    probabilities = (logits - exact[:, None]).exp()
+    exact_grad = weight[-70:].double()[69 - row] - probabilities @ weight[-70:].double()
+    assert torch.allclose(grad.double(), exact_grad, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -406,9 +406,9 @@ def backward_costs(
 def _flops(M: int, N: int, K: int, block: Blocks) -> int:
     """Of an [M, K] by [K, N] product in whole blocks."""
     sizes = zip((M, N, K), (block.rows, block.columns, block.depth), strict=True)
-    return 2 * math.prod(triton.cdiv(size, step) * step for size, step in sizes)
+    return 2 * math.prod(-(-size // step) * step for size, step in sizes)
 
 
 def _product_read(M: int, N: int, K: int, block: Blocks, itemsize: int) -> int:
     """Bytes of factors that its programs load."""
-    return (triton.cdiv(N, block.columns) * M + triton.cdiv(M, block.rows) * N) * K * itemsize
+    return (-(-N // block.columns) * M + -(-M // block.rows) * N) * K * itemsize
