@@ -25,8 +25,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.trie_attention import questions
 from icl_ft_fast.kernels import target_logprob, trie_attention
-from icl_ft_fast.kernels.gpu import Gpu
+from icl_ft_fast.kernels.gpu import Cost, Gpu
 
 # Target and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -184,7 +185,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--only", default="", help="a regular expression of cases and kernels")
+    parser.add_argument(
+        "--costs", action="store_true", help="print what the cost models say instead, and compile nothing"
+    )
     args = parser.parse_args()
+    if args.costs:
+        print_costs()
+        return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
     print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'16 bytes':>9}")
@@ -204,6 +211,42 @@ def main() -> int:
             print("  <--" if fault else "", flush=True)
     print(f"{len(chosen)} compiled, {faults} not as they should be")
     return int(faults > 0)
+
+
+def print_costs() -> None:
+    """A layer's attention over the trie of the CPU's benchmark, and the head on its rows, on an H100's block shapes.
+
+    MB: of every load and store, most of which the L2 cache serves; us: of the FLOPs at an H100's 798 TFLOP/s.
+    """
+    print(f"{'':32}{'kernel':14}{'GFLOP':>9}{'MB':>9}{'us':>9}{'whole':>8}{'partial':>8}{'skipped':>8}")
+
+    def show(name: str, costs: list[Cost], kernel: str) -> None:
+        flops, read, written, *tiles = map(sum, zip(*costs, strict=True))
+        print(f"{name:32}{kernel:14}{flops / 1e9:9.1f}{(read + written) / 1e6:9.1f}{flops / 798e6:9.1f}", end="")
+        print(*(f"{n:8}" for n in tiles), sep="")
+
+    chunks = questions(220, 1)
+    with (
+        mock.patch.object(trie_attention, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
+        mock.patch.object(target_logprob, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
+    ):
+        for heads, size in (((8, 2), 64), ((32, 8), 128)):
+            for backward in (False, True):
+                found: dict[str, list[Cost]] = {}
+                for row_q, end_k, *depths in chunks:
+                    q, k = (
+                        torch.empty(len(index), n, size, dtype=torch.bfloat16)
+                        for index, n in zip((row_q, end_k), heads, strict=True)
+                    )
+                    costs = trie_attention.costs(q, k, k, row_q, end_k, *depths, backward=backward)
+                    for kernel, cost in costs.items():
+                        found.setdefault(kernel, []).append(cost)
+                for kernel, cost in found.items():
+                    show(f"attention, {heads[0]}/{heads[1]} heads of {size}", cost, kernel)
+        hidden, weight = torch.empty(512, 4096, dtype=torch.bfloat16), torch.empty(128_000, 4096, dtype=torch.bfloat16)
+        head = target_logprob.costs(hidden, weight, 512) | target_logprob.backward_costs(hidden, weight, 512)
+        for kernel, cost in head.items():
+            show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
 
 
 def faulty(launch: Launch, built: Built) -> bool:

@@ -23,6 +23,7 @@ _PLAN_TILES = 32  # tiles a plan looks at together
 _MERGE_ROWS = 16
 _PROGRAMS = 128  # with fewer, a forward is split over its keys: about the multiprocessors of a large GPU
 _BOTH = 128  # head sizes to which one program has registers for a tile's gradients of k and of v
+_HOPPER_SHARED_BYTES = 232_448  # with less, matrix units take every factor from registers
 _SHARE_TILES = 4  # key tiles that are worth a share of their own
 
 
@@ -327,6 +328,8 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_
     queries, keys, warps = _BLOCKS[kernel, min(4, itemsize)][max(64, head_size)]
     if folded_rows <= 64:
         queries = min(queries, 64)
+    if kernel == "backward_kv" and shared_bytes < _HOPPER_SHARED_BYTES:
+        queries = min(queries, 32)
     stages = 3
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
