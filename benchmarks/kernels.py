@@ -244,7 +244,7 @@ def print_costs() -> None:
                 for kernel, cost in found.items():
                     show(f"attention, {heads[0]}/{heads[1]} heads of {size}", cost, kernel)
         hidden, weight = torch.empty(512, 4096, dtype=torch.bfloat16), torch.empty(128_000, 4096, dtype=torch.bfloat16)
-        head = target_logprob.costs(hidden, weight, 512) | target_logprob.backward_costs(hidden, weight, 512)
+        head = target_logprob.costs(hidden, weight, 512) | target_logprob.costs(hidden, weight, 512, backward=True)
         for kernel, cost in head.items():
             show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
 

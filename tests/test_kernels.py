@@ -286,7 +286,7 @@ def test_head_costs_what_the_interpreter_counts(R: int, M: int, V: int, E: int, 
         assert {name: list(cost[:3]) for name, cost in costs.items()} == counts
         with interpreter.counted() as counts:
             logp.sum().backward()
-        costs = kernels.backward_costs(hidden, weight, M, bias=bias)
+        costs = kernels.costs(hidden, weight, M, bias=bias, backward=True)
         assert {name: list(cost[:3]) for name, cost in costs.items()} == counts
 
 

@@ -369,26 +369,26 @@ def _multiply(
     )  # fmt: skip
 
 
-def costs(hidden: Tensor, weight: Tensor, num_targets: int, *, bias: bool = False) -> dict[str, Cost]:
-    """What each launch of the forward costs, targets being in range."""
+def costs(
+    hidden: Tensor,
+    weight: Tensor,
+    num_targets: int,
+    *,
+    bias: bool = False,
+    backward: bool = False,
+    need_weight: bool = True,
+) -> dict[str, Cost]:
+    """What the launches of the forward, or of the backward, cost, by kernel; targets in range, nothing skipped."""
     (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
     block = blocks(item, R, gpu(hidden.device).shared_bytes)
     row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
     shares = num_shares(row_blocks, tiles)
     read = tiles * R * E * item + row_blocks * V * (E + bias) * item + row_blocks * tiles * 16 + num_targets * 16
     written = num_targets * total + shares * R * (2 * total + 4)
-    return {"_forward": Cost(_flops(R, V, E, block), read, written)}
-
-
-def backward_costs(
-    hidden: Tensor, weight: Tensor, num_targets: int, *, bias: bool = False, need_weight: bool = True
-) -> dict[str, Cost]:
-    """What the launches of the backward cost, by kernel, targets being in range and nothing skipped."""
-    (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
-    block = blocks(item, R, gpu(hidden.device).shared_bytes)
-    row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
-    forward = costs(hidden, weight, num_targets, bias=bias)["_forward"]
-    grad_read = forward.read_bytes + tiles * R * 2 * total + num_targets * total
+    logits_flops = _flops(R, V, E, block)
+    if not backward:
+        return {"_forward": Cost(logits_flops, read, written)}
+    grad_read = read + tiles * R * 2 * total + num_targets * total
     flops = read = written = 0
     for columns in _steps(R, V, item, block):
         width = columns.stop - columns.start
@@ -398,7 +398,7 @@ def backward_costs(
         written += R * E * total + need_weight * width * E * item
     return {
         "_row_sums": Cost(0, row_blocks * 16 + num_targets * (12 + total), R * total),
-        "_grad_logits": Cost(forward.flops, grad_read, R * V * item),
+        "_grad_logits": Cost(logits_flops, grad_read, R * V * item),
         "_product": Cost(flops, read, written),
     }
 

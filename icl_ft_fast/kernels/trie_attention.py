@@ -556,18 +556,18 @@ def costs(
         own, chosen = _chosen(kernel, common)
         many, queries, keys = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N"))
         met, whole = met_tiles(common, queries, keys)
-        rows = torch.arange(0, T * group, queries).neg_().add_(T * group).clamp_(max=queries)  # of each tile
-        columns = torch.arange(0, S, keys).neg_().add_(S).clamp_(max=keys)
+        rows = (T * group - torch.arange(0, T * group, queries)).clamp(max=queries)  # of each tile
+        columns = (S - torch.arange(0, S, keys)).clamp(max=keys)
         num_met, num_whole = int(met.sum()), int(whole.sum())
         met_rows, met_keys = int((met.sum(1) * rows).sum()), int((met.sum(0) * columns).sum())
         masked_keys = int(((met & ~whole).sum(0) * columns).sum())
         tiles = (G * num_whole, G * (num_met - num_whole), G * (met.numel() - num_met))
-        planned = own * 8 + num_met * 4 + masked_keys * index  # a program's share of the plan, a mask's of the index
+        shares = num_shares(own * G, many) if kernel == "forward" else 1
+        planned = shares * own * 8 + num_met * 4 + masked_keys * index  # what the plan and the masks take
         area = 2 * queries * keys * num_met
         qkv = (D + DV) * item
         if kernel == "forward":
-            shares = num_shares(own * G, many)
-            read = shares * own * 8 + num_met * 4 + masked_keys * index + met_keys * qkv
+            read = planned + met_keys * qkv
             read += shares * T * group * (index + D * item) + (T * group * total if sinks else 0)
             out = shares * T * group * (DV * (item if shares == 1 else total) + total)
             found["_forward"] = Cost(area * (BLOCK_D + BLOCK_DV) * G, G * read, G * out, *tiles)
