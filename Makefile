@@ -50,9 +50,9 @@ format: setup
 bench: setup
 	@$(BIN)/python -m benchmarks
 
-# Compiles the Triton kernels for every target, or those in TARGETS; needs no GPU.
+# Compiles the Triton kernels for every target, or those in TARGETS, all cases or those that ONLY matches; needs no GPU.
 kernels: setup
-	@$(BIN)/python -m benchmarks.kernels $(TARGETS)
+	@$(BIN)/python -m benchmarks.kernels $(TARGETS) --only "$(ONLY)"
 
 # Rewrites the demo's output in README.md.
 readme: setup

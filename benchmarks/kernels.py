@@ -1,9 +1,10 @@
 """`python -m benchmarks.kernels`: compiles, without a GPU, every Triton kernel as its launcher would call it.
 
-Prints registers, shared memory and bytes of stack for each target. Fails on more shared memory than the target has, for
-16-bit factors on a kernel that multiplies without the matrix units (wgmma on sm_90), and on sm_90 up to head size 128
-on a spill. The launchers themselves choose what is compiled: they are run on empty tensors with the launch replaced, so
-there is no second list.
+Prints registers, shared memory, bytes of stack, matrix instructions and 16-byte loads for each target. Fails on more
+registers or shared memory than the target has, on a kernel of matrix products that loads nothing 16 bytes at a time or,
+with 16-bit factors, does not multiply on the matrix units alone (on sm_90: by wgmma), and there on a spill. The
+launchers themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no
+second list.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.trie_attention import questions
 from icl_ft_fast.kernels import target_logprob, trie_attention
-from icl_ft_fast.kernels.gpu import Gpu
+from icl_ft_fast.kernels.gpu import Cost, Gpu
 
 # Target and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -59,13 +61,15 @@ class Built(NamedTuple):
     shared_bytes: int
     spilled_bytes: int
     matrix: int  # instructions of the matrix units: of sm_90 wgmma only
+    other_matrix: int  # of sm_90 those that are not
+    wide_loads: int  # of 16 bytes, from global memory
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls of the ops that between them choose every block shape, with and without what else is compiled in."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        for size in (64, 96, 128, 256):
+        for size in (64, 80, 96, 128, 192, 256):
             yield f"{name} {size}", partial(_attend, dtype, size, 512)
         yield f"{name} 64, all sizes 1", partial(_attend, dtype, 64, 1, heads=(1, 1), keys=1)  # triton folds these in
         yield f"{name}, all sizes 1", partial(_score, dtype, 1, vocabulary=1)
@@ -101,7 +105,10 @@ def _score(dtype: torch.dtype, rows: int, *, vocabulary: int = 32_000, options: 
     settings = (0.5, 30.0 if options else 0.0)
     target_logprob.target_logprob(hidden, weight, *rest, *settings)
     if rows != 4:
-        target_logprob.target_logprob_backward(torch.zeros(16), lse, hidden, weight, *rest, lse, *settings, True)
+        skip_below = 2**-12 if options else 0.0
+        target_logprob.target_logprob_backward(
+            torch.zeros(16), lse, hidden, weight, *rest, lse, *settings, True, skip_below
+        )
 
 
 def launches(target: str) -> list[Launch]:
@@ -152,7 +159,8 @@ def build(launch: Launch) -> Built:
     if launch.target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.{x}:\s+(\d+)", text)[1]) for x in ("vgpr_count", "vgpr_spill_count"))
-        return Built(registers, compiled.metadata.shared, 4 * spilled, len(re.findall("v_mfma", text)))
+        matrix, wide = (len(re.findall(x, text)) for x in ("v_mfma", "(?:global|buffer)_load_dwordx4"))
+        return Built(registers, compiled.metadata.shared, 4 * spilled, matrix, 0, wide)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -164,7 +172,12 @@ def build(launch: Launch) -> Built:
         )
     registers, stack = (int(re.search(rf"{x}:(\d+)", usage.stdout)[1]) for x in ("REG", "STACK"))
     instruction = {"sm_90": "HGMMA", "sm_100": "UTC.?MMA"}.get(launch.target, "HMMA")
-    return Built(registers, compiled.metadata.shared, stack, len(re.findall(rf"\b{instruction}", code.stdout)))
+    matrix, hmma, wide = (
+        len(re.findall(rf"\b{x}", code.stdout)) for x in (instruction, "HMMA", r"(?:LDG|LDGSTS)\.E\S*\.128\b")
+    )
+    return Built(
+        registers, compiled.metadata.shared, stack, matrix, hmma if launch.target == "sm_90" else 0, wide
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -172,10 +185,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--only", default="", help="a regular expression of cases and kernels")
+    parser.add_argument(
+        "--costs", action="store_true", help="print what the cost models say instead, and compile nothing"
+    )
     args = parser.parse_args()
+    if args.costs:
+        print_costs()
+        return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
-    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}")
+    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'16 bytes':>9}")
     faults = 0
     with ProcessPoolExecutor(2) as pool:
         for launch, built in zip(chosen, pool.map(build, chosen), strict=True):
@@ -188,17 +207,58 @@ def main() -> int:
                 end="",
             )
             print(f"{built.registers:10}{built.shared_bytes:9}{built.spilled_bytes:8}{built.matrix:7}", end="")
+            print(f"{built.wide_loads:9}", end="")
             print("  <--" if fault else "", flush=True)
     print(f"{len(chosen)} compiled, {faults} not as they should be")
     return int(faults > 0)
 
 
+def print_costs() -> None:
+    """A layer's attention over the trie of the CPU's benchmark, and the head on its rows, on an H100's block shapes.
+
+    MB: of every load and store, most of which the L2 cache serves; us: of the FLOPs at an H100's 798 TFLOP/s.
+    """
+    print(f"{'':32}{'kernel':14}{'GFLOP':>9}{'MB':>9}{'us':>9}{'whole':>8}{'partial':>8}{'skipped':>8}")
+
+    def show(name: str, costs: list[Cost], kernel: str) -> None:
+        flops, read, written, *tiles = map(sum, zip(*costs, strict=True))
+        print(f"{name:32}{kernel:14}{flops / 1e9:9.1f}{(read + written) / 1e6:9.1f}{flops / 798e6:9.1f}", end="")
+        print(*(f"{n:8}" for n in tiles), sep="")
+
+    chunks = questions(220, 1)
+    with (
+        mock.patch.object(trie_attention, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
+        mock.patch.object(target_logprob, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
+    ):
+        for heads, size in (((8, 2), 64), ((32, 8), 128)):
+            for backward in (False, True):
+                found: dict[str, list[Cost]] = {}
+                for row_q, end_k, *depths in chunks:
+                    q, k = (
+                        torch.empty(len(index), n, size, dtype=torch.bfloat16)
+                        for index, n in zip((row_q, end_k), heads, strict=True)
+                    )
+                    costs = trie_attention.costs(q, k, k, row_q, end_k, *depths, backward=backward)
+                    for kernel, cost in costs.items():
+                        found.setdefault(kernel, []).append(cost)
+                for kernel, cost in found.items():
+                    show(f"attention, {heads[0]}/{heads[1]} heads of {size}", cost, kernel)
+        hidden, weight = torch.empty(512, 4096, dtype=torch.bfloat16), torch.empty(128_000, 4096, dtype=torch.bfloat16)
+        head = target_logprob.costs(hidden, weight, 512) | target_logprob.costs(hidden, weight, 512, backward=True)
+        for kernel, cost in head.items():
+            show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
+
+
 def faulty(launch: Launch, built: Built) -> bool:
-    """Whether a build breaks a limit; spills elsewhere than on sm_90, of float32 and beyond head size 128 are known."""
-    sixteen_bits = "PRECISION" in launch.constexprs and "float32" not in launch.case
-    tuned = sixteen_bits and launch.target == "sm_90" and launch.constexprs.get("BLOCK_D", 0) <= 128
-    slow = sixteen_bits and not built.matrix
-    return (tuned and built.spilled_bytes > 0) or slow or built.shared_bytes > TARGETS[launch.target][1]
+    """Whether a build breaks a limit; spills of float32 beyond head size 64, and elsewhere than on sm_90, are known."""
+    threads = launch.options.get("num_warps", 4) * TARGETS[launch.target][0].warp_size
+    registers = 65_536 if TARGETS[launch.target][0].backend == "cuda" else 131_072
+    over = built.shared_bytes > TARGETS[launch.target][1] or built.registers * threads > registers
+    if "PRECISION" not in launch.constexprs:  # no product
+        return over or built.spilled_bytes > 0
+    sixteen_bits = "float32" not in launch.case
+    slow = not built.wide_loads or (sixteen_bits and (not built.matrix or built.other_matrix > 0))
+    return over or slow or (sixteen_bits and launch.target == "sm_90" and built.spilled_bytes > 0)
 
 
 if __name__ == "__main__":

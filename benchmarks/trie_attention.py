@@ -62,7 +62,7 @@ def cases(quick: bool) -> dict[str, list[Call]]:
                 case = f"{name}, 512 queries x {num_keys:,} keys, head size {size}, {gqa} queries a key"
                 made[case] = [_call(dtype, HEADS // gqa, size, *_dense(512, num_keys), masked=False)]
         case = f"{name}, {220 // scale} questions x 4 choices over {4000 // scale:,} tokens, chunks of 512"
-        made[case] = [_call(dtype, HEADS // 4, 64, *chunk, masked=True) for chunk in _questions(220 // scale, scale)]
+        made[case] = [_call(dtype, HEADS // 4, 64, *chunk, masked=True) for chunk in questions(220 // scale, scale)]
         case = f"{name}, one new token of {32 // scale} sequences over {num_keys:,} shared keys"
         made[case] = [_call(dtype, HEADS // 4, 128, *_decode(32 // scale, num_keys), masked=True)]
     return made
@@ -78,7 +78,7 @@ def _dense(num_queries: int, num_keys: int) -> Index:
     return row, ends, torch.full_like(row, num_keys), torch.arange(num_keys, dtype=torch.int32)
 
 
-def _questions(num_questions: int, scale: int) -> list[Index]:
+def questions(num_questions: int, scale: int) -> list[Index]:
     """The chunks of a trie of questions of 20 tokens with 4 choices of 5, over one context."""
     rng = np.random.default_rng(0)
     context = np.broadcast_to(rng.integers(0, 32_000, 4000 // scale), (num_questions * 4, 4000 // scale))

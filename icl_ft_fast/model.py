@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Rows:
         depth_k: int32 [S].
         stack: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+        plans: what the layers' attention shares, see ops.trie_attention.
     """
 
     token: torch.Tensor
@@ -67,6 +68,7 @@ class Rows:
     depth_k: torch.Tensor
     stack: KVStack | None = None
     slots: torch.Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
 def _trie_attention(
@@ -85,7 +87,7 @@ def _trie_attention(
     """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv]."""
     if icl_rows is None:
         raise ModelError("its attention does not pass the trie on")
-    if attention_mask is not None:  # transformers was registered to make none
+    if attention_mask is not None:  # transformers makes none for an attention without a mask of its own
         raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if icl_rows.stack is not None:
@@ -96,7 +98,7 @@ def _trie_attention(
             k, v = icl_rows.stack.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
     out = ops.trie_attention(
         q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
-        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
+        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, plans=icl_rows.plans,
     )  # fmt: skip
     return out[None], None
 
@@ -328,11 +330,10 @@ def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = 
 
 
 def _register_attention() -> None:
+    """No mask goes with it: to make one, transformers would read the positions back from the device."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _trie_attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 
 
 def _check_directory(path: Path) -> None:

@@ -18,6 +18,7 @@ from icl_ft_fast import reference
 from icl_ft_fast.reference import accumulator
 
 _DEVICES = ("cpu", "cuda")
+_PLANNED = ("cuda",)  # where attention's kernels walk over lists of tiles
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
 _ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
@@ -60,13 +61,13 @@ def _check_softcap(op: str, softcap: float | None) -> float:
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[False] = False,
+    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None,
 ) -> Tensor: ...
 @overload
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[True],
+    return_lse: Literal[True], plans: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 # fmt: on
 def trie_attention(
@@ -83,6 +84,7 @@ def trie_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    plans: dict[Any, Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
 
@@ -109,6 +111,9 @@ def trie_attention(
         softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
         sinks: a score for each head that takes part in the softmax unscaled and uncapped, floating point [H].
         return_lse: whether to return lse too.
+        plans: a dictionary, empty at first, that calls over the very same row_q, end_k, depth_q and depth_k share: a
+            GPU's kernels keep in it which tiles they meet, so that a network's layers work that out once. None:
+            every call does.
 
     Returns:
         out: [T, H, Dv] in the dtype of q; 0 where a query sees no key.
@@ -147,19 +152,36 @@ def trie_attention(
         raise ValueError(f"{op}: window expected None or 1 to 2**31 - 1, got {window}")
     if scale is None:
         scale = max(1, sizes["D"]) ** -0.5
+    over = (row_q, end_k, depth_q, depth_k)
+    if plans is not None and any(a is not b for a, b in zip(plans.setdefault("over", over), over, strict=True)):
+        raise ValueError(f"{op}: plans expected to be shared by calls over the very same row_q, end_k and depths")
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
     options = (sinks, scale, window or 0, _check_softcap(op, softcap))
-    out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options)
+    out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options, plans)
     return (out, lse) if return_lse else out
+
+
+def _plan(
+    plans: dict[Any, Any] | None, kernel: str, q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], window: int
+) -> Tensor | None:
+    """The plan of one kernel, made if `plans` has none yet; None where kernels have no use for one."""
+    if plans is None or q.device.type not in _PLANNED or q.dtype == torch.float64:
+        return None
+    key = (kernel, *q.shape[1:], *v.shape[1:], q.dtype, window)
+    if key not in plans:
+        plans[key] = torch.ops.icl_ft_fast.trie_attention_plan(q, k, v, *index, window, kernel)
+    plan: Tensor = plans[key]
+    return plan
 
 
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap = rest
-        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *rest)
+        *index, sinks, scale, window, softcap, plans = rest
+        plan = _plan(plans, "forward", q, k, v, index, window)
+        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
-        ctx.options = (scale, window, softcap)
+        ctx.options, ctx.plans = (scale, window, softcap), plans
         return out, lse
 
     @staticmethod
@@ -167,11 +189,13 @@ class _TrieAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks, *index = ctx.saved_tensors
         delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
+        window = ctx.options[1]
+        plans = [_plan(ctx.plans, kernel, q, k, v, index, window) for kernel in ("backward_q", "backward_kv")]
         grads = torch.ops.icl_ft_fast.trie_attention_backward(
-            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options
+            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options, *plans
         )
         grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
-        return *grads, None, None, None, None, grad_sinks, None, None, None
+        return *grads, None, None, None, None, grad_sinks, None, None, None, None
 
 
 def target_logprob(
@@ -183,6 +207,7 @@ def target_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of chosen next tokens under an output head whose logits are never held all at once.
 
@@ -203,6 +228,10 @@ def target_logprob(
         bias: the head's bias, [V], the dtype of hidden; None for none.
         softcap: bound of the logits' absolute values, above 0; None for none.
         scale: factor of the logits.
+        skip_below: 0 for exact gradients. Above, they are approximate: a GPU's backward leaves out tiles of rows and
+            tokens that hold no target and no probability as large, and with them up to two thirds of its work. Cut
+            Cross-Entropy (arXiv 2411.09009) takes 2**-12 for bfloat16, below which a probability is lost in a sum
+            near 1; many such may matter together. The CPU leaves out nothing.
 
     Returns:
         logp: natural-log probability of each target, [M], float32 (float64 for float64).
@@ -231,12 +260,14 @@ def target_logprob(
         target=(target, "M", _INTS),
         **({} if bias is None else {"bias": (bias, "V", ())}),
     )
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"{op}: skip_below expected 0 or a probability, got {skip_below}")
     if not sizes["V"]:
         raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
     if sizes["M"] and not sizes["R"]:
         raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
     logp, is_argmax, lse = _TargetLogprob.apply(
-        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap)
+        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), skip_below
     )
     return logp, is_argmax, lse
 
@@ -244,10 +275,10 @@ def target_logprob(
 class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, scale, softcap = rest
-        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *rest)
+        *tensors, scale, softcap, skip_below = rest
+        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap)
         ctx.save_for_backward(hidden, weight, *tensors, lse)
-        ctx.options = (scale, softcap)
+        ctx.options, ctx.skip_below = (scale, softcap), skip_below
         ctx.mark_non_differentiable(is_argmax)
         return logp, is_argmax, lse
 
@@ -256,7 +287,7 @@ class _TargetLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor, _: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         need_weight, need_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[4]
         grad_hidden, grad_weight, grad_bias = torch.ops.icl_ft_fast.target_logprob_backward(
-            grad_logp, grad_lse, *ctx.saved_tensors, *ctx.options, need_weight or need_bias
+            grad_logp, grad_lse, *ctx.saved_tensors, *ctx.options, need_weight or need_bias, ctx.skip_below
         )
         return (
             grad_hidden,
@@ -266,12 +297,18 @@ class _TargetLogprob(torch.autograd.Function):
             grad_bias if need_bias else None,
             None,
             None,
+            None,
         )
 
 
 def _fake_trie_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     T, H, _D = q.shape
     return q.new_empty(T, H, v.shape[-1]), q.new_empty(T, H, dtype=accumulator(q.dtype))
+
+
+def _fake_trie_attention_plan(q: Tensor, *_: Any) -> Tensor:
+    new_size = torch.library.get_ctx().new_dynamic_size  # only the kernel knows its tiles
+    return q.new_empty(new_size(), new_size(), dtype=torch.int32)
 
 
 def _fake_trie_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -286,7 +323,7 @@ def _fake_target_logprob(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -
 def _fake_target_logprob_backward(
     grad_logp: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bias, *_, need_weight = rest
+    bias, _lse, _scale, _softcap, need_weight, *_ = rest
     V, E = weight.shape
     grad_weight = weight.new_empty((V, E) if need_weight else (0,))
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
@@ -374,21 +411,19 @@ def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
     return call
 
 
-def _register(
-    name: str, schema: str, fake: Callable[..., tuple[Tensor, ...]], **kernels: Callable[..., tuple[Tensor, ...]]
-) -> None:
+def _register(name: str, schema: str, fake: Callable[..., Any], **kernels: Callable[..., tuple[Tensor, ...]]) -> None:
     """Defines an op and registers each device's kernel, a function of the schema's arguments."""
     torch.library.define(f"icl_ft_fast::{name}", schema)
     torch.library.register_fake(f"icl_ft_fast::{name}", fake)
-    for device in _DEVICES:
-        torch.library.impl(f"icl_ft_fast::{name}", device, kernels[device])
+    for device, kernel in kernels.items():
+        torch.library.impl(f"icl_ft_fast::{name}", device, kernel)
 
 
 _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
 _register(
     "trie_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap)"
-    " -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap,"
+    " Tensor? plan=None) -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
     cpu=_cpu_trie_attention,
     cuda=_triton("trie_attention", "trie_attention"),
@@ -396,10 +431,17 @@ _register(
 _register(
     "trie_attention_backward",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, Tensor? sinks,"
-    " float scale, int window, float softcap) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    " float scale, int window, float softcap, Tensor? plan_q=None, Tensor? plan_kv=None)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _fake_trie_attention_backward,
     cpu=reference.trie_attention_backward,
     cuda=_triton("trie_attention", "trie_attention_backward"),
+)
+_register(
+    "trie_attention_plan",
+    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, int window, str kernel) -> Tensor",
+    _fake_trie_attention_plan,
+    cuda=_triton("trie_attention", "trie_attention_plan"),
 )
 _register(
     "target_logprob",
@@ -412,7 +454,7 @@ _register(
 _register(
     "target_logprob_backward",
     "(Tensor grad_logp, Tensor grad_lse, Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias,"
-    " Tensor lse, float scale, float softcap, bool need_weight)"
+    " Tensor lse, float scale, float softcap, bool need_weight, float skip_below=0.0)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
     cpu=reference.target_logprob_backward,

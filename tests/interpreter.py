@@ -1,10 +1,15 @@
 """Triton's interpreter, made to compute what a GPU computes.
 
 It keeps bfloat16 as raw bits, which matrix products, arithmetic and reductions take for integers, and cuts float32 off
-where a GPU rounds it; it ignores how float32 products are to be made; and it knows no libdevice.
+where a GPU rounds it; it ignores how float32 products are to be made; and it knows no libdevice. `counted` counts what
+kernels do.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -103,3 +108,39 @@ def install() -> None:
     builder.binary_op, builder.unary_op, builder.ternary_op = binary, unary, ternary
     interpreter.ReduceOps.apply_impl = no_bfloat16
     libdevice.tanh = lambda x: tl.tensor(Handle(np.tanh(x.handle.data), x.dtype.scalar), x.type)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, list[int]]]:
+    """By kernel: FLOPs of matrix products, bytes loaded, bytes stored."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    running = ""
+    call, dot, load, store = (
+        executor.__call__, builder.create_dot, builder.create_masked_load, builder.create_masked_store
+    )  # fmt: skip
+
+    def count_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal running
+        running = self.fn.__name__
+        call(self, *args, **kwargs)
+
+    def count_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        counts[running][0] += 2 * a.data.shape[0] * b.data.size
+        return dot(self, a, b, *rest)
+
+    def count_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        counts[running][1] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return load(self, pointers, mask, *rest)
+
+    def count_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        counts[running][2] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(executor, "__call__", count_call),
+        mock.patch.multiple(
+            builder, create_dot=count_dot, create_masked_load=count_load, create_masked_store=count_store
+        ),
+    ):
+        yield counts

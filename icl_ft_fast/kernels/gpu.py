@@ -1,5 +1,6 @@
 """What the launchers ask of the GPU they launch on, and what their kernels have in common."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ class Gpu(NamedTuple):
     precision: str
 
 
+@cache
 def gpu(device: torch.device) -> Gpu:
-    """That of a device; on a CPU, where kernels are interpreted, an NVIDIA one."""
+    """That of a device; on a CPU, where kernels are interpreted, an H100's."""
     if device.type != "cuda":
-        return Gpu(1 << 17, "bf16x6")
+        return Gpu(232_448, "bf16x6")
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     return Gpu(int(properties["max_shared_mem"]), "ieee" if torch.version.hip else "bf16x6")
 
@@ -28,3 +30,19 @@ def gpu(device: torch.device) -> Gpu:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Cost(NamedTuple):
+    """What all programs of one launch do, from shapes and the trie alone.
+
+    flops: of matrix products, the padding of tiles included.
+    read_bytes, written_bytes: of loads and stores, each as often as a program makes it; caches may serve some.
+    whole, partial, skipped: tiles met without a mask, with one, and not at all, over the key/value heads.
+    """
+
+    flops: int
+    read_bytes: int
+    written_bytes: int
+    whole: int = 0
+    partial: int = 0
+    skipped: int = 0

@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.kernels.gpu import accumulator, gpu
+from icl_ft_fast.kernels.gpu import Cost, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
 _INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 _PLAN_TILES = 32  # tiles a plan looks at together
 _MERGE_ROWS = 16
 _PROGRAMS = 128  # with fewer, a forward is split over its keys: about the multiprocessors of a large GPU
+_BOTH = 128  # head sizes to which one program has registers for a tile's gradients of k and of v
+_HOPPER_SHARED_BYTES = 232_448  # with less, matrix units take every factor from registers
 _SHARE_TILES = 4  # key tiles that are worth a share of their own
 
 
@@ -36,16 +38,16 @@ def _extremes(x, first, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def _plan(
-    row_q, end_k, depth_q, depth_k, order, counts, T, S, group, many, window,
+    row_q, end_k, depth_q, depth_k, plan, T, S, group, many, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BY_KEY: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Row i of `order` lists the tiles that tile i of the queries meets (BY_KEY: tile i of the keys).
+    """Row i of plan [tiles, many + 2] lists the tiles that tile i of the queries meets (BY_KEY: tile i of the keys).
 
-    Those of which every query sees every key stand at its front, those of which some may stand at its back, from the
-    end on; counts [tiles, 2] says how many of each.
+    Those of which every query sees every key stand at its front, those of which some may from column many - 1 down;
+    the last two columns say how many of each.
     """
     own = tl.program_id(0).to(tl.int64)
-    order += own * many
+    plan += own * (many + 2)
     num_whole = 0
     num_partial = 0
     for start in range(0, many, TILES):
@@ -65,12 +67,12 @@ def _plan(
             seen &= q_low - k_high < window
             whole &= q_high - k_low < window
         partial = seen & (whole == 0)
-        tl.store(order + num_whole + tl.cumsum(whole.to(tl.int32)) - 1, other, mask=whole)
-        tl.store(order + many - num_partial - tl.cumsum(partial.to(tl.int32)), other, mask=partial)
+        tl.store(plan + num_whole + tl.cumsum(whole.to(tl.int32)) - 1, other, mask=whole)
+        tl.store(plan + many - num_partial - tl.cumsum(partial.to(tl.int32)), other, mask=partial)
         num_whole += tl.sum(whole.to(tl.int32))
         num_partial += tl.sum(partial.to(tl.int32))
-    tl.store(counts + 2 * own, num_whole)
-    tl.store(counts + 2 * own + 1, num_partial)
+    tl.store(plan + many, num_whole)
+    tl.store(plan + many + 1, num_partial)
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def _visible(row, depth, n, end_k, depth_k, S, window, WINDOW: tl.constexpr, BY_
 
 @triton.jit
 def _forward(
-    q, k, v, row_q, end_k, depth_q, depth_k, sinks, order, counts, out, lse,
+    q, k, v, row_q, end_k, depth_q, depth_k, sinks, plan, out, lse,
     q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -135,12 +137,13 @@ def _forward(
         sink = tl.load(sinks + h, mask=inside & (share == 0), other=float("-inf"))
         top = tl.maximum(top, sink)
         total += tl.exp(sink - top)
-    num_whole = tl.load(counts + 2 * tile)
-    num_tiles = num_whole + tl.load(counts + 2 * tile + 1)
+    plan += tile.to(tl.int64) * (many + 2)
+    num_whole = tl.load(plan + many)
+    num_tiles = num_whole + tl.load(plan + many + 1)
     first = share * tl.cdiv(num_tiles, tl.num_programs(2))
     last = tl.minimum(first + tl.cdiv(num_tiles, tl.num_programs(2)), num_tiles)
     for MASKED in tl.static_range(2):
-        tiles = order + tile.to(tl.int64) * many + (many - num_tiles if MASKED else 0)
+        tiles = plan + (many - num_tiles if MASKED else 0)
         for i in range(
             tl.maximum(first, num_whole) if MASKED else first, last if MASKED else tl.minimum(last, num_whole)
         ):
@@ -209,7 +212,7 @@ def _grad_scores(
 
 @triton.jit
 def _backward_q(
-    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, order, counts, grad_q,
+    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, plan, grad_q,
     grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -228,9 +231,10 @@ def _backward_q(
     grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
     dtype: tl.constexpr = lse.dtype.element_ty
     grad = tl.zeros([BLOCK_M, BLOCK_D], dtype)
+    plan += tile.to(tl.int64) * (many + 2)
     for MASKED in tl.static_range(2):
-        num = tl.load(counts + 2 * tile + MASKED)
-        tiles = order + tile.to(tl.int64) * many + (many - num if MASKED else 0)
+        num = tl.load(plan + many + MASKED)
+        tiles = plan + (many - num if MASKED else 0)
         for i in range(num):
             n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
             k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
@@ -247,44 +251,56 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, order, counts, grad_k, grad_v,
+    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, plan, grad_k, grad_v,
     grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one head; the heads that share it are summed by being folded into the queries."""
+    """One tile of keys of one head; the heads that share it are summed by being folded into the queries.
+
+    Gradients of k, of v, or of both: registers hold only one at the largest head sizes.
+    """
     tile = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
-    v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
+    if GRAD_K:
+        v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
     dtype: tl.constexpr = lse.dtype.element_ty
     k_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype)
     v_sum = tl.zeros([BLOCK_N, BLOCK_DV], dtype)
+    plan += tile.to(tl.int64) * (many + 2)
     for MASKED in tl.static_range(2):
-        num = tl.load(counts + 2 * tile + MASKED)
-        tiles = order + tile.to(tl.int64) * many + (many - num if MASKED else 0)
+        num = tl.load(plan + many + MASKED)
+        tiles = plan + (many - num if MASKED else 0)
         for i in range(num):
             t, h, inside = _folded(tl.load(tiles + i), g, T, group, BLOCK_M)
             row = tl.load(row_q + t, mask=inside, other=-1)
             depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
             row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
-            row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0)
+            row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0) if GRAD_K else row_lse
             q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
             grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
             products = tl.dot(k_block, tl.trans(q_block), input_precision=PRECISION, out_dtype=dtype)
-            grad_weights = tl.dot(v_block, tl.trans(grad_block), input_precision=PRECISION, out_dtype=dtype)
+            grad_weights = products
+            if GRAD_K:
+                grad_weights = tl.dot(v_block, tl.trans(grad_block), input_precision=PRECISION, out_dtype=dtype)
             weights, grad_scores = _grad_scores(
                 products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
                 WINDOW, SOFTCAP, MASKED, True,
             )  # fmt: skip
-            v_sum = tl.dot(weights.to(q_block.dtype), grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
-            k_sum = tl.dot(grad_scores.to(q_block.dtype), q_block, k_sum, input_precision=PRECISION, out_dtype=dtype)
+            if GRAD_V:
+                v_sum = tl.dot(weights.to(q_block.dtype), grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
+            if GRAD_K:
+                factor = grad_scores.to(q_block.dtype)
+                k_sum = tl.dot(factor, q_block, k_sum, input_precision=PRECISION, out_dtype=dtype)
     at = n.to(tl.int64) * (H // group) + g
-    _store_rows(grad_k, at * D, n < S, k_sum * scale, D, BLOCK_D)
-    _store_rows(grad_v, at * DV, n < S, v_sum, DV, BLOCK_DV)
+    if GRAD_K:
+        _store_rows(grad_k, at * D, n < S, k_sum * scale, D, BLOCK_D)
+    if GRAD_V:
+        _store_rows(grad_v, at * DV, n < S, v_sum, DV, BLOCK_DV)
 
 
 class Blocks(NamedTuple):
@@ -299,11 +315,11 @@ class Blocks(NamedTuple):
 # Queries, keys and warps by kernel, bytes of an element and padded head size; `make kernels` shows what they cost.
 _BLOCKS = {
     ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)},
-    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
+    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)},
     ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
-    ("backward_q", 4): {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
-    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (32, 64, 8)},
-    ("backward_kv", 4): {64: (16, 64, 8), 128: (16, 32, 8), 256: (16, 16, 8)},
+    ("backward_q", 4): {64: (64, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (16, 128, 8)},
+    ("backward_kv", 4): {64: (16, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
 }
 
 
@@ -312,6 +328,8 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_
     queries, keys, warps = _BLOCKS[kernel, min(4, itemsize)][max(64, head_size)]
     if folded_rows <= 64:
         queries = min(queries, 64)
+    if kernel == "backward_kv" and shared_bytes < _HOPPER_SHARED_BYTES:
+        queries = min(queries, 32)
     stages = 3
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
@@ -324,6 +342,18 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_
             keys //= 2
         else:
             queries //= 2
+
+
+def _wanted(common: dict[str, Any]) -> list[dict[str, bool]]:
+    """Which gradients each launch of `backward_kv` makes."""
+    if max(common["BLOCK_D"], common["BLOCK_DV"]) <= _BOTH:
+        return [{"GRAD_K": True, "GRAD_V": True}]
+    return [{"GRAD_K": True, "GRAD_V": False}, {"GRAD_K": False, "GRAD_V": True}]
+
+
+def num_shares(programs: int, key_tiles: int) -> int:
+    """Into how many parts the keys of a forward of so few programs are split."""
+    return max(1, min(_PROGRAMS // programs, key_tiles // _SHARE_TILES))
 
 
 def _lines(x: Tensor) -> Tensor:
@@ -362,22 +392,49 @@ def _common(
     return {**tensors, **index, **strides, **sizes, **padded, **options, **switches}
 
 
-def _planned(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The tiles a kernel has a program for, and the arguments that say which tiles each of them meets."""
+def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The tiles a kernel has a program for, and what it is compiled for, by name."""
     q, T, S, group = (common[name] for name in ("q", "T", "S", "group"))
-    head_size = max(common["BLOCK_D"], common["BLOCK_DV"])
     shared_bytes, precision = gpu(q.device)
+    head_size = max(common["BLOCK_D"], common["BLOCK_DV"])
     block = blocks(kernel, head_size, q.itemsize, T * group, shared_bytes)
     own, many = triton.cdiv(T * group, block.queries), triton.cdiv(S, block.keys)
-    by_key = kernel == "backward_kv"
-    if by_key:
+    if kernel == "backward_kv":
         own, many = many, own
-    order = torch.empty(own, many, dtype=torch.int32, device=q.device)
-    counts = torch.empty(own, 2, dtype=torch.int32, device=q.device)
-    plan = {"order": order, "counts": counts, "many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys}
-    names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "group", "window", "WINDOW")
-    _plan[(own,)](**{name: common[name] for name in names}, **plan, BY_KEY=by_key, TILES=_PLAN_TILES)
-    return own, {**plan, "PRECISION": precision, "num_warps": block.num_warps, "num_stages": block.num_stages}
+    shape = {"many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys}
+    return own, {**shape, "PRECISION": precision, "num_warps": block.num_warps, "num_stages": block.num_stages}
+
+
+def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[int, dict[str, Any]]:
+    """What a kernel is launched with beside the common arguments; makes the plan if there is none."""
+    own, chosen = _chosen(kernel, common)
+    if plan is None:
+        plan = torch.empty(own, chosen["many"] + 2, dtype=torch.int32, device=common["q"].device)
+        names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "group", "window", "WINDOW")
+        shape = {name: chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N")}
+        _plan[(own,)](
+            **{name: common[name] for name in names}, **shape, plan=plan, BY_KEY=kernel == "backward_kv",
+            TILES=_PLAN_TILES,
+        )  # fmt: skip
+    return own, {**chosen, "plan": plan}
+
+
+def trie_attention_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    window: int,
+    kernel: str,
+) -> Tensor:
+    """Which tiles each program of `forward`, `backward_q` or `backward_kv` meets; of q, k, v only shapes count."""
+    with torch.cuda.device_of(q):
+        common = _common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
+        plan: Tensor = _planned(kernel, common, None)[1]["plan"]
+    return plan
 
 
 def trie_attention(
@@ -392,6 +449,7 @@ def trie_attention(
     scale: float,
     window: int,
     softcap: float,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ops.trie_attention: out [T, H, Dv], lse [T, H]."""
     (T, H, _), (_, G, DV) = q.shape, v.shape
@@ -400,14 +458,14 @@ def trie_attention(
         return out, lse
     with torch.cuda.device_of(q):
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
-        tiles, plan = _planned("forward", common)
-        shares = max(1, min(_PROGRAMS // (tiles * G), plan["many"] // _SHARE_TILES))
+        tiles, planned = _planned("forward", common, plan)
+        shares = num_shares(tiles * G, planned["many"])
         parts, part_lse = (
             (out, lse) if shares == 1 else (lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H))
         )
         sinks = None if sinks is None else sinks.contiguous()
         _forward[(tiles, G, shares)](
-            **common, **plan, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None
+            **common, **planned, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None
         )  # fmt: skip
         if shares > 1:
             _merge[(triton.cdiv(T * H, _MERGE_ROWS),)](
@@ -431,6 +489,8 @@ def trie_attention_backward(
     scale: float,
     window: int,
     softcap: float,
+    plan_q: Tensor | None = None,
+    plan_kv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, with delta = (grad_out * out).sum(-1) - grad_lse, [T, H]; lse has the sinks in it."""
     contiguous = torch.contiguous_format
@@ -442,8 +502,92 @@ def trie_attention_backward(
         grad_out = _lines(grad_out)
         common |= {"grad_out": grad_out, "grad_stride_t": grad_out.stride(0), "grad_stride_h": grad_out.stride(1)}
         common |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
-        tiles, plan = _planned("backward_q", common)
-        _backward_q[(tiles, k.shape[1])](**common, **plan, grad_q=grad_q)
-        tiles, plan = _planned("backward_kv", common)
-        _backward_kv[(tiles, k.shape[1])](**common, **plan, grad_k=grad_k, grad_v=grad_v)
+        tiles, planned = _planned("backward_q", common, plan_q)
+        _backward_q[(tiles, k.shape[1])](**common, **planned, grad_q=grad_q)
+        tiles, planned = _planned("backward_kv", common, plan_kv)
+        for wanted in _wanted(common):
+            _backward_kv[(tiles, k.shape[1])](**common, **planned, grad_k=grad_k, grad_v=grad_v, **wanted)
     return grad_q, grad_k, grad_v
+
+
+def met_tiles(common: dict[str, Any], queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """What `_plan` lists: the tiles that are met, and those of them seen whole, bool [query tiles, key tiles]."""
+    T, S, group = (common[name] for name in ("T", "S", "group"))
+    rows = [(m // group, min(-(-(m + queries) // group), T)) for m in range(0, T * group, queries)]
+    columns = [(n, min(n + keys, S)) for n in range(0, S, keys)]
+
+    def extremes(name: str, ranges: list[tuple[int, int]]) -> Tensor:
+        values = common[name].cpu()
+        return torch.stack([torch.stack(values[i:j].aminmax()) for i, j in ranges], 1)  # least and largest
+
+    (row_low, row_high), (end_low, end_high) = extremes("row_q", rows), extremes("end_k", columns)
+    first = torch.arange(0, S, keys)
+    met = (first <= row_high[:, None]) & (end_high > row_low[:, None])
+    whole = met & (first + keys - 1 <= row_low[:, None]) & (end_low > row_high[:, None])
+    if common["WINDOW"]:
+        (q_low, q_high), (k_low, k_high) = extremes("depth_q", rows), extremes("depth_k", columns)
+        met &= q_low[:, None] - k_high < common["window"]
+        whole &= met & (q_high[:, None] - k_low < common["window"])
+    return met, whole
+
+
+def costs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    window: int = 0,
+    *,
+    sinks: bool = False,
+    backward: bool = False,
+) -> dict[str, Cost]:
+    """What the launches of the forward, or of the backward, and of its plans cost, by kernel; T and S above 0."""
+    common = _common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
+    T, S, H, group, D, DV, BLOCK_D, BLOCK_DV = (
+        common[name] for name in ("T", "S", "H", "group", "D", "DV", "BLOCK_D", "BLOCK_DV")
+    )
+    G, item, total = H // group, q.itemsize, accumulator(q.dtype).itemsize
+    index = 8 if window else 4  # bytes that say where a query or a key stands
+    found = {}
+    for kernel in ("backward_q", "backward_kv") if backward else ("forward",):
+        own, chosen = _chosen(kernel, common)
+        many, queries, keys = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N"))
+        met, whole = met_tiles(common, queries, keys)
+        rows = (T * group - torch.arange(0, T * group, queries)).clamp(max=queries)  # of each tile
+        columns = (S - torch.arange(0, S, keys)).clamp(max=keys)
+        num_met, num_whole = int(met.sum()), int(whole.sum())
+        met_rows, met_keys = int((met.sum(1) * rows).sum()), int((met.sum(0) * columns).sum())
+        masked_keys = int(((met & ~whole).sum(0) * columns).sum())
+        tiles = (G * num_whole, G * (num_met - num_whole), G * (met.numel() - num_met))
+        shares = num_shares(own * G, many) if kernel == "forward" else 1
+        planned = shares * own * 8 + num_met * 4 + masked_keys * index  # what the plan and the masks take
+        area = 2 * queries * keys * num_met
+        qkv = (D + DV) * item
+        if kernel == "forward":
+            read = planned + met_keys * qkv
+            read += shares * T * group * (index + D * item) + (T * group * total if sinks else 0)
+            out = shares * T * group * (DV * (item if shares == 1 else total) + total)
+            found["_forward"] = Cost(area * (BLOCK_D + BLOCK_DV) * G, G * read, G * out, *tiles)
+            if shares > 1:
+                found["_merge"] = Cost(0, shares * T * H * (DV + 2) * total, T * H * (DV * item + total))
+        elif kernel == "backward_q":
+            read = planned + met_keys * qkv + T * group * (index + 2 * total + qkv)
+            written = T * group * D * item
+            found["_backward_q"] = Cost(area * (2 * BLOCK_D + BLOCK_DV) * G, G * read, G * written, *tiles)
+        else:
+            flops = read = written = 0
+            for wanted in _wanted(common):
+                of_k, of_v = wanted["GRAD_K"], wanted["GRAD_V"]
+                flops += area * (BLOCK_D + of_k * (BLOCK_D + BLOCK_DV) + of_v * BLOCK_DV)
+                read += planned + S * (D + of_k * DV) * item + met_rows * (index + (1 + of_k) * total + qkv)
+                written += S * (of_k * D + of_v * DV) * item
+            found["_backward_kv"] = Cost(flops * G, G * read, G * written, *tiles)
+        t_ranges = sum(min(-(-(m + queries) // group), T) - m // group for m in range(0, T * group, queries))
+        steps = triton.cdiv(many, _PLAN_TILES)
+        once, often = (S, t_ranges) if kernel == "backward_kv" else (t_ranges, S)
+        plan = Cost(0, index * (steps * once + own * often), 4 * (num_met + 2 * own))
+        found["_plan"] = Cost(*map(sum, zip(found.get("_plan", Cost(0, 0, 0)), plan, strict=True)))
+    return found

@@ -1,0 +1,108 @@
+"""What a GPU asks of the layers above the ops, on tensors without memory, compiled, and on a GPU where there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from icl_ft_fast import trie
+from icl_ft_fast.cache import KVStack
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.finetune import FinetuneSettings, _loss, finetune
+from icl_ft_fast.generate import generate
+from icl_ft_fast.model import Model, Rows, from_network, load
+from icl_ft_fast.score import loglikelihood
+
+REQUESTS = [([3, *range(10, 40)], [5, 6]), ([3, *range(10, 40)], [7]), ([3, 4], [9, 9, 8]), ([3, *range(10, 20)], [2])]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_scoring_and_training_stay_on_one_device_and_read_nothing_back(family, tiny_network) -> None:
+    """On the meta device a value that is read, or an operand left on the CPU, is an error."""
+    network = tiny_network(family, num_hidden_layers=2).to("meta")
+    model = from_network(network, None, "nowhere", self_check=False)
+    forest = trie.build_from_lists(REQUESTS)
+    plan = trie.plan(forest, 7)
+    stack = KVStack(plan.capacity)
+    for chunk in plan.chunks:
+        hidden = model.forward_chunk(chunk, stack)
+        needed = hidden[chunk.head_rows.to(hidden.device)]
+        results = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+        assert [x.device.type for x in (hidden, *results)] == ["meta"] * 3
+    _loss(model, forest).backward()
+    assert all(p.grad.device.type == "meta" for p in network.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        loglikelihood(model, REQUESTS)  # brings its results back
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch, by torch
+def test_layers_can_be_compiled(tiny_network) -> None:
+    """Whole layers, with rows that change from chunk to chunk; nothing is left to Python inside of them."""
+    from torch._dynamo.utils import counters
+
+    model = from_network(tiny_network("llama", num_hidden_layers=1), None, "here", self_check=False)
+    want = {chunk_rows: loglikelihood(model, REQUESTS, chunk_rows=chunk_rows) for chunk_rows in (9, 13)}
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in model.body.layers:
+        layer.compile(backend="aot_eager", dynamic=True)
+    for chunk_rows, exact in want.items():
+        results = loglikelihood(model, REQUESTS, chunk_rows=chunk_rows)
+        assert [r.is_greedy for r in results] == [r.is_greedy for r in exact]
+        assert [r.logp for r in results] == pytest.approx([r.logp for r in exact], abs=1e-5)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def on_gpu(llama_directory: Path) -> Model:
+    return load(llama_directory, device="cuda")  # and has proved itself there
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_proves_itself_on_the_gpu(dtype: str, llama_directory: Path) -> None:
+    assert load(llama_directory, dtype=dtype, device="cuda").device.type == "cuda"
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+def test_scores_are_those_of_the_cpu(on_gpu: Model, llama: Model) -> None:
+    for chunk_rows in (7, 512):
+        exact = loglikelihood(llama, REQUESTS, chunk_rows=chunk_rows)
+        results = loglikelihood(on_gpu, REQUESTS, chunk_rows=chunk_rows)
+        assert [r.is_greedy for r in results] == [r.is_greedy for r in exact]
+        assert [r.logp for r in results] == pytest.approx([r.logp for r in exact], abs=1e-4)
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+def test_texts_are_those_of_the_cpu(on_gpu: Model, llama: Model) -> None:
+    prompts = ["the cat sat", "the cat", "who knows why the mat"]
+    assert generate(on_gpu, prompts, max_new_tokens=8) == generate(llama, prompts, max_new_tokens=8)
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+def test_losses_are_those_of_the_cpu(on_gpu: Model, llama: Model) -> None:
+    texts, settings = ["the cat sat on that mat.", "the cat knows why."], FinetuneSettings(steps=3, batch_size=2)
+    losses = [finetune(model, texts, settings, ledger=Ledger()).losses for model in (on_gpu, llama)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@NEEDS_GPU
+@pytest.mark.gpu
+def test_a_forward_and_the_head_wait_for_nothing(on_gpu: Model) -> None:
+    row = torch.arange(20, dtype=torch.int32, device="cuda")
+    token, end, zero = row.long(), torch.full_like(row, 20), torch.zeros_like(row)
+    for mode in ("default", "error"):  # the first round compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.inference_mode():
+                hidden = on_gpu.forward(Rows(token, row, row, end, row))
+                on_gpu.target_logprob(hidden, zero, zero)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
