@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from icl_ft_fast import encoding
 from icl_ft_fast.cli.options import Commands, UsageError, add_output_options, check_new, command, positive
-from icl_ft_fast.tasks import own
+from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
-from icl_ft_fast.tasks.task import Task, TaskError, read_questions, write_jsonl
+from icl_ft_fast.tasks.task import Task, TaskError, read_lines, read_questions, write_jsonl
+from icl_ft_fast.tasks.words import ENGLISH
 
 
 def add(commands: Commands) -> None:
@@ -26,12 +28,13 @@ def add(commands: Commands) -> None:
     for name, generator in GENERATORS.items():
         made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
         made.add_argument("--preset", choices=list(generator.presets), default="paper", help="default: %(default)s")
-        made.set_defaults(facts=None, data=None)
+        made.set_defaults(facts=None, data=None, task_seed=None)
         if name == "simple-reversals":
             made.add_argument("--facts", type=positive, help="in place of the preset's")
         if generator.reads is not None:
-            made.add_argument("--data", type=Path, required=True, help=generator.reads)
+            made.add_argument("--data", required=True, help=generator.reads)
         made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        add_exclude_option(made)
         made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
         add_output_options(made)
     new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
@@ -39,14 +42,27 @@ def add(commands: Commands) -> None:
     new.add_argument(
         "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
     )
-    new.add_argument("--questions", type=Path, help="JSON lines with id, prompt, choices, answer, split")
-    new.add_argument("--encoding", default="utf-8", help="of the documents (default: %(default)s)")
+    new.add_argument(
+        "--questions", type=Path, metavar="FILE",
+        help=".jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer from 0)",
+    )  # fmt: skip
+    new.add_argument("--encoding", default="utf-8", help="of all files (default: %(default)s)")
+    new.add_argument("--delimiter", default=",", help="between the cells of .csv files, 'tab' for one (default: ,)")
     add_output_options(new)
     new.set_defaults(run=_new)
-    check = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
-    check.add_argument("folder", type=Path, metavar="DIR")
-    check.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
-    check.set_defaults(run=_check)
+    checked = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
+    checked.add_argument("folder", type=Path, metavar="DIR")
+    checked.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
+    checked.set_defaults(run=_check)
+
+
+def add_exclude_option(parser: argparse.ArgumentParser) -> None:
+    """--exclude-words: what task_of_seed() keeps the nonsense words from."""
+    parser.add_argument(
+        "--exclude-words", nargs="+", default=(), metavar="WORDS",
+        help="no nonsense word from these, besides what the preset excludes: english (a list of ours), a text file of "
+        "words, or a checkpoint (the words of its vocabulary)",
+    )  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -59,14 +75,14 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace) -> None:
     try:
-        "".encode(options.encoding)
-    except LookupError as error:
-        raise UsageError(f"--encoding: {error}") from error
+        form = own.Format(options.encoding, "\t" if options.delimiter == "tab" else options.delimiter)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
     for name in ("documents.jsonl", "questions.jsonl"):
         check_new(options.folder / name, options.overwrite)
-    questions = read_questions(options.questions) if options.questions else ()
+    questions = own.read_questions(options.questions, form) if options.questions else ()
     options.folder.mkdir(parents=True, exist_ok=True)
-    documents = own.iter_documents(options.documents, encoding=options.encoding)
+    documents = own.iter_documents(options.documents, form)
     count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
     if questions:
         write_jsonl(options.folder / "questions.jsonl", map(asdict, questions))
@@ -77,7 +93,7 @@ def _new(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     questions = read_questions(options.folder / "questions.jsonl")
     documents = own.iter_documents([options.folder / "documents.jsonl"])
-    found = own.check(documents, questions, ngram=options.ngram)
+    found = check.check(documents, questions, ngram=options.ngram)
     print(f"documents that repeat another: {_named(found.same_documents)}")
     print(f"questions that repeat another: {_named(found.same_questions)}")
     for split, leaked in found.leaked.items():
@@ -107,16 +123,34 @@ def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Pr
         raise UsageError(f"--facts: {options.task} has none; only simple-reversals does")
     if (options.data is None) != (generator.reads is None):
         raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
-    arguments = {**preset.arguments, **({} if options.facts is None else {"num_facts": options.facts})}
+    excluded = frozenset(preset.arguments.get("exclude", ())).union(*map(_words, options.exclude_words))
+    arguments = {**preset.arguments, "exclude": excluded}
+    if options.facts is not None:
+        arguments["num_facts"] = options.facts
     folders = [] if options.data is None else [options.data]
 
     def make_task(seed: int) -> Task:
-        return generator.make(*folders, seed=seed, **arguments)
+        return generator.make(*folders, seed=seed if options.task_seed is None else options.task_seed, **arguments)
 
     try:
         make_task(0)  # refused before any work
     except TaskError:
         raise
     except ValueError as error:
-        raise UsageError(f"--facts: {error}") from error
+        raise UsageError(f"--facts, --exclude-words: {error}") from error
     return make_task, preset
+
+
+def _words(source: str) -> frozenset[str]:
+    """The words that one of --exclude-words stands for."""
+    if source == "english":
+        return ENGLISH
+    if Path(source).is_file():
+        return frozenset(word for _, line in read_lines(Path(source)) for word in line.casefold().split())
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--exclude-words: {source}: neither english, a file nor a checkpoint's tokenizer") from error
+    return encoding.vocabulary_words(tokenizer)
