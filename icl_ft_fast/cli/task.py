@@ -1,27 +1,37 @@
-"""`icl-ft-fast task`: write a task to a folder, generated or of one's own documents; check one."""
+"""`icl-ft-fast task`: write a task to a folder, generated or of one's own documents; ask about one; check one."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from icl_ft_fast import encoding
-from icl_ft_fast.cli.options import Commands, UsageError, add_output_options, check_new, command, positive
+from icl_ft_fast import encoding, questions
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_model_options,
+    add_output_options,
+    check_new,
+    command,
+    load_model,
+    positive,
+)
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
-from icl_ft_fast.tasks.task import Task, TaskError, read_lines, read_questions, write_jsonl
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
 from icl_ft_fast.tasks.words import ENGLISH
 
 
 def add(commands: Commands) -> None:
-    """Add the command with a subcommand for each generator, `new` and `check`."""
+    """Add the command with a subcommand for each generator, `new`, `questions` and `check`."""
     task = command(
         commands, "task", _generate, "write a task to a folder: generated, or of your own documents; check one",
         "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
         "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse\n"
         "icl-ft-fast task new tasks/mine --documents handbook/ notes.jsonl --questions questions.jsonl\n"
+        "icl-ft-fast task questions tasks/mine --model DIR\n"
         "icl-ft-fast task check tasks/mine",
     )  # fmt: skip
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
@@ -50,6 +60,15 @@ def add(commands: Commands) -> None:
     new.add_argument("--delimiter", default=",", help="between the cells of .csv files, 'tab' for one (default: ,)")
     add_output_options(new)
     new.set_defaults(run=_new)
+    asked = names.add_parser("questions", help="let a model write questions about a task folder's documents")
+    asked.add_argument("folder", type=Path, metavar="DIR")
+    add_model_options(asked)
+    asked.add_argument("--template", type=Path, metavar="FILE", help="of the prompt, in place of ours: has {statement}")
+    asked.add_argument("--per-document", type=positive, metavar="N", help="sentences at most (default: all)")
+    asked.add_argument("--max-new-tokens", type=positive, default=64, help="of a question (default: %(default)s)")
+    asked.add_argument("--seed", type=int, default=0, help="of sentences and of choices' order (default: %(default)s)")
+    add_output_options(asked)
+    asked.set_defaults(run=_questions)
     checked = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
     checked.add_argument("folder", type=Path, metavar="DIR")
     checked.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
@@ -80,14 +99,37 @@ def _new(options: argparse.Namespace) -> None:
         raise UsageError(f"--{error}") from error
     for name in ("documents.jsonl", "questions.jsonl"):
         check_new(options.folder / name, options.overwrite)
-    questions = own.read_questions(options.questions, form) if options.questions else ()
+    given = own.read_questions(options.questions, form) if options.questions else ()
     options.folder.mkdir(parents=True, exist_ok=True)
     documents = own.iter_documents(options.documents, form)
     count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
-    if questions:
-        write_jsonl(options.folder / "questions.jsonl", map(asdict, questions))
-    missing = "" if questions else "; questions.jsonl is yours to add"
-    print(f"{count} documents and {len(questions)} questions written to {options.folder}{missing}")
+    if given:
+        write_jsonl(options.folder / "questions.jsonl", map(asdict, given))
+    missing = "" if given else "; questions.jsonl is yours to add"
+    print(f"{count} documents and {len(given)} questions written to {options.folder}{missing}")
+
+
+def _questions(options: argparse.Namespace) -> None:
+    out, documents = options.folder / "questions.jsonl", options.folder / "documents.jsonl"
+    check_new(out, options.overwrite)
+    settings = questions.Settings(
+        per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
+    )
+    if options.template is not None:
+        try:
+            settings = replace(settings, template="".join(line for _, line in read_lines(options.template)))
+        except ValueError as error:
+            raise UsageError(f"--template: {error}") from error
+    read = read_documents(documents)
+    written = questions.write_questions(
+        load_model(options), read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet
+    )
+    dropped = ", ".join(f"{count} {reason}" for reason, count in written.dropped.items()) or "none"
+    counts = f"{len(written.rows)} questions from {written.statements} statements; dropped: {dropped}"
+    if not written.rows:
+        raise TaskError(f"{documents}: {counts}")
+    write_jsonl(out, (asdict(question) | {"provenance": origin} for question, origin in written.rows))
+    print(f"{counts}. Written to {out}")
 
 
 def _check(options: argparse.Namespace) -> None:
