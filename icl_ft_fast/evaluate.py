@@ -175,13 +175,14 @@ def select_documents(
 
 
 def fit_documents(model: Model, documents: Sequence[Document], tokens: int, template: str = "base") -> list[Document]:
-    """Those of the documents, first come, whose context (see prompt_context) has at most so many tokens.
+    """Those of the documents, first come first served, whose context (see prompt_context) has at most so many tokens.
 
     Raises:
         ProtocolError: a document that fits cannot be found.
     """
     lengths = [len(ids) for ids in encoding.encode(model.tokenizer, [f"- {d.text}\n" for d in documents], bos=False)]
-    room, kept = tokens, []
+    around = len(encoding.encode(model.tokenizer, [prompt_context(model, [Document("", "")], template)])[0])
+    room, kept = tokens - around, []
     for document, length in zip(documents, lengths, strict=True):
         if length <= room:
             kept.append(document)
@@ -189,7 +190,9 @@ def fit_documents(model: Model, documents: Sequence[Document], tokens: int, temp
     while kept and len(encoding.encode(model.tokenizer, [prompt_context(model, kept, template)])[0]) > tokens:
         kept.pop()
     if not kept:
-        raise ProtocolError(f"icl_tokens: no document fits {tokens} tokens; the shortest has {min(lengths)}")
+        raise ProtocolError(
+            f"icl_tokens: no document fits {tokens} tokens: the template takes {around}, the shortest {min(lengths)}"
+        )
     return kept
 
 

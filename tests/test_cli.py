@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging
@@ -408,6 +410,15 @@ def test_help_shows_examples_that_parse(command, capsys):
     for example in examples:
         assert example[:2] == ["icl-ft-fast", command]
         cli.parser().parse_args(example[1:])
+
+
+@pytest.mark.parametrize("page", sorted((Path(__file__).parents[1] / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_commands_of_the_documentation_are_taken(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^    icl-ft-fast (.*)$", text, re.MULTILINE)
+    assert commands or "icl-ft-fast" not in text
+    for line in commands:
+        cli.parser().parse_args(shlex.split(line))
 
 
 def test_help_lists_the_commands(capsys):
