@@ -177,6 +177,8 @@ def select_documents(
 def fit_documents(model: Model, documents: Sequence[Document], tokens: int, template: str = "base") -> list[Document]:
     """Those of the documents, first come first served, whose context (see prompt_context) has at most so many tokens.
 
+    Lengths are added up document by document, so a few tokens may stay free.
+
     Raises:
         ProtocolError: a document that fits cannot be found.
     """

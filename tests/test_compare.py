@@ -244,9 +244,9 @@ def test_documents_that_fit_a_context(tokens, llama):
 
     assert length(kept) <= tokens
     assert kept == [document for document in documents if document in kept]
-    for d, document in enumerate(documents):  # each one came too late, or is itself too long
+    for d, document in enumerate(documents):  # each one came too late, or is itself too long, but for what joins them
         before = [other for other in documents[:d] if other in kept]
-        assert document in kept or length([*before, document]) > tokens
+        assert document in kept or length([*before, document]) > tokens - 4
     assert len(kept) == {70: 1, 90: 3, 135: 4, 1000: 6}[tokens]
     with pytest.raises(
         ProtocolError, match=r"^icl_tokens: no document fits 3 tokens: the template takes \d+, the shortest \d+$"
