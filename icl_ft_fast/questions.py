@@ -23,7 +23,7 @@ from tqdm import tqdm
 from icl_ft_fast import encoding
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import split_sentences
-from icl_ft_fast.generate import GROUP_PROMPTS, generate
+from icl_ft_fast.generate import RUNNING, Sampling, generate
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import score
 from icl_ft_fast.tasks.task import Document, Question, TaskError, read_jsonl
@@ -122,8 +122,8 @@ class _Journal:
         """Do the work that is not in the file yet, as much at a time as is decoded together, and append it."""
         left = [key for key in items if key not in self.values]
         with tqdm(total=len(left), desc=name, unit="question", disable=not progress, delay=1) as bar:
-            for first in range(0, len(left), GROUP_PROMPTS):
-                part = left[first : first + GROUP_PROMPTS]
+            for first in range(0, len(left), RUNNING):
+                part = left[first : first + RUNNING]
                 done = dict(zip(part, work([items[key] for key in part]), strict=True))
                 with self.path.open("a", encoding="utf-8") as file:
                     file.writelines(
@@ -168,7 +168,8 @@ def write_questions(
     fit = _fitting(model, prompts, settings.max_new_tokens - 1)
 
     def write(texts: list[str]) -> list[str]:
-        return generate(model, texts, max_new_tokens=settings.max_new_tokens, stop=("\n\n", "\nStatement:"))
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens, stop=("\n\n", "\nStatement:"))
+        return [written.text for written in generate(model, texts, sampling)]
 
     known.fill({k: p for k, p, fits in zip(keys, prompts, fit, strict=True) if fits}, write, "writing", progress)
     drafts: dict[tuple[str, str], _Draft] = {}

@@ -412,11 +412,11 @@ def test_help_shows_examples_that_parse(command, capsys):
         cli.parser().parse_args(example[1:])
 
 
-@pytest.mark.parametrize("page", sorted((Path(__file__).parents[1] / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ["tasks", "results"])
 def test_commands_of_the_documentation_are_taken(page):
-    text = page.read_text(encoding="utf-8").replace("\\\n", "")
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^    icl-ft-fast (.*)$", text, re.MULTILINE)
-    assert commands or "icl-ft-fast" not in text
+    assert len(commands) > 2
     for line in commands:
         cli.parser().parse_args(shlex.split(line))
 

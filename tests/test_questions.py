@@ -10,6 +10,7 @@ from icl_ft_fast import cli, questions
 from icl_ft_fast.cli import main
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.generate import Generation
 from icl_ft_fast.questions import Settings, write_questions
 from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_questions, write_jsonl
 
@@ -62,11 +63,11 @@ class Scripted:
         self.texts, self.prompts, self.most = texts, [], 10**6
         monkeypatch.setattr(questions, "generate", self)
 
-    def __call__(self, model, prompts, *, max_new_tokens, stop):
+    def __call__(self, model, prompts, sampling):
         if len(self.prompts) + len(prompts) > self.most:
             raise KeyboardInterrupt
         self.prompts += prompts
-        return [self.texts[prompt.removesuffix("\n")] for prompt in prompts]
+        return [Generation(self.texts[prompt.removesuffix("\n")], (), (), "stop") for prompt in prompts]
 
 
 def test_what_is_dropped_is_counted(llama, tmp_path, monkeypatch):
