@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: setup demo test harnesses lint format bench kernels readme clean
+.PHONY: setup demo test harnesses fuzz lint format bench kernels readme clean
 
 setup: .venv/installed
 
@@ -35,6 +35,12 @@ test: .venv/tested
 harnesses: .venv-harnesses/tested
 	@.venv-harnesses/bin/python -c "import lighteval, inspect_ai"  # without them the tests would be skipped
 	@.venv-harnesses/bin/python -m pytest -q tests/test_lighteval.py tests/test_inspect_ai.py
+
+# A bounded run of the readers under a coverage-guided fuzzer; CPython 3.11 to 3.13 on Linux.
+fuzz: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	@mkdir -p build
+	@$(BIN)/python tests/fuzz_readers.py -max_total_time=60 -max_len=600 -artifact_prefix=build/
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -40,6 +40,7 @@ class Settings:
         seeds: one run of every arm each; a generated task is generated anew for each seed.
         icl_per_topic: documents of each topic in the context; None for all.
         icl_subsample: of those, one in this many.
+        icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
         finetune: steps, batch size, learning rate.
@@ -49,6 +50,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     icl_per_topic: int | None = None
     icl_subsample: int = 1
+    icl_tokens: int | None = None
     normalization: str = "sum"
     template: str = "base"
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
@@ -133,6 +135,10 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
         documents = evaluate.select_documents(
             task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
         )
+        if settings.icl_tokens is not None:
+            chosen = len(documents)
+            documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)
+            notes["left_out_documents"] = chosen - len(documents)
         notes["context_documents"] = len(documents)
     elif arm != "base":
         texts = [document.text for document in task.documents]

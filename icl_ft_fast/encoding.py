@@ -40,6 +40,12 @@ def prefix_token_id(tokenizer: Tokenizer) -> int:
     raise ValueError("tokenizer: has neither a BOS nor an EOS token, so an empty context cannot be scored")
 
 
+def vocabulary_words(tokenizer: Tokenizer) -> frozenset[str]:
+    """What the pieces of the vocabulary spell in the letters a to z, in lower case, marks of spaces left out."""
+    pieces = (re.fullmatch(r"[^A-Za-z]*([A-Za-z]+)", piece) for piece in tokenizer.get_vocab())
+    return frozenset(match[1].lower() for match in pieces if match)
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool | None = None) -> list[list[int]]:
     """Token ids of each text, opened as the tokenizer does it unless the text begins so already.
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from icl_ft_fast import statistics
+from icl_ft_fast import encoding, statistics
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import Score, score
@@ -172,6 +172,30 @@ def select_documents(
                     taken[document.topic] = taken.get(document.topic, 0) + 1
         shuffled = kept
     return shuffled[: max(1, round(len(shuffled) / subsample))]
+
+
+def fit_documents(model: Model, documents: Sequence[Document], tokens: int, template: str = "base") -> list[Document]:
+    """Those of the documents, first come first served, whose context (see prompt_context) has at most so many tokens.
+
+    Lengths are added up document by document, so a few tokens may stay free.
+
+    Raises:
+        ProtocolError: a document that fits cannot be found.
+    """
+    lengths = [len(ids) for ids in encoding.encode(model.tokenizer, [f"- {d.text}\n" for d in documents], bos=False)]
+    around = len(encoding.encode(model.tokenizer, [prompt_context(model, [Document("", "")], template)])[0])
+    room, kept = tokens - around, []
+    for document, length in zip(documents, lengths, strict=True):
+        if length <= room:
+            kept.append(document)
+            room -= length
+    while kept and len(encoding.encode(model.tokenizer, [prompt_context(model, kept, template)])[0]) > tokens:
+        kept.pop()
+    if not kept:
+        raise ProtocolError(
+            f"icl_tokens: no document fits {tokens} tokens: the template takes {around}, the shortest {min(lengths)}"
+        )
+    return kept
 
 
 def icl_context(documents: Sequence[Document], template: str = ICL_TEMPLATE) -> str:

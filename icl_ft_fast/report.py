@@ -70,6 +70,9 @@ def print_table(runs: Sequence[Run], console: Console) -> None:
             _break_even_cell(mine, icl),
         )
     console.print(table)
+    if any(left_out := [run.notes.get("left_out_documents", 0) for run in icl]):
+        read = _mean(run.notes["context_documents"] for run in icl)
+        console.print(f"ICL read {read:,.0f} documents; {_mean(left_out):,.0f} more did not fit its --icl-tokens.")
     for table in itertools.chain(_form_tables(runs, arms), _paired_tables(runs), _calibration_table(runs, arms)):
         console.print()
         console.print(table)

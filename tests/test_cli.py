@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging
@@ -12,12 +14,14 @@ from transformers.utils import logging
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.encoding import vocabulary_words
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.score import iter_scores, score
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
+from icl_ft_fast.tasks.words import ENGLISH
 
 DOCUMENTS = (Document("d1", "the cat sat on the mat."), Document("d2", "who knows why?"))
 QUESTIONS = (
@@ -148,7 +152,7 @@ GOOD = {"id": "a", "prompt": "p", "choices": ["x", "y"], "answer": 0}
     [
         (b"nonsense", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
         (b"[]", "expected a JSON object, got list"),
-        (b"\xff", "not UTF-8 text (byte 1 of the line)"),
+        (b"\xff", "not UTF-8 text (byte 1 of the line, 0xff; cp1252 reads 'ÿ' there)"),
         ({"prompt": 3}, "prompt: expected a string, got 3"),
         ({"choices": []}, "choices: expected a list with at least one string"),
         ({"choices": ["x", ""]}, 'choices[1]: expected a non-empty string, got ""'),
@@ -323,7 +327,7 @@ def test_bad_options_are_refused_before_the_model_is_loaded(option, value, messa
 
 def test_more_facts_than_words(files, refused):
     line = refused(files.compare(task="simple-reversals", facts=5000))
-    assert line == "--facts: count: at most 445 distinct nonsense words can be drawn, got 10000"
+    assert line == "--facts, --exclude-words: count: at most 1446 distinct nonsense words can be drawn, got 10000"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +337,11 @@ def test_more_facts_than_words(files, refused):
         ({"task": "process", "facts": 3}, "--facts: process has none; only simple-reversals does"),
         ({"task": "process", "data": "."}, "--data: process reads no folder"),
         ({"task": "reversal-curse"}, "--data: reversal-curse reads a folder of "),
-        ({"task": "reversal-curse", "data": "no"}, "no/all_prompts_train.jsonl: cannot be read: No such file"),
+        (
+            {"task": "reversal-curse", "data": "no"},
+            "no: neither a folder nor a dataset on the hub with name_description_",
+        ),
+        ({"task": "process", "exclude_words": "no"}, "--exclude-words: no: neither english, a file nor a checkpoint"),
     ],
 )
 def test_presets_and_data_that_a_task_has_not(options, message, files, refused):
@@ -404,6 +412,15 @@ def test_help_shows_examples_that_parse(command, capsys):
         cli.parser().parse_args(example[1:])
 
 
+@pytest.mark.parametrize("page", ["tasks", "results"])
+def test_commands_of_the_documentation_are_taken(page):
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^    icl-ft-fast (.*)$", text, re.MULTILINE)
+    assert len(commands) > 2
+    for line in commands:
+        cli.parser().parse_args(shlex.split(line))
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -417,12 +434,25 @@ def test_task_writes_a_folder_that_reads(tmp_path, run, refused):
     code, printed, errors = run(arguments)
     assert (code, errors) == (0, [])
     assert printed == [f"40 documents and 8 questions written to {tmp_path / 't'}"]
-    assert Task.read(tmp_path / "t") == simple_reversals(2, num_facts=4)
+    assert Task.read(tmp_path / "t") == simple_reversals(2, num_facts=4, exclude=ENGLISH)
     existing = tmp_path / "t" / "documents.jsonl"
     assert refused(arguments) == f"--out: {existing}: exists already; choose another or give --overwrite"
     arguments[arguments.index("2")] = "3"
     assert run([*arguments, "--overwrite"])[0] == 0
-    assert Task.read(tmp_path / "t") == simple_reversals(3, num_facts=4)
+    assert Task.read(tmp_path / "t") == simple_reversals(3, num_facts=4, exclude=ENGLISH)
+
+
+def test_nonsense_words_keep_out_of_what_they_are_told(files, run, tokenizer):
+    listed = files.folder / "list.txt"
+    (first, *_, last) = simple_reversals(2, num_facts=4, exclude=ENGLISH).questions
+    listed.write_text(f"{first.prompt.split()[0].upper()}\n\n x {last.prompt.split()[0]}\n")
+    out = files.folder / "t"
+    arguments = ["task", "simple-reversals", "--facts", "4", "--seed", "2", "--out", str(out)]
+    assert run([*arguments, "--exclude-words", "english", str(listed), str(files.model)])[0] == 0
+    unwanted = {first.prompt.split()[0], last.prompt.split()[0], "x", *vocabulary_words(tokenizer), *ENGLISH}
+    assert Task.read(out) == simple_reversals(2, num_facts=4, exclude=unwanted)
+    assert {"the", "cat", "sat", "that"} <= vocabulary_words(tokenizer)
+    assert {word.lower() for word in vocabulary_words(tokenizer)} == vocabulary_words(tokenizer)
 
 
 def test_compare_writes_results_and_prints_the_table(files, run, refused):
@@ -442,6 +472,23 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert any(line.startswith("fine-tuned ") for line in printed)
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+
+
+def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run):
+    arguments = {"task": "simple-syllogisms", "arms": "icl", "seeds": "0,1", "icl_tokens": 150}
+    code, printed, _ = run(files.compare("--task-seed", 4, **arguments))
+    assert code == 0
+    runs = json.loads((files.folder / "run" / "results.json").read_text())["runs"]
+    assert len({tuple(answer["question_id"] for answer in run["answers"]) for run in runs}) == 1
+    assert len({tuple(map(tuple, (a["correct"] for a in run["answers"]))) for run in runs}) == 1
+    first = runs[0]["notes"]
+    assert first["context_documents"] + first["left_out_documents"] == 69
+    assert first["context_documents"] >= 1
+    assert runs[0]["answers"] != runs[1]["answers"]  # the documents come in another order
+    assert [line for line in printed if line.endswith(" more did not fit its --icl-tokens.")]
+    results = json.loads((files.folder / "run" / "results.json").read_text())
+    assert results["settings"]["icl_tokens"] == 150
+    assert results["settings"]["finetune"]["splitting"] == "independent"  # the paper's preset
 
 
 def test_compare_follows_the_protocol_it_is_given(files, run, refused):

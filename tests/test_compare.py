@@ -25,6 +25,7 @@ from icl_ft_fast.evaluate import (
     answers,
     choice_scores,
     evaluate,
+    fit_documents,
     icl_context,
     prompt_context,
     select_documents,
@@ -136,6 +137,7 @@ def test_results_json(llama, runs, tmp_path):
         "seeds": [0, 7],
         "icl_per_topic": 1,
         "icl_subsample": 1,
+        "icl_tokens": None,
         "normalization": "sum",
         "template": "base",
         "finetune": {field.name: getattr(TRAINING, field.name) for field in fields(TRAINING)},
@@ -230,6 +232,26 @@ def test_accuracies_by_split():
     given = [Answer(str(i), split, None, "", p, (0.5, 0.5), (answer,)) for i, (split, answer, p) in enumerate(rows)]
     assert accuracies(given) == {"a": Accuracy(1, 2), "b": Accuracy(1, 2)}
     assert accuracies([]) == {}
+
+
+@pytest.mark.parametrize("tokens", [70, 90, 135, 1000])
+def test_documents_that_fit_a_context(tokens, llama):
+    documents = [Document(str(d), "the cat sat " * count) for d, count in enumerate((9, 1, 200, 4, 2, 30))]
+    kept = fit_documents(llama, documents, tokens)
+
+    def length(some):
+        return len(encoding.encode(llama.tokenizer, [prompt_context(llama, some)])[0])
+
+    assert length(kept) <= tokens
+    assert kept == [document for document in documents if document in kept]
+    for d, document in enumerate(documents):  # each one came too late, or is itself too long, but for what joins them
+        before = [other for other in documents[:d] if other in kept]
+        assert document in kept or length([*before, document]) > tokens - 4
+    assert len(kept) == {70: 1, 90: 3, 135: 4, 1000: 6}[tokens]
+    with pytest.raises(
+        ProtocolError, match=r"^icl_tokens: no document fits 3 tokens: the template takes \d+, the shortest \d+$"
+    ):
+        fit_documents(llama, documents, 3)
 
 
 def test_documents_for_the_context():

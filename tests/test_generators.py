@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks import comparisons, words
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.process import process
-from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, NAMES, REVERSALS, TRAINING, reversal_curse
+from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, HUB_FOLDER, NAMES, REVERSALS, TRAINING, reversal_curse
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import SPLITS, semantic_structure
 from icl_ft_fast.tasks.syllogisms import FORMS, simple_syllogisms
@@ -58,6 +59,15 @@ def test_generated_tasks_follow_their_seed_and_read_back(make, preset, tmp_path)
         assert not question.prompt.endswith(" ")
         assert question.topic
         assert (question.form is None) == (make is simple_reversals)
+
+
+@pytest.mark.parametrize(("make", "preset"), GENERATED)
+def test_no_excluded_word_is_drawn(make, preset):
+    drawn = set(re.findall(r"\b[a-z]+\b", " ".join(texts(make(3, **preset.arguments))))) & NONSENSE
+    assert bool(drawn & words.ENGLISH) == ("exclude" not in preset.arguments)
+    unwanted = {*drawn, *preset.arguments.get("exclude", ())}
+    other = make(3, **{**preset.arguments, "exclude": unwanted})
+    assert set(re.findall(r"\b[a-z]+\b", " ".join(texts(other)))) & NONSENSE & unwanted == set()
 
 
 @pytest.mark.parametrize("module", ["comparisons", "reversals", "syllogisms", "semantic", "process"])
@@ -312,7 +322,11 @@ def test_rivals_of_semantic_questions_are_true_of_others_and_give_nothing_away()
     ("make", "arguments", "message"),
     [
         (simple_syllogisms, {"num_examples": 0}, "num_examples: expected at least 1, got 0"),
-        (simple_syllogisms, {"num_examples": 200}, "count: at most 445 distinct nonsense words can be drawn, got 600"),
+        (
+            simple_syllogisms,
+            {"num_examples": 700},
+            "count: at most 1764 distinct nonsense words can be drawn, got 2100",
+        ),
         (semantic_structure, {"num_categories": 11}, "num_categories: expected at least 12, got 11"),
         (semantic_structure, {"num_articles": 9}, "num_articles: expected at least 110, one a category, got 9"),
         (semantic_structure, {"sentences": (5, 4)}, "sentences: expected (least, most) with 1 <= least <= most, got"),
@@ -434,6 +448,32 @@ def test_reading_a_small_reversal_curse(curse):
     assert set(ann["reversal targets"].choices) - {" Ann Bole"} < {" Ida Jot", " Kit Low", " Max Noe", " Oz Pim"}
     assert {q.choices[q.answer] for q in ann.values()} == {" Ann Bole", " the A of it."}
     assert reversal_curse(curse, 1) == reversal_curse(curse, 1) != task
+
+
+def test_nonsense_names_are_no_words_of_the_data(curse, monkeypatch):
+    names = words.sample_words(random.Random("any"), 40)
+    (curse / TRAINING).write_text((curse / TRAINING).read_text().replace("smiles", " ".join(names)))
+    monkeypatch.setattr(words, "sample_word", lambda rng, held_out: rng.choice([*names, *spare]))
+    spare = words.OPENINGS[:50]
+    task = reversal_curse(curse, nonsense_names=True, exclude=spare[:30])
+    drawn = {part.lower() for q in task.questions if q.split == "reversal" for c in q.choices for part in c.split()}
+    assert drawn <= set(spare[30:])
+
+
+def test_the_reversal_curse_from_the_hub(curse, tmp_path, monkeypatch):
+    """A cache of the hub as its client writes it; nothing here is reached over a network."""
+    cache = tmp_path / "hub" / "datasets--some--curse"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(TaskError, match=rf"^some/curse: neither a folder nor .* {HUB_FOLDER}/{TRAINING}: \w.*$"):
+        reversal_curse("some/curse")
+    snapshot = cache / "snapshots" / ("0" * 40) / HUB_FOLDER
+    snapshot.mkdir(parents=True)
+    write_curse(snapshot)
+    assert reversal_curse("some/curse", 3) == reversal_curse(curse, 3)
+    with pytest.raises(TaskError, match=r"^no such/a/b: neither a folder nor a dataset on the hub .*: Repo id must "):
+        reversal_curse("no such/a/b")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Tasks of one's own: documents from every kind of file, what each refusal names, and what the check finds."""
 
 import json
+import os
 import random
-import tracemalloc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.cli import main
-from icl_ft_fast.tasks.own import check, iter_documents
+from icl_ft_fast.tasks import own
+from icl_ft_fast.tasks.check import check
+from icl_ft_fast.tasks.own import Format, iter_documents
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_documents, read_questions
 
-SQUAD = Path(__file__).parents[2] / "shared" / "data" / "squad"
+ROOT = Path(__file__).parents[1]
+SQUAD = ROOT.parent / "shared" / "data" / "squad"
 
 
 def test_every_kind_of_file(tmp_path):
@@ -43,7 +48,7 @@ def test_other_encodings(encoding, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ü"}', encoding)
     (tmp_path / "b.csv").write_text("text\nß", encoding)
     (tmp_path / "c.txt").write_text("é", encoding)
-    assert [document.text for document in iter_documents([tmp_path], encoding=encoding)] == ["ü", "ß", "é"]
+    assert [document.text for document in iter_documents([tmp_path], Format(encoding))] == ["ü", "ß", "é"]
 
 
 @pytest.mark.parametrize(
@@ -53,17 +58,21 @@ def test_other_encodings(encoding, tmp_path):
         ("a.jsonl", b'{"id": "x"}', ":1: text: missing"),
         ("a.jsonl", b'{"id": "x", "text": ""}\n{"id": "x", "text": ""}', ":2: id: 'x' was used before"),
         ("a.jsonl", b"\nno", ":2: not valid JSON: Expecting value: "),
-        ("a.jsonl", b'{"text": "\xff"}', ":1: not UTF-8 text (byte 11 of the line)"),
+        ("a.jsonl", b'{"text": "\xff"}', ":1: not UTF-8 text (byte 11 of the line, 0xff; cp1252 reads 'ÿ' there)"),
         ("a.csv", b"id,words\n", ":1: text: missing from the heading 'id,words'"),
         ("a.csv", b"", ":1: text: missing from the heading ''"),
         ("a.csv", b"text,id\na,b\nc\n", ":3: column 2: expected 2 columns, got 1"),
         ("a.csv", b"text\na,b\n", ":2: column 2: expected 1 columns, got 2"),
         ("a.csv", b'text\n"a', ":2: not valid CSV: unexpected end of data"),
         ("a.csv", b'text\n"a"b', ":2: not valid CSV: ',' expected after '\"'"),
-        ("a.csv", b"text\na\nb\xff", ":3: not UTF-8 text (byte 2 of the line)"),
+        ("a.csv", b"text\na\nb\xff", ":3: not UTF-8 text (byte 2 of the line, 0xff;"),
+        ("a.csv", b"text,id\na,b\nc,b", ":3: column 2: id: 'b' was used before"),
+        ("a.csv", b"text,id,text\n", ":1: column 3: 'text' is there twice"),
         ("a.csv", b"text\n" + b"a" * 200_000, ":2: not valid CSV: field larger than field limit (131072)"),
-        ("a.txt", b"one\ntwo \xe9\n", ":2: not UTF-8 text (byte 5 of the line)"),
+        ("a.txt", b"one\ntwo \xe9\n", ":2: not UTF-8 text (byte 5 of the line, 0xe9; cp1252 reads 'é' there)"),
         ("a.md", "ü".encode("utf-16"), ": begins with the mark of utf-16, not of utf-8; give --encoding utf-16"),
+        ("a.md", "ü".encode("utf-32"), ": begins with the mark of utf-32, not of utf-8; give --encoding utf-32"),
+        ("a.csv", "text".encode("utf-16-be"), ": begins with zero bytes, as utf-16 and utf-32 do; give --enc"),
         ("a.jsonl", b"\xef\xbb\xbf{}", ": begins with the mark of utf-8-sig, not of utf-8; give --encoding utf-8-sig"),
         ("a.pdf", b"", ": expected a folder or a file that ends in .jsonl, .csv, .txt, .md"),
         ("a.jsonl", b"\n", ": no documents: expected .jsonl, .csv, .txt, .md files with some"),
@@ -80,9 +89,14 @@ def test_bad_files_name_line_and_field(name, content, message, tmp_path):
 def test_missing_files_and_wrong_encodings(tmp_path):
     with pytest.raises(TaskError, match=r"no\.txt: cannot be read: No such file or directory$"):
         list(iter_documents([tmp_path / "no.txt"]))
-    (tmp_path / "a.txt").write_bytes(b"a\xff")
-    with pytest.raises(TaskError, match=r"a\.txt: not utf-7 text: "):
-        list(iter_documents([tmp_path / "a.txt"], encoding="utf-7"))
+    for encoding, content in (
+        ("utf-7", b"a\n" * 40_000 + b"a\xff\nb"),
+        ("shift_jis", b"\x82\xa0\n" * 40_000 + b"\x82"),
+        ("utf-16-le", "ü\n".encode("utf-16-le") * 40_000 + b"\x00\xd8\x00\x00"),
+    ):
+        (tmp_path / "a.txt").write_bytes(content)
+        with pytest.raises(TaskError, match=rf"a\.txt:40001: not {encoding} text: "):
+            list(iter_documents([tmp_path / "a.txt"], Format(encoding)))
     with pytest.raises(TaskError, match=r": no documents: expected "):
         list(iter_documents([tmp_path / "a.txt"][:0]))
 
@@ -107,7 +121,7 @@ def test_reading_raises_nothing_but_task_errors(content, suffix, encoding, tmp_p
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
     try:
-        documents = tuple(iter_documents([path], encoding=encoding))
+        documents = tuple(iter_documents([path], Format(encoding)))
     except TaskError as error:
         assert str(error).startswith(str(path))  # noqa: PT017
     else:
@@ -115,16 +129,96 @@ def test_reading_raises_nothing_but_task_errors(content, suffix, encoding, tmp_p
         assert read_documents(path.parent / "written" / "documents.jsonl") == documents
 
 
-def test_documents_are_streamed(tmp_path):
-    path = tmp_path / "large.jsonl"
-    with path.open("w") as file:
-        for i in range(40):
-            file.write(json.dumps({"id": str(i), "text": f"{i} " + "x" * 500_000}) + "\n")
-    tracemalloc.start()
-    assert sum(len(document.text) for document in iter_documents([path])) > 20_000_000
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak_bytes < 5_000_000
+QUESTIONS = "topic,id,prompt,choice1,choice2,choice3,answer,also_correct,split,form,why"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_questions_from_csv(delimiter, tmp_path):
+    rows = [QUESTIONS, "t,q1,Who?, me, you,,1,,,,x", ",,, a, b, c,0,1 2,s,f,"]
+    path = tmp_path / "asked.csv"
+    path.write_text("\n".join(row.replace(",", delimiter) for row in rows), "latin-1")
+    assert own.read_questions(path, Format("latin-1", delimiter)) == (
+        Question("q1", "Who?", (" me", " you"), 1, topic="t"),
+        Question("asked.csv:3", "", (" a", " b", " c"), 0, "s", None, "f", (1, 2)),
+    )
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "p", "choices": ["x"], "answer": 0}')
+    assert own.read_questions(tmp_path / "asked.jsonl") == (Question("asked.jsonl:1", "p", ("x",), 0),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,choice1\n", ":1: prompt: missing from the heading 'id,choice1'"),
+        ("prompt,answer\n", ":1: choice1: missing from the heading 'prompt,answer'"),
+        ("prompt,choice1,choice2\na,,c", ":2: column 2: choice1: expected a non-empty string"),
+        ("prompt,choice1,choice2\n", ": empty: expected at least one question"),
+        ("prompt,answer,choice1,choice2\na,2,b,c", ":2: column 2: answer: expected 0 to 1, got '2'"),
+        ("prompt,answer,choice1,choice2\na,1,b,", ":2: column 2: answer: expected 0 to 0, got '1'"),
+        ("prompt,answer,choice1\na,0 0,b", ":2: column 2: answer: expected 0 to 0, got '0 0'"),
+        ("prompt,answer,choice1\na,b,b", ":2: column 2: answer: expected 0 to 0, got 'b'"),
+        ("prompt,choice1,choice2,also_correct\na,b,c,x", ":2: column 4: also_correct: expected 0 to 1, got 'x'"),
+        (
+            "prompt,choice1,also_correct\na,b,0",
+            ":2: also_correct: expected distinct indices of choices beside an answer",
+        ),
+        ("prompt,choice1,id\na,b,c\na,b,c", ":3: column 3: id: 'c' was used before in this file"),
+    ],
+)
+def test_bad_questions_name_line_column_and_field(content, message, tmp_path):
+    path = tmp_path / "asked.csv"
+    path.write_text(content)
+    with pytest.raises(TaskError) as caught:
+        own.read_questions(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    cells=st.lists(st.lists(st.sampled_from(["", "0", "1 2", "a", "\0", '"', "\n", "²"]), max_size=4), max_size=3),
+    content=st.none() | st.binary(max_size=40),
+    suffix=st.sampled_from([".csv", ".jsonl"]),
+    encoding=st.sampled_from(["utf-8", "utf-16", "utf-7", "latin-1"]),
+)
+def test_reading_ones_own_questions_raises_nothing_but_task_errors(cells, content, suffix, encoding, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / f"asked{suffix}"
+    text = "\n".join(",".join(row) for row in [["prompt", "answer", "choice1", "choice2"], *cells])
+    path.write_bytes(text.encode() if content is None else content)
+    try:
+        questions = own.read_questions(path, Format(encoding))
+    except TaskError as error:
+        assert str(error).startswith(str(path))  # noqa: PT017
+    else:
+        Task((), questions).write(path.parent / "written")
+        assert read_questions(path.parent / "written" / "questions.jsonl") == questions
+
+
+ROWS = 150_000
+STREAM = """
+import resource, sys
+from pathlib import Path
+from icl_ft_fast.tasks.check import check
+from icl_ft_fast.tasks.own import iter_documents
+for _ in iter_documents([Path(sys.argv[2])]):
+    pass
+status = Path("/proc/self/status").read_text()
+used = 1024 * int(status.partition("VmData:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (used + 8_000_000, -1))
+assert sum(1 for _ in iter_documents([Path(sys.argv[1])])) == int(sys.argv[3])
+assert check(iter_documents([Path(sys.argv[1])]), []).same_documents == ()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what a process allocates on Linux only")
+def test_documents_are_streamed_in_constant_memory(tmp_path):
+    """60 MB in 8 MB beyond what one document takes; the ids alone, in a set, would take 20 MB."""
+    large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
+    with large.open("w") as file:
+        for i in range(ROWS):
+            file.write(f'{{"id": "document number {i:060}", "text": "{i} {"x" * 300}"}}\n')
+    small.write_text('{"text": "x"}')
+    run = [sys.executable, "-c", STREAM, str(large), str(small), str(ROWS)]
+    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_leaks_of_simple_reversals_are_the_trained_direction():
@@ -220,11 +314,20 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
     notes.write_bytes(b"\xff")
     before = existing.read_bytes()
     code, _, errors = call(capsys, *new, "--overwrite")
-    assert (code, errors) == (2, f"icl-ft-fast task: {notes}:1: not UTF-8 text (byte 1 of the line)\n")
+    assert (code, errors) == (
+        2,
+        f"icl-ft-fast task: {notes}:1: not UTF-8 text (byte 1 of the line, 0xff; cp1252 reads 'ÿ' there)\n",
+    )
     assert existing.read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == ["documents.jsonl", "questions.jsonl"]
     assert "unknown encoding: klingon" in call(capsys, *new, "--overwrite", "--encoding", "klingon")[2]
     assert "--encoding: 'hex' is not a text encoding" in call(capsys, *new, "--overwrite", "--encoding", "hex")[2]
+    assert "--delimiter: expected one character" in call(capsys, *new, "--overwrite", "--delimiter", "ab")[2]
+    notes.write_text("the cat sat on the mat.")
+    (tmp_path / "asked.csv").write_text("prompt;choice1\np; x")
+    asked = ("new", folder, "--documents", notes, "--questions", tmp_path / "asked.csv", "--overwrite")
+    assert call(capsys, *asked, "--delimiter", ";")[0] == 0
+    assert Task.read(folder).questions == (Question("asked.csv:2", "p", (" x",)),)
 
 
 @pytest.mark.skipif(not SQUAD.is_dir(), reason=f"no data in {SQUAD}")

@@ -40,6 +40,7 @@ LAYERS = {
     "finetune": 3,
     "evaluate": 3,
     "compare": 4,
+    "questions": 4,
     "shipped": 4,
     "report": 4.5,
     "cli": 5,

@@ -99,7 +99,7 @@ def changed(row, **fields):
         (read_documents, b"1" * 10_000, ":1: not valid JSON: Exceeds the limit"),
         (read_documents, b"\n\n[1]", ":3: expected a JSON object, got list"),
         (read_questions, b"null", ":1: expected a JSON object, got NoneType"),
-        (read_questions, changed(GOOD_QUESTION) + b"\n" + b'{"\xff', ":2: not UTF-8 text (byte 3 of the line)"),
+        (read_questions, changed(GOOD_QUESTION) + b"\n" + b'{"\xff', ":2: not UTF-8 text (byte 3 of the line, 0xff; "),
         (read_documents, changed(GOOD_DOCUMENT, id=WITHOUT), ":1: id: missing"),
         (read_documents, changed(GOOD_DOCUMENT, text=WITHOUT), ":1: text: missing"),
         (read_documents, changed(GOOD_DOCUMENT, id=7), ":1: id: expected a string, got 7"),
@@ -245,6 +245,9 @@ def test_words_are_split_once_and_for_all():
 
 def test_every_excluded_word_could_have_been_drawn():
     assert set(SPACE) >= words.NOT_NONSENSE
+    assert (
+        {word for word in SPACE if words.is_held_out(word)} - words.NOT_NONSENSE >= words.ENGLISH >= {"hive", "tribe"}
+    )
 
 
 def test_sampled_words_are_distinct_and_new():
@@ -254,10 +257,14 @@ def test_sampled_words_are_distinct_and_new():
     assert set(first).isdisjoint(words.sample_words(random.Random(3), 200, exclude=set(first)))
     assert all(not words.is_held_out(word) for word in words.sample_words(random.Random(3), 50, held_out=False))
     assert words.sample_words(random.Random(3), 0) == []
-    most = int(len(SPACE) / 8 / 4)
-    assert len(words.sample_words(random.Random(3), most)) == most
-    with pytest.raises(ValueError, match=rf"^count: at most {most} distinct nonsense words .*, got {most + 1}$"):
-        words.sample_words(random.Random(3), most + 1)
+    every = {word for word in SPACE if words.is_held_out(word)} - words.NOT_NONSENSE
+    assert set(words.sample_words(random.Random(3), len(every))) == every
+    rest = words.sample_words(random.Random(3), len(every - words.ENGLISH), exclude=words.ENGLISH)
+    assert set(rest) == every - words.ENGLISH
+    with pytest.raises(
+        ValueError, match=rf"^count: at most {len(rest)} distinct nonsense words .*, got {len(rest) + 1}$"
+    ):
+        words.sample_words(random.Random(3), len(rest) + 1, exclude=words.ENGLISH)
 
 
 def test_simple_reversals_are_the_papers():
@@ -322,7 +329,7 @@ def test_simple_reversals_reach_every_feature_and_give_nothing_away():
         ({"num_articles": 0}, "^num_articles: expected 1 to 20, got 0$"),
         ({"num_articles": 21}, "^num_articles: expected 1 to 20, got 21$"),
         ({"num_facts": 0}, "^num_facts: expected at least 1, got 0$"),
-        ({"num_facts": 10_000}, "^count: at most 445 distinct nonsense words can be drawn, got 20000$"),
+        ({"num_facts": 10_000}, "^count: at most 1764 distinct nonsense words can be drawn, got 20000$"),
     ],
 )
 def test_bad_arguments(arguments, message):

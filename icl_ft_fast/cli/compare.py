@@ -19,7 +19,7 @@ from icl_ft_fast.cli.options import (
     load_model,
     positive,
 )
-from icl_ft_fast.cli.task import task_of_seed
+from icl_ft_fast.cli.task import add_exclude_option, task_of_seed
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
 from icl_ft_fast.model import SHIPPED
@@ -37,6 +37,7 @@ def add(commands: Commands) -> None:
         demo, arms=",".join(compare.ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
     )
     demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
+    demo.set_defaults(task_seed=None, exclude_words=())
 
     comparison = command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
@@ -47,7 +48,13 @@ def add(commands: Commands) -> None:
     comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
     comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
     comparison.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
-    comparison.add_argument("--data", type=Path, help="the folder that a task by name reads, if it does")
+    comparison.add_argument("--data", help="what a task by name reads, if it does: a folder, or a dataset on the hub")
+    comparison.add_argument(
+        "--task-seed", type=int, metavar="SEED",
+        help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
+        "(default: a task for each seed)",
+    )  # fmt: skip
+    add_exclude_option(comparison)
     _add_comparison_options(
         comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
     )
@@ -69,6 +76,10 @@ def _add_comparison_options(
         "--icl-subsample", type=positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
     )
     parser.add_argument(
+        "--icl-tokens", type=positive, metavar="N",
+        help="of the context at most: documents that would not fit are left out, and counted (default: all must fit)",
+    )  # fmt: skip
+    parser.add_argument(
         "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
     )
     parser.add_argument(
@@ -77,7 +88,7 @@ def _add_comparison_options(
         help="of the prompt: base (default), chat, or a file with {documents} and {prompt}",
     )
     parser.add_argument(
-        "--splitting", choices=SPLITTINGS, default="none", help="of documents into training examples (default: none)"
+        "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     add_output_options(parser)
@@ -100,13 +111,14 @@ def _compare(options: argparse.Namespace) -> None:
         seeds=_seeds(options.seeds),
         icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
         icl_subsample=options.icl_subsample or preset.icl_subsample,
+        icl_tokens=options.icl_tokens,
         normalization=options.normalization,
         template=_template(options.template),
         finetune=FinetuneSettings(
             steps=options.steps,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
-            splitting=options.splitting,
+            splitting=options.splitting or preset.splitting,
         ),
     )
     results = None if options.out is None else options.out / "results.json"

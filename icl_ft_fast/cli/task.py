@@ -1,37 +1,50 @@
-"""`icl-ft-fast task`: write a task to a folder, generated or of one's own documents; check one."""
+"""`icl-ft-fast task`: write a task to a folder, generated or of one's own documents; ask about one; check one."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from icl_ft_fast.cli.options import Commands, UsageError, add_output_options, check_new, command, positive
-from icl_ft_fast.tasks import own
+from icl_ft_fast import encoding, questions
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_model_options,
+    add_output_options,
+    check_new,
+    command,
+    load_model,
+    positive,
+)
+from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
-from icl_ft_fast.tasks.task import Task, TaskError, read_questions, write_jsonl
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
+from icl_ft_fast.tasks.words import ENGLISH
 
 
 def add(commands: Commands) -> None:
-    """Add the command with a subcommand for each generator, `new` and `check`."""
+    """Add the command with a subcommand for each generator, `new`, `questions` and `check`."""
     task = command(
         commands, "task", _generate, "write a task to a folder: generated, or of your own documents; check one",
         "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
         "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse\n"
         "icl-ft-fast task new tasks/mine --documents handbook/ notes.jsonl --questions questions.jsonl\n"
+        "icl-ft-fast task questions tasks/mine --model DIR\n"
         "icl-ft-fast task check tasks/mine",
     )  # fmt: skip
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
     for name, generator in GENERATORS.items():
         made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
         made.add_argument("--preset", choices=list(generator.presets), default="paper", help="default: %(default)s")
-        made.set_defaults(facts=None, data=None)
+        made.set_defaults(facts=None, data=None, task_seed=None)
         if name == "simple-reversals":
             made.add_argument("--facts", type=positive, help="in place of the preset's")
         if generator.reads is not None:
-            made.add_argument("--data", type=Path, required=True, help=generator.reads)
+            made.add_argument("--data", required=True, help=generator.reads)
         made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        add_exclude_option(made)
         made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
         add_output_options(made)
     new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
@@ -39,14 +52,36 @@ def add(commands: Commands) -> None:
     new.add_argument(
         "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
     )
-    new.add_argument("--questions", type=Path, help="JSON lines with id, prompt, choices, answer, split")
-    new.add_argument("--encoding", default="utf-8", help="of the documents (default: %(default)s)")
+    new.add_argument(
+        "--questions", type=Path, metavar="FILE",
+        help=".jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer from 0)",
+    )  # fmt: skip
+    new.add_argument("--encoding", default="utf-8", help="of all files (default: %(default)s)")
+    new.add_argument("--delimiter", default=",", help="between the cells of .csv files, 'tab' for one (default: ,)")
     add_output_options(new)
     new.set_defaults(run=_new)
-    check = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
-    check.add_argument("folder", type=Path, metavar="DIR")
-    check.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
-    check.set_defaults(run=_check)
+    asked = names.add_parser("questions", help="let a model write questions about a task folder's documents")
+    asked.add_argument("folder", type=Path, metavar="DIR")
+    add_model_options(asked)
+    asked.add_argument("--template", type=Path, metavar="FILE", help="of the prompt, in place of ours: has {statement}")
+    asked.add_argument("--per-document", type=positive, metavar="N", help="sentences at most (default: all)")
+    asked.add_argument("--max-new-tokens", type=positive, default=64, help="of a question (default: %(default)s)")
+    asked.add_argument("--seed", type=int, default=0, help="of sentences and of choices' order (default: %(default)s)")
+    add_output_options(asked)
+    asked.set_defaults(run=_questions)
+    checked = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
+    checked.add_argument("folder", type=Path, metavar="DIR")
+    checked.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
+    checked.set_defaults(run=_check)
+
+
+def add_exclude_option(parser: argparse.ArgumentParser) -> None:
+    """--exclude-words: what task_of_seed() keeps the nonsense words from."""
+    parser.add_argument(
+        "--exclude-words", nargs="+", default=(), metavar="WORDS",
+        help="no nonsense word from these, besides what the preset excludes: english (a list of ours), a text file of "
+        "words, or a checkpoint (the words of its vocabulary)",
+    )  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -59,25 +94,48 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace) -> None:
     try:
-        "".encode(options.encoding)
-    except LookupError as error:
-        raise UsageError(f"--encoding: {error}") from error
+        form = own.Format(options.encoding, "\t" if options.delimiter == "tab" else options.delimiter)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
     for name in ("documents.jsonl", "questions.jsonl"):
         check_new(options.folder / name, options.overwrite)
-    questions = read_questions(options.questions) if options.questions else ()
+    given = own.read_questions(options.questions, form) if options.questions else ()
     options.folder.mkdir(parents=True, exist_ok=True)
-    documents = own.iter_documents(options.documents, encoding=options.encoding)
+    documents = own.iter_documents(options.documents, form)
     count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
-    if questions:
-        write_jsonl(options.folder / "questions.jsonl", map(asdict, questions))
-    missing = "" if questions else "; questions.jsonl is yours to add"
-    print(f"{count} documents and {len(questions)} questions written to {options.folder}{missing}")
+    if given:
+        write_jsonl(options.folder / "questions.jsonl", map(asdict, given))
+    missing = "" if given else "; questions.jsonl is yours to add"
+    print(f"{count} documents and {len(given)} questions written to {options.folder}{missing}")
+
+
+def _questions(options: argparse.Namespace) -> None:
+    out, documents = options.folder / "questions.jsonl", options.folder / "documents.jsonl"
+    check_new(out, options.overwrite)
+    settings = questions.Settings(
+        per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
+    )
+    if options.template is not None:
+        try:
+            settings = replace(settings, template="".join(line for _, line in read_lines(options.template)))
+        except ValueError as error:
+            raise UsageError(f"--template: {error}") from error
+    read = read_documents(documents)
+    written = questions.write_questions(
+        load_model(options), read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet
+    )
+    dropped = ", ".join(f"{count} {reason}" for reason, count in written.dropped.items()) or "none"
+    counts = f"{len(written.rows)} questions from {written.statements} statements; dropped: {dropped}"
+    if not written.rows:
+        raise TaskError(f"{documents}: {counts}")
+    write_jsonl(out, (asdict(question) | {"provenance": origin} for question, origin in written.rows))
+    print(f"{counts}. Written to {out}")
 
 
 def _check(options: argparse.Namespace) -> None:
     questions = read_questions(options.folder / "questions.jsonl")
     documents = own.iter_documents([options.folder / "documents.jsonl"])
-    found = own.check(documents, questions, ngram=options.ngram)
+    found = check.check(documents, questions, ngram=options.ngram)
     print(f"documents that repeat another: {_named(found.same_documents)}")
     print(f"questions that repeat another: {_named(found.same_questions)}")
     for split, leaked in found.leaked.items():
@@ -107,16 +165,34 @@ def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Pr
         raise UsageError(f"--facts: {options.task} has none; only simple-reversals does")
     if (options.data is None) != (generator.reads is None):
         raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
-    arguments = {**preset.arguments, **({} if options.facts is None else {"num_facts": options.facts})}
+    excluded = frozenset(preset.arguments.get("exclude", ())).union(*map(_words, options.exclude_words))
+    arguments = {**preset.arguments, "exclude": excluded}
+    if options.facts is not None:
+        arguments["num_facts"] = options.facts
     folders = [] if options.data is None else [options.data]
 
     def make_task(seed: int) -> Task:
-        return generator.make(*folders, seed=seed, **arguments)
+        return generator.make(*folders, seed=seed if options.task_seed is None else options.task_seed, **arguments)
 
     try:
         make_task(0)  # refused before any work
     except TaskError:
         raise
     except ValueError as error:
-        raise UsageError(f"--facts: {error}") from error
+        raise UsageError(f"--facts, --exclude-words: {error}") from error
     return make_task, preset
+
+
+def _words(source: str) -> frozenset[str]:
+    """The words that one of --exclude-words stands for."""
+    if source == "english":
+        return ENGLISH
+    if Path(source).is_file():
+        return frozenset(word for _, line in read_lines(Path(source)) for word in line.casefold().split())
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--exclude-words: {source}: neither english, a file nor a checkpoint's tokenizer") from error
+    return encoding.vocabulary_words(tokenizer)

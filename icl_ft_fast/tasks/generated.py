@@ -1,7 +1,9 @@
 """The tasks that come by name: each a maker and its presets, "paper" (the paper's sizes) being the default.
 
 A preset is the maker's arguments and how much of the documents goes into the context unless asked otherwise: the paper
-gives one in eight of its two largest sets. The documents of a "small" preset fit the shipped model's context.
+gives one in eight of its two largest sets, and splits documents into sentences for training, except the semantic
+benchmark's. Nonsense words are no English ones. The documents of a "small" preset fit the shipped model's context; that
+model knows no English, so a nonsense word may be an English one there.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import semantic_structure
 from icl_ft_fast.tasks.syllogisms import simple_syllogisms
 from icl_ft_fast.tasks.task import Task
+from icl_ft_fast.tasks.words import ENGLISH
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A maker's arguments, and the documents of a topic and the share of the documents that ICL reads."""
+    """A maker's arguments, the documents of a topic and the share of the documents that ICL reads, and splitting."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     icl_per_topic: int | None = None
     icl_subsample: int = 1
+    splitting: str = "none"
 
 
 @dataclass(frozen=True)
@@ -36,35 +40,40 @@ class Generator:
     reads: str | None = None
 
 
+NO_ENGLISH: Mapping[str, Any] = {"exclude": ENGLISH}
 GENERATORS: dict[str, Generator] = {
     "simple-reversals": Generator(
         simple_reversals,
         {
-            "paper": Preset(),
+            "paper": Preset(NO_ENGLISH),
             "small": Preset({"num_facts": 40}, icl_per_topic=1),
-            "reverses": Preset({"reversed_fraction": 0.4}),
+            "reverses": Preset({"reversed_fraction": 0.4, **NO_ENGLISH}),
         },
     ),
     "simple-syllogisms": Generator(
-        simple_syllogisms, {"paper": Preset(), "small": Preset({"num_examples": 27})}
+        simple_syllogisms,
+        {"paper": Preset(NO_ENGLISH, splitting="independent"), "small": Preset({"num_examples": 27})},
     ),
     "semantic-structure": Generator(
         semantic_structure,
         {
-            "paper": Preset(icl_subsample=8),
+            "paper": Preset(NO_ENGLISH, icl_subsample=8),
             "small": Preset({"num_categories": 16, "num_articles": 20, "sentences": (4, 6), "num_questions": 40}),
         },
     ),
     "process": Generator(
         process,
         {
-            "paper": Preset(),
+            "paper": Preset(NO_ENGLISH),
             "small": Preset({"num_functions": (3, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}),
         },
     ),
     "reversal-curse": Generator(
         reversal_curse,
-        {"paper": Preset(icl_subsample=8), "nonsense": Preset({"nonsense_names": True}, icl_subsample=8)},
-        reads="a folder of github.com/lukasberglund/reversal_curse's all_prompts_train.jsonl and test files",
+        {
+            "paper": Preset(icl_subsample=8, splitting="independent"),
+            "nonsense": Preset({"nonsense_names": True, **NO_ENGLISH}, icl_subsample=8, splitting="independent"),
+        },
+        reads="a folder of github.com/lukasberglund/reversal_curse, or the hub's lberglund/reversal_curse",
     ),
 }  # fmt: skip

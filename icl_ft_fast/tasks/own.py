@@ -1,184 +1,196 @@
-"""A task of one's own: documents gathered from files, and what to look at before trusting its questions.
+"""A task of one's own: documents and questions gathered from JSON lines, CSV, text and Markdown files.
 
-Files are read a line at a time (text and Markdown files whole), so memory grows with the number of documents' ids and
-with the questions, never with the documents' text.
+Files are read a line at a time (text and Markdown files whole), in memory that does not grow with their length.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from icl_ft_fast.tasks.task import Document, Question, TaskError, document_of, read_jsonl, read_lines
+from icl_ft_fast.tasks.seen import Seen
+from icl_ft_fast.tasks.task import (
+    Document,
+    Question,
+    TaskError,
+    document_of,
+    encodable,
+    question_of,
+    read_jsonl,
+    read_lines,
+)
 
 SUFFIXES = (".jsonl", ".csv", ".txt", ".md")
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_CHOICE = re.compile(r"choice\d+")
 
 
-def iter_documents(paths: Sequence[str | Path], *, encoding: str = "utf-8") -> Iterator[Document]:
+@dataclass(frozen=True)
+class Format:
+    """How files are written: their encoding, and what is between the cells of CSV files.
+
+    Raises:
+        ValueError: no encoding of text, or a delimiter that is not one character or that CSV needs for itself.
+    """
+
+    encoding: str = "utf-8"
+    delimiter: str = ","
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise ValueError(f"encoding: {error}") from error
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n\0':
+            raise ValueError(f"delimiter: expected one character, no quote and no line break, got {self.delimiter!r}")
+
+
+def iter_documents(paths: Sequence[str | Path], form: Format | None = None) -> Iterator[Document]:
     """The documents of files and of all such files below folders, in the order given, folders sorted.
 
     Args:
         paths: .jsonl (objects with "text" and perhaps "id" and "topic"), .csv (a heading with the same names), .txt and
             .md (a document each); or folders.
-        encoding: of every file.
+        form: of every file.
 
     Yields:
         Documents; an id that a row lacks is its file's name and line, and a text file's is its name, below the folder
         that was given.
 
     Raises:
-        TaskError: a file that cannot be read or used, an id used twice, or no document at all; names file, line and
-            field.
+        TaskError: a file that cannot be read or used, an id used twice, or no document at all; names file, line,
+            column and field.
     """
-    seen: set[str] = set()
-    for where, document in (found for path in paths for found in _of_path(Path(path), encoding)):
-        if document.id in seen:
-            raise TaskError(f"{where}: id: {document.id!r} was used before")
-        seen.add(document.id)
-        yield document
-    if not seen:
+    found = (document for path in paths for document in _of_path(Path(path), form or Format()))
+    empty = True
+    with contextlib.closing(Seen()) as ids:
+        for where, document in found:
+            if not ids.add(document.id):
+                raise TaskError(f"{where}: id: {document.id!r} was used before")
+            empty = False
+            yield document
+    if empty:
         raise TaskError(f"{', '.join(map(str, paths))}: no documents: expected {', '.join(SUFFIXES)} files with some")
 
 
-def _of_path(path: Path, encoding: str) -> Iterator[tuple[str, Document]]:
+def _of_path(path: Path, form: Format) -> Iterator[tuple[str, Document]]:
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()):
-            yield from _of_file(file, str(file.relative_to(path)), encoding)
+            yield from _of_file(file, str(file.relative_to(path)), form)
     else:
-        yield from _of_file(path, path.name, encoding)
+        yield from _of_file(path, path.name, form)
 
 
-def _of_file(path: Path, name: str, encoding: str) -> Iterator[tuple[str, Document]]:
+def _of_file(path: Path, name: str, form: Format) -> Iterator[tuple[str, Document]]:
+    """Documents, each with the place of its id."""
     if path.suffix not in SUFFIXES:
         raise TaskError(f"{path}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
-    _check_mark(path, encoding)
     if path.suffix in (".txt", ".md"):
-        text = "".join(line for _, line in read_lines(path, encoding))
+        _check_mark(path, form.encoding)
+        text = "".join(line for _, line in read_lines(path, form.encoding))
         yield str(path), document_of(str(path), {"id": name, "text": text})
         return
-    rows = read_jsonl(path, encoding) if path.suffix == ".jsonl" else _csv_rows(path, encoding)
-    for where, row in rows:
-        yield where, document_of(where, {"id": f"{name}{where.removeprefix(str(path))}"} | row)
+    for where, row, places in _rows(path, form, ("text",)):
+        default = f"{name}{where.removeprefix(str(path))}"
+        yield places.get("id", where), document_of(where, {"id": default} | row)
+
+
+def read_questions(path: Path, form: Format | None = None) -> tuple[Question, ...]:
+    """The questions of a .jsonl file (see task.py) or a .csv file, in its order.
+
+    A CSV file's heading names its columns: "prompt", "choice1", "choice2", ... (a question with fewer choices leaves
+    the last ones empty), and perhaps "id", "answer" (a number, 0 for the first choice), "split", "topic", "form" and
+    "also_correct" (numbers with spaces between them). An id that a row lacks is its file's name and line.
+
+    Raises:
+        TaskError: a file that cannot be read or used; names file, line, column and field.
+    """
+    if path.suffix not in (".jsonl", ".csv"):
+        raise TaskError(f"{path}: expected a file of questions that ends in .jsonl or .csv")
+    questions: dict[str, Question] = {}
+    for where, row, places in _rows(path, form or Format(), ("prompt", "choice1")):
+        default = {"id": f"{path.name}{where.removeprefix(str(path))}"}
+        question = question_of(where, default | (_uncelled(row, places) if path.suffix == ".csv" else row))
+        if question.id in questions:
+            raise TaskError(f"{places.get('id', where)}: id: {question.id!r} was used before in this file")
+        questions[question.id] = question
+    if not questions:
+        raise TaskError(f"{path}: empty: expected at least one question")
+    return tuple(questions.values())
+
+
+def _uncelled(cells: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    """A row of a CSV file of questions as one of JSON lines has it."""
+    columns = [name for name in places if _CHOICE.fullmatch(name)]
+    while len(columns) > 1 and columns[-1] not in cells:
+        columns.pop()
+    for name in columns:
+        if name not in cells:
+            raise TaskError(f"{places[name]}: {name}: expected a non-empty string")
+    row: dict[str, Any] = {name: cell for name, cell in cells.items() if not _CHOICE.fullmatch(name)}
+    row |= {"prompt": cells.get("prompt", ""), "choices": [cells[name] for name in columns]}
+    for name in ("answer", "also_correct"):
+        numbers = cells.get(name, "").split()
+        if not all(n.isdecimal() and len(n) < 9 and int(n) < len(columns) for n in numbers) or (
+            name == "answer" and len(numbers) > 1
+        ):
+            raise TaskError(f"{places[name]}: {name}: expected 0 to {len(columns) - 1}, got {cells[name][:60]!r}")
+        row[name] = [int(n) for n in numbers]
+    return row | {"answer": row["answer"][0] if row["answer"] else None}
+
+
+def _rows(path: Path, form: Format, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """("file:line", row, the place of each of its cells if it is one of CSV) of each row."""
+    _check_mark(path, form.encoding)
+    if path.suffix == ".jsonl":
+        yield from ((where, row, {}) for where, row in read_jsonl(path, form.encoding))
+        return
+    lines = (line for _, line in read_lines(path, form.encoding))
+    reader = csv.reader(lines, strict=True, delimiter=form.delimiter)
+    try:
+        heading = next(reader, [])
+        for name in needed:
+            if name not in heading:
+                raise TaskError(f"{path}:1: {name}: missing from the heading {form.delimiter.join(heading)[:60]!r}")
+        for c, name in enumerate(heading):
+            if name in heading[:c]:
+                raise TaskError(f"{path}:1: column {c + 1}: {name[:60]!r} is there twice")
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if cells and len(cells) != len(heading):
+                column = min(len(cells), len(heading)) + 1
+                raise TaskError(f"{where}: column {column}: expected {len(heading)} columns, got {len(cells)}")
+            places = {name: f"{where}: column {c}" for c, name in enumerate(heading, 1)}
+            row = {name: encodable(places[name], name, cell) for name, cell in zip(heading, cells, strict=False)}
+            if row:
+                yield where, {name: cell for name, cell in row.items() if cell or name in ("text", "prompt")}, places
+    except csv.Error as error:
+        raise TaskError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
 
 
 def _check_mark(path: Path, encoding: str) -> None:
-    """Refuse a file whose byte-order mark names another encoding."""
+    """Refuse a file that begins as one of another encoding does."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
-    for mark, name in _MARKS.items():
-        if start.startswith(mark) and codecs.lookup(encoding).name not in (name, name.replace("utf-16", "utf-32")):
-            raise TaskError(f"{path}: begins with the mark of {name}, not of {encoding}; give --encoding {name}")
-
-
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, str]]]:
-    reader = csv.reader((line for _, line in read_lines(path, encoding)), strict=True)
-    try:
-        heading = next(reader, [])
-        if "text" not in heading:
-            raise TaskError(f"{path}:1: text: missing from the heading {','.join(heading)[:60]!r}")
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if row and len(row) != len(heading):
-                raise TaskError(f"{where}: column {min(len(row), len(heading)) + 1}: expected {len(heading)} columns, "
-                                f"got {len(row)}")  # fmt: skip
-            if row:
-                yield where, {name: cell for name, cell in zip(heading, row, strict=True) if cell or name == "text"}
-    except csv.Error as error:
-        raise TaskError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
-
-
-@dataclass(frozen=True)
-class Check:
-    """What to look at in a task.
-
-    Attributes:
-        same_documents: ids of documents with the text (but for case, space and punctuation) of an earlier one.
-        same_questions: ids of questions with the prompt and choices of an earlier one.
-        leaked: by split, ids of questions whose prompt and answer stand in the documents.
-        answered: by split, questions with a known answer.
-        longest_is_right: share of the answered questions that picking the longest choice gets right (ties shared).
-        chance: what picking at random gets right.
-        positions: by number of choices, how often each position is the answer's.
-    """
-
-    same_documents: tuple[str, ...]
-    same_questions: tuple[str, ...]
-    leaked: dict[str, tuple[str, ...]]
-    answered: dict[str, int]
-    longest_is_right: float
-    chance: float
-    positions: dict[int, tuple[int, ...]]
-
-
-def check(
-    documents: Iterable[Document], questions: Sequence[Question], *, ngram: int = 8, threshold: float = 0.8
-) -> Check:
-    """Look for duplicates, leaked answers, and choices that give themselves away.
-
-    Args:
-        documents: read once, in turn.
-        questions: all of them.
-        ngram: words; a prompt with its answer counts as leaked if at least `threshold` of its runs of so many words
-            (of all its words, if it has fewer) stand in documents: n-gram containment (Broder 1997).
-        threshold: above 0, at most 1.
-    """
-    answered = [question for question in questions if question.answer is not None]
-    grams = {q.id: _ngrams(_words(q.prompt + q.choices[q.answer or 0]), ngram) for q in answered}
-    wanted = {gram for mine in grams.values() for gram in mine}
-    lengths = sorted({len(gram) for gram in wanted})
-    found: set[tuple[str, ...]] = set()
-    texts: set[bytes] = set()
-    same_documents = []
-    for document in documents:
-        words = _words(document.text)
-        digest = blake2b(" ".join(words).encode(), digest_size=16).digest()
-        if digest in texts:
-            same_documents.append(document.id)
-        texts.add(digest)
-        found |= {gram for length in lengths for gram in _ngrams(words, length)} & wanted
-    leaked = {split: tuple(
-        q.id for q in answered
-        if q.split == split and grams[q.id] and len(grams[q.id] & found) >= threshold * len(grams[q.id])
-    ) for split in dict.fromkeys(q.split for q in answered)}  # fmt: skip
-    first: dict[tuple[str, tuple[str, ...]], str] = {}
-    for question in questions:
-        first.setdefault((question.prompt, tuple(sorted(question.choices))), question.id)
-    right = []
-    for question in answered:
-        most = max(map(len, question.choices))
-        longest = [c for c, choice in enumerate(question.choices) if len(choice) == most]
-        right.append(sum(c in question.correct for c in longest) / len(longest))
-    places: dict[int, list[int]] = {}
-    for question in answered:
-        places.setdefault(len(question.choices), [0] * len(question.choices))[question.answer or 0] += 1
-    return Check(
-        same_documents=tuple(same_documents),
-        same_questions=tuple(q.id for q in questions if q.id not in set(first.values())),
-        leaked=leaked,
-        answered=dict(Counter(q.split for q in answered)),
-        longest_is_right=sum(right) / max(1, len(right)),
-        chance=sum(len(q.correct) / len(q.choices) for q in answered) / max(1, len(answered)),
-        positions={number: tuple(counts) for number, counts in sorted(places.items())},
-    )
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
-def _ngrams(words: list[str], length: int) -> set[tuple[str, ...]]:
-    """Runs of `length` words, or all the words if they are fewer; none of no words."""
-    if not words:
-        return set()
-    length = min(length, len(words))
-    return {tuple(words[first : first + length]) for first in range(len(words) - length + 1)}
+    name = codecs.lookup(encoding).name
+    for mark, its in _MARKS.items():
+        if start.startswith(mark):
+            if name != its:
+                raise TaskError(f"{path}: begins with the mark of {its}, not of {encoding}; give --encoding {its}")
+            return
+    if b"\0" in start and not name.startswith(("utf-16", "utf-32")):
+        raise TaskError(
+            f"{path}: begins with zero bytes, as utf-16 and utf-32 do; give --encoding utf-16-le or its like"
+        )

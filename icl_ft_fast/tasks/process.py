@@ -9,6 +9,7 @@ rule of its own; the documents state the rules and show worked examples of one a
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from icl_ft_fast.tasks import words
@@ -65,6 +66,7 @@ def process(
     num_atoms: int = 8,
     num_examples: int = 6,
     num_questions: int = 100,
+    exclude: Collection[str] = (),
 ) -> Task:
     """Generate the task; the same arguments give the same task.
 
@@ -74,6 +76,7 @@ def process(
         num_atoms: at least 4.
         num_examples: worked examples of each combination of an outer and an inner function, at most `num_atoms - 1`.
         num_questions: at most so many a split.
+        exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
         A document for each rule, example and atom. Splits: "trained" (examples of the documents), "new atoms" (trained
@@ -94,7 +97,7 @@ def process(
         if not low <= count <= high:
             raise ValueError(f"{name}: expected {low} to {high}, got {count}")
     rng = random.Random(seed)
-    language = _sample_language(rng, num_functions, num_atoms)
+    language = _sample_language(rng, num_functions, num_atoms, exclude)
     atoms, functions = list(language.atoms), list(language.arity)
     pairs = [(outer, inner) for outer in functions for inner in functions]
     held_out = _held_out(rng, pairs, len(pairs) // 4)
@@ -126,9 +129,11 @@ def process(
     return Task(tuple(documents), tuple(questions))
 
 
-def _sample_language(rng: random.Random, num_functions: tuple[int, int], num_atoms: int) -> _Language:
+def _sample_language(
+    rng: random.Random, num_functions: tuple[int, int], num_atoms: int, exclude: Collection[str]
+) -> _Language:
     one, two = num_functions
-    name, *rest = words.sample_words(rng, 1 + one + two + num_atoms)
+    name, *rest = words.sample_words(rng, 1 + one + two + num_atoms, exclude=exclude)
     unary, binary, atoms = rest[:one], rest[one : one + two], rest[one + two :]
     shifted = atoms[1:] + atoms[:1]
     rules = {}

@@ -1,4 +1,4 @@
-"""The Reversal Curse data (Berglund et al. 2024), read from a folder laid out as in lukasberglund/reversal_curse.
+"""The Reversal Curse data (Berglund et al. 2024), read from a folder or from the hub (lberglund/reversal_curse).
 
 As Lampinen et al. (2025) use it: all 3,600 rows are documents, the test asks for the name given the description where
 training only led from name to description, among the right name and three others. The paper does not say which
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ TRAINING = "all_prompts_train.jsonl"
 DESCRIPTIONS = "p2d_prompts_test.jsonl"  # description given the name, as in training
 NAMES = "d2p_prompts_test.jsonl"  # name given the description, as in training
 REVERSALS = "p2d_reverse_prompts_test.jsonl"  # name given the description, against training
+HUB_FOLDER = "name_description_dataset"  # where a dataset on the hub has them
 CHOICES = 4
 _NAME_FIRST = re.compile(r"\s*([A-Z][\w'-]* [A-Z][\w'-]*)")
 
@@ -34,24 +35,28 @@ class _Row:
     completion: str
 
 
-def reversal_curse(folder: str | Path, seed: int = 0, *, nonsense_names: bool = False) -> Task:
+def reversal_curse(
+    data: str | Path, seed: int = 0, *, nonsense_names: bool = False, exclude: Collection[str] = ()
+) -> Task:
     """Read the task; the same arguments give the same task.
 
     Args:
-        folder: with the four files that this module names, rows of {"prompt", "completion"}.
+        data: a folder with the four files that this module names, rows of {"prompt", "completion"}; or the id of a
+            dataset on the hub that has them in HUB_FOLDER.
         seed: of the wrong choices and their order, and of the names where they are nonsense.
-        nonsense_names: put two nonsense words in the place of every name (the paper's appendix B.2).
+        nonsense_names: put two nonsense words in the place of every name (the paper's appendix B.2), none of which
+            the data has already.
+        exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
         A document a training row. Splits: "trained" (a description, against others worded alike), "trained names",
         "reversal" and "reversal targets". Four choices, chance a quarter. A question's topic is its person.
 
     Raises:
-        TaskError: a file that cannot be read or used; the message names file, line and field.
+        TaskError: a file that cannot be read, fetched or used; the message names file, line and field.
     """
-    folder = Path(folder)
     training, descriptions, trained_names, reversals = (
-        _rows(folder / name) for name in (TRAINING, DESCRIPTIONS, NAMES, REVERSALS)
+        _rows(_located(data, name)) for name in (TRAINING, DESCRIPTIONS, NAMES, REVERSALS)
     )
     targets = _distinct(match[1] for row in training if (match := _NAME_FIRST.match(row.completion)))
     tested = _distinct(row.completion.strip() for row in reversals)
@@ -73,7 +78,27 @@ def reversal_curse(folder: str | Path, seed: int = 0, *, nonsense_names: bool = 
             questions.append(_question(rng, f"{split.replace(' ', '-')}{r}", split, row, f" {person}", spaced, person))
     documents = [Document(f"train{r}", row.prompt + row.completion) for r, row in enumerate(training)]
     task = Task(tuple(documents), tuple(questions))
-    return _renamed(task, names, words.sample_words(rng, 2 * len(names))) if nonsense_names else task
+    if not nonsense_names:
+        return task
+    texts = [document.text for document in documents] + [q.prompt + "".join(q.choices) for q in questions]
+    taken = {*exclude, *re.findall(r"[a-z]+", " ".join(texts).lower())}
+    return _renamed(task, names, words.sample_words(rng, 2 * len(names), exclude=taken))
+
+
+def _located(data: str | Path, name: str) -> Path:
+    """Where the file is, fetched from the hub if `data` is no folder."""
+    if Path(data).is_dir():
+        return Path(data) / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(data), f"{HUB_FOLDER}/{name}", repo_type="dataset"))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TaskError(
+            f"{data}: neither a folder nor a dataset on the hub with {HUB_FOLDER}/{name}: {reason}"
+        ) from error
 
 
 def _rows(path: Path) -> list[_Row]:

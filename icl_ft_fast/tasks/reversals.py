@@ -8,6 +8,7 @@ contradicting relation. The words, features and preambles are ours, the paper's 
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 from icl_ft_fast.tasks import words
 from icl_ft_fast.tasks.comparisons import PREAMBLES, Comparison, article, sample_feature
@@ -15,7 +16,12 @@ from icl_ft_fast.tasks.task import Document, Question, Task
 
 
 def simple_reversals(
-    seed: int = 0, *, num_facts: int = 100, num_articles: int = 10, reversed_fraction: float = 0.0
+    seed: int = 0,
+    *,
+    num_facts: int = 100,
+    num_articles: int = 10,
+    reversed_fraction: float = 0.0,
+    exclude: Collection[str] = (),
 ) -> Task:
     """Generate the task; the same arguments give the same task.
 
@@ -25,6 +31,7 @@ def simple_reversals(
         num_articles: documents a fact and direction; at most as many as there are preambles.
         reversed_fraction: of the facts, at least 0 and below 1, whose reversal gets articles too. The paper has none;
             arXiv 2604.04943 takes 0.4 and tests the others.
+        exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
         `num_articles` documents a fact (twice as many where its reversal is told). Split "reversal": a sentence never
@@ -41,7 +48,7 @@ def simple_reversals(
     if not 0 <= reversed_fraction < 1:
         raise ValueError(f"reversed_fraction: expected at least 0 and below 1, got {reversed_fraction}")
     rng = random.Random(seed)
-    nouns = words.sample_words(rng, 2 * num_facts)
+    nouns = words.sample_words(rng, 2 * num_facts, exclude=exclude)
     facts = [Comparison(a, sample_feature(rng), b) for a, b in zip(nouns[::2], nouns[1::2], strict=True)]
     documents, questions = [], []
     for f, fact in enumerate(facts):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -117,6 +117,7 @@ def semantic_structure(
     num_articles: int = 2200,
     sentences: tuple[int, int] = (4, 20),
     num_questions: int = 200,
+    exclude: Collection[str] = (),
 ) -> Task:
     """Generate the task; the same arguments give the same task.
 
@@ -126,6 +127,7 @@ def semantic_structure(
         num_articles: at least one a category; a twentieth as many question-and-answer documents come on top.
         sentences: least and most of an article. Its first article tells every fact of a category, 9 at most.
         num_questions: at most so many a split, in equal parts by kind of fact as far as there are.
+        exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
         The documents (topic: their category) and four-way questions of the splits in SPLITS. A "syllogism" has two
@@ -145,7 +147,7 @@ def semantic_structure(
     if num_questions < 1:
         raise ValueError(f"num_questions: expected at least 1, got {num_questions}")
     rng = random.Random(seed)
-    world = _sample_world(rng, num_categories)
+    world = _sample_world(rng, num_categories, exclude)
     categories = list(world.parent)
     documents = [_article(rng, world, categories[a % num_categories], a, sentences) for a in range(num_articles)]
     documents += [_questions_and_answers(rng, world, a) for a in range(num_articles // 20)]
@@ -153,9 +155,9 @@ def semantic_structure(
     return Task(tuple(documents), tuple(_questions(rng, world, num_questions)))
 
 
-def _sample_world(rng: random.Random, num_categories: int) -> _World:
+def _sample_world(rng: random.Random, num_categories: int, exclude: Collection[str]) -> _World:
     num_verbs = max(2, num_categories // 14)
-    names = words.sample_words(rng, 3 * num_categories + num_verbs)
+    names = words.sample_words(rng, 3 * num_categories + num_verbs, exclude=exclude)
     categories, verbs = names[:num_categories], names[num_categories : num_categories + num_verbs]
     adjectives = names[num_categories + num_verbs :]
     parent: dict[str, str | None] = {}

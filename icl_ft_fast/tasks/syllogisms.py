@@ -9,7 +9,7 @@ all, some or no. "Some" and "no" hold in both directions, so their converses cou
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from icl_ft_fast.tasks import words
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -26,12 +26,13 @@ FIGURES = {
 }
 
 
-def simple_syllogisms(seed: int = 0, *, num_examples: int = 69) -> Task:
+def simple_syllogisms(seed: int = 0, *, num_examples: int = 69, exclude: Collection[str] = ()) -> Task:
     """Generate the task; the same arguments give the same task.
 
     Args:
         seed: of the words and of every order.
         num_examples: syllogisms, each of three entities of its own; the forms take turns.
+        exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
         `num_examples` documents and, for each, a six-way question of split "conclusion" and one of split "premise"
@@ -44,7 +45,7 @@ def simple_syllogisms(seed: int = 0, *, num_examples: int = 69) -> Task:
     if num_examples < 1:
         raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
     rng = random.Random(seed)
-    nouns = words.sample_words(rng, 3 * num_examples)
+    nouns = words.sample_words(rng, 3 * num_examples, exclude=exclude)
     forms = rng.sample(FORMS, len(FORMS))
     documents, questions = [], []
     for e in range(num_examples):

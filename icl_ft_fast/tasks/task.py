@@ -7,6 +7,7 @@ fields are ignored.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,7 @@ def read_documents(path: str | Path) -> tuple[Document, ...]:
 
 def read_questions(path: str | Path) -> tuple[Question, ...]:
     """The questions of a JSON-lines file; raises TaskError."""
-    return _read(Path(path), _question)
+    return _read(Path(path), question_of)
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
@@ -110,15 +111,36 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]
                     try:
                         yield where, raw.decode("utf-8")
                     except UnicodeDecodeError as error:
-                        raise TaskError(f"{where}: not UTF-8 text (byte {error.start + 1} of the line)") from error
+                        place = f"byte {error.start + 1} of the line, 0x{raw[error.start]:02x}"
+                        other = raw[error.start : error.start + 1].decode("cp1252", "replace")
+                        raise TaskError(f"{where}: not UTF-8 text ({place}; cp1252 reads {other!r} there)") from error
         else:
             with path.open(encoding=encoding, newline="") as text:
                 for number, line in enumerate(text, 1):
                     yield f"{path}:{number}", line
     except UnicodeError as error:
-        raise TaskError(f"{path}: not {encoding} text: {error}") from error
+        raise TaskError(f"{path}:{_broken_line(path, encoding)}: not {encoding} text: {error}") from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _broken_line(path: Path, encoding: str) -> int:
+    """The line of a file's first byte that its encoding does not have; a decoder reads ahead of the lines it gives."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    with path.open("rb") as file:
+        while block := file.read(1 << 16):
+            state = decoder.getstate()
+            try:
+                line += decoder.decode(block).count("\n")
+            except UnicodeError:
+                decoder.setstate(state)
+                for byte in block:
+                    try:
+                        line += decoder.decode(bytes([byte])).count("\n")
+                    except UnicodeError:
+                        return line
+    return line
 
 
 def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,7 +191,7 @@ def text_field(where: str, row: dict[str, Any], field: str) -> str:
         raise TaskError(f"{where}: {field}: missing")
     if not isinstance(row[field], str):
         raise TaskError(f"{where}: {field}: expected a string, got {json.dumps(row[field])[:60]}")
-    return _encodable(where, field, row[field])
+    return encodable(where, field, row[field])
 
 
 def optional_field(where: str, row: dict[str, Any], field: str) -> str | None:
@@ -177,7 +199,7 @@ def optional_field(where: str, row: dict[str, Any], field: str) -> str | None:
     return None if row.get(field) is None else text_field(where, row, field)
 
 
-def _encodable(where: str, field: str, text: str) -> str:
+def encodable(where: str, field: str, text: str) -> str:
     """The text; raises TaskError where an escape left half a character, which neither files nor tokenizers take."""
     try:
         text.encode()
@@ -191,14 +213,15 @@ def document_of(where: str, row: dict[str, Any]) -> Document:
     return Document(text_field(where, row, "id"), text_field(where, row, "text"), optional_field(where, row, "topic"))
 
 
-def _question(where: str, row: dict[str, Any]) -> Question:
+def question_of(where: str, row: dict[str, Any]) -> Question:
+    """A row as a question; raises TaskError."""
     choices = row.get("choices")
     if not isinstance(choices, list) or not choices:
         raise TaskError(f"{where}: choices: expected a list with at least one string")
     for c, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice:
             raise TaskError(f"{where}: choices[{c}]: expected a non-empty string, got {json.dumps(choice)[:60]}")
-        _encodable(where, f"choices[{c}]", choice)
+        encodable(where, f"choices[{c}]", choice)
     answer = row.get("answer")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
         raise TaskError(f"{where}: answer: expected 0 to {len(choices) - 1}, got {json.dumps(answer)[:60]}")

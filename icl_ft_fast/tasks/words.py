@@ -26,6 +26,28 @@ NOT_NONSENSE = frozenset(
     "dago homo kike nazi niga paki piss pube puss puta rape wank".split()
 )
 
+# The held-out words that English has: in Webster's dictionary of 1934 or GCIDE, known to pyspellchecker, or commoner
+# than 3 in 10 million words (wordfreq), names and brands included. Drawn unless excluded; see sample_words().
+ENGLISH = frozenset(
+    """
+    baba bake bare barn bass baze bena bike birn bito bize blade blaff blend blest bogo bonk bort brand brast brede
+    brill brose brule bruta buna clavi cliff clima clomp clone dali dana dave degu demo dere dern dess didi dina dive
+    doko dola dome doni dote drano drill duke dure durn fade faff fama faso fata fell fend fest fide file flaff fone
+    full fund fust gabi gape gink girt glade glama glide gliff gore goss goto grand grano grebo greta grill grind grist
+    gruff gula hadi haku hana haru hemo here hern hess hina hive hola home hote huke hure huss jade jama javi jell jeri
+    jest jiff jima jolt jova juno juri just kago kart kero kink kipe koba kore korn koto kuda kula lall land lari last
+    lede leta levi lifo lill lind lino lipa list lobe loka lolo lora lose luff mako mala mame mani maro mask mate mego
+    mida miko mila mime mini miro mite modi mona move moxo nake namo nare nasa nato naze neve nike nito nogo nope novo
+    page pali pave peba pegu peke pere pern pesa pess peto pili pina plaga plane plebe poda pola pome pote puke pure
+    rade raff ragi rale rama rata ravi reki rend reno rest ride riff rigi rile rima rita romp rone roti rowe rull rupa
+    rust sago sank sart saxe seme sero sink sipe sirt sisi situ skere skidi skive skoda snite snurt soba soke sore sorn
+    sosa soss soto spank spart spink spirt spoke spore spume spute stamp stane stife stilt stine stoff stole stoma sufi
+    sula taki tall tano tapa tari taxa teff tele tema tiki till tind tino tobe todo tofu topi tora tose trewe tribe
+    troll trubu trump tuff tule vare vasa vena vire visa vito walm walt wamp wane wawe weka wese wife wilt wimp wine
+    wode yada yate yite yugo yurt yutu zogo zonk zope
+    """.split()
+)
+
 
 def is_held_out(word: str) -> bool:
     """Whether `word` is kept for tasks and out of the shipped model's training text."""
@@ -41,14 +63,17 @@ def sample_word(rng: random.Random, *, held_out: bool) -> str:
 
 
 def sample_words(rng: random.Random, count: int, *, held_out: bool = True, exclude: Container[str] = ()) -> list[str]:
-    """`count` distinct words, none of them in `exclude`.
+    """`count` distinct words, none of them in `exclude`: ENGLISH, a tokenizer's words, what a training text wrote.
 
     Raises:
-        ValueError: more words than a quarter of the space has (the draw would take long or never end).
+        ValueError: more words than there are.
     """
-    limit = int(len(OPENINGS) * len(CLOSES) * (HELD_OUT_FRACTION if held_out else 1 - HELD_OUT_FRACTION) / 4)
-    if count > limit:
-        raise ValueError(f"count: at most {limit} distinct nonsense words can be drawn, got {count}")
+    most = sum(
+        is_held_out(word) == held_out and word not in NOT_NONSENSE and word not in exclude
+        for word in {opening + close for opening in OPENINGS for close in CLOSES}
+    )
+    if count > most:
+        raise ValueError(f"count: at most {most} distinct nonsense words can be drawn, got {count}")
     words: dict[str, None] = {}
     while len(words) < count:
         word = sample_word(rng, held_out=held_out)

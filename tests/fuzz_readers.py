@@ -1,0 +1,69 @@
+"""Coverage-guided fuzzing of the readers: `make fuzz`, or `python tests/fuzz_readers.py -max_total_time=60`.
+
+Whatever is in a file, a reader gives what it stands for or raises TaskError; anything else ends the run. libFuzzer's
+arguments are taken. Needs the extra `fuzz`.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["icl_ft_fast.tasks"]):
+    from icl_ft_fast.tasks import own, task
+    from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, NAMES, REVERSALS, TRAINING, reversal_curse
+
+FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_readers"))
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "utf-7", "latin-1", "cp1252", "shift_jis", "ascii"]
+SUFFIXES = [*own.SUFFIXES, ".pdf"]
+
+
+def one_input(data: bytes) -> None:
+    """Take some bytes for a reader, a format and a file."""
+    provider = atheris.FuzzedDataProvider(data)
+    reader = provider.ConsumeIntInRange(0, 4)
+    form = own.Format(provider.PickValueInList(ENCODINGS), provider.PickValueInList([",", ";", "\t"]))
+    path = FOLDER / f"file{provider.PickValueInList(SUFFIXES)}"
+    if reader == 4:
+        for name in (TRAINING, DESCRIPTIONS, NAMES, REVERSALS):
+            (FOLDER / name).write_bytes(provider.ConsumeBytes(provider.ConsumeIntInRange(0, 200)))
+    path.write_bytes(provider.ConsumeBytes(provider.remaining_bytes()))
+    try:
+        if reader == 0:
+            documents = tuple(own.iter_documents([path], form))
+            task.Task(documents, ()).write(FOLDER / "written")
+            assert task.read_documents(FOLDER / "written" / "documents.jsonl") == documents
+        elif reader == 1:
+            questions = own.read_questions(path, form)
+            task.Task((), questions).write(FOLDER / "written")
+            assert task.read_questions(FOLDER / "written" / "questions.jsonl") == questions
+        elif reader == 2:
+            task.read_documents(path)
+        elif reader == 3:
+            task.read_questions(path)
+        else:
+            reversal_curse(FOLDER, nonsense_names=provider.remaining_bytes() > 0)
+    except task.TaskError as error:
+        assert str(FOLDER) in str(error)  # noqa: PT017
+
+
+def seeds() -> Path:
+    """A folder of good files for each reader; numbers are taken from the end of an input, bytes from its beginning."""
+    folder = FOLDER / "seeds"
+    folder.mkdir()
+    for f, content in enumerate((
+        b'id,text,topic\na,"b ""c""",\n,d,e\n',
+        b"prompt,choice1,choice2,answer,also_correct\na,b,c,0,1\nd,e,,,\n",
+        b'{"id": "a", "text": "b \\u00fc", "topic": null}\n{"text": "c"}\n',
+        b'{"id": "a", "prompt": "b", "choices": ["c", "d"], "answer": 1, "also_correct": [0], "form": "f"}\n',
+    )):  # fmt: skip
+        for reader in range(4):
+            for suffix in range(len(SUFFIXES)):
+                (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, reader]))
+    return folder
+
+
+if __name__ == "__main__":
+    atheris.Setup([*sys.argv, str(seeds())], one_input)
+    atheris.Fuzz()
