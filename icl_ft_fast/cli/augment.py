@@ -24,7 +24,7 @@ from icl_ft_fast.cli.options import (
 from icl_ft_fast.cli.task import task_of_seed
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.generate import Sampling
-from icl_ft_fast.tasks import own
+from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
@@ -110,7 +110,7 @@ def _augment(options: argparse.Namespace) -> None:
             model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]])
         )
         keep("inconsistent", kept)
-    contained = own.check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
+    contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
     write_jsonl(options.out / "rows.jsonl", (
