@@ -53,7 +53,7 @@ SAME_LAYER = {
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
-} | {(folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations", "cli")}
+} | {(folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "finetune")}
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
 BUDGET = 6000  # code lines of the package and of csrc
 

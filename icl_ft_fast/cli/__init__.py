@@ -1,6 +1,6 @@
-"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | score | task | finetune | lm-eval`, a module a command.
 
-Bad input ends in one line on stderr and exit code 2.
+Bad input ends in one line on stderr and exit code 2, an interrupted training run in one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, lm_eval, score, task
+from icl_ft_fast.cli import compare, finetune, lm_eval, score, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.evaluate import ProtocolError
-from icl_ft_fast.finetune import FinetuneError
+from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
 from icl_ft_fast.score import ScoreError
@@ -22,7 +22,7 @@ BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, Finet
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input."""
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 for a training run that was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except BAD_INPUT as error:
         print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, InterruptedRunError) else 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"icl-ft-fast {options.command}: {where}{error.strerror or error}", file=sys.stderr)
@@ -47,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, score, task, lm_eval):
+    for module in (compare, score, task, finetune, lm_eval):
         module.add(commands)
     return top
