@@ -44,7 +44,8 @@ with distributed.joined():
             return totals
         distributed.totals, real = ask(), distributed.totals
         try:
-            finetune(model, TEXTS, changes, validation=TEXTS[:1], output_dir=f"{sys.argv[2]}/cut", seed=7, resume=step > 3)
+            out = f"{sys.argv[2]}/cut"
+            finetune(model, TEXTS, changes, validation=TEXTS[:1], output_dir=out, seed=7, resume=step > 3)
         except ValueError as error:
             assert "interrupted after step 3" in str(error), error
         distributed.totals = real

@@ -61,6 +61,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "adam_beta1": ("adam_beta1", float, "AdamW's"),
     "adam_beta2": ("adam_beta2", float, "AdamW's"),
     "adam_epsilon": ("adam_epsilon", float, "AdamW's"),
+    "optim": ("optim", str, "adamw_torch or adamw_torch_fused"),
     "max_grad_norm": ("clip_norm", float, "bound of the gradient's norm"),
     "completion_only_loss": ("completion_only", _boolean, "loss on completions and assistants' turns only"),
     "splitting": ("splitting", str, "texts into sentences: none, independent or cumulative"),

@@ -22,6 +22,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(
             self.masters.values(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon, weight_decay=settings.weight_decay,
+            fused=True if settings.optim == "adamw_torch_fused" else None,
         )  # fmt: skip
 
     def gather(self) -> None:

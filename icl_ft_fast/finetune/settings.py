@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 SPLITTINGS = ("none", "independent", "cumulative")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -52,6 +53,7 @@ class FinetuneSettings:
         batch_size: examples a forward, in each process.
         gradient_accumulation_steps: forwards a step; the loss is the mean over all target tokens of the step.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: AdamW's; every weight decays.
+        optim: "adamw_torch", or "adamw_torch_fused", which is faster and rounds otherwise.
         warmup_steps: steps over which the rate rises linearly.
         lr_scheduler_type: "constant" rises from learning_rate / warmup_steps; "constant_with_warmup", "linear" and
             "cosine" are transformers', whose first step of a warm-up has rate 0.
@@ -89,6 +91,7 @@ class FinetuneSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     adam_epsilon: float = 1e-8
+    optim: str = "adamw_torch"
     completion_only: bool = False
     group_by_prompt: bool = False
     gradient_checkpointing: bool = False
@@ -109,7 +112,8 @@ class FinetuneSettings:
                 _at_least_one(self, name)
         if not 0 < self.learning_rate < math.inf:
             raise FinetuneError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
-        for name, allowed in (("splitting", SPLITTINGS), ("lr_scheduler_type", SCHEDULES)):
+        names = (("splitting", SPLITTINGS), ("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS))
+        for name, allowed in names:
             if getattr(self, name) not in allowed:
                 raise FinetuneError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.clip_norm <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
