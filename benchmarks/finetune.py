@@ -1,8 +1,8 @@
 """Fine-tuning steps and their memory, beside TRL's SFTTrainer on the same examples in the same order.
 
 Models are random Llamas; the documents are 200 statements of simple-reversals, and 200 articles of semantic-structure.
-Losses of both are compared before anything is reported. TRL runs with its own defaults, under which it too takes the head
-in chunks of rows.
+Losses of both are compared before anything is reported. TRL runs with its own defaults, under which it too takes the
+head in chunks of rows.
 """
 
 import contextlib

@@ -68,8 +68,7 @@ def wrap(objective: torch.nn.Module, network: Any, *, fsdp: bool) -> torch.nn.Mo
             raise FinetuneError("fsdp: needs several processes: start the command with torchrun")
         return objective
     if not fsdp:
-        # Its buffers are never written to.
-        return torch.nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(objective)
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
