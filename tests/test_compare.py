@@ -154,7 +154,7 @@ def test_results_json(llama, runs, tmp_path):
         "icl_subsample": 1,
         "normalization": "sum",
         "template": "base",
-        "finetune": {field.name: getattr(TRAINING, field.name) for field in fields(TRAINING)},
+        "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
     assert results["machine"].keys() == {"device", "processor", "threads", "python", "torch", "transformers"}
     assert len(results["runs"]) == 4
