@@ -53,7 +53,7 @@ def run(quick: bool, data: Path | None = None) -> list[Row]:
     rows = []
     for size in list(SIZES)[: 1 if quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder) / "model", SIZES[size], [context, *(q.prompt for q in questions)])
+            save_model(Path(folder) / "model", SIZES[size], [context, *(q.prompt for q in questions)])
             for dtype in DTYPES:
                 model = iff.load(Path(folder) / "model", dtype=dtype)
                 case = Case.of(model, context, questions)
@@ -101,7 +101,7 @@ def _article(data: Path | None, limit: int | None) -> tuple[str, list[Question]]
     return "\n\n".join(d.text for d in documents) + "\n\n", list(read_questions(data / "questions.jsonl"))[:limit]
 
 
-def _save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
+def save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
     """A random Llama in float32 and its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(**size, max_position_embeddings=16_384, bos_token_id=0, eos_token_id=1)

@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | score | task | finetune | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | score | task | finetune | lm-eval | serve | context`.
 
 Bad input ends in one line on stderr and exit code 2, an interrupted training run in one line and exit code 130.
 """
@@ -9,8 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, finetune, lm_eval, score, task
+from icl_ft_fast.cli import compare, context, finetune, lm_eval, score, serve, task
 from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
@@ -18,7 +19,7 @@ from icl_ft_fast.model import ModelError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError)
+BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError, ContextError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +48,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, score, task, finetune, lm_eval):
+    for module in (compare, score, task, finetune, lm_eval, serve, context):
         module.add(commands)
     return top
