@@ -102,7 +102,15 @@ def _article(data: Path | None, limit: int | None) -> tuple[str, list[Question]]
 
 
 def save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
-    """A random Llama in float32 and a byte-level BPE of 8,000 tokens made from the texts."""
+    """A random Llama in float32 and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**size, max_position_embeddings=16_384, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(texts).save_pretrained(folder)
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 8,000 tokens made from the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,10 +119,7 @@ def save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
         vocab_size=8000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    torch.manual_seed(0)
-    config = LlamaConfig(**size, max_position_embeddings=16_384, bos_token_id=0, eos_token_id=1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def _ours(name: str, case: Case) -> list[Row]:

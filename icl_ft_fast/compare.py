@@ -26,7 +26,8 @@ from icl_ft_fast.model import Model
 from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.task import Document, Question, Task
 
-ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
+DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
+ARMS = (*DEFAULT_ARMS, "distilled")
 SCHEMA_VERSION = 2  # 2: answers, normalization, template, splitting
 UNCACHED_SAMPLE = 3  # questions scored one by one to measure what a query costs when nothing is reused
 
@@ -46,7 +47,7 @@ class Settings:
         finetune: steps, batch size, learning rate.
     """
 
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = DEFAULT_ARMS
     seeds: tuple[int, ...] = (0, 1, 2)
     icl_per_topic: int | None = None
     icl_subsample: int = 1
@@ -130,32 +131,32 @@ def compare(
 def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, progress: bool) -> Run:
     ledger = Ledger()
     documents: list[Document] = []
+    context = evaluate.prompt_context(model, documents, settings.template)
     notes: dict[str, Any] = {}
     if arm == "icl":
-        documents = evaluate.select_documents(
-            task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
-        )
+        documents, context, left_out = _icl_context(model, task, seed, settings)
         if settings.icl_tokens is not None:
-            chosen = len(documents)
-            documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)
-            notes["left_out_documents"] = chosen - len(documents)
+            notes["left_out_documents"] = left_out
         notes["context_documents"] = len(documents)
     elif arm != "base":
         texts = [document.text for document in task.documents]
         if arm != "ft":
             with ledger.phase("augment"):
-                if arm == "augmented-ft":
-                    augmented = augment.augment_local(model, task.documents, ledger=ledger, progress=progress)
-                else:
+                if arm == "rules-ft":
                     augmented = augment.augment_rules(task.documents)
+                else:
+                    augmented = augment.augment_local(model, task.documents, ledger=ledger, progress=progress)
             texts += [row.text for row in augmented.rows]
             notes["augmentations"] = len(augmented.rows)
             notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
+        teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
         with ledger.phase("train"):
-            tuned = finetune(model, texts, settings.finetune, seed=seed, ledger=ledger, progress=progress)
+            tuned = finetune(
+                model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, ledger=ledger,
+                progress=progress,
+            )  # fmt: skip
         notes["final_loss"] = tuned.losses[-1]
         model = tuned.model
-    context = evaluate.prompt_context(model, documents, settings.template)
     uncached_s = _uncached_query_s(model, task.questions, context)
     queries = Ledger()
     with queries.phase("query"):
@@ -184,6 +185,17 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
         uncached_query_s=uncached_s,
         counts=ledger.as_dict(), notes=notes,
     )  # fmt: skip
+
+
+def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:
+    """The documents that ICL reads, what stands before each prompt then, and how many documents did not fit."""
+    documents = evaluate.select_documents(
+        task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
+    )
+    chosen = len(documents)
+    if settings.icl_tokens is not None:
+        documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)
+    return documents, evaluate.prompt_context(model, documents, settings.template), chosen - len(documents)
 
 
 def _uncached_query_s(model: Model, questions: Sequence[Question], context: str) -> float:

@@ -22,6 +22,7 @@ ARM_TITLES = {
     "ft": "fine-tuned",
     "augmented-ft": "augmented",
     "rules-ft": "by rule",
+    "distilled": "distilled",
 }
 
 CAPTION = (

@@ -114,6 +114,22 @@ def test_the_plain_arms(llama):
         assert torch.equal(parameter, before[name]), name
 
 
+def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
+    # the tiny model has no room for the prompt that asks for augmentations
+    monkeypatch.setattr(compare.augment, "augment_local", lambda _, documents, **__: augment_rules(documents))
+    settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
+    task = task_of_seed(3)
+    _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
+    rows = augment_rules(task.documents).rows
+    texts = [document.text for document in task.documents] + [row.text for row in rows]
+    context = prompt_context(llama, select_documents(task.documents, 3, per_topic=1))
+    tuned = finetune(llama, texts, TRAINING, seed=3, teacher_context=context)
+    assert distilled.accuracy == evaluate(tuned.model, task.questions)
+    assert distilled.notes["final_loss"] == tuned.losses[-1]
+    assert distilled.notes.keys() == augmented.notes.keys()
+    assert distilled.counts["seconds"].keys() == {"augment", "train", "query"}
+
+
 def test_an_unknown_arm(llama):
     with pytest.raises(ValueError, match=r"^arms: expected some of base, icl, .*, got 'lora'$"):
         compare.compare(llama, task_of_seed, Settings(arms=("base", "lora")))
@@ -140,7 +156,7 @@ def test_results_json(llama, runs, tmp_path):
         "icl_tokens": None,
         "normalization": "sum",
         "template": "base",
-        "finetune": {field.name: getattr(TRAINING, field.name) for field in fields(TRAINING)},
+        "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
     assert results["machine"].keys() == {"device", "processor", "threads", "python", "torch", "transformers"}
     assert len(results["runs"]) == 4

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, finetune, split_sentences
-from icl_ft_fast.model import from_network, load
+from icl_ft_fast.model import from_network
 from icl_ft_fast.score import loglikelihood
 
 # Prefixes shared by all, by two, by none; a text that is another's beginning; the same text twice; one without words.
@@ -224,11 +223,6 @@ def test_a_text_without_any_target(llama):
     tokenizer.eos_token = None
     with pytest.raises(FinetuneError, match=r"^texts\[1\]: no tokens$"):
         finetune(replace(llama, tokenizer=tokenizer), ["femp", ""])
-
-
-def test_half_precision_weights(llama_directory):
-    with pytest.raises(FinetuneError, match=re.escape("needs float32 weights; load(..., dtype='float32')")):
-        finetune(load(llama_directory, dtype="bfloat16"), TEXTS)
 
 
 @pytest.mark.parametrize(

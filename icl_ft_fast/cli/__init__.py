@@ -1,6 +1,6 @@
 """The command line, a module a command: `icl-ft-fast --help` lists them.
 
-Bad input ends in one line on stderr and exit code 2.
+Bad input ends in one line on stderr and exit code 2, an interrupted training run in one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from icl_ft_fast.augment import AugmentError
-from icl_ft_fast.cli import augment, compare, context, lm_eval, score, serve, task
+from icl_ft_fast.cli import augment, compare, context, finetune, lm_eval, score, serve, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.evaluate import ProtocolError
-from icl_ft_fast.finetune import FinetuneError
+from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-COMMANDS = (compare, augment, score, context, task, serve, lm_eval)
+COMMANDS = (compare, augment, finetune, score, context, task, serve, lm_eval)
 BAD_INPUT = (
     UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
     ContextError,
@@ -28,7 +28,7 @@ BAD_INPUT = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input."""
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 for a training run that was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except BAD_INPUT as error:
         print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, InterruptedRunError) else 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"icl-ft-fast {options.command}: {where}{error.strerror or error}", file=sys.stderr)

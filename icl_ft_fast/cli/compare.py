@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.add_argument("--facts", type=positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
     _add_comparison_options(
-        demo, arms=",".join(compare.ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
+        demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
     )
     demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=())

@@ -1,0 +1,215 @@
+"""The files of a run, under the names of TRL and PEFT, each folder written whole or not at all.
+
+    output_dir/metrics.jsonl          a line a step, always
+    output_dir/checkpoint-N/          the model (or adapter) after step N with its tokenizer; trainer_state.json;
+                                      optimizer.safetensors; run.json, what the run was started with
+    output_dir/                       at the end: the files of the best checkpoint, or of the last one
+
+There is no generator to save: order, adapters' first weights and dropout follow from the seed and the step. A folder is
+written under a hidden name, synced, and renamed; what a killed process leaves under hidden names is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from icl_ft_fast.finetune.settings import FinetuneError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = {"trainer_state.json", "optimizer.safetensors", "run.json"}
+
+
+@dataclass
+class Progress:
+    """How far a run is: what trainer_state.json holds.
+
+    Attributes:
+        step: steps done.
+        losses: mean loss per target token of each.
+        log: log_history; evaluations have an "eval_loss".
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def evaluations(self) -> list[tuple[float, int]]:
+        """(loss, step) of each evaluation."""
+        return [(entry["eval_loss"], int(entry["step"])) for entry in self.log if "eval_loss" in entry]
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """(loss, step) of the best evaluation, the first of equals."""
+        return min(self.evaluations, default=None)
+
+
+class RunFolder:
+    """output_dir, or nothing where there is none.
+
+    Args:
+        path: the folder; None writes nothing.
+        origin: what the run was started with; a run is only resumed with the same.
+        is_writer: whether this process writes (one of many does).
+
+    Raises:
+        FinetuneError: the folder holds a run already, or cannot be made.
+    """
+
+    def __init__(self, path: Path | None, origin: dict[str, Any], *, resume: bool, is_writer: bool) -> None:
+        self.path, self.origin, self.is_writer = path, json.loads(json.dumps(origin)), is_writer
+        if path is None:
+            return
+        if not resume and (self.steps() or (path / "metrics.jsonl").exists()):
+            raise FinetuneError(f"output_dir: {path}: holds a run already; resume it or choose another folder")
+        if is_writer:
+            with _told(path, "made"):
+                path.mkdir(parents=True, exist_ok=True)
+                for left in path.glob(".checkpoint-*"):  # by a process that was killed
+                    shutil.rmtree(left)
+
+    def steps(self) -> list[int]:
+        """Steps that there is a whole checkpoint of, ascending."""
+        found = (_NAME.fullmatch(p.name) for p in self.path.iterdir()) if self.path and self.path.is_dir() else ()
+        return sorted(int(match[1]) for match in found if match)
+
+    def folder(self, step: int) -> Path:
+        """The checkpoint after a step."""
+        assert self.path is not None
+        return self.path / f"checkpoint-{step}"
+
+    def restore(self) -> Progress:
+        """The progress of the last checkpoint, all later metrics forgotten; step 0 if there is none.
+
+        Raises:
+            FinetuneError: it was made with other examples or settings.
+        """
+        step = max(self.steps(), default=0)
+        if step:
+            before = json.loads((self.folder(step) / "run.json").read_text(encoding="utf-8"))
+            changed = [name for name in self.origin if before.get(name) != self.origin[name]]
+            if changed:
+                now, then = (json.dumps(x.get(changed[0]))[:60] for x in (self.origin, before))
+                raise FinetuneError(
+                    f"{self.folder(step)}: cannot be resumed: {changed[0]} was {then}, now {now}; give what "
+                    "the run was started with"
+                )
+            log = json.loads((self.folder(step) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        assert self.path is not None
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines()[:step] if metrics.exists() else []
+        if self.is_writer:
+            with _told(metrics, "written"):
+                partial = metrics.with_name(".metrics.jsonl.partial")
+                partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                os.replace(partial, metrics)
+        return Progress(step, [json.loads(line)["loss"] for line in lines], log if step else [])
+
+    def append_metrics(self, entry: dict[str, float]) -> None:
+        """Add a line to metrics.jsonl."""
+        if self.path is not None and self.is_writer:
+            with _told(self.path / "metrics.jsonl", "written"), (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(
+        self, progress: Progress, state: dict[str, torch.Tensor], write_model: Callable[[Path], None], **trainer: Any
+    ) -> None:
+        """Write the checkpoint of this step.
+
+        Args:
+            progress: how far the run is.
+            state: the optimizer's tensors.
+            write_model: writes model or adapter and tokenizer into a folder.
+            trainer: further fields of trainer_state.json.
+
+        Raises:
+            FinetuneError: it could not be written; what was written of it is gone, earlier checkpoints are whole.
+        """
+        if self.path is None or not self.is_writer or progress.step in self.steps():
+            return
+        best = progress.best
+        described = {
+            "global_step": progress.step,
+            "log_history": progress.log,
+            "best_metric": best and best[0],
+            "best_global_step": best and best[1],
+            "best_model_checkpoint": best and str(self.folder(best[1])),
+            **trainer,
+        }
+        target = self.folder(progress.step)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            with _told(target, "written", max(self.steps(), default=None)):
+                partial.mkdir()
+                write_model(partial)
+                save_file(state, partial / "optimizer.safetensors")
+                for name, content in (("trainer_state.json", described), ("run.json", self.origin)):
+                    (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                for file in (*partial.iterdir(), partial, self.path / "metrics.jsonl"):
+                    _sync(file)
+                os.rename(partial, target)
+                _sync(self.path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def prune(self, keep: int | None, best: int | None) -> None:
+        """Remove all but the last `keep` checkpoints and the best one."""
+        for step in self.steps()[: -keep if keep else 0]:
+            if step != best and self.is_writer:
+                hidden = self.folder(step).with_name(f".checkpoint-{step}.removed")
+                os.rename(self.folder(step), hidden)
+                shutil.rmtree(hidden)
+
+    def finish(self, step: int) -> None:
+        """Copy the model of a checkpoint into output_dir, weights last."""
+        if self.path is None or not self.is_writer:
+            return
+        files = [file for file in self.folder(step).iterdir() if file.name not in _STATE]
+        with _told(self.path, "written", step):
+            for file in sorted(files, key=lambda file: (file.suffix == ".safetensors", file.name)):
+                partial = self.path / f".{file.name}.partial"
+                try:
+                    shutil.copyfile(file, partial)
+                    _sync(partial)
+                    os.replace(partial, self.path / file.name)
+                finally:
+                    partial.unlink(missing_ok=True)
+
+
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors of a checkpoint."""
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _told(path: Path, done: str, last: int | None = None) -> Any:
+    """Within the block a file error becomes a FinetuneError that names the path and the last whole checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        whole = "" if last is None else f"; checkpoint-{last} is whole and can be resumed"
+        raise FinetuneError(f"{path}: cannot be {done}: {reason}{whole}") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""What is trained on: rows of JSON lines in the shapes people have, as text, as token ids, and where a loss is taken.
+
+Knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icl_ft_fast import encoding
+from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
+
+Turn = tuple[str, str]  # role (system, user or assistant), content
+Span = tuple[int, int]  # characters [first, last)
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completion, or the turns of a chat; a mere text is the completion of no prompt.
+
+    Attributes:
+        completion: the text, or what follows the prompt.
+        prompt: what comes before it, shown but under completion_only not learned.
+        turns: in place of both, to be rendered by the tokenizer's chat template; an assistant's turns are completions.
+        context_turns: of those, how many leading ones are prompt, whoever speaks.
+        where: "file:line" for messages.
+    """
+
+    completion: str = ""
+    prompt: str = ""
+    turns: tuple[Turn, ...] = ()
+    context_turns: int = 0
+    where: str = ""
+
+    @property
+    def beginning(self) -> str | tuple[Turn, ...]:
+        """What other examples may begin with too: the prompt, or the turns before the last."""
+        return self.turns[:-1] or self.prompt
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An encoded example: its ids, and which of them a loss is taken on, never the first.
+
+    Examples with equal `group` have the same prompt.
+    """
+
+    ids: list[int]
+    is_target: list[bool]
+    group: int
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The examples of a JSON-lines file; the keys of a row tell its shape.
+
+    {"text"}; {"prompt", "completion"}, strings or lists of messages; {"messages": [{"role", "content"}]};
+    {"instruction", "input", "output"} (alpaca; input may be absent); {"conversations": [{"from", "value"}]} (sharegpt).
+
+    Raises:
+        FinetuneError: a row of no such shape or a field that does not fit, with file, line and field; an empty file.
+    """
+    try:
+        examples = [_example(where, row) for where, row in read_jsonl(Path(path))]
+    except TaskError as error:
+        raise FinetuneError(str(error)) from error
+    if not examples:
+        raise FinetuneError(f"{path}: empty: expected at least one JSON object")
+    return examples
+
+
+def _example(where: str, row: dict[str, Any]) -> Example:
+    if "messages" in row:
+        return Example(turns=_turns(where, row, "messages", "role", "content"), where=where)
+    if "conversations" in row:
+        return Example(turns=_turns(where, row, "conversations", "from", "value"), where=where)
+    if "instruction" in row:
+        asked, given = text_field(where, row, "instruction"), text_field(where, {"input": "", **row}, "input")
+        turns = (("user", f"{asked}\n\n{given}" if given else asked), ("assistant", text_field(where, row, "output")))
+        return Example(turns[1][1], f"{turns[0][1]}\n\n", turns, where=where)
+    if "prompt" in row and isinstance(row["prompt"], list):
+        prompt = _turns(where, row, "prompt", "role", "content")
+        completion = _turns(where, row, "completion", "role", "content")
+        return Example(turns=prompt + completion, context_turns=len(prompt), where=where)
+    if "prompt" in row:
+        return Example(text_field(where, row, "completion"), text_field(where, row, "prompt"), where=where)
+    if "text" in row:
+        return Example(text_field(where, row, "text"), where=where)
+    raise FinetuneError(
+        f"{where}: expected text, prompt and completion, messages, conversations, or instruction and output, "
+        f"got the fields {', '.join(map(repr, row)) or 'of an empty object'}"
+    )
+
+
+def _turns(where: str, row: dict[str, Any], field: str, role: str, content: str) -> tuple[Turn, ...]:
+    given = row.get(field)
+    if not isinstance(given, list) or not given:
+        raise FinetuneError(f"{where}: {field}: expected a list with at least one message")
+    turns = []
+    for m, message in enumerate(given):
+        here = f"{where}: {field}[{m}]"
+        if not isinstance(message, dict):
+            raise FinetuneError(f"{here}: expected an object, got {json.dumps(message)[:60]}")
+        speaker = text_field(here, message, role)
+        if speaker not in _ROLES:
+            raise FinetuneError(f"{here}: {role}: expected one of {', '.join(_ROLES)}, got {speaker!r}")
+        turns.append((_ROLES[speaker], text_field(here, message, content)))
+    return tuple(turns)
+
+
+def split_sentences(text: str, splitting: str) -> list[str]:
+    """The examples that a text makes under one of SPLITTINGS; sentences end at .!? before a space, or with a line."""
+    if splitting == "none":
+        return [text]
+    ends = [match.span() for match in _SENTENCE_END.finditer(text)] + [(len(text), len(text))]
+    starts = [0, *(after for _, after in ends)]
+    parts = [(start, end) for start, (end, _) in zip(starts, ends, strict=False) if text[start:end].strip()]
+    return [text[0 if splitting == "cumulative" else start : end] for start, end in parts] or [text]
+
+
+def split_validation(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation): a seeded `fraction` of the examples, at least one, held out of training.
+
+    All examples of one prompt, and a text that occurs twice, stay on one side.
+
+    Raises:
+        FinetuneError: nothing would be left to train on.
+    """
+    key = {id(example): example.beginning or example.completion for example in examples}
+    alike = list(dict.fromkeys(key.values()))
+    held = set(random.Random(f"validation/{seed}").sample(alike, max(1, round(fraction * len(alike)))))
+    sides = [[e for e in examples if (key[id(e)] in held) == side] for side in (False, True)]
+    if not sides[0]:
+        raise FinetuneError(f"validation: {fraction} of {len(alike)} distinct examples leaves none to train on")
+    return sides[0], sides[1]
+
+
+def encode(
+    tokenizer: Any,
+    examples: Sequence[str | Example],
+    max_positions: int,
+    *,
+    splitting: str = "none",
+    completion_only: bool = False,
+) -> list[Tokens]:
+    """Ids of each example: BOS (or what stands for it), its text, and EOS unless a chat template has closed it.
+
+    Under completion_only a token is a target if any of its characters is a completion's, as is the EOS after it.
+
+    Raises:
+        FinetuneError: nothing to train on, an example that is too long or has no target, a chat without a chat
+            template or under one that does not render a chat's beginning as the beginning of the chat.
+    """
+    names, rendered, groups = [], [], []
+    first: dict[str | tuple[Turn, ...], int] = {}
+    for e, given in enumerate(examples):
+        example = given if isinstance(given, Example) else Example(given)
+        names += [example.where or f"texts[{e}]"]
+        if example.turns and (getattr(tokenizer, "chat_template", None) or not example.completion):
+            rendered.append(_chat(tokenizer, example, names[-1], completion_only))
+        elif example.prompt:
+            text = example.prompt + example.completion
+            rendered.append((text, [(len(example.prompt), len(text))], False))
+        else:
+            parts = split_sentences(example.completion, splitting)
+            rendered += [(part, [(0, len(part))], False) for part in parts]
+            names += [names[-1]] * (len(parts) - 1)
+            groups += [e] * (len(parts) - 1)
+        groups.append(first.setdefault(example.beginning, e) if example.beginning else e)
+    if not rendered:
+        raise FinetuneError("texts: nothing to train on")
+    prefix, eos = encoding.prefix_token_id(tokenizer), tokenizer.eos_token_id
+    encoded = []
+    for name, (text, spans, is_closed), group, ids in zip(
+        names, rendered, groups, encoding.encode(tokenizer, [text for text, *_ in rendered]), strict=True
+    ):
+        ids = ids if ids[:1] == [prefix] else [prefix, *ids]
+        num_ends = int(eos is not None and not is_closed)
+        is_target = [False] + [True] * (len(ids) - 1)
+        if completion_only and spans != [(0, len(text))]:
+            is_target = _overlapping(tokenizer, text, spans, ids)
+        ids, is_target = [*ids, *[eos] * num_ends], [*is_target, *[True] * num_ends]
+        over = len(ids) - 1 - max_positions
+        if over > 0 or not any(is_target[1:]):
+            reason = f"{over} tokens over the model's {max_positions} positions" if over > 0 else "no tokens"
+            raise FinetuneError(f"{name}: {reason}" + (" to predict" if len(ids) > 1 and over <= 0 else ""))
+        encoded.append(Tokens(ids, is_target, group))
+    return encoded
+
+
+def _chat(tokenizer: Any, example: Example, name: str, completion_only: bool) -> tuple[str, list[Span], bool]:
+    """The chat as its template writes it, where the assistant's turns stand in it (if asked for), and True."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise FinetuneError(f"{name}: messages: the tokenizer has no chat template; give prompt and completion")
+    messages = [{"role": role, "content": content} for role, content in example.turns]
+
+    def render(n: int, ask: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask))
+
+    whole, spans = render(len(messages), False), []
+    for m in range(example.context_turns, len(messages) if completion_only else 0):
+        if messages[m]["role"] == "assistant":
+            before, after = render(m, True), render(m + 1, False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise FinetuneError(
+                    f"{name}: messages[{m}]: completion_only: the chat template does not write a chat's beginning as "
+                    "it writes it inside the whole chat, so where this turn begins and ends is unknown"
+                )
+            spans.append((len(before), len(after)))
+    return whole, spans, True
+
+
+def _overlapping(tokenizer: Any, text: str, spans: Sequence[Span], ids: Sequence[int]) -> list[bool]:
+    """Which of ids, the tokens of the text after perhaps some special ones, hold a character of a span."""
+    if not tokenizer.is_fast:
+        raise FinetuneError("completion_only: needs a tokenizer that tells the characters of its tokens (a fast one)")
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert list(ids[len(ids) - len(coded["input_ids"]) :]) == list(coded["input_ids"])
+    offsets = [(0, 0)] * (len(ids) - len(coded["input_ids"])) + coded["offset_mapping"]
+    return [any(first < stop and last > start for start, stop in spans) for first, last in offsets]

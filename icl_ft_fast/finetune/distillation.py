@@ -1,0 +1,120 @@
+"""Context distillation: learning what the model itself, with documents in its context, would say next.
+
+The loss is KL(teacher || student) at every target token; the teacher reads context + example, the student the example
+alone. Its cousins: Snell et al. 2022 (arXiv 2209.15189) and Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266), which
+trains a KV cache instead of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from icl_ft_fast import encoding, trie
+from icl_ft_fast.cache import KVStack
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.finetune.data import Tokens
+from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.model import CHUNK_ROWS, Head, Model
+
+_LOGITS = 4 << 20  # of the teacher and of the student held at a time: 16 MB each in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """What divergence() needs of a teacher.
+
+    Attributes:
+        head: its output head.
+        hidden: for each example the hidden states that predict its targets, [targets, E]; E numbers a target, so that
+            no distribution is ever stored.
+    """
+
+    head: Head
+    hidden: list[torch.Tensor]
+
+    def divergence(self, hidden: torch.Tensor, head: Head, examples: Sequence[int]) -> torch.Tensor:
+        """Sum of KL(teacher || student) in nats over the targets of examples, differentiable in hidden and the head.
+
+        Args:
+            hidden: the student's, [P, E], of all targets of the examples in their order.
+            head: the student's.
+            examples: indices into self.hidden.
+
+        Memory: a block of rows of logits at a time, in the backward (which recomputes them) too.
+        """
+        given = torch.cat([self.hidden[e] for e in examples])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, _LOGITS // len(head.weight))
+        for first in range(0, len(hidden), rows):
+            block = slice(first, first + rows)
+            total = total + checkpoint(
+                _divergence, hidden[block], head.weight, head.bias, given[block], head, self.head, use_reentrant=False
+            )
+        return total
+
+
+def _divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    given: torch.Tensor,
+    head: Head,
+    teacher: Head,
+) -> torch.Tensor:
+    logp = _logp(hidden, Head(weight, bias, head.scale, head.softcap))
+    with torch.no_grad():
+        target = _logp(given, teacher)
+    return F.kl_div(logp, target, reduction="sum", log_target=True)
+
+
+def _logp(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = F.linear(hidden, head.weight, head.bias).float() * head.scale
+    return (torch.tanh(logits / head.softcap) * head.softcap if head.softcap else logits).log_softmax(-1)
+
+
+@torch.no_grad()
+def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, ledger: Ledger | None = None) -> Teacher:
+    """The model as a teacher that has read `context`, once for all examples.
+
+    An example's tokens follow the context's as they are, less their BOS.
+
+    Raises:
+        FinetuneError: an empty context, or an example that does not fit behind it.
+    """
+    ledger = ledger or Ledger()
+    if not context.strip():
+        raise FinetuneError("teacher: has nothing in its context: give it documents")
+    before = encoding.encode(model.tokenizer, [context.rstrip()])[0]
+    requests = [(before, example.ids[1:]) for example in examples]
+    over = max(len(before) + len(own) for _, own in requests) - 1 - model.max_positions
+    if over > 0:
+        raise FinetuneError(
+            f"teacher: its documents and the longest example are {over} tokens over the model's {model.max_positions} "
+            "positions; give it fewer documents"
+        )
+    forest = trie.build_from_lists(requests)
+    plan = trie.plan(forest, CHUNK_ROWS)
+    stack, kept, num_kept = KVStack(plan.capacity), [], 0
+    place = torch.empty(len(forest.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
+    for chunk in plan.chunks:
+        hidden = model.forward_chunk(chunk, stack)
+        place[chunk.target_index] = chunk.target_row.long() + num_kept
+        kept.append(hidden[chunk.head_rows.long().to(hidden.device)])
+        num_kept += len(kept[-1])
+    ledger.request_tokens += forest.request_tokens
+    ledger.forwarded_rows += len(forest.token)
+    rows, path = torch.cat(kept), forest.path.long()
+    offsets = forest.path_offset.tolist()
+    head = model.head
+    return Teacher(
+        Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap),
+        [
+            rows[place[path[offsets[e] : offsets[e + 1]]][torch.tensor(example.is_target[1:])].to(rows.device)]
+            for e, example in enumerate(examples)
+        ],
+    )

@@ -1,0 +1,100 @@
+"""One training run in many processes started by torchrun: DDP, or FSDP2 (fully_shard).
+
+Every process reads all examples and takes its own part of each step's; gloo between CPUs, NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from icl_ft_fast.finetune.settings import FinetuneError
+
+
+def device() -> str:
+    """The device of this process under torchrun: a GPU of its own if there is one."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() and "LOCAL_RANK" in os.environ else "cpu"
+
+
+def num_launched() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within the block the processes that torchrun started form one run; without torchrun there is only this one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if device() != "cpu" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def totals(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over the processes."""
+    if place()[1] == 1:
+        return list(values)
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def wrap(objective: torch.nn.Module, network: Any, *, fsdp: bool) -> torch.nn.Module:
+    """The objective with gradients averaged over the processes, its weights copied to each or sharded over them."""
+    if place()[1] == 1:
+        if fsdp:
+            raise FinetuneError("fsdp: needs several processes: start the command with torchrun")
+        return objective
+    if not fsdp:
+        return torch.nn.parallel.DistributedDataParallel(objective)
+    from torch.distributed.fsdp import fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    mesh = init_device_mesh("cpu" if device() == "cpu" else "cuda", (place()[1],))
+    for module in network.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers derives every decoder layer from
+            fully_shard(module, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the whole of which this process has a shard; all processes must ask for it."""
+    full: torch.Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach()
+
+
+def whole_weights(network: Any) -> dict[str, torch.Tensor]:
+    """All weights of a network, sharded or not, tied ones as one tensor; all processes must ask for it."""
+    state = network.state_dict(keep_vars=True)
+    gathered = {i: whole(tensor) for i, tensor in {id(tensor): tensor for tensor in state.values()}.items()}
+    return {name: gathered[id(tensor)] for name, tensor in state.items()}
+
+
+def shard_like(full: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`full`, or the shard of it that belongs beside `tensor`."""
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return full.to(tensor.device)

@@ -1,0 +1,65 @@
+"""LoRA by peft: its configuration, injection, files and merging; what a run leaves, PeftModel.from_pretrained reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl_ft_fast.finetune.settings import FinetuneError, LoraSettings
+
+
+def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
+    """Put fresh adapters into the network, in place, and freeze the rest; returns the PeftModel around it.
+
+    Raises:
+        FinetuneError: no peft, target modules that the network does not have, or its head or embeddings among them.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise FinetuneError("lora: needs peft: pip install 'icl_ft_fast[lora]'") from error
+    targets = settings.target_modules
+    config = peft.LoraConfig(
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        use_rslora=settings.use_rslora, use_dora=settings.use_dora,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        try:
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's
+            adapted = peft.get_peft_model(network, config)
+        except ValueError as error:
+            raise FinetuneError(f"target_modules: {error}") from error
+    for name in ("get_output_embeddings", "get_input_embeddings"):
+        if isinstance(getattr(network, name)(), peft.tuners.tuners_utils.BaseTunerLayer):
+            raise FinetuneError("target_modules: neither the embeddings nor the output head can be adapted here")
+    return adapted
+
+
+def load(adapted: Any, folder: Path) -> None:
+    """Give the adapters the weights of a folder that save_pretrained wrote."""
+    import peft
+    from safetensors.torch import load_file
+
+    peft.set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
+
+
+@contextmanager
+def dropping_out(network: Any, seed: int) -> Iterator[None]:
+    """Within the block the adapters' inputs drop out, drawn from a seed; torch's own generator is left as it was."""
+    modules = [module for name, module in network.named_modules() if ".lora_dropout." in name]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for module in modules:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.training = False

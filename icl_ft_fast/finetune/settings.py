@@ -1,0 +1,137 @@
+"""What can be set, and the learning rate of a step; knows no model and no file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+SPLITTINGS = ("none", "independent", "cumulative")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+class FinetuneError(ValueError):
+    """Examples that cannot be trained on, settings to train with, or a run that had to end; the message says why."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters in place of all weights, by peft; the names are peft's.
+
+    Attributes:
+        r: rank.
+        lora_alpha: the update's scale is lora_alpha / r, or / sqrt(r) under rsLoRA.
+        lora_dropout: of the adapters' inputs; a row of the trie has one mask, whichever texts share it.
+        target_modules: ends of module names; "all-linear" is every linear layer but the head; None is peft's choice
+            for the family. Neither embeddings nor head can be adapted: the head is not called as a module here.
+        use_rslora: rank-stabilised scale.
+        use_dora: weight-decomposed adaptation.
+
+    Raises:
+        FinetuneError: r below 1 or a dropout outside [0, 1).
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "r")
+        if not 0 <= self.lora_dropout < 1:
+            raise FinetuneError(f"lora_dropout: expected 0 or more and below 1, got {self.lora_dropout}")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How to fine-tune; the paper's batch size, learning rate and number of steps (section 3) by default.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: examples a forward, in each process.
+        gradient_accumulation_steps: forwards a step; the loss is the mean over all target tokens of the step.
+        learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: AdamW's; every weight decays.
+        optim: "adamw_torch", or "adamw_torch_fused", which is faster and rounds otherwise.
+        warmup_steps: steps over which the rate rises linearly.
+        lr_scheduler_type: "constant" rises from learning_rate / warmup_steps; "constant_with_warmup", "linear" and
+            "cosine" are transformers', whose first step of a warm-up has rate 0.
+        clip_norm: bound of the gradient's norm.
+        splitting: what an example is: a whole text ("none"), each sentence ("independent"), or each sentence after all
+            before it in its text ("cumulative"). The paper splits multi-sentence documents independently, except in the
+            semantic benchmark's baseline; "none" is the default because a sentence that says "they" means nothing
+            alone.
+        completion_only: loss on completions and assistants' turns only.
+        group_by_prompt: keep examples of one prompt (and sentences of one text) together, so that the prompt is
+            forwarded once for all that share a batch.
+        gradient_checkpointing: keep each layer's input only and recompute the rest in the backward.
+        lora: train adapters instead of all weights.
+        eval_steps: steps between losses on the validation examples, if there are any.
+        early_stopping_patience: end after so many evaluations without a better loss; None trains on.
+        save_steps: steps between checkpoints; None saves where the validation loss is the best so far, and at the end.
+        save_total_limit: checkpoints kept, the best one beside them; None keeps all.
+        logging_steps: steps between entries of trainer_state.json's log_history and trackers; metrics.jsonl has all.
+        report_to: of tensorboard, wandb, trackio.
+        fsdp: shard weights over the processes (FSDP2) instead of copying them to each (DDP).
+
+    Raises:
+        FinetuneError: a number out of range or an unknown name.
+    """
+
+    steps: int = 500
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    clip_norm: float = 1.0
+    splitting: str = "none"
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = "constant"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_epsilon: float = 1e-8
+    optim: str = "adamw_torch"
+    completion_only: bool = False
+    group_by_prompt: bool = False
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    eval_steps: int = 50
+    early_stopping_patience: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = None
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ()
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps"):
+            _at_least_one(self, name)
+        for name in ("early_stopping_patience", "save_steps", "save_total_limit"):
+            if getattr(self, name) is not None:
+                _at_least_one(self, name)
+        if not 0 < self.learning_rate < math.inf:
+            raise FinetuneError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
+        names = (("splitting", SPLITTINGS), ("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS))
+        for name, allowed in names:
+            if getattr(self, name) not in allowed:
+                raise FinetuneError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.clip_norm <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise FinetuneError("clip_norm, warmup_steps, weight_decay: expected above 0, 0 or more, 0 or more")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        first = 1 if self.lr_scheduler_type == "constant" else 0
+        if step + first < self.warmup_steps:
+            return self.learning_rate * ((step + first) / self.warmup_steps)
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.lr_scheduler_type == "linear":
+            return self.learning_rate * (1 - done)
+        if self.lr_scheduler_type == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate
+
+
+def _at_least_one(settings: object, name: str) -> None:
+    if getattr(settings, name) < 1:
+        raise FinetuneError(f"{name}: expected at least 1, got {getattr(settings, name)}")

@@ -1,0 +1,104 @@
+"""Two processes against one: DDP and FSDP2 under torchrun, gloo on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune
+from icl_ft_fast.model import load
+
+TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
+SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)
+ONE = replace(SETTINGS, batch_size=4)  # two processes take two examples each
+RUNS = {"ddp": {}, "fsdp": {"fsdp": True}, "lora": {"lora": LoraSettings(r=4)}}
+
+WORKER = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv[3])
+import torch
+torch.set_num_threads(1)
+from icl_ft_fast.finetune import distributed, finetune
+from icl_ft_fast.model import load
+from test_finetune_distributed import RUNS, SETTINGS, TEXTS
+
+with distributed.joined():
+    model = load(sys.argv[1])
+    for name, changes in RUNS.items():
+        folder = f"{sys.argv[2]}/{name}"
+        finetune(model, TEXTS, replace(SETTINGS, **changes), validation=TEXTS[:1], output_dir=folder, seed=7)
+    for step in (3, 4):  # stops after step 3, then goes on
+        changes = replace(SETTINGS, fsdp=True)
+        def ask(place=distributed.totals):
+            calls = []
+            def totals(values, device):
+                calls.append(1)
+                return place([values[0], len(calls) == 3 and step == 3], device)
+            return totals
+        distributed.totals, real = ask(), distributed.totals
+        try:
+            out = f"{sys.argv[2]}/cut"
+            finetune(model, TEXTS, changes, validation=TEXTS[:1], output_dir=out, seed=7, resume=step > 3)
+        except ValueError as error:
+            assert "interrupted after step 3" in str(error), error
+        distributed.totals = real
+"""
+
+
+@pytest.fixture(scope="module")
+def two(llama_directory, tmp_path_factory):
+    """Folders of the runs of two processes."""
+    folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
+    script = folder / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        [*command, llama_directory, folder, tests], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(name, two, llama, tmp_path):
+    one = finetune(
+        llama, TEXTS, replace(ONE, **RUNS[name] | {"fsdp": False}), validation=TEXTS[:1], output_dir=tmp_path, seed=7
+    )
+    lines = [json.loads(line) for line in (two / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(one.losses, abs=1e-5)
+    weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    mine, theirs = load_file(tmp_path / weights), load_file(two / name / weights)
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert (tensor - theirs[key]).abs().max() < 1e-5, key
+
+
+def test_a_checkpoint_of_two_processes_loads_in_one(two, llama_directory):
+    tuned = load(two / "fsdp" / "checkpoint-2")  # proves itself on a small trie
+    assert tuned.num_parameters == load(llama_directory).num_parameters
+    for run in ("ddp", "fsdp"):
+        state = load_file(two / run / "checkpoint-2" / "optimizer.safetensors")
+        moments = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("exp_avg/")}
+        for name, parameter in tuned.network.named_parameters():
+            assert moments[name].shape == parameter.shape
+
+
+def test_a_sharded_run_is_resumed_to_the_bit(two):
+    mine, theirs = (load_file(two / run / "model.safetensors") for run in ("cut", "fsdp"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert (two / "cut" / "checkpoint-3").is_dir()
+
+
+def test_one_process_cannot_shard(llama, tmp_path):
+    with pytest.raises(FinetuneError, match=r"^fsdp: needs several processes: start the command with torchrun$"):
+        finetune(llama, TEXTS, replace(SETTINGS, fsdp=True), output_dir=tmp_path)
+    with pytest.raises(FinetuneError, match=r"^fsdp: adapters are trained without it"):
+        finetune(llama, TEXTS, replace(SETTINGS, fsdp=True, lora=LoraSettings()), output_dir=tmp_path)

@@ -1,0 +1,104 @@
+"""Adapters against peft itself: what is saved, loaded and merged, and what cannot be adapted."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune, lora
+from icl_ft_fast.model import load
+from icl_ft_fast.score import loglikelihood
+
+peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+
+TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
+SETTINGS = FinetuneSettings(steps=5, batch_size=3, learning_rate=1e-2, warmup_steps=0, save_steps=5)
+REQUESTS = [("the cat", " sat on mat 3"), ("who knows", " why"), ("42", " über")]
+KINDS = {
+    "plain": LoraSettings(r=4, target_modules=("q_proj", "v_proj")),
+    "rslora": LoraSettings(r=4, lora_alpha=8, use_rslora=True),
+    "dora": LoraSettings(r=4, use_dora=True),
+    "default": LoraSettings(target_modules=None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_scores_the_same_in_peft_and_here(kind, llama, llama_directory, plain_llama, plain, tmp_path):
+    tuned = finetune(llama, TEXTS, replace(SETTINGS, lora=KINDS[kind]), output_dir=tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "CAUSAL_LM", KINDS[kind].r)
+    assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain_llama), tmp_path)
+    ours = loglikelihood(load(llama_directory, adapter=tmp_path), REQUESTS)
+    before = loglikelihood(llama, REQUESTS)
+    for request, mine, merged, base in zip(REQUESTS, ours, loglikelihood(tuned.model, REQUESTS), before, strict=True):
+        context, continuation = (llama.tokenizer(text, add_special_tokens=False)["input_ids"] for text in request)
+        logp, _ = plain(theirs, [0, *context], continuation)
+        assert mine.logp == pytest.approx(logp.sum().item(), abs=1e-4)
+        assert merged.logp == pytest.approx(logp.sum().item(), abs=1e-4)
+        assert abs(mine.logp - base.logp) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
+    """One step of plain descent on the adapters, against peft's network forwarded text by text in float64."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr))
+    inject = lora.inject
+
+    def inject_and_nudge(network, *arguments):  # B is zero at first, and so would A's gradient be
+        adapted = inject(network, *arguments)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.1 * parameter.requires_grad
+        return adapted
+
+    monkeypatch.setattr(lora, "inject", inject_and_nudge)
+    settings = replace(SETTINGS, steps=1, batch_size=6, learning_rate=1.0, clip_norm=1e9, lora=KINDS["rslora"])
+    finetune(llama, TEXTS, settings, seed=3, output_dir=tmp_path)
+    after = load_file(tmp_path / "adapter_model.safetensors")
+
+    network = copy.deepcopy(plain_llama)
+    theirs = inject_and_nudge(network, KINDS["rslora"], 3).double()
+    losses = []
+    for text in TEXTS:
+        ids = torch.tensor([[0, *llama.tokenizer(text, add_special_tokens=False)["input_ids"], 1]])
+        logits = theirs(ids[:, :-1], use_cache=False).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    torch.cat(losses).mean().backward()
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(trained) == len(after) == 2 * 7 * 2
+    for name, parameter in trained.items():
+        assert parameter.grad.abs().max() > 2e-5
+        moved = parameter.detach() - after[name.replace(".default", "")]
+        assert (moved - parameter.grad).abs().max() < 1e-5, name
+
+
+def test_only_the_adapters_are_trained_and_dropout_is_seeded(llama, tmp_path):
+    settings = replace(SETTINGS, lora=LoraSettings(r=2, lora_dropout=0.5))
+    torch.manual_seed(1)
+    one = finetune(llama, TEXTS, settings, seed=1, output_dir=tmp_path)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert finetune(llama, TEXTS, settings, seed=1).losses == one.losses
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert finetune(llama, TEXTS, replace(settings, lora=LoraSettings(r=2)), seed=1).losses != one.losses
+    embedding = llama.network.get_input_embeddings().weight
+    assert torch.equal(one.model.network.get_input_embeddings().weight, embedding)
+    assert not any("lora" in name for name, _ in one.model.network.named_parameters())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_what_cannot_be_adapted(target, llama):
+    with pytest.raises(FinetuneError, match="neither the embeddings nor the output head can be adapted here"):
+        finetune(llama, TEXTS, replace(SETTINGS, lora=LoraSettings(target_modules=("q_proj", target))))
+    with pytest.raises(FinetuneError, match=r"^target_modules: .*no_such"):
+        finetune(llama, TEXTS, replace(SETTINGS, lora=LoraSettings(target_modules=("no_such",))))
+    for wrong in ({"r": 0}, {"lora_dropout": 1.0}):
+        with pytest.raises(FinetuneError, match=rf"^{next(iter(wrong))}: expected"):
+            LoraSettings(**wrong)
