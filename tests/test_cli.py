@@ -360,7 +360,7 @@ def test_weights_that_cannot_be_trained(files, refused):
 
 def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
     assert re.fullmatch(
-        r"prompt .*: \d+ tokens over the model's 256 positions", refused(files.compare(arms="augmented-ft"))
+        r"document '.*' with its prompt: \d+ tokens over the model's 256 positions", refused(files.compare(arms="augmented-ft"))
     )
 
 
