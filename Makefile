@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: setup demo test lint format bench kernels readme clean
+.PHONY: setup demo test harnesses lint format bench kernels readme clean
 
 setup: .venv/installed
 
 # Linked against no torch library, so the extension is rebuilt only when its own sources change. The tests need the
 # extra lm-eval too: some 640 MB and a minute that the demo does without.
 .venv/installed: EXTRAS := test,lint
-.venv/tested: EXTRAS := test,lint,lm-eval,augment
+.venv/tested: EXTRAS := test,lint,lm-eval,augment,serve,test-serve
 .venv/installed .venv/tested: pyproject.toml constraints.txt setup.py $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing icl_ft_fast and building its extension (about two minutes the first time) ..."
@@ -23,6 +23,18 @@ demo: setup
 
 test: .venv/tested
 	@$(BIN)/python -m pytest -q
+
+# lighteval's pins do not go with the other extras, so it and Inspect AI have an environment of their own. lighteval makes
+# all of its tasks at every start, and one of them would download the file that is made here, empty.
+.venv-harnesses/tested: pyproject.toml constraints.txt setup.py $(SOURCES)
+	@test -x .venv-harnesses/bin/python || $(PYTHON) -m venv .venv-harnesses
+	@.venv-harnesses/bin/python -m pip install --quiet -c constraints.txt -e ".[test,lighteval,inspect]"
+	@touch $$(.venv-harnesses/bin/python -c "import sysconfig; \
+		print(sysconfig.get_path('purelib'))")/lighteval/tasks/tasks/tinyBenchmarks.pkl $@
+
+harnesses: .venv-harnesses/tested
+	@.venv-harnesses/bin/python -c "import lighteval, inspect_ai"  # without them the tests would be skipped
+	@.venv-harnesses/bin/python -m pytest -q tests/test_lighteval.py tests/test_inspect_ai.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -15,6 +15,7 @@ class Ledger:
     Attributes:
         request_tokens: tokens of all requests as given, what a scorer without sharing would forward.
         forwarded_rows: rows that went through the network (trie nodes with a child, generated tokens).
+        reused_rows: rows taken from a kept context instead.
         head_rows: rows that went through the output head.
         scored_tokens: distinct (prefix, token) pairs whose log-probability was taken.
         decoded_tokens: tokens generated.
@@ -24,6 +25,7 @@ class Ledger:
 
     request_tokens: int = 0
     forwarded_rows: int = 0
+    reused_rows: int = 0
     head_rows: int = 0
     scored_tokens: int = 0
     decoded_tokens: int = 0

@@ -204,7 +204,7 @@ class _Decoder:
         ends = (self.forest.scored_row[self.forest.path] + 1).tolist()
         # In pre-order, the rows that a prompt does not share with earlier ones end with its last token.
         self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
-        self.ends_text = _end_tokens(model)
+        self.ends_text = end_tokens(model)
         self.controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
         self.stack = KVStack(self._capacity(sequences))
         self.end_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
@@ -398,7 +398,7 @@ def _controls(sampling: Sampling) -> tuple[list[Any], list[Any]]:
     return history, warpers
 
 
-def _end_tokens(model: Model) -> set[int]:
+def end_tokens(model: Model) -> set[int]:
     """The tokens that end a text: the tokenizer's EOS and those of the checkpoint's generation settings."""
     listed = getattr(getattr(model.network, "generation_config", None), "eos_token_id", None)
     ids = [model.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]

@@ -179,10 +179,11 @@ class Plan:
     capacity: int
 
 
-def plan(trie: Trie, max_rows: int) -> Plan:
+def plan(trie: Trie, max_rows: int, *, known: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
 
-    The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
+    The first `known` rows, which have been forwarded already and have every other row below them, are a chunk of their
+    own. The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
     """
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
@@ -191,22 +192,21 @@ def plan(trie: Trie, max_rows: int) -> Plan:
     # several times faster than torch's on such nearly sorted values.
     scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
     scored_row = trie.scored_row[scored]
-    edges = torch.tensor([*range(0, num_rows, max_rows), num_rows], dtype=torch.int32)
-    cuts = torch.searchsorted(scored_row, edges).tolist()
-    stack_rows = trie.depth[::max_rows].tolist()
+    edges = [*([0] if known else []), *range(known, num_rows, max_rows), num_rows]
+    cuts = torch.searchsorted(scored_row, torch.tensor(edges, dtype=torch.int32)).tolist()
     chunks = []
-    for k, first_row in enumerate(range(0, num_rows, max_rows)):
+    for k, first_row in enumerate(edges[:-1]):
         index = scored[cuts[k] : cuts[k + 1]]
         rows, inverse = torch.unique_consecutive(scored_row[cuts[k] : cuts[k + 1]], return_inverse=True)
         chunk = Chunk(
             first_row=first_row,
-            last_row=min(first_row + max_rows, num_rows),
-            stack_rows=stack_rows[k],
+            last_row=edges[k + 1],
+            stack_rows=int(trie.depth[first_row]),
             head_rows=rows - first_row,
             target_row=inverse.int(),
             target_token=trie.scored_token[index],
             target_index=index,
-            _previous_row=max(first_row - max_rows, 0),
+            _previous_row=edges[max(k - 1, 0)],
             _trie=trie,
         )
         chunks.append(chunk)

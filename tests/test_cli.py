@@ -359,9 +359,8 @@ def test_weights_that_cannot_be_trained(files, refused):
 
 
 def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
-    assert re.fullmatch(
-        r"document '.*' with its prompt: \d+ tokens over the model's 256 positions", refused(files.compare(arms="augmented-ft"))
-    )
+    told = refused(files.compare(arms="augmented-ft"))
+    assert re.fullmatch(r"document '.*' with its prompt: \d+ tokens over the model's 256 positions", told)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import random
+import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -19,8 +23,9 @@ from lm_eval.tasks import TaskManager
 
 from icl_ft_fast import cli, encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError
+from icl_ft_fast.generate import GenerateError, Sampling, generate
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
+from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.model import load
 from icl_ft_fast.score import ScoreError, loglikelihood
 
@@ -140,6 +145,44 @@ def test_a_run_gives_hf_s_answers_and_verdicts(chat, llama_directory, task_folde
     assert done["config"]["model_dtype"] == "torch.float32"
 
 
+def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder, tmp_path, theirs):
+    expected, _ = evaluate(theirs, task_folder, limit=11)
+    _, alone = evaluate(ours(llama_directory), task_folder, limit=11)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [
+        sys.executable, "-m", "icl_ft_fast.cli", "lm-eval", "run", "--model", "icl-ft-fast", "--limit", "11",
+        "--device", "cpu", "--tasks", "choose", "write", "--include_path", str(task_folder),
+        "--output_path", str(tmp_path), "--log_samples", "--model_args", f"pretrained={llama_directory},dtype=float32",
+    ]  # fmt: skip
+    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | several | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            arguments, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    for name in ("choose", "write"):
+        (path,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
+        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        assert [sample["doc_id"] for sample in samples] == list(range(11))
+        answers = [answer for sample in samples for answer in sample["filtered_resps"]]
+        if name == "choose":
+            answers = [(float(logp), flag == "True") for logp, flag in answers]
+            assert_same(answers, expected[name])
+        else:
+            assert answers == expected[name]
+    (results,) = tmp_path.rglob("results_*.json")
+    counts = json.loads(results.read_text())["config"]["icl_ft_fast"]
+    assert counts["request_tokens"] >= alone["config"]["icl_ft_fast"]["request_tokens"]  # of both, padding included
+
+
 def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)  # it would stay after the test
     arguments = [
@@ -175,6 +218,23 @@ def test_the_entry_point_is_the_registered_class():
     module, _, name = project["entry-points"]["lm_eval.models"]["icl-ft-fast"].partition(":")
     assert getattr(__import__(module, fromlist=[name]), name) is IclFtFastLM
     assert lm_eval.api.registry.get_model("icl-ft-fast") is IclFtFastLM
+
+
+@pytest.mark.parametrize(
+    ("size", "has_cuda", "asked", "expected"),
+    [
+        (1, True, "cuda:1", "cuda:1"),
+        (2, True, "cuda:0", "cuda:1"),
+        (2, True, "cpu", "cpu"),
+        (1, False, "cuda:0", "cpu"),
+    ],
+)
+def test_the_device_of_a_process(size, has_cuda, asked, expected, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    processes = Processes(alone=True)
+    processes.size, processes.local_rank = size, 1
+    assert processes.device(asked) == expected
+    assert ("no CUDA device here" in caplog.text) == (expected == "cpu" != asked)
 
 
 # Request by request
@@ -467,12 +527,6 @@ def test_arguments_as_the_harness_passes_them(llama_directory):
         assert (lm.batch_size, lm.max_batch_size, lm.device, lm.max_length) == ("auto:4", 8, torch.device("cpu"), 99)
 
 
-def test_several_processes_are_refused(llama, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
-        ours(llama)
-
-
 def test_likelihoods_of_a_model_that_thinks_are_refused(llama):
     lm = ours(llama, enable_thinking=True, think_end_token="</think>")
     with pytest.raises(ValueError, match=r"^enable_thinking: task, document 0, request 0: "):
@@ -482,11 +536,30 @@ def test_likelihoods_of_a_model_that_thinks_are_refused(llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"do_sample": True, "temperature": 1.0}, "do_sample or temperature asks for sampling"),
-        ({"temperature": 0.7}, "do_sample or temperature asks for sampling"),
-        ({"num_beams": 4, "repetition_penalty": 2}, "generation_kwargs: num_beams, repetition_penalty: not served$"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample=true needs a temperature above 0"),
+        ({"temperature": 0.7, "typical_p": 0.5}, "typical_p: not served$"),
+        ({"num_beams": 4, "length_penalty": 2}, "length_penalty, num_beams: not served$"),
+        ({"temperature": 0.7, "top_p": 1.5}, "top_p: expected above 0, at most 1, got 1.5$"),
     ],
 )
-def test_what_greedy_decoding_cannot_follow_is_refused(settings, message, llama):
-    with pytest.raises(GenerateError, match=f"^task, document 0, request 0: .*{message}"):
+def test_what_decoding_cannot_follow_is_refused(settings, message, llama):
+    with pytest.raises(GenerateError, match=f"^task, document 0, request 0: generation_kwargs: {message}"):
         ours(llama).generate_until(instances("generate_until", [("the", settings)]))
+
+
+def test_sampled_texts_are_the_engine_s_and_anew_in_each_repeat(llama):
+    settings = {
+        "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7,
+        "no_repeat_ngram_size": 3, "max_gen_toks": 9, "until": ["cat"],
+    }  # fmt: skip
+    requests = instances("generate_until", [("who sat", settings), ("the mat", settings)])
+    got = ours(llama).generate_until([request for request in requests for _ in range(3)])
+    common = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    samplings = [Sampling(9, no_repeat_ngram=3, stop=("cat",), seed=7 + repeat, **common) for repeat in range(3)] * 2
+    texts = [written.text for written in generate(llama, ["who sat"] * 3 + ["the mat"] * 3, samplings)]
+    assert got == [text.replace("<s>", "") for text in texts]
+    assert len(set(got[:3])) == 3
+    greedy = {"do_sample": False, "temperature": 0.8, "top_k": 40, "seed": 7, "max_gen_toks": 9}
+    assert ours(llama).generate_until(instances("generate_until", [("who sat", greedy)])) == [
+        written.text for written in generate(llama, ["who sat"], Sampling(9))
+    ]

@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | augment | score | task | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | augment | score | task | lm-eval | serve | context`, a module each.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from icl_ft_fast.augment import AugmentError
-from icl_ft_fast.cli import augment, compare, lm_eval, score, task
+from icl_ft_fast.cli import augment, compare, context, lm_eval, score, serve, task
 from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError
 from icl_ft_fast.generate import GenerateError
@@ -19,7 +20,10 @@ from icl_ft_fast.model import ModelError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError, AugmentError)
+BAD_INPUT = (
+    UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError, AugmentError,
+    ContextError,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +52,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, augment, score, task, lm_eval):
+    for module in (compare, augment, score, task, lm_eval, serve, context):
         module.add(commands)
     return top

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,24 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
+from icl_ft_fast.generate import iter_generations
+from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
+from icl_ft_fast.integrations.processes import Processes
+from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
-from icl_ft_fast.score import ScoreError, iter_loglikelihood
+from icl_ft_fast.score import iter_loglikelihood
 
 _log = logging.getLogger(__name__)
 
-MAX_GEN_TOKS = 256  # the harness's default
-OVERFLOW = ("truncate_left", "error", "skip")
 BOUNDARIES = ("harness", "whole_tokens")
-WITHOUT_EFFECT_ON_GREEDY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 FINGERPRINT_KEY = "icl-ft-fast"  # no key of the harness: those are SHA-256 digests
 
 
@@ -46,7 +46,8 @@ class IclFtFastLM(TemplateLM):
         tokenizer: directory or hub id of another tokenizer.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or auto (the checkpoint's own), which is the default.
-        device: a torch device; default cpu.
+        device: a torch device; default cpu. CUDA is the process's own GPU among several, and the CPU where there is
+            none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
         trust_remote_code: let the checkpoint's own Python code run.
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
@@ -68,7 +69,9 @@ class IclFtFastLM(TemplateLM):
     Raises:
         ValueError: an argument cannot be followed, or the model cannot be loaded (ModelError).
 
-    `ledger` counts what was computed; the results file shows it under config, icl_ft_fast.
+    `ledger` counts what was computed; the results file shows it under config, icl_ft_fast, summed over processes.
+    Started by torchrun or accelerate launch, each process answers its share of the documents, as with hf; a loaded
+    Model is evaluated by the one process that calls.
     """
 
     def __init__(
@@ -94,11 +97,8 @@ class IclFtFastLM(TemplateLM):
         think_end_token: str | int | None = None,
     ) -> None:
         super().__init__()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("icl-ft-fast runs in one process: start lm-eval without torchrun or accelerate launch")
-        for name, value, allowed in (("overflow", overflow, OVERFLOW), ("boundary", boundary, BOUNDARIES)):
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"boundary: expected one of {', '.join(BOUNDARIES)}, got {boundary!r}")
         if enable_thinking and think_end_token is None:
             raise ValueError("enable_thinking: needs think_end_token, to tell the answer from the reasoning")
         options = {
@@ -108,29 +108,36 @@ class IclFtFastLM(TemplateLM):
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(pretrained, Model) and given:
             raise ValueError(f"{', '.join(given)}: has no effect on a model that is loaded already")
+        self._processes = Processes(alone=isinstance(pretrained, Model))
+        self._rank, self._world_size = self._processes.rank, self._processes.size
+        if device is not None:
+            given["device"] = self._processes.device(device)
         self.model = pretrained if isinstance(pretrained, Model) else load(pretrained, **{"dtype": "auto"} | given)
         self.tokenizer = self.model.tokenizer
         self._device = self.model.device
         self.batch_size, self.max_batch_size, self.chunk_rows = batch_size, max_batch_size, chunk_rows
-        self.max_length = self.model.max_positions if max_length is None else max_length
-        if not 1 <= self.max_length <= self.model.max_positions:
-            raise ValueError(f"max_length: expected 1 to {self.model.max_positions}, got {max_length}")
+        self._window = Window(self.model.max_positions, max_length, overflow)
         self._prefix = prefix_token_id
         if prefix_token_id is not None and not 0 <= prefix_token_id < self.model.vocabulary:
             raise ValueError(f"prefix_token_id: expected 0 to {self.model.vocabulary - 1}, got {prefix_token_id}")
-        self.overflow, self.boundary, self.add_bos_token = overflow, boundary, add_bos_token
+        self.boundary, self.add_bos_token = boundary, add_bos_token
         self.chat_template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = enable_thinking
         is_id = isinstance(think_end_token, str) and think_end_token.isdecimal()
         self.think_end_token = int(think_end_token) if think_end_token and is_id else think_end_token
         self.ledger = Ledger()
-        self.over_length = Counter(requests=0, tokens=0)
+        self._others: Counter[str] = Counter()  # what the other processes had counted when all last met
 
     @property
     def eot_token_id(self) -> int:
         """The tokenizer's EOS."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the network sees of a request, at most."""
+        return self._window.max_length
 
     @property
     def prefix_token_id(self) -> int:
@@ -172,7 +179,7 @@ class IclFtFastLM(TemplateLM):
         The harness files results by request alone: a fine-tuned model would be given those of its base.
         """
         if cache_hook.dbdict is not None:
-            settings = (self.max_length, self.overflow, self.boundary, self.add_bos_token, self.prefix_token_id)
+            settings = (self.max_length, self._window.overflow, self.boundary, self.add_bos_token, self.prefix_token_id)
             mine = repr((self.model.fingerprint(), *settings, self.think_end_token))
             theirs = cache_hook.dbdict.get(FINGERPRINT_KEY, None if len(cache_hook.dbdict) else mine)
             if theirs != mine:
@@ -186,14 +193,14 @@ class IclFtFastLM(TemplateLM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each request's continuation after its context."""
         if self.chat_template_args.get("enable_thinking"):
-            raise ValueError(f"enable_thinking: {_name(requests[0])}: a likelihood has no place for reasoning")
+            raise ValueError(f"enable_thinking: {request_name(requests[0])}: a likelihood has no place for reasoning")
         texts = [request.args for request in requests]
         pairs = encoding.encode_pairs(
             self.tokenizer, texts, bos=self.add_bos_token, prefix=self.prefix_token_id,
             whole_tokens=self.boundary == "whole_tokens",
         )  # fmt: skip
         rows = [(text, *pair) for text, pair in zip(texts, pairs, strict=True)]
-        return self._loglikelihood_tokens(rows, disable_tqdm, names=[_name(request) for request in requests])
+        return self._loglikelihood_tokens(rows, disable_tqdm, names=[request_name(request) for request in requests])
 
     def _loglikelihood_tokens(
         self,
@@ -204,16 +211,9 @@ class IclFtFastLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Score (texts, context ids, continuation ids); a result is filed under its texts as soon as it is there."""
         names = names or [f"requests[{r}]" for r in range(len(requests))]
-        for name, (_, _, continuation) in zip(names, requests, strict=True):
-            if not continuation:
-                raise ScoreError(
-                    f"{name}: the continuation has no token of its own: it is empty, or the tokenizer merges it into "
-                    "the end of the context (boundary=whole_tokens would score the merged token)"
-                )
-        rooms = [self.max_length + 1 - len(continuation) for _, _, continuation in requests]
-        fitting = self._fitting(names, [context for _, context, _ in requests], rooms)
+        fitting = self._window.fit_pairs(names, [(context, continuation) for _, context, continuation in requests])
         place, results = list(fitting), [(-math.inf, False)] * len(requests)
-        for i, result in self._scores([(fitting[r], requests[r][2]) for r in place], disable_tqdm):
+        for i, result in self._scores(list(fitting.values()), disable_tqdm):
             texts, results[place[i]] = requests[place[i]][0], tuple(result)
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(result))
@@ -237,60 +237,60 @@ class IclFtFastLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What greedy decoding writes after each context, up to EOS, a stop string or max_gen_toks."""
-        settings = [_greedy_settings(request) for request in requests]
+        """What is written after each context, up to EOS, a stop string or max_gen_toks; sampled anew in each repeat."""
+        repeats: Counter[str] = Counter()
+        samplings = []
+        for request in requests:
+            samplings.append(sampling_of(request, repeats[repr(request.args)]))
+            repeats[repr(request.args)] += 1
         contexts = encoding.encode(self.tokenizer, [request.args[0] for request in requests], bos=self.add_bos_token)
-        rooms = [self.max_length - max_gen_toks for _, max_gen_toks in settings]
-        names = [_name(request) for request in requests]
-        fitting = self._fitting(names, [ids or [self.prefix_token_id] for ids in contexts], rooms)
-        results = [""] * len(requests)
-        for until, max_gen_toks in dict.fromkeys(settings):
-            place = [r for r in fitting if settings[r] == (until, max_gen_toks)]
-            written = iter_generations(
-                self.model, [fitting[r] for r in place], Sampling(max_gen_toks, stop=tuple(until)), ledger=self.ledger,
-                progress=not disable_tqdm,
-            )  # fmt: skip
-            for i, generation in written:
-                results[place[i]] = text = self._text(list(generation.ids), until)
-                self.cache_hook.add_partial("generate_until", requests[place[i]].args, text)
+        follow = [sampling.max_new_tokens for sampling in samplings]
+        names = [request_name(request) for request in requests]
+        fitting = self._window.fit(names, [ids or [self.prefix_token_id] for ids in contexts], follow)
+        place, results = list(fitting), [""] * len(requests)
+        written = iter_generations(
+            self.model, list(fitting.values()), [samplings[r] for r in place], ledger=self.ledger,
+            progress=not disable_tqdm,
+        )  # fmt: skip
+        for i, generation in written:
+            r = place[i]
+            results[r] = self._text(list(generation.ids), samplings[r].stop)
+            self.cache_hook.add_partial("generate_until", requests[r].args, results[r])
         return results
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every process's tensor, one after the other."""
+        return torch.cat([torch.atleast_1d(each) for each in self._processes.all(tensor.cpu())])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every process's object, on process dst only."""
+        objects = self._processes.all(obj)
+        return objects if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Wait for the other processes, and learn what they have counted."""
+        counts = self._processes.all(self._counts())
+        self._others = sum(counts[: self.rank] + counts[self.rank + 1 :], Counter())
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes to the results file about the model and this run."""
-        counts = {name: value for name, value in self.ledger.as_dict().items() if name != "seconds"}
-        over = {f"over_length_{name}": count for name, count in self.over_length.items()}
+        counts = self._counts()
+        counts.update(self._others)
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.network.dtype),
-            "icl_ft_fast": {"max_length": self.max_length, "overflow": self.overflow, **over, **counts},
+            "icl_ft_fast": {"max_length": self.max_length, "overflow": self._window.overflow, **counts},
         }
+
+    def _counts(self) -> Counter[str]:
+        """Of this process, for the results file."""
+        over = {f"over_length_{name}": count for name, count in self._window.over.items()}
+        return Counter(over | {name: count for name, count in vars(self.ledger).items() if name != "seconds"})
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool) -> Any:
         return iter_loglikelihood(
             self.model, pairs, chunk_rows=self.chunk_rows, ledger=self.ledger, progress=not disable_tqdm
         )
-
-    def _fitting(
-        self, names: Sequence[str], contexts: Sequence[list[int]], rooms: Sequence[int]
-    ) -> dict[int, list[int]]:
-        """By place, the contexts in at most their room of tokens, without those to skip; warns of what did not fit."""
-        fitting, before = {}, self.over_length.copy()
-        for r, (name, context, room) in enumerate(zip(names, contexts, rooms, strict=True)):
-            over = len(context) - room
-            if over > 0 and (self.overflow == "error" or (room < 1 and self.overflow == "truncate_left")):
-                advice = "give overflow=truncate_left or skip" if room > 0 else "no context would be left"
-                raise ScoreError(
-                    f"{name}: {len(context)} tokens of context are {over} more than go into max_length "
-                    f"{self.max_length} with what follows; {advice}"
-                )
-            if over > 0:
-                self.over_length.update(requests=1, tokens=over)
-            if over <= 0 or self.overflow == "truncate_left":
-                fitting[r] = context[over:] if over > 0 else context
-        if new := self.over_length - before:
-            what = (new["requests"], self.max_length, new["tokens"], self.overflow)
-            _log.warning("%d requests exceed max_length %d by %d tokens in all: overflow=%s", *what)
-        return fitting
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
         """The answer in what was written: after the reasoning, before the first stop string."""
@@ -301,25 +301,6 @@ class IclFtFastLM(TemplateLM):
         text = text.lstrip() if isinstance(end, int) else text
         answer: str = postprocess_generated_text(text, list(until), end if isinstance(end, str) else None)
         return answer
-
-
-def _name(request: Instance) -> str:
-    """What errors call a request."""
-    return f"{request.task_name}, document {request.doc_id}, request {request.idx}"
-
-
-def _greedy_settings(request: Instance) -> tuple[tuple[str, ...], int]:
-    """Stop strings and the most tokens to write; raises GenerateError for what greedy decoding cannot follow."""
-    settings = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKS))
-    until, max_gen_toks = settings.pop("until"), settings.pop("max_gen_toks")
-    if settings.pop("do_sample"):
-        raise GenerateError(
-            f"{_name(request)}: generation_kwargs: do_sample or temperature asks for sampling; only greedy decoding is "
-            "served (do_sample=false)"
-        )
-    if unknown := sorted(settings.keys() - set(WITHOUT_EFFECT_ON_GREEDY)):
-        raise GenerateError(f"{_name(request)}: generation_kwargs: {', '.join(unknown)}: not served")
-    return tuple(text for text in until if text), max_gen_toks
 
 
 def run(arguments: Sequence[str]) -> None:
