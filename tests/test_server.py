@@ -24,7 +24,8 @@ from icl_ft_fast.cli.serve import KEY_VARIABLE
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
-from icl_ft_fast.integrations.server import Limits, make_app
+from icl_ft_fast.integrations.guard import Limits
+from icl_ft_fast.integrations.server import make_app
 from icl_ft_fast.score import ScoreError, loglikelihood
 
 KEY = "a key that nobody guesses"

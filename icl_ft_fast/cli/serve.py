@@ -44,7 +44,8 @@ def _serve(options: argparse.Namespace) -> None:
         import uvicorn
 
         from icl_ft_fast.integrations.engine import Engine
-        from icl_ft_fast.integrations.server import Limits, make_app
+        from icl_ft_fast.integrations.guard import Limits
+        from icl_ft_fast.integrations.server import make_app
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[serve]'") from error
     key = _key(options.key_file)
