@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import Model, from_network
 
 SPLITTINGS = ("none", "independent", "cumulative")
@@ -104,10 +105,13 @@ def finetune(
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
     )
-    rng = random.Random(seed)
+    work, rng = work_of(tuned), random.Random(seed)
     queue: list[int] = []
     losses: list[float] = []
-    with tqdm(total=settings.steps, desc="fine-tuning", unit="step", disable=not progress, delay=1) as bar:
+    with (
+        ledger.phase("train"),
+        tqdm(total=settings.steps, desc="fine-tuning", unit="step", disable=not progress, delay=1) as bar,
+    ):
         for step in range(settings.steps):
             while len(queue) < settings.batch_size:
                 queue += rng.sample(range(len(requests)), len(requests))
@@ -124,6 +128,7 @@ def finetune(
             optimizer.step()
             losses.append(loss.item())
             ledger.trained_tokens += len(forest.token)
+            ledger.ran(work, forest.depth, 0, len(forest.scored_row.unique()), passes=3)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return Finetuned(tuned, tuple(losses))

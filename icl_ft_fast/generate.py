@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import KVStack
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model, Rows
 
 GROUP_PROMPTS = 64  # prompts decoded together; bounds the stack, and on the CPU more at a time is not faster
@@ -114,8 +115,9 @@ def iter_tokens(
     with tqdm(total=len(distinct), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
         for first in range(0, len(distinct), GROUP_PROMPTS):
             group = distinct[first : first + GROUP_PROMPTS]
-            written = _generate_group(model, group, max_new_tokens, stop, ledger)
-            ledger.request_tokens += sum(map(len, group))
+            with ledger.phase("generate"):
+                written = _generate_group(model, group, max_new_tokens, stop, ledger)
+                ledger.request_tokens += sum(map(len, group))
             bar.update(len(group))
             for prompt, ids in zip(group, written, strict=True):
                 yield from ((p, ids) for p in equal[prompt])
@@ -146,13 +148,15 @@ def _generate_group(
 ) -> list[list[int]]:
     device, tokenizer, ends_text = model.device, model.tokenizer, _end_tokens(model)
     layout = _lay_out(prompts, max_new_tokens)
-    stack = KVStack(layout.rows)
+    stack, work = KVStack(layout.rows), work_of(model)
+    ledger.kv_bytes += layout.rows * work.kv_row_bytes
     end_k = torch.zeros(layout.rows, dtype=torch.int32)
     depth_k = torch.zeros(layout.rows, dtype=torch.int32)
 
     def forward(token: torch.Tensor, depth: torch.Tensor, slots: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         end_k[slots], depth_k[slots] = end, depth
         seen = int(slots.max()) + 1
+        ledger.ran(work, depth, seen - len(slots), 0)
         return model.forward(
             Rows(
                 token.to(device), depth.to(device), slots.int().to(device), end_k[:seen].to(device),
@@ -176,6 +180,7 @@ def _generate_group(
             new = int(token[place])
             ledger.decoded_tokens += 1
             ledger.head_rows += 1
+            ledger.flops += work.head_flops
             if new not in ends_text:
                 written[sequence].append(new)
                 text = tokenizer.decode(written[sequence]) if stop else ""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import KVStack
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
 
@@ -66,6 +67,7 @@ def loglikelihood(
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
     chunk_rows: int = CHUNK_ROWS,
+    shared_tokens: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> list[LogLikelihood]:
@@ -75,6 +77,8 @@ def loglikelihood(
         model: from load().
         requests: pairs; a continuation has at least one token, and so has a context of token ids.
         chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        shared_tokens: leading tokens that all requests have in common and that count as the ledger's phase "prefill";
+            everything else forwarded is its phase "query".
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
 
@@ -85,7 +89,8 @@ def loglikelihood(
         ScoreError: an empty continuation or context, more tokens than the model has positions, or a token id that its
             vocabulary does not have.
     """
-    results = dict(iter_loglikelihood(model, requests, chunk_rows=chunk_rows, ledger=ledger, progress=progress))
+    encoded = _encode(model, requests)
+    results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, shared_tokens))
     return [results[r] for r in range(len(requests))]
 
 
@@ -120,7 +125,10 @@ def _scored(
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
     pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
-    encoded = encoding.encode_pairs(model.tokenizer, pairs)
+    ledger = ledger or Ledger()
+    with ledger.phase("tokenise"):
+        encoded = encoding.encode_pairs(model.tokenizer, pairs)
+        shared_tokens = len(encoding.encode(model.tokenizer, [context.rstrip()])[0]) if context else 0
     owner = [q for q, question in enumerate(questions) for _ in question.choices]
     first = [0]
     for question in questions:
@@ -137,7 +145,7 @@ def _scored(
     _check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
     waiting = [len(question.choices) for question in questions]
     results: dict[int, LogLikelihood] = {}
-    for r, result in _run(model, encoded, chunk_rows, ledger or Ledger(), progress):
+    for r, result in _run(model, encoded, chunk_rows, ledger, progress, shared_tokens):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
@@ -228,27 +236,38 @@ def _check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], nam
 
 @torch.inference_mode()
 def _run(
-    model: Model, requests: list[tuple[list[int], list[int]]], chunk_rows: int, ledger: Ledger, progress: bool
+    model: Model,
+    requests: list[tuple[list[int], list[int]]],
+    chunk_rows: int,
+    ledger: Ledger,
+    progress: bool,
+    shared_tokens: int = 0,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield (request index, result) as chunks complete them."""
     forest = trie.build_from_lists(requests)
-    plan = trie.plan(forest, chunk_rows)
-    stack = KVStack(plan.capacity)
+    shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
+    plan = trie.plan(forest, chunk_rows, cut=shared_rows)
+    stack, work = KVStack(plan.capacity), work_of(model)
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
     is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
     done = _requests_by_chunk(forest, plan)
     ledger.request_tokens += forest.request_tokens
     with tqdm(total=len(forest.token), desc="scoring", unit="row", disable=not progress, delay=1) as bar:
         for chunk, completed in zip(plan.chunks, done, strict=True):
-            hidden = model.forward_chunk(chunk, stack)
-            if len(chunk.head_rows):
-                needed = hidden[chunk.head_rows.to(hidden.device)]
-                values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
-                logp[chunk.target_index] = values.double().cpu()
-                is_argmax[chunk.target_index] = flags.cpu()
-            ledger.forwarded_rows += len(chunk.token)
-            ledger.head_rows += len(chunk.head_rows)
-            ledger.scored_tokens += len(chunk.target_index)
+            with ledger.phase("prefill" if chunk.last_row <= shared_rows else "query"):
+                if chunk.first_row == 0:
+                    ledger.kv_bytes += plan.capacity * work.kv_row_bytes
+                hidden = model.forward_chunk(chunk, stack)
+                if len(chunk.head_rows):
+                    needed = hidden[chunk.head_rows.to(hidden.device)]
+                    values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+                    logp[chunk.target_index] = values.double().cpu()
+                    is_argmax[chunk.target_index] = flags.cpu()
+                ledger.forwarded_rows += len(chunk.token)
+                ledger.head_rows += len(chunk.head_rows)
+                ledger.scored_tokens += len(chunk.target_index)
+                depth = forest.depth[chunk.first_row : chunk.last_row]
+                ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
             bar.update(len(chunk.token))
             for r in completed:
                 path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]

@@ -179,8 +179,10 @@ class Plan:
     capacity: int
 
 
-def plan(trie: Trie, max_rows: int) -> Plan:
+def plan(trie: Trie, max_rows: int, *, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
+
+    No chunk goes over row `cut`: what is before it is forwarded first.
 
     The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
     """
@@ -191,22 +193,23 @@ def plan(trie: Trie, max_rows: int) -> Plan:
     # several times faster than torch's on such nearly sorted values.
     scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
     scored_row = trie.scored_row[scored]
-    edges = torch.tensor([*range(0, num_rows, max_rows), num_rows], dtype=torch.int32)
+    starts = [*range(0, cut, max_rows), *range(cut, num_rows, max_rows)]
+    edges = torch.tensor([*starts, num_rows], dtype=torch.int32)
     cuts = torch.searchsorted(scored_row, edges).tolist()
-    stack_rows = trie.depth[::max_rows].tolist()
+    stack_rows = trie.depth[starts].tolist()
     chunks = []
-    for k, first_row in enumerate(range(0, num_rows, max_rows)):
+    for k, first_row in enumerate(starts):
         index = scored[cuts[k] : cuts[k + 1]]
         rows, inverse = torch.unique_consecutive(scored_row[cuts[k] : cuts[k + 1]], return_inverse=True)
         chunk = Chunk(
             first_row=first_row,
-            last_row=min(first_row + max_rows, num_rows),
+            last_row=int(edges[k + 1]),
             stack_rows=stack_rows[k],
             head_rows=rows - first_row,
             target_row=inverse.int(),
             target_token=trie.scored_token[index],
             target_index=index,
-            _previous_row=max(first_row - max_rows, 0),
+            _previous_row=starts[max(k - 1, 0)],
             _trie=trie,
         )
         chunks.append(chunk)

@@ -38,8 +38,10 @@ LAYERS = {
     "augment": 3,
     "finetune": 3,
     "evaluate": 3,
+    "sweep": 3.5,
     "compare": 4,
     "shipped": 4,
+    "results": 4.2,
     "report": 4.5,
     "cli": 5,
     "integrations": 5,
@@ -53,7 +55,7 @@ SAME_LAYER = {
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
-} | {(folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations", "cli")}
+} | {(folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "cost", "report")}
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
 BUDGET = 6000  # code lines of the package and of csrc
 

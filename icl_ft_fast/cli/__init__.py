@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | score | task | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | report | score | task | doctor | lm-eval`, a module a command.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -9,16 +9,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, lm_eval, score, task
+from icl_ft_fast.cli import compare, doctor, lm_eval, report, score, task
 from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.cost.prices import PriceError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
+from icl_ft_fast.results import ResultsError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-BAD_INPUT = (UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError)
+BAD_INPUT = (
+    UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError,
+    PriceError, ResultsError,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +52,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, score, task, lm_eval):
+    for module in (compare, report, score, task, doctor, lm_eval):
         module.add(commands)
     return top

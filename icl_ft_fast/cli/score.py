@@ -10,12 +10,14 @@ from pathlib import Path
 
 from icl_ft_fast.cli.options import (
     Commands,
+    add_json_option,
     add_model_options,
     add_output_options,
     check_new,
     command,
     load_model,
     positive,
+    show_progress,
 )
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import icl_context
@@ -41,6 +43,7 @@ def add(commands: Commands) -> None:
     scoring.add_argument(
         "--out", type=Path, required=True, help="JSON lines, one a question, written as they are ready"
     )
+    add_json_option(scoring)
     add_output_options(scoring)
 
 
@@ -51,7 +54,7 @@ def _score(options: argparse.Namespace) -> None:
     model = load_model(options)
     ledger = Ledger()
     scores = iter_scores(
-        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, progress=not options.quiet
+        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, progress=show_progress(options)
     )
     correct = known = 0
     with ledger.phase("score"):
@@ -63,9 +66,14 @@ def _score(options: argparse.Namespace) -> None:
                 file.flush()
                 known += result.answer is not None
                 correct += bool(result.is_correct)
+    seconds = sum(ledger.seconds.values())
+    if options.json:
+        known_correct = {"known": known, "correct": correct}
+        print(json.dumps({"questions": len(questions), **known_correct, "out": str(options.out), **ledger.as_dict()}))
+        return
     accuracy = f", {correct} of {known} correct" if known else ""
     print(
-        f"{len(questions)} questions in {ledger.seconds['score']:.1f} s{accuracy}: "
+        f"{len(questions)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
         f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
         f"{ledger.head_rows:,} through the head. Written to {options.out}"
