@@ -251,7 +251,8 @@ def _run(
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
     is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
     done = _requests_by_chunk(forest, plan)
-    ledger.request_tokens += forest.request_tokens
+    with ledger.phase("query"):
+        ledger.request_tokens += forest.request_tokens
     with tqdm(total=len(forest.token), desc="scoring", unit="row", disable=not progress, delay=1) as bar:
         for chunk, completed in zip(plan.chunks, done, strict=True):
             with ledger.phase("prefill" if chunk.last_row <= shared_rows else "query"):

@@ -34,7 +34,7 @@ from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
 from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
-from icl_ft_fast.report.study import Study
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.results import parse_results
 from icl_ft_fast.tasks.generated import GENERATORS
 
@@ -127,7 +127,7 @@ def prices_of(options: argparse.Namespace) -> Prices | None:
     return None if options.prices is None else read_prices(options.prices)
 
 
-def print_decision(study: Study, options: argparse.Namespace, console: Console) -> None:
+def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
     """The decision at the end of a report, if a volume was given."""
     if options.queries_per_day is None:
         return
@@ -198,7 +198,7 @@ def _compare(options: argparse.Namespace) -> None:
     if results is not None:
         compare.write_results(results, found)
     name = options.task if options.out is None else options.out.name
-    study = Study(parse_results(found), name, prices, reuse_of(options), options.together)
+    study = Derived(parse_results(found), name, prices, reuse_of(options), options.together)
     if options.json:
         print(
             json.dumps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from icl_ft_fast.cli.compare import add_decision_options, prices_of, print_decision, reuse_of
 from icl_ft_fast.cli.options import Commands, UsageError, add_json_option, check_new, command
 from icl_ft_fast.report import table
-from icl_ft_fast.report.study import Study
+from icl_ft_fast.report.derived import Derived
 
 
 def add(commands: Commands) -> None:
@@ -35,7 +36,11 @@ def _report(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_new(options.out, options.overwrite)
     studies = [
-        Study.read(path, prices=prices, reuse=reuse_of(options), batch=options.together) for path in options.results
+        Derived.read(path, prices=prices, reuse=reuse_of(options), batch=options.together) for path in options.results
+    ]
+    names = [study.name for study in studies]
+    studies = [
+        replace(s, name=str(p)) if names.count(s.name) > 1 else s for s, p in zip(studies, options.results, strict=True)
     ]
     queries = options.queries_per_day and options.queries_per_day * options.days
     if options.json:
@@ -49,17 +54,13 @@ def _report(options: argparse.Namespace) -> None:
     if options.out is None and options.charts is None:
         return
     try:
-        from icl_ft_fast.report import charts, page
+        from icl_ft_fast.report import page
+        from icl_ft_fast.report.study import Study
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[report]'") from error
     if options.charts is not None:
-        options.charts.mkdir(parents=True, exist_ok=True)
-        for name, study in zip(charts.file_names(studies), studies, strict=True):
-            for chart in charts.draw(study, queries):
-                for ending, data in (("svg", charts.svg(chart).encode()), ("png", charts.png(chart))):
-                    path = options.charts / f"{name}-{chart.name}.{ending}"
-                    check_new(path, options.overwrite)
-                    path.write_bytes(data)
+        for study in studies:
+            Study(study).export(options.charts, queries, overwrite=options.overwrite)
         print(f"Charts written to {options.charts}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

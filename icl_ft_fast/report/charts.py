@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from icl_ft_fast.compare import paired_tests
-from icl_ft_fast.report.study import ARM_TITLES, Study
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count
 
 # CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
@@ -46,12 +47,13 @@ class Chart:
     figure: Figure
 
 
-def draw(study: Study, queries: float | None = None) -> list[Chart]:
+def draw(study: Derived, queries: float | None = None) -> list[Chart]:
     """Every chart that the study's results have data for; `queries` is marked where costs grow with them."""
     with mpl.rc_context(STYLE):
         made = [_accuracy(study), _paired(study), _curves(study), _sweep(study)]
         made += [_amortisation(study, resource, queries) for resource in study.resources]
-        made += [_pareto(study, resource) for resource in study.resources if resource in ("seconds", "money")]
+        priced = [resource for resource in study.resources if resource in ("seconds", "money")]
+        made += [_pareto(study, resource, queries or 1e6) for resource in priced]
     return [chart for chart in made if chart is not None]
 
 
@@ -85,17 +87,17 @@ def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes
     return figure, figure.add_subplot()
 
 
-def _looks(study: Study) -> dict[str, tuple[str, str]]:
+def _looks(study: Derived) -> dict[str, tuple[str, str]]:
     """Colour and mark of each arm, the same in every chart and every study of a page."""
     known = [*ARM_TITLES, *sorted(set(study.arms) - ARM_TITLES.keys())]
     return {arm: (LIGHT[f"arm{i % 6}"], MARKS[i % 6]) for i, arm in enumerate(known)}
 
 
-def _look(study: Study, way: str) -> tuple[str, str]:
+def _look(study: Derived, way: str) -> tuple[str, str]:
     return _looks(study)[study.arm_of(way)]
 
 
-def _accuracy(study: Study) -> Chart | None:
+def _accuracy(study: Derived) -> Chart | None:
     if not study.splits:
         return None
     figure, axes = _axes(height=max(SIZE[1], 0.6 + 0.19 * len(study.splits) * (len(study.arms) + 1)))
@@ -122,7 +124,7 @@ def _accuracy(study: Study) -> Chart | None:
     return Chart("accuracy", "Accuracy by kind of question", "; ".join(told), figure)
 
 
-def _paired(study: Study) -> Chart | None:
+def _paired(study: Derived) -> Chart | None:
     tests = paired_tests(study.results.runs)
     if not tests or len(tests) > 60:
         return None
@@ -142,7 +144,7 @@ def _paired(study: Study) -> Chart | None:
     return Chart("paired", "Differences on the same questions", "; ".join(told), figure)
 
 
-def _amortisation(study: Study, resource: str, queries: float | None) -> Chart:
+def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart:
     unit, ways, figure_axes = study.resources[resource], study.ways(resource), _axes()
     figure, axes = figure_axes
     found = study.break_evens(resource)
@@ -162,12 +164,13 @@ def _amortisation(study: Study, resource: str, queries: float | None) -> Chart:
     if queries is not None:
         axes.axvline(queries, color=LIGHT["ink"], linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="queries", ylabel=unit)
+    _plain(axes.xaxis, axes.yaxis)
     _legend(figure, axes)
     alt = f"Cost in {unit} of n queries; cheaper from so many queries on: " + "; ".join(told)
     return Chart(f"amortised-{resource.lower()}", f"What n queries cost: {resource}", alt, figure)
 
 
-def _pareto(study: Study, resource: str, queries: float = 1e6) -> Chart | None:
+def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
     ways = study.decision_ways(resource)
     if not ways:
         return None
@@ -180,11 +183,12 @@ def _pareto(study: Study, resource: str, queries: float = 1e6) -> Chart | None:
         axes.plot([each], [way.accuracy], mark, color=colour, markerfacecolor=hollow, label=way.name, markersize=7)
         told.append(f"{way.name}: accuracy {way.accuracy:.3f}, {each:.3g} {unit}")
     axes.set(xscale="log", ylim=(-0.03, 1.05), xlabel=f"{unit} for 1,000 queries, of {queries:,.0f}", ylabel="accuracy")
+    _plain(axes.xaxis)
     _legend(figure, axes)
     return Chart(f"pareto-{resource}", f"Accuracy against cost: {resource}", "; ".join(told), figure)
 
 
-def _curves(study: Study) -> Chart | None:
+def _curves(study: Derived) -> Chart | None:
     if not any(run.losses for run in study.results.runs):
         return None
     figure, axes = _axes()
@@ -203,11 +207,12 @@ def _curves(study: Study) -> Chart | None:
             named.add(title)
             told.append(f"{title}, seed {run.seed}: from {losses[0]:.3f} to {losses[-1]:.3f}")
     axes.set(yscale="log", xlabel="training step", ylabel="loss, nats a token")
+    _plain(axes.yaxis)
     _legend(figure, axes)
     return Chart("curves", "Training", "; ".join(told), figure)
 
 
-def _sweep(study: Study) -> Chart | None:
+def _sweep(study: Derived) -> Chart | None:
     if (fits := study.fits()) is None:
         return None
     figure, axes = _axes()
@@ -226,12 +231,24 @@ def _sweep(study: Study) -> Chart | None:
     for fitted, colour in zip(fits, ("arm1", "arm2"), strict=True):
         axes.plot(lengths, [1e3 * fitted(c) or math.nan for c in lengths], color=LIGHT[colour], linewidth=1)
     axes.set(yscale="log", xlabel="tokens of context", ylabel="ms")
+    _plain(axes.yaxis)
     _legend(figure, axes)
     off = [max(map(abs, fitted.residuals)) for fitted in fits]
     alt = (
         f"Milliseconds by context length; the fits are off by at most {off[0]:.0%} (reading) and {off[1]:.0%} (query)."
     )
     return Chart("sweep", "What was measured, and the fit", alt, figure)
+
+
+def _plain(*logarithmic: Axis) -> None:
+    """Ticks of a logarithmic axis as 0.01, 10, 1k, 1M: words, not mathematics, so that they stay text in the SVG."""
+    for axis in logarithmic:
+        axis.set_major_formatter(EngFormatter(sep="", places=None))
+        low, high = axis.get_view_interval()
+        few = high / low < 10
+        axis.set_minor_formatter(EngFormatter(sep="") if few else NullFormatter())
+        if few:
+            axis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -242,9 +259,3 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _wrap(text: str, width: int = 16) -> str:
     shown = text if len(text) <= 2 * width else text[: 2 * width - 1] + "…"
     return shown if len(shown) <= width else f"{shown[:width]}\n{shown[width:]}"
-
-
-def file_names(studies: Sequence[Study]) -> list[str]:
-    """A beginning of file names for each study, no two alike."""
-    names = [re.sub(r"[^\w.-]+", "_", study.name) for study in studies]
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]

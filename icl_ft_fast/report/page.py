@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -11,21 +12,27 @@ import markupsafe
 
 from icl_ft_fast.compare import paired_tests
 from icl_ft_fast.cost.amortise import decide
+from icl_ft_fast.cost.ledger import HOW
 from icl_ft_fast.report import charts
-from icl_ft_fast.report.study import ARM_TITLES, Study
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count, decision_text
 
+FIGURES = {
+    "wall_s": "wall s", "device_s": "device s", "request_tokens": "tokens asked", "forwarded_rows": "rows",
+    "trained_tokens": "rows trained", "decoded_tokens": "decoded", "flops": "FLOP", "moved_bytes": "bytes moved",
+    "kv_bytes": "KV bytes", "activation_bytes": "activation bytes", "joules": "J",
+}  # fmt: skip
 LISTED = 4000  # questions in the page's table; the rest are counted
 REUSES = (1, 10, 100, 1000, float("inf"))  # of the sensitivity table
 
 
-def render(studies: Sequence[Study], queries: float | None = None, points: float = 2.0) -> str:
+def render(studies: Sequence[Derived], queries: float | None = None, points: float = 2.0) -> str:
     """The page of one study, or of several side by side; `queries` and `points` are decide()'s."""
     parts = [_part(study, f"s{i}", queries, points, LISTED // len(studies)) for i, study in enumerate(studies)]
     return _environment().get_template("page.html").render(parts=parts, title=" · ".join(s.name for s in studies))
 
 
-def fragment(study: Study) -> str:
+def fragment(study: Derived) -> str:
     """A study's charts and decision for a notebook, without the page around them."""
     return _environment().get_template("fragment.html").render(part=_part(study, "n", None, 2.0, 0))
 
@@ -39,7 +46,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _part(study: Study, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:
+def _part(study: Derived, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:
     """What the template needs of a study; every text in it is escaped there."""
     wrong, num_wrong = study.wrong(limit)
     chosen = "seconds" if study.prices is None else "money"
@@ -54,7 +61,9 @@ def _part(study: Study, key: str, queries: float | None, points: float, limit: i
         "results": study.results,
         "charts": {chart.name: {"title": chart.title, "alt": chart.alt, "svg": _inline(chart, key)} for chart in drawn},
         "ceilings": study.results.machine.get("ceilings"),
-        "phases": [(run, name, phase) for run in study.results.runs for name, phase in run.counts["phases"].items()],
+        "phases": _phases(study),
+        "figures": FIGURES,
+        "how": HOW,
         "paired": paired_tests(study.results.runs),
         "break_evens": [
             (resource, way, rival, found)
@@ -72,6 +81,22 @@ def _part(study: Study, key: str, queries: float | None, points: float, limit: i
         "num_wrong": num_wrong,
         "samples": [(run, sample) for run in study.results.runs for sample in run.samples],
     }
+
+
+def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
+    """(arm, phase, the mean of each figure over seeds, None where one is lacking)."""
+    found: dict[tuple[str, str], list[dict[str, float | None]]] = {}
+    for run in study.results.runs:
+        for name, phase in run.counts["phases"].items():
+            found.setdefault((run.arm, name), []).append(phase)
+    rows = []
+    for (arm, name), phases in found.items():
+        values = {figure: [phase.get(figure) for phase in phases] for figure in FIGURES}
+        means = {
+            figure: None if None in some else fmean(v for v in some if v is not None) for figure, some in values.items()
+        }
+        rows.append((arm, name, means))
+    return rows
 
 
 def _inline(chart: charts.Chart, key: str) -> markupsafe.Markup:

@@ -16,7 +16,7 @@ from rich.table import Table
 from icl_ft_fast.compare import Run, paired_tests
 from icl_ft_fast.cost.amortise import BreakEven, Decision, Way
 from icl_ft_fast.evaluate import Accuracy, Answer
-from icl_ft_fast.report.study import ARM_TITLES, Study
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.statistics import brier, expected_calibration_error
 
 CAPTION = (
@@ -38,7 +38,7 @@ Item = TypeVar("Item")
 SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED = 2, 6, 4  # columns that fit
 
 
-def print_study(study: Study, console: Console) -> None:
+def print_study(study: Derived, console: Console) -> None:
     """Print accuracies, costs, break-even counts, accuracies by form, paired tests and calibration; seeds pooled."""
     splits = study.splits
     if len(splits) > SPLITS_BESIDE_COSTS:
@@ -101,7 +101,7 @@ def decision_text(decision: Decision, unit: str) -> str:
     if chosen.accuracy < best.accuracy:
         text += f" The most accurate is {named(best)}."
     if len(decision.switches) > 1:
-        ranges = ", ".join(f"{way.name} from {count(m)}" for m, way in decision.switches)
+        ranges = ", ".join(f"{way.name} (from {count(m)})" for m, way in decision.switches)
         text += f" By number of queries it would be {ranges}."
     else:
         text += " No other number of queries changes that."
@@ -122,7 +122,9 @@ def _new_table(first: str, columns: Iterable[str], caption: str | None = None) -
     return table
 
 
-def _accuracy_table(study: Study, splits: Sequence[str], more: Sequence[str] = (), caption: str | None = None) -> Table:
+def _accuracy_table(
+    study: Derived, splits: Sequence[str], more: Sequence[str] = (), caption: str | None = None
+) -> Table:
     """Columns for the splits and `more`; its first row is what blind guesses would have."""
     title = f"{len({run.seed for run in study.results.runs})} seed(s)\npooled"
     table = _new_table(title, [*(f"{split}\n95%" for split in splits), *more], caption)
@@ -132,7 +134,7 @@ def _accuracy_table(study: Study, splits: Sequence[str], more: Sequence[str] = (
     return table
 
 
-def _accuracy_cells(study: Study, arm: str, splits: Sequence[str]) -> list[str]:
+def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str]:
     """Fraction correct, Wilson's interval and, where the answers are kept, that of topics and seeds."""
     cells = []
     for split in splits:
@@ -143,7 +145,7 @@ def _accuracy_cells(study: Study, arm: str, splits: Sequence[str]) -> list[str]:
     return cells
 
 
-def _break_even_table(study: Study) -> Iterator[Table]:
+def _break_even_table(study: Derived) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL."""
     if found := study.break_evens("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
