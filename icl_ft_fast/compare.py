@@ -189,7 +189,9 @@ def _context_documents(task: Task, seed: int, settings: Settings) -> list[Docume
 def measure(
     model: Model, task: Task, settings: Settings, *, seconds: float = 60.0, progress: bool = False
 ) -> sweep.Sweep:
-    """What queries cost behind the ICL arm's context, behind none, and behind other lengths; see sweep.sweep()."""
+    """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
+    if "icl" not in settings.arms:
+        return sweep.sweep(model, task.questions, lengths=(), seconds=seconds, progress=progress)
     documents = _context_documents(task, settings.seeds[0], settings)
     context = evaluate.prompt_context(model, documents, settings.template)
     return sweep.sweep(model, task.questions, context, seconds=seconds, progress=progress)

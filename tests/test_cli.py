@@ -391,7 +391,7 @@ def test_usage_errors(arguments, named, capsys):
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "score", "task"])
+@pytest.mark.parametrize("command", ["demo", "compare", "report", "score", "task", "doctor"])
 def test_help_shows_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

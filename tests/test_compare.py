@@ -291,7 +291,7 @@ def test_the_table_counts_queries_to_break_even():
     assert lower == [word for n in upper for word in (n, "to", n)]  # one measurement of each: the interval is a point
     for alone, arm in ((icl, "icl"), (tuned, "ft")):
         assert len(cells(printed([alone]), arm)) == 1
-    together = derived([icl, tuned], batch=64).break_evens("seconds")
+    together = derived([icl, tuned], batch=64).break_evens["seconds"]
     assert together["fine-tuned", "ICL"].queries == pytest.approx(1000 / (7.1 / 64 + 0.01))
 
 

@@ -147,7 +147,7 @@ def _paired(study: Derived) -> Chart | None:
 def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart:
     unit, ways, figure_axes = study.resources[resource], study.ways(resource), _axes()
     figure, axes = figure_axes
-    found = study.break_evens(resource)
+    found = study.break_evens[resource]
     marks = [b.queries for b in found.values() if 1 <= b.queries < math.inf]
     top = 10 ** math.ceil(math.log10(max([1e4, *(3 * m for m in marks if m < 1e12), queries or 1.0])))
     n = np.geomspace(1, top, 200)

@@ -142,12 +142,16 @@ class Derived:
             if (accuracy := self.accuracy(self.arm_of(name))) is not None
         ]
 
-    def break_evens(self, resource: str) -> dict[tuple[str, str], BreakEven]:
-        """(trained way, way of ICL) -> from how many queries on the first is cheaper."""
-        ways = self.ways(resource)
+    @cached_property
+    def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:
+        """By resource: (trained way, way of ICL) -> from how many queries on the first is cheaper."""
         trained = [ARM_TITLES.get(arm, arm) for arm in self.arms if arm not in ("base", "icl")]
-        rivals = [name for name in ways if name.startswith("ICL")]
-        return {(a, b): break_even_interval(ways[a], ways[b]) for a in trained if a in ways for b in rivals}
+        found = {}
+        for resource in self.resources:
+            ways = self.ways(resource)
+            rivals = [name for name in ways if self.arm_of(name) == "icl"]
+            found[resource] = {(a, b): break_even_interval(ways[a], ways[b]) for a in trained for b in rivals}
+        return found
 
     def sensitivity(self, way: str, reuses: Sequence[float]) -> list[tuple[int, list[float | None]]]:
         """For each measured context length, the break-even of a trained way in seconds with ICL, by reuse.
@@ -225,7 +229,7 @@ class Derived:
             "break_even": [
                 {"resource": resource, "way": way, "rival": rival, **_finite(asdict(found))}
                 for resource in self.resources
-                for (way, rival), found in self.break_evens(resource).items()
+                for (way, rival), found in self.break_evens[resource].items()
             ],
             "decision": decision and _finite(
                 {"resource": chosen, "unit": self.resources[chosen], "queries": decision.queries, "points": points,

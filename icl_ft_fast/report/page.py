@@ -54,7 +54,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
     decision = decide(ways, queries, points) if queries and ways else None
     drawn = charts.draw(study, queries)
     fits = study.fits()
-    trained = list(dict.fromkeys(way for way, _ in study.break_evens("seconds")))
+    trained = list(dict.fromkeys(way for way, _ in study.break_evens.get("seconds", ())))
     return {
         "key": key,
         "study": study,
@@ -66,9 +66,9 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "how": HOW,
         "paired": paired_tests(study.results.runs),
         "break_evens": [
-            (resource, way, rival, found)
-            for resource in study.resources
-            for (way, rival), found in study.break_evens(resource).items()
+            (resource, way, rival, even)
+            for resource, found in study.break_evens.items()
+            for (way, rival), even in found.items()
         ],
         "reuses": REUSES,
         "sensitivity": [(way, study.sensitivity(way, REUSES)) for way in trained] if fits else [],

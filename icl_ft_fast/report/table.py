@@ -147,7 +147,7 @@ def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str
 
 def _break_even_table(study: Derived) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL."""
-    if found := study.break_evens("seconds"):
+    if found := study.break_evens.get("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
         table = _new_table("pays from", rivals, BREAK_EVEN_CAPTION)
         for way in dict.fromkeys(way for way, _ in found):
