@@ -239,7 +239,7 @@ class Derived:
         }  # fmt: skip
 
     def _nearest(self, batch: int) -> int:
-        return min(self.batches, key=lambda b: abs(b - batch))
+        return min(self.batches, key=lambda b: abs(b - batch), default=batch)
 
     def _point(self, context_tokens: int, batch: int) -> Point | None:
         points = [p for p in self.results.sweep.points if p.context_tokens == context_tokens]
