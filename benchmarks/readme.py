@@ -33,7 +33,11 @@ def _tables(table: Callable[[Newest], str]) -> str:
     for path in sorted(RESULTS.glob("*.csv")):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        newest: Newest = {(row["suite"], row["case"], row["variant"]): row for row in rows}
+        newest: Newest = {}
+        for row in rows:  # in the order of the newest
+            key = (row["suite"], row["case"], row["variant"])
+            newest.pop(key, None)
+            newest[key] = row
         last = rows[-1]
         if made := table(newest):
             parts += [f"{last['device']}, torch {last['torch']}, {last['date']}:", made]
@@ -42,20 +46,26 @@ def _tables(table: Callable[[Newest], str]) -> str:
 
 def _score_table(newest: Newest) -> str:
     """Seconds, and how many times ours, by case; a peer's number in brackets is the sample it was measured on."""
-    cases = list(dict.fromkeys(case for suite, case, _ in newest if suite == "score"))
-    if not cases:
+    measured: dict[str, dict[str, tuple[float, str]]] = {}  # case -> variant less its sample -> seconds, sample
+    names: dict[str, None] = {}
+    for (suite, case, variant), row in newest.items():
+        if suite == "score" and variant != "encode, plan":
+            name, _, sample = variant.partition(" (")
+            measured.setdefault(case, {})[name] = float(row["ms"]) / 1e3, sample.rstrip(")")
+            names.pop(name, None)
+            names[name] = None
+    if not measured:
         return ""
-    seconds = {(case, variant): float(row["ms"]) / 1e3 for (_, case, variant), row in newest.items()}
-    variants = [v for s, _, v in newest if s == "score" and v not in ("icl_ft_fast", "encode, plan")]
-    variants = ["icl_ft_fast", *dict.fromkeys(variants)]
-    lines = ["| seconds (times ours) | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
-    for case in cases:
-        ours = seconds[case, "icl_ft_fast"]
-        cells = [_seconds(ours)]
-        for variant in variants[1:]:
-            theirs = seconds.get((case, variant))
-            ratio = "" if theirs is None else f"{theirs / ours:.2f}x" if theirs < 3 * ours else f"{theirs / ours:.0f}x"
-            cells.append("" if theirs is None else f"{_seconds(theirs)} ({ratio})")
+    samples = {name: dict.fromkeys(of[name][1] for of in measured.values() if name in of) for name in names}
+    titles = [f"{name} ({' or '.join(found)})" if any(found) else name for name, found in samples.items()]
+    lines = ["| seconds (times ours) | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
+    for case, of in measured.items():
+        cells = []
+        for name in names:
+            seconds, _ = of.get(name, (0.0, ""))
+            ratio = seconds / of["icl_ft_fast"][0]
+            times = "" if name == "icl_ft_fast" else f" ({ratio:.2f}x)" if ratio < 3 else f" ({ratio:.0f}x)"
+            cells.append(f"{_seconds(seconds)}{times}" if name in of else "")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

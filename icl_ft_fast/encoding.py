@@ -51,13 +51,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool | None = Non
     Raises:
         ValueError: bos is True and the tokenizer has no BOS token.
     """
-    if not texts:
-        return []
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("bos: the tokenizer has no BOS token to begin a text with")
-    first = opening(tokenizer) if bos is None else [tokenizer.bos_token_id] * bos
-    encoded = _encode(tokenizer, list(texts))
-    return [ids if ids[:1] == first[:1] else [*first, *ids] for ids in encoded] if first else encoded
+    return [head + tail for head, tail in _encode(tokenizer, texts, bos)]
 
 
 def encode_pairs(
@@ -84,21 +78,24 @@ def encode_pairs(
     """
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    encoded = encode(tokenizer, contexts + [context + continuation for context, continuation in moved], bos=bos)
-    encoded_context = dict(zip(contexts, encoded, strict=False))
+    encoded = _encode(tokenizer, contexts + [context + continuation for context, continuation in moved], bos)
+    encoded_context = {text: (*parts, parts[0] + parts[1]) for text, parts in zip(contexts, encoded, strict=False)}
     encoded_alone = iter(encode(tokenizer, [continuation for context, continuation in pairs if not context], bos=False))
     requests, num_spanned = [], 0
-    for (given, _), (context, _), whole in zip(pairs, moved, encoded[len(contexts) :], strict=True):
+    for (given, _), (context, _), (head, whole) in zip(pairs, moved, encoded[len(contexts) :], strict=True):
         if given:
-            context_ids = encoded_context[context]
+            its_head, start, context_ids = encoded_context[context]
+            if its_head is not head:
+                start, whole = context_ids, head + whole
         else:
-            context_ids, whole = [], next(encoded_alone)
-        if whole[: len(context_ids)] != context_ids:
+            start, whole, context_ids = [], next(encoded_alone), []
+        if whole[: len(start)] != start:
             num_spanned += 1
             if whole_tokens:
-                context_ids = context_ids[: _common(context_ids, whole)]
+                common = _common(start, whole)
+                start, context_ids = start[:common], context_ids[: len(context_ids) - len(start) + common]
         if context_ids:
-            requests.append((context_ids, whole[len(context_ids) :]))
+            requests.append((context_ids, whole[len(start) :]))
         else:
             first = prefix_token_id(tokenizer) if prefix is None else prefix
             requests.append(([first], whole[1:] if whole[:1] == [first] else whole))
@@ -117,26 +114,41 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 _ALIKE = 512  # characters: texts that begin alike for so long are looked at together
 _MARGIN = 64  # characters shared after a cut, so that what differs cannot reach back to it
+_SEEN = 2048  # characters on both sides of a cut that are encoded in one part and in two
 _WORTH = 20_000  # characters that a cut must save
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without BOS: a long beginning in common first, then, likewise, what is left."""
-    encoded: list[list[int]] = [[] for _ in texts]
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> list[tuple[list[int], list[int]]]:
+    """encode() in two parts, of which the first is one object for all texts whose long beginning was encoded once."""
+    if not texts:
+        return []
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos: the tokenizer has no BOS token to begin a text with")
+    first = opening(tokenizer) if bos is None else [tokenizer.bos_token_id] * bos
+
+    def opened(ids: list[int]) -> list[int]:
+        return ids if not first or ids[:1] == first[:1] else first + ids
+
+    encoded: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
     groups: dict[str, list[int]] = {}
     for t, text in enumerate(texts):
         groups.setdefault(text[:_ALIKE], []).append(t)
     whole: list[int] = []
+    nothing: list[int] = []
     for members in groups.values():
         cut = _shared_cut(tokenizer, [texts[t] for t in members])
         if not cut:
             whole += members
             continue
-        (head,) = _ids(tokenizer, [texts[members[0]][:cut]])
-        for t, tail in zip(members, _encode(tokenizer, [texts[t][cut:] for t in members]), strict=True):
-            encoded[t] = head + tail
+        head = opened(_ids(tokenizer, [texts[members[0]][:cut]])[0])
+        heads: dict[int, list[int]] = {}  # a beginning of the rest that is shared in its turn, behind this one
+        rest = _encode(tokenizer, [texts[t][cut:] for t in members], bos=False)
+        for t, (more, tail) in zip(members, rest, strict=True):
+            if id(more) not in heads:
+                heads[id(more)] = head + more
+            encoded[t] = heads[id(more)], tail
     for t, ids in zip(whole, _ids(tokenizer, [texts[t] for t in whole]), strict=True):
-        encoded[t] = ids
+        encoded[t] = nothing, opened(ids)
     return encoded
 
 
@@ -149,9 +161,11 @@ def _shared_cut(tokenizer: Tokenizer, texts: list[str]) -> int:
     """Length of a beginning of all `texts` that can be encoded apart from the rest with the same result; 0 if none can.
 
     The cut is before a space between two letters. No piece of the vocabulary goes over such a place, so no merge does;
-    no added token is near it; and what the texts share is seen to come out the same in one part and in two, so that the
+    no added token is near it; and what is around it is seen to come out the same in one part and in two, so that the
     tokenizer puts nothing before a text and splits words alike wherever it starts.
     """
+    if (len(texts) - 1) * len(texts[0]) < _WORTH:
+        return 0
     shared = os.path.commonprefix(texts)  # noqa: RUF071
     if (len(texts) - 1) * len(shared) < _WORTH or not _keeps_words_apart(tokenizer):
         return 0
@@ -159,7 +173,8 @@ def _shared_cut(tokenizer: Tokenizer, texts: list[str]) -> int:
     around = shared[max(0, cut - _MARGIN) : cut + _MARGIN].lower()
     if not cut or any(added.lower() in around for added in tokenizer.get_added_vocab()):
         return 0
-    head, tail, both = _ids(tokenizer, [shared[:cut], shared[cut:], shared])
+    before, after = shared[max(0, cut - _SEEN) : cut], shared[cut : cut + _SEEN]
+    head, tail, both = _ids(tokenizer, [before, after, before + after])
     return cut if head + tail == both else 0
 
 
