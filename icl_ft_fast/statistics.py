@@ -44,7 +44,7 @@ def cluster_bootstrap(
             f"factors: expected clusters for {len(values)} values, at least one, got {[*map(len, factors)]}"
         )
     rng = np.random.default_rng(seed)
-    first, *others = ([*map({name: i for i, name in enumerate(dict.fromkeys(f))}.get, f)] for f in factors)
+    first, *others = map(_numbered, factors)
     # Clusters of the first factor whose values and other clusters are the same are drawn as one kind, which is the same
     # distribution: a hundred thousand questions of one answer each are two kinds.
     contents: dict[int, list[tuple[Any, ...]]] = {}
@@ -53,15 +53,21 @@ def cluster_bootstrap(
     kinds = Counter(tuple(sorted(content)) for content in contents.values())
     share = np.array([*kinds.values()]) / len(contents)
     weight = rng.multinomial(len(contents), share, size=resamples)
-    kind_of, value, *others = zip(*((k, *cell) for k, kind in enumerate(kinds) for cell in kind), strict=True)
+    kind_of, value, *crossed = zip(*((k, *cell) for k, kind in enumerate(kinds) for cell in kind), strict=True)
     weight = weight[:, kind_of].astype(np.float64)
-    for factor in others:
+    for factor in crossed:
         n = max(factor) + 1
         weight *= rng.multinomial(n, np.full(n, 1 / n), size=resamples)[:, factor]
     totals = weight.sum(1)
     means = (weight @ np.asarray(value, dtype=np.float64))[totals > 0] / totals[totals > 0]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _numbered(names: Sequence[Hashable]) -> list[int]:
+    """The clusters' names as numbers from 0."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
 
 
 def sign_flip_test(differences: Sequence[int]) -> float:

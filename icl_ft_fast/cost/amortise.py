@@ -144,8 +144,9 @@ class Fit:
 
 
 def fit(context_tokens: Sequence[float], costs: Sequence[float], degree: int) -> Fit:
-    """Least squares of relative errors; the degree is lowered to what so many points determine."""
-    degree = min(degree, len(set(context_tokens)) - 1)
+    """Least squares of relative errors; the degree is lowered so that a length is left to show residuals."""
+    lengths = len(set(context_tokens))
+    degree = min(degree, max(lengths - 2, min(1, lengths - 1)))
     c, y = np.asarray(context_tokens, float), np.asarray(costs, float)
     scale = max(1.0, float(c.max(initial=0.0)))
     powers = np.vander(c / scale, degree + 1, increasing=True)

@@ -228,8 +228,9 @@ def _sweep(study: Derived) -> Chart | None:
     read = [p for p in points if p.prefill_s]
     ms = [1e3 * float(np.median(p.prefill_s)) for p in read]
     axes.plot([p.context_tokens for p in read], ms, "x", color=LIGHT["arm1"], label="reading")
-    for fitted, colour in zip(fits, ("arm1", "arm2"), strict=True):
-        axes.plot(lengths, [1e3 * fitted(c) or math.nan for c in lengths], color=LIGHT[colour], linewidth=1)
+    for fitted, colour, first in zip(fits, ("arm1", "arm2"), (min(p.context_tokens for p in read), 0), strict=True):
+        within = lengths[lengths >= first]
+        axes.plot(within, [1e3 * fitted(c) or math.nan for c in within], color=LIGHT[colour], linewidth=1)
     axes.set(yscale="log", xlabel="tokens of context", ylabel="ms")
     _plain(axes.yaxis)
     _legend(figure, axes)
