@@ -53,7 +53,7 @@ def run(quick: bool, data: Path | None = None) -> list[Row]:
     rows = []
     for size in list(SIZES)[: 1 if quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder) / "model", SIZES[size], [context, *(q.prompt for q in questions)])
+            save_model(Path(folder) / "model", SIZES[size], [context, *(q.prompt for q in questions)])
             for dtype in DTYPES:
                 model = iff.load(Path(folder) / "model", dtype=dtype)
                 case = Case.of(model, context, questions)
@@ -101,7 +101,7 @@ def _article(data: Path | None, limit: int | None) -> tuple[str, list[Question]]
     return "\n\n".join(d.text for d in documents) + "\n\n", list(read_questions(data / "questions.jsonl"))[:limit]
 
 
-def _save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
+def save_model(folder: Path, size: dict[str, int], texts: list[str]) -> None:
     """A random Llama in float32 and a byte-level BPE of 8,000 tokens made from the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

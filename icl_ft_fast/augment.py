@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import generate
+from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks import comparisons
 from icl_ft_fast.tasks.task import Document
@@ -74,7 +74,8 @@ def augment_local(
     """
     statements = [" ".join(document.text.split()) for document in documents]
     prompts = [LOCAL_TEMPLATE.format(document=statement) for statement in statements]
-    texts = generate(model, prompts, max_new_tokens=max_new_tokens, stop=("\n\n",), ledger=ledger, progress=progress)
+    sampling = Sampling(max_new_tokens, stop=("\n\n",))
+    texts = [written.text for written in generate(model, prompts, sampling, ledger=ledger, progress=progress)]
     rows: list[Augmentation] = []
     unparsed = repeats = 0
     for document, statement, text in zip(documents, statements, texts, strict=True):

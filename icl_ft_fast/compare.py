@@ -27,7 +27,12 @@ from icl_ft_fast.tasks.task import Document, Question, Task
 ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
 # 2: answers, normalization, template, splitting; 3: phases, sweep, questions, losses, samples, fingerprint
 SCHEMA_VERSION = 3
-ANSWERING = ("tokenise", "prefill", "query")  # phases of asking; all others are paid once, before the first query
+ANSWERING = (
+    "tokenise",
+    "context",
+    "prefill",
+    "query",
+)  # phases of asking; all others are paid once, before the first query
 SAMPLES = 40  # augmentations kept for the report
 
 

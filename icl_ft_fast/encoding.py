@@ -92,8 +92,8 @@ def encode_pairs(
         if whole[: len(start)] != start:
             num_spanned += 1
             if whole_tokens:
-                common = _common(start, whole)
-                start, context_ids = start[:common], context_ids[: len(context_ids) - len(start) + common]
+                kept = common(start, whole)
+                start, context_ids = start[:kept], context_ids[: len(context_ids) - len(start) + kept]
         if context_ids:
             requests.append((context_ids, whole[len(start) :]))
         else:
@@ -107,8 +107,10 @@ def encode_pairs(
     return requests
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     """Leading tokens that are equal."""
+    if a == b[: len(a)]:
+        return len(a)
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

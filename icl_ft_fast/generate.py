@@ -1,13 +1,18 @@
-"""Greedy decoding of many prompts over the trie: shared prefixes are prefilled once, each step is one row a sequence.
+"""Many prompts continued over the trie: shared prefixes are forwarded once, and a place that falls free is refilled.
 
-Every prompt's last row is followed, in pre-order, by the rows reserved for what it will write. An unfilled row has
-end 0, so nobody sees it; a written one is seen by the rest of its own sequence only.
+Prompts enter in the order of their tokens, so what they share is still on the stack: each appends its own rows and the
+rows reserved for what it will write. A prompt row stays open (end beyond every row) until a prompt that is not below
+it enters; an unfilled row has end 0, so nobody sees it. When the stack is full, the rows that no running sequence and
+no coming prompt sees are squeezed out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,196 +23,389 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model, Rows
 
-GROUP_PROMPTS = 64  # prompts decoded together; bounds the stack, and on the CPU more at a time is not faster
+RUNNING = 64  # sequences decoded together; bounds the stack, and on the CPU more at a time is not faster
+OPEN = 2**31 - 1  # the end of a row that rows to come may see
 
 
 class GenerateError(ValueError):
-    """A prompt that cannot be continued; the message names it."""
+    """A prompt that cannot be continued, or settings that make no sense; the message names it."""
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the rows of a group of prompts and their reserved slots lie on the stack."""
+class Sampling:
+    """How to continue a prompt; what is not greedy is worked out by transformers' logits processors, in its order.
 
-    forest: trie.Trie
-    position: torch.Tensor  # int64 [T], stack position of each prompt row
-    end: torch.Tensor  # int32 [T], in stack positions
-    last: list[int]  # each prompt's last row
-    rows: int  # stack rows, reserved ones included
+    Attributes:
+        max_new_tokens: at least 1.
+        temperature: divides the logits; 0 takes the most likely token, and then top_k, top_p and min_p must be off.
+        top_k: keep this many most likely tokens; 0 for all.
+        top_p: keep the fewest most likely tokens that together have this probability; 1 for all.
+        min_p: keep tokens at least this probable relative to the most likely one; 0 for all.
+        repetition_penalty: divides positive logits of tokens in the prompt or continuation, multiplies negative ones.
+        no_repeat_ngram: no n-gram of this many tokens comes twice, prompt included; 0 for off.
+        stop: strings that end the continuation, none empty.
+        seed: of the draws. They depend on it and on the prompt's tokens alone, not on what runs beside.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 or more"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "non-empty strings"),
+        ):
+            if not valid:
+                raise GenerateError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if not self.temperature and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+            raise GenerateError("temperature: 0 is greedy, where top_k, top_p and min_p mean nothing")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation.
+
+    Attributes:
+        text: what was written, up to the first stop string.
+        ids: its tokens: EOS left out, those of a stop string included.
+        logp: natural-log probability of each under the model itself, whatever the sampling.
+        finish: "eos", "stop" (a stop string) or "length".
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish: str
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One prompt under one Sampling, with what has been written so far."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    random: random.Random
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    first: int = 0  # stack position of its first reserved row
+
+    @property
+    def reserved(self) -> int:
+        """Rows for what it writes; the last new token is never forwarded."""
+        return self.sampling.max_new_tokens - 1
 
 
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
     *,
-    max_new_tokens: int = 64,
-    stop: Sequence[str] = (),
     ledger: Ledger | None = None,
     progress: bool = False,
-) -> list[str]:
-    """Continue each prompt greedily until EOS, a stop string or `max_new_tokens`.
+) -> list[Generation]:
+    """Continue each prompt until EOS, a stop string or max_new_tokens.
 
     Args:
         model: from load().
-        prompts: texts, encoded with BOS where the tokenizer adds it.
-        max_new_tokens: at least 1.
-        stop: strings that end a continuation; they are cut off.
+        prompts: texts, encoded with BOS where the tokenizer adds it, or token ids, taken as they are.
+        sampling: one for all prompts (greedy if None), or one a prompt.
         ledger: counts of this call are added to it.
         progress: show a bar of finished prompts.
 
     Returns:
-        The continuations, in the order of the prompts; equal prompts are decoded once.
+        The continuations, in the order of the prompts; equal prompts of equal sampling are decoded once.
 
     Raises:
-        GenerateError: an empty prompt or stop string, or more tokens than the model has positions.
+        GenerateError: an empty prompt, or more tokens than the model has positions.
+
+    A continuation does not depend on the prompts beside it, nor on their order or number, beyond the rounding of the
+    logits (which can decide between two tokens as likely as each other).
     """
-    encoded = encoding.encode(model.tokenizer, prompts)
-    names = [f"prompt {prompt[:40]!r}..." for prompt in prompts]
-    written = dict(
-        iter_tokens(
-            model, encoded, max_new_tokens=max_new_tokens, stop=stop, names=names, ledger=ledger, progress=progress
-        )
-    )
-    texts = [model.tokenizer.decode(written[p]) for p in range(len(prompts))]
-    return [min((text.split(mark)[0] for mark in stop), key=len, default=text) for text in texts]
+    written = dict(iter_generations(model, prompts, sampling, ledger=ledger, progress=progress))
+    return [written[p] for p in range(len(prompts))]
 
 
-def iter_tokens(
+def iter_generations(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
     *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
     names: Sequence[str] | None = None,
+    on_token: Callable[[int, int, float], None] | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
-) -> Iterator[tuple[int, list[int]]]:
-    """Continue prompts of token ids as generate() does, each yielded as soon as the group it is decoded in is done.
+) -> Iterator[tuple[int, Generation]]:
+    """Continue prompts as generate() does, each (index of the prompt, continuation) yielded as soon as it is done.
 
     Args:
         model: from load().
-        prompts: token ids, at least one each.
-        max_new_tokens: at least 1.
-        stop: strings whose appearance in the decoded continuation ends it.
+        prompts: see generate().
+        sampling: see generate().
         names: what errors call each prompt.
+        on_token: called with (index of the prompt, token id, its logp) as each token is written; EOS is not.
         ledger: counts of this call are added to it.
         progress: show a bar of finished prompts.
-
-    Yields:
-        Index of the prompt and the ids written: EOS left out, the tokens of a stop string included.
 
     Raises:
         GenerateError: see generate().
     """
-    ledger = ledger or Ledger()
-    if max_new_tokens < 1:
-        raise GenerateError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if isinstance(stop, str) or not all(stop):
-        raise GenerateError(f"stop: expected non-empty strings, got {stop!r}")
-    equal: dict[tuple[int, ...], list[int]] = {}
-    for p, prompt in enumerate(prompts):
-        over = len(prompt) + max_new_tokens - 1 - model.max_positions  # the last new token is never forwarded
-        if not prompt or over > 0:
-            reason = f"{over} tokens over the model's {model.max_positions} positions" if prompt else "no tokens"
-            raise GenerateError(f"{names[p] if names else f'prompts[{p}]'}: {reason}")
-        equal.setdefault(tuple(prompt), []).append(p)
-    distinct = sorted(equal)  # neighbours share prefixes, and groups hold neighbours
-    with tqdm(total=len(distinct), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
-        for first in range(0, len(distinct), GROUP_PROMPTS):
-            group = distinct[first : first + GROUP_PROMPTS]
-            with ledger.phase("generate"):
-                written = _generate_group(model, group, max_new_tokens, stop, ledger)
-                ledger.request_tokens += sum(map(len, group))
-            bar.update(len(group))
-            for prompt, ids in zip(group, written, strict=True):
-                yield from ((p, ids) for p in equal[prompt])
+    if sampling is None or isinstance(sampling, Sampling):
+        sampling = [sampling or Sampling()] * len(prompts)
+    if len(sampling) != len(prompts):
+        raise GenerateError(f"sampling: expected one for each of {len(prompts)} prompts, got {len(sampling)}")
+    texts = iter(encoding.encode(model.tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
+    equal: dict[tuple[tuple[int, ...], Sampling], list[int]] = {}
+    for p, (prompt, how) in enumerate(zip(prompts, sampling, strict=True)):
+        ids = tuple(next(texts) if isinstance(prompt, str) else prompt)
+        over = len(ids) + how.max_new_tokens - 1 - model.max_positions  # the last new token is never forwarded
+        if not ids or over > 0:
+            called = names[p] if names else f"prompt {prompt[:40]!r}..." if isinstance(prompt, str) else f"prompts[{p}]"
+            reason = f"{over} tokens over the model's {model.max_positions} positions" if ids else "no tokens"
+            raise GenerateError(f"{called}: {reason}")
+        equal.setdefault((ids, how if how.temperature else replace(how, seed=0)), []).append(p)
+    owners = {}
+    for (ids, how), indices in sorted(equal.items(), key=lambda item: item[0][0]):  # neighbours share prefixes
+        owners[_Sequence(ids, how, random.Random(f"{how.seed} {ids}"))] = indices
+
+    def on_written(sequence: _Sequence) -> None:
+        for p in owners[sequence] if on_token else ():
+            on_token(p, sequence.ids[-1], sequence.logp[-1])  # type: ignore[misc]
+
+    with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
+        for sequence, generation in _Decoder(model, list(owners), ledger or Ledger(), on_written).run():
+            bar.update(len(owners[sequence]))
+            yield from ((p, generation) for p in owners[sequence])
 
 
-def _lay_out(prompts: Sequence[Sequence[int]], reserved: int) -> _Layout:
-    """Prompt rows in pre-order, each prompt's last row followed by `reserved` free ones."""
-    # A placeholder child makes each prompt's last token a row; it is itself a leaf and takes none.
-    forest = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
-    last = forest.scored_row[forest.path].long()
-    ends_here = torch.zeros(len(forest.token) + 1, dtype=torch.int64)
-    ends_here[last + 1] = 1
-    before = ends_here.cumsum(0)  # prompts that end before row x
-    rows = torch.arange(len(forest.token))
-    end = forest.end.long()
-    return _Layout(
-        forest=forest,
-        position=rows + reserved * before[:-1],
-        end=(end + reserved * before[end]).int(),
-        last=last.tolist(),
-        rows=len(rows) + reserved * int(before[-1]),
-    )
+class _Decoder:
+    """Sequences, ascending by prompt, on their way through one stack."""
+
+    def __init__(
+        self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], None]
+    ) -> None:
+        self.model, self.ledger, self.on_written = model, ledger, on_written
+        self.queue = deque(sequences)
+        self.running: list[_Sequence] = []
+        prompts = list(dict.fromkeys(sequence.prompt for sequence in sequences))
+        # A placeholder child makes each prompt's last token a row; it is itself a leaf and takes none.
+        self.forest = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
+        ends = (self.forest.scored_row[self.forest.path] + 1).tolist()
+        # In pre-order, the rows that a prompt does not share with earlier ones end with its last token.
+        self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
+        self.ends_text = end_tokens(model)
+        self.controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
+        self.stack, self.work = KVStack(self._capacity(sequences)), work_of(model)
+        with ledger.phase("generate"):
+            ledger.kv_bytes += self.stack.capacity * self.work.kv_row_bytes
+        self.end_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
+        self.depth_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
+        self.top = 0  # stack rows in use, reserved ones included
+        self.path = torch.empty(0, dtype=torch.int64)  # stack positions of the last prompt that entered
+        self.entered: tuple[int, ...] = ()  # that prompt
+        self.logits = torch.empty(0, 0)  # after it, [1, V], where the next sequence needs them
+        self.can_squeeze = True  # whether anything may have become free since the stack was last squeezed
+
+    def _capacity(self, sequences: list[_Sequence]) -> int:
+        """Twice the rows of any RUNNING neighbours, so that squeezing is rare; at most what all take."""
+        prompts = [(), *(sequence.prompt for sequence in sequences)]
+        needs = [self._need(sequence, before) for sequence, before in zip(sequences, prompts, strict=False)]
+        most = window = 0
+        for s, need in enumerate(needs):
+            window += need - (needs[s - RUNNING] if s >= RUNNING else 0)
+            most = max(most, window + max(map(len, prompts[max(0, s - RUNNING) : s + 2])))
+        return min(2 * most, sum(needs))
+
+    def _need(self, sequence: _Sequence, before: tuple[int, ...]) -> int:
+        """Rows that a sequence appends to the stack after the prompt `before`."""
+        rows = self.rows[sequence.prompt]
+        return sequence.reserved + (0 if sequence.prompt == before else rows.stop - rows.start)
+
+    def run(self) -> Iterator[tuple[_Sequence, Generation]]:
+        """Yield each sequence as it ends."""
+        while self.queue or self.running:
+            with self.ledger.phase("generate"):
+                ended = self._step()
+            yield from ended
+
+    @torch.inference_mode()
+    def _step(self) -> list[tuple[_Sequence, Generation]]:
+        """Forward each running sequence's newest token and the prompts that enter, then write a token to each."""
+        if self._waits_for_room() and self.can_squeeze:
+            self._squeeze()
+        forest, running = self.forest, self.running
+        token = [torch.tensor([s.ids[-1] for s in running], dtype=torch.int32)]
+        depth = [torch.tensor([len(s.prompt) + len(s.ids) - 1 for s in running], dtype=torch.int32)]
+        slots = [torch.tensor([s.first + len(s.ids) - 1 for s in running], dtype=torch.int64)]
+        self.end_k[slots[0]] = torch.tensor([s.first + s.reserved for s in running], dtype=torch.int32)
+        self.depth_k[slots[0]] = depth[0]
+        kept = len(self.logits)
+        needed = list(range(len(running)))  # rows whose logits are wanted
+        place = [kept + s for s in needed]  # of each sequence among them, behind those kept
+        while self.queue and len(running) < RUNNING and not self._waits_for_room():
+            sequence = self.queue.popleft()
+            if sequence.prompt != self.entered:
+                rows = self.rows[sequence.prompt]
+                positions = torch.arange(self.top, self.top + rows.stop - rows.start)
+                shared = int(forest.depth[rows.start])
+                self.end_k[self.path[shared:]] = self.top
+                self.end_k[positions] = OPEN
+                self.depth_k[positions] = forest.depth[rows]
+                self.path = torch.cat([self.path[:shared], positions])
+                self.entered, self.top = sequence.prompt, self.top + len(positions)
+                token.append(forest.token[rows])
+                depth.append(forest.depth[rows])
+                slots.append(positions)
+                needed.append(sum(map(len, slots)) - 1)
+                self.ledger.request_tokens += len(sequence.prompt)
+            place.append(kept + len(needed) - 1 if len(slots) > 1 else 0)
+            sequence.first, self.top = self.top, self.top + sequence.reserved
+            self.end_k[sequence.first : self.top] = 0
+            running.append(sequence)
+        logits = self._logits(torch.cat(token), torch.cat(depth), torch.cat(slots), torch.tensor(needed))
+        logits = torch.cat([self.logits.to(logits), logits]) if kept else logits
+        if not self.queue or self.queue[0].prompt != self.entered:
+            self.logits = logits[:0]
+        elif len(slots) > 1:
+            self.logits = logits[-1:]
+        return self._write(logits[torch.tensor(place)])
+
+    def _waits_for_room(self) -> bool:
+        """Whether the next sequence, if there is one, does not fit on the stack."""
+        return bool(self.queue) and self.top + self._need(self.queue[0], self.entered) > self.stack.capacity
+
+    def _squeeze(self) -> None:
+        """Keep the rows that a running sequence or the next prompt sees, and what is reserved for the running ones."""
+        coming = self.queue[0].prompt
+        shared = len(self.path) if coming == self.entered else int(self.forest.depth[self.rows[coming].start])
+        self.end_k[self.path[shared:]] = self.top
+        keep = torch.zeros(self.top, dtype=torch.bool)
+        keep[self.path[:shared]] = True
+        for sequence in self.running:
+            end = sequence.first + sequence.reserved
+            keep[:end] |= self.end_k[:end] >= end
+            keep[sequence.first : end] = True
+        moved = torch.nn.functional.pad(keep.cumsum(0), (1, 0))  # rows kept before each
+        position = keep.nonzero()[:, 0]
+        self.stack.compact(position)
+        ends = self.end_k[position]
+        self.end_k[: len(position)] = torch.where(ends == OPEN, ends, moved[ends.clamp(max=self.top)].int())
+        self.depth_k[: len(position)] = self.depth_k[position]
+        self.path = moved[self.path[:shared]]
+        for sequence in self.running:
+            sequence.first = int(moved[sequence.first])
+        self.top, self.can_squeeze = len(position), False
+
+    def _logits(
+        self, token: torch.Tensor, depth: torch.Tensor, slots: torch.Tensor, needed: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
+        device, hidden = self.model.device, []
+        for first in range(0, len(token), CHUNK_ROWS):
+            part = slice(first, first + CHUNK_ROWS)
+            rows = Rows(
+                token[part].long().to(device), depth[part].to(device), slots[part].int().to(device),
+                self.end_k[: self.top].to(device), self.depth_k[: self.top].to(device), self.stack,
+                slots[part].to(device),
+            )  # fmt: skip
+            wanted = needed[(needed >= first) & (needed < first + CHUNK_ROWS)] - first
+            hidden.append(self.model.forward(rows)[wanted.to(device)])
+            self.ledger.ran(self.work, depth[part], self.top - len(depth[part]), len(wanted))
+        self.ledger.forwarded_rows += len(token)
+        self.ledger.head_rows += len(needed)
+        return self.model.logits(torch.cat(hidden)) if hidden else self.logits[:0]
+
+    def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:
+        """Give each running sequence its next token; returns those that end with it and lets them go."""
+        chosen = self._choose(logits)
+        logp = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+        running, ended = self.running, []
+        self.running = []
+        for sequence, token, token_logp in zip(running, chosen.tolist(), logp, strict=True):
+            finish = "eos" if token in self.ends_text else ""
+            if not finish:
+                sequence.ids.append(token)
+                sequence.logp.append(token_logp)
+                self.on_written(sequence)
+            stop = sequence.sampling.stop
+            text = self.model.tokenizer.decode(sequence.ids) if stop else ""
+            if any(mark in text for mark in stop):
+                finish = "stop"
+            elif not finish and len(sequence.ids) == sequence.sampling.max_new_tokens:
+                finish = "length"
+            if finish:
+                text = text or self.model.tokenizer.decode(sequence.ids)
+                text = min((text.split(mark)[0] for mark in stop), key=len, default=text)
+                ended.append((sequence, Generation(text, tuple(sequence.ids), tuple(sequence.logp), finish)))
+            else:
+                self.running.append(sequence)
+        self.ledger.decoded_tokens += len(running)
+        self.can_squeeze = self.can_squeeze or bool(ended)
+        return ended
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """A token for each running sequence from logits [R, V], int64 [R]."""
+        chosen = logits.argmax(-1)
+        alike: dict[Sampling, list[int]] = {}
+        for s, sequence in enumerate(self.running):
+            alike.setdefault(replace(sequence.sampling, max_new_tokens=1, stop=(), seed=0), []).append(s)
+        for sampling, members in alike.items():
+            if sampling == Sampling(max_new_tokens=1):
+                continue
+            if sampling not in self.controls:
+                self.controls[sampling] = _controls(sampling)
+            history, warpers = self.controls[sampling]
+            scores = logits[members]
+            if history:
+                for m, s in enumerate(members):
+                    seen = torch.tensor([[*self.running[s].prompt, *self.running[s].ids]], device=logits.device)
+                    for processor in history:
+                        scores[m : m + 1] = processor(seen, scores[m : m + 1])
+            for warper in warpers:
+                scores = warper(None, scores)
+            if not sampling.temperature:
+                chosen[members] = scores.argmax(-1)
+                continue
+            below = scores.double().softmax(-1).cumsum(-1)
+            drawn = torch.tensor([[self.running[s].random.random()] for s in members], device=logits.device)
+            chosen[members] = torch.searchsorted(below, drawn.double() * below[:, -1:], right=True)[:, 0]
+        return chosen
 
 
-@torch.inference_mode()
-def _generate_group(
-    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], ledger: Ledger
-) -> list[list[int]]:
-    device, tokenizer, ends_text = model.device, model.tokenizer, _end_tokens(model)
-    layout = _lay_out(prompts, max_new_tokens)
-    stack, work = KVStack(layout.rows), work_of(model)
-    ledger.kv_bytes += layout.rows * work.kv_row_bytes
-    end_k = torch.zeros(layout.rows, dtype=torch.int32)
-    depth_k = torch.zeros(layout.rows, dtype=torch.int32)
+def _controls(sampling: Sampling) -> tuple[list[Any], list[Any]]:
+    """Transformers' logits processors: those that look at the tokens so far, and those that do not."""
+    from transformers.generation import logits_process as hf
 
-    def forward(token: torch.Tensor, depth: torch.Tensor, slots: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        end_k[slots], depth_k[slots] = end, depth
-        seen = int(slots.max()) + 1
-        ledger.ran(work, depth, seen - len(slots), 0)
-        return model.forward(
-            Rows(
-                token.to(device), depth.to(device), slots.int().to(device), end_k[:seen].to(device),
-                depth_k[:seen].to(device), stack, slots.to(device),
-            )
-        )  # fmt: skip
-
-    forest, hidden = layout.forest, []
-    for first in range(0, len(forest.token), CHUNK_ROWS):
-        part = slice(first, first + CHUNK_ROWS)
-        hidden.append(forward(forest.token[part].long(), forest.depth[part], layout.position[part], layout.end[part]))
-    last = torch.tensor(layout.last)
-    token = _greedy(model, torch.cat(hidden)[last.to(device)])
-    ledger.forwarded_rows += len(forest.token)
-
-    written: list[list[int]] = [[] for _ in prompts]
-    live = torch.arange(len(prompts))
-    for step in range(max_new_tokens):
-        going = []
-        for place, sequence in enumerate(live.tolist()):
-            new = int(token[place])
-            ledger.decoded_tokens += 1
-            ledger.head_rows += 1
-            ledger.flops += work.head_flops
-            if new not in ends_text:
-                written[sequence].append(new)
-                text = tokenizer.decode(written[sequence]) if stop else ""
-                if not any(mark in text for mark in stop):
-                    going.append(place)
-        if step + 1 == max_new_tokens or not going:
-            break
-        live, token = live[going], token[going]
-        ends = last[live]
-        slots = layout.position[ends] + 1 + step
-        block_end = (layout.position[ends] + 1 + max_new_tokens).int()
-        order = torch.argsort(slots)  # queries ascend on the stack
-        live, token, slots, block_end, ends = live[order], token[order], slots[order], block_end[order], ends[order]
-        step_hidden = forward(token, forest.depth[ends] + 1 + step, slots, block_end)
-        ledger.forwarded_rows += len(live)
-        token = _greedy(model, step_hidden)
-    return written
+    history, warpers = [], []
+    if sampling.repetition_penalty != 1:
+        history.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.no_repeat_ngram:
+        history.append(hf.NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
+    if sampling.temperature not in (0.0, 1.0):
+        warpers.append(hf.TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(hf.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(hf.MinPLogitsWarper(sampling.min_p))
+    return history, warpers
 
 
-def _end_tokens(model: Model) -> set[int]:
+def end_tokens(model: Model) -> set[int]:
     """The tokens that end a text: the tokenizer's EOS and those of the checkpoint's generation settings."""
     listed = getattr(getattr(model.network, "generation_config", None), "eos_token_id", None)
     ids = [model.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     return {int(token_id) for token_id in ids if token_id is not None}
-
-
-def _greedy(model: Model, hidden: torch.Tensor) -> torch.Tensor:
-    """The most likely next token of each row, int64 [R] on the CPU; scale and soft-cap keep the order."""
-    head = model.head
-    return torch.nn.functional.linear(hidden, head.weight, head.bias).argmax(-1).cpu()

@@ -196,6 +196,12 @@ class Model:
         row_q = torch.arange(len(end), dtype=torch.int32, device=device)
         return self.forward(Rows(forest.token.to(device, torch.int64), depth, row_q, end, depth))
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
+        head = self.head
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
     def target_logprob(
         self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,8 @@ def read_results(path: Path) -> Results:
 
 def parse_results(found: dict[str, Any]) -> Results:
     """Results from what compare.as_json() makes; raises pydantic's ValidationError."""
-    return TypeAdapter(Results).validate_python(found)
+    results: Results = TypeAdapter(Results).validate_python(found)
+    return results
 
 
 def _from_2(found: dict[str, Any]) -> dict[str, Any]:

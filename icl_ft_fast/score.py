@@ -1,5 +1,7 @@
 """Log-likelihoods of continuations and of multiple-choice questions: one trie for all requests of a call.
 
+What requests have in common can be forwarded beforehand, by prefill(), and kept for the calls that start from it.
+
 The path of a request: encoding -> trie.build -> trie.plan -> Model.forward_chunk -> Model.target_logprob -> path sums.
 """
 
@@ -9,11 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from icl_ft_fast import encoding, trie
-from icl_ft_fast.cache import KVStack
+from icl_ft_fast.cache import Context, KVStack, common_tokens
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model
@@ -70,6 +74,7 @@ def loglikelihood(
     shared_tokens: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
+    start: Context | None = None,
 ) -> list[LogLikelihood]:
     """Score (context, continuation) pairs, given as token ids (taken as they are) or as text (see encoding.py).
 
@@ -81,16 +86,17 @@ def loglikelihood(
             everything else forwarded is its phase "query".
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
+        start: from prefill() with this model; every request begins with its tokens, and they are not forwarded again.
 
     Returns:
         One LogLikelihood a request, in the order given.
 
     Raises:
-        ScoreError: an empty continuation or context, more tokens than the model has positions, or a token id that its
-            vocabulary does not have.
+        ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
+            vocabulary does not have, or a request that does not begin with `start`.
     """
     encoded = _encode(model, requests)
-    results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, shared_tokens))
+    results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, start, shared_tokens))
     return [results[r] for r in range(len(requests))]
 
 
@@ -101,9 +107,126 @@ def iter_loglikelihood(
     chunk_rows: int = CHUNK_ROWS,
     ledger: Ledger | None = None,
     progress: bool = False,
+    start: Context | None = None,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Score as loglikelihood() does, each (index of the request, result) yielded as soon as its chunk is done."""
-    yield from _run(model, _encode(model, requests), chunk_rows, ledger or Ledger(), progress)
+    yield from _run(model, _encode(model, requests), chunk_rows, ledger or Ledger(), progress, start)
+
+
+@torch.inference_mode()
+def prefill(
+    model: Model,
+    token: Sequence[int],
+    *,
+    near: Context | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+) -> Context:
+    """Forward a beginning that requests have in common, so that loglikelihood(start=...) forwards the rest only.
+
+    Args:
+        model: from load().
+        token: ids, at least one.
+        near: another context of this model; what it has in common with this one is copied, not forwarded.
+        chunk_rows: rows forwarded at a time.
+        ledger: counts of this call are added to it.
+
+    Raises:
+        ScoreError: no tokens, more than the model has positions, or one that its vocabulary does not have.
+
+    Memory: keys and values of every layer, and a hidden state, for each token.
+    """
+    ledger = ledger or Ledger()
+    ids = [int(t) for t in token]
+    if not ids:
+        raise ScoreError("token: expected at least one id")
+    check_fit(model, [(ids, ids[-1:])], ["context"])
+    known = common_tokens(near.token, np.asarray(ids, np.int32)) if near else 0
+    forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
+    plan = trie.plan(forest, chunk_rows, known=known)
+    stack = near.stack.copy(known, len(ids)) if near and known else KVStack(len(ids))
+    hidden = [near.hidden[:known]] if near and known else []
+    work = work_of(model)
+    with ledger.phase("prefill"):
+        for chunk in plan.chunks[len(hidden) :]:
+            hidden.append(model.forward_chunk(chunk, stack))
+            ledger.ran(work, forest.depth[chunk.first_row : chunk.last_row], chunk.stack_rows, 0)
+        ledger.request_tokens += len(ids)
+        ledger.reused_rows += known
+        ledger.forwarded_rows += len(ids) - known
+        ledger.kv_bytes += stack.capacity * work.kv_row_bytes
+    return Context(np.asarray(ids, np.int32), torch.cat(hidden), stack)
+
+
+def stored_context(
+    model: Model,
+    token: Sequence[int],
+    store: ContextStore,
+    *,
+    label: str = "",
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+) -> Context:
+    """The context of these tokens, mapped from the store or forwarded (what no saved beginning has) and saved there.
+
+    Raises:
+        ScoreError: see prefill().
+        ContextError: a damaged file, or a context that the store has no room for.
+    """
+    found = store.find(token, like=prefill(model, token[:1]))
+    if found is None or len(found.token) < len(token):
+        found = prefill(model, token, near=found, chunk_rows=chunk_rows, ledger=ledger)
+        store.add(found, label)
+    elif ledger is not None:
+        ledger.reused_rows += len(token)
+    return found
+
+
+class TokenLogprobs(NamedTuple):
+    """Of each token of a continuation: its log-probability, its rank (1 is the most likely), and the likeliest tokens.
+
+    `top` has a list a token, of (token id, log-probability), likeliest first.
+    """
+
+    logp: list[float]
+    rank: list[int]
+    top: list[list[tuple[int, float]]]
+
+
+LOGIT_ROWS = 64  # rows whose log-probabilities of the whole vocabulary are held at a time
+
+
+@torch.inference_mode()
+def iter_token_logprobs(
+    model: Model,
+    requests: Sequence[TokenRequest],
+    *,
+    top: int = 1,
+    chunk_rows: int = CHUNK_ROWS,
+    ledger: Ledger | None = None,
+    start: Context | None = None,
+) -> Iterator[tuple[int, TokenLogprobs]]:
+    """Score token by token, with the `top` likeliest tokens at each place; otherwise as iter_loglikelihood() does."""
+    forest = trie.build_from_lists(_encode(model, requests))
+    num_scored = len(forest.scored_token)
+    logp, rank = torch.empty(num_scored), torch.empty(num_scored, dtype=torch.int64)
+    top_logp, top_id = torch.empty(num_scored, top), torch.empty(num_scored, top, dtype=torch.int64)
+    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger or Ledger(), False, start):
+        for first in range(0, len(chunk.target_index), LOGIT_ROWS):
+            block = slice(first, first + LOGIT_ROWS)
+            where, row, target = (t[block].long() for t in (chunk.target_index, chunk.target_row, chunk.target_token))
+            row -= int(row[0])
+            hidden = needed[int(chunk.target_row[first]) :][: int(row[-1]) + 1]
+            logp_RV = model.logits(hidden).log_softmax(-1).cpu()
+            logp[where] = taken = logp_RV[row, target]
+            rank[where] = 1 + (logp_RV[row] > taken[:, None]).sum(-1)
+            values, ids = logp_RV.topk(top)
+            top_logp[where], top_id[where] = values[row], ids[row]
+        for r in completed:
+            path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
+            likeliest = zip(top_id[path].tolist(), top_logp[path].tolist(), strict=True)
+            pairs = [list(zip(ids, values, strict=True)) for ids, values in likeliest]
+            yield r, TokenLogprobs(logp[path].tolist(), rank[path].tolist(), pairs)
 
 
 def iter_scores(
@@ -114,18 +237,25 @@ def iter_scores(
     chunk_rows: int = CHUNK_ROWS,
     ledger: Ledger | None = None,
     progress: bool = False,
+    store: ContextStore | None = None,
 ) -> Iterator[Score]:
     """Score multiple-choice questions, each yielded as soon as its last choice is done; see score()."""
-    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress):
+    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress, store):
         yield result
 
 
 def _scored(
-    model: Model, questions: Sequence[Question], context: str, chunk_rows: int, ledger: Ledger | None, progress: bool
+    model: Model,
+    questions: Sequence[Question],
+    context: str,
+    chunk_rows: int,
+    ledger: Ledger | None,
+    progress: bool,
+    store: ContextStore | None,
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
-    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
     ledger = ledger or Ledger()
+    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
     with ledger.phase("tokenise"):
         encoded = encoding.encode_pairs(model.tokenizer, pairs)
         shared_tokens = len(encoding.encode(model.tokenizer, [context.rstrip()])[0]) if context else 0
@@ -142,10 +272,19 @@ def _scored(
                 f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end of "
                 "the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
             )
-    _check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
+    check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
     waiting = [len(question.choices) for question in questions]
     results: dict[int, LogLikelihood] = {}
-    for r, result in _run(model, encoded, chunk_rows, ledger, progress, shared_tokens):
+    start = None
+    if store is not None and context.strip():
+        (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
+        for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
+            token = token[: encoding.common(token, ids)]
+        with ledger.phase("context"):
+            start = stored_context(
+                model, token, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
+            )
+    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start, shared_tokens):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
@@ -174,6 +313,7 @@ def score(
     chunk_rows: int = CHUNK_ROWS,
     ledger: Ledger | None = None,
     progress: bool = False,
+    store: ContextStore | None = None,
 ) -> list[Score]:
     """Score multiple-choice questions by the likelihood of each choice after context + prompt.
 
@@ -184,6 +324,7 @@ def score(
         chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
+        store: of saved contexts; `context` is taken from it, or forwarded and saved there.
 
     Returns:
         One Score a question, in the order given.
@@ -191,7 +332,7 @@ def score(
     Raises:
         ScoreError: a choice without a token of its own, or more tokens than the model has positions.
     """
-    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress))
+    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress, store))
     return [scores[q] for q in range(len(questions))]
 
 
@@ -211,11 +352,11 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
         for name, ids in zip(("context", "continuation"), pairs[-1], strict=True):
             if not ids:
                 raise ScoreError(f"requests[{r}]: empty {name}")
-    _check_fit(model, pairs, [f"requests[{r}]" for r in range(len(pairs))])
+    check_fit(model, pairs, [f"requests[{r}]" for r in range(len(pairs))])
     return pairs
 
 
-def _check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
+def check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
     """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
     num_tokens = min(model.vocabulary, model.head.weight.shape[0])
     checked: Sequence[int] = ()
@@ -241,38 +382,62 @@ def _run(
     chunk_rows: int,
     ledger: Ledger,
     progress: bool,
+    start: Context | None = None,
     shared_tokens: int = 0,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield (request index, result) as chunks complete them."""
     forest = trie.build_from_lists(requests)
-    shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
-    plan = trie.plan(forest, chunk_rows, cut=shared_rows)
-    stack, work = KVStack(plan.capacity), work_of(model)
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
     is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
-    done = _requests_by_chunk(forest, plan)
+    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger, progress, start, shared_tokens):
+        if len(needed):
+            with ledger.phase("query"):
+                values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+                logp[chunk.target_index] = values.double().cpu()
+                is_argmax[chunk.target_index] = flags.cpu()
+        for r in completed:
+            path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
+            yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
+
+
+def _forward(
+    model: Model,
+    forest: trie.Trie,
+    chunk_rows: int,
+    ledger: Ledger,
+    progress: bool,
+    start: Context | None,
+    shared_tokens: int = 0,
+) -> Iterator[tuple[trie.Chunk, torch.Tensor, list[int]]]:
+    """Yield each chunk, the hidden states of its head rows, and the requests that it completes."""
+    known = 0 if start is None else min(len(start.token), len(forest.token))
+    if start is not None and known:
+        begins = torch.from_numpy(start.token[:known]).equal(forest.token[:known])
+        if not begins or not (forest.end[:known] == len(forest.token)).all():
+            raise ScoreError("start: not every request begins with its tokens")
+    shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
+    plan = trie.plan(forest, chunk_rows, known=known, cut=shared_rows)
+    stack, work = KVStack(plan.capacity) if start is None else start.open(plan.capacity), work_of(model)
     with ledger.phase("query"):
         ledger.request_tokens += forest.request_tokens
-    with tqdm(total=len(forest.token), desc="scoring", unit="row", disable=not progress, delay=1) as bar:
-        for chunk, completed in zip(plan.chunks, done, strict=True):
-            with ledger.phase("prefill" if chunk.last_row <= shared_rows else "query"):
-                if chunk.first_row == 0:
-                    ledger.kv_bytes += plan.capacity * work.kv_row_bytes
-                hidden = model.forward_chunk(chunk, stack)
-                if len(chunk.head_rows):
-                    needed = hidden[chunk.head_rows.to(hidden.device)]
-                    values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
-                    logp[chunk.target_index] = values.double().cpu()
-                    is_argmax[chunk.target_index] = flags.cpu()
-                ledger.forwarded_rows += len(chunk.token)
+        ledger.reused_rows += known
+    with tqdm(total=len(forest.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
+        for chunk, completed in zip(plan.chunks, _requests_by_chunk(forest, plan), strict=True):
+            with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else "query"):
+                if start is not None and chunk.first_row < known:
+                    hidden = start.hidden
+                    ledger.flops += len(chunk.head_rows) * work.head_flops
+                else:
+                    if chunk.first_row == known:
+                        ledger.kv_bytes += plan.capacity * work.kv_row_bytes
+                    hidden = model.forward_chunk(chunk, stack)
+                    depth = forest.depth[chunk.first_row : chunk.last_row]
+                    ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
+                    ledger.forwarded_rows += len(chunk.token)
+                    bar.update(len(chunk.token))
                 ledger.head_rows += len(chunk.head_rows)
                 ledger.scored_tokens += len(chunk.target_index)
-                depth = forest.depth[chunk.first_row : chunk.last_row]
-                ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
-            bar.update(len(chunk.token))
-            for r in completed:
-                path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
-                yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
+            yield chunk, hidden[chunk.head_rows.to(hidden.device)], completed
 
 
 def _requests_by_chunk(forest: trie.Trie, plan: trie.Plan) -> list[list[int]]:

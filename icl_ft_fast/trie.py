@@ -179,12 +179,12 @@ class Plan:
     capacity: int
 
 
-def plan(trie: Trie, max_rows: int, *, cut: int = 0) -> Plan:
+def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
 
-    No chunk goes over row `cut`: what is before it is forwarded first.
-
-    The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
+    The first `known` rows, which have been forwarded already and have every other row below them, are a chunk of their
+    own, and no chunk goes over row `cut`. The KV stack of a chunk is never longer than its rows plus the longest path,
+    whatever the size of the trie.
     """
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
@@ -193,23 +193,26 @@ def plan(trie: Trie, max_rows: int, *, cut: int = 0) -> Plan:
     # several times faster than torch's on such nearly sorted values.
     scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
     scored_row = trie.scored_row[scored]
-    starts = [*range(0, cut, max_rows), *range(cut, num_rows, max_rows)]
-    edges = torch.tensor([*starts, num_rows], dtype=torch.int32)
-    cuts = torch.searchsorted(scored_row, edges).tolist()
-    stack_rows = trie.depth[starts].tolist()
+    edges = [
+        *([0] if known else []),
+        *range(known, cut, max_rows),
+        *range(max(known, cut), num_rows, max_rows),
+        num_rows,
+    ]
+    cuts = torch.searchsorted(scored_row, torch.tensor(edges, dtype=torch.int32)).tolist()
     chunks = []
-    for k, first_row in enumerate(starts):
+    for k, first_row in enumerate(edges[:-1]):
         index = scored[cuts[k] : cuts[k + 1]]
         rows, inverse = torch.unique_consecutive(scored_row[cuts[k] : cuts[k + 1]], return_inverse=True)
         chunk = Chunk(
             first_row=first_row,
-            last_row=int(edges[k + 1]),
-            stack_rows=stack_rows[k],
+            last_row=edges[k + 1],
+            stack_rows=int(trie.depth[first_row]),
             head_rows=rows - first_row,
             target_row=inverse.int(),
             target_token=trie.scored_token[index],
             target_index=index,
-            _previous_row=starts[max(k - 1, 0)],
+            _previous_row=edges[max(k - 1, 0)],
             _trie=trie,
         )
         chunks.append(chunk)

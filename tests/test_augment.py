@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from icl_ft_fast import augment
 from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER, Augmentation, augment_local, augment_rules
+from icl_ft_fast.generate import Generation, Sampling
 from icl_ft_fast.tasks.comparisons import find
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document
@@ -20,10 +21,10 @@ def writes(monkeypatch):
     def replace(*texts):
         calls = []
 
-        def generate(model, prompts, **options):
+        def generate(model, prompts, sampling, **options):
             assert model is MODEL
-            calls.append((list(prompts), options))
-            return list(texts)
+            calls.append((list(prompts), sampling))
+            return [Generation(text, (), (), "eos") for text in texts]
 
         monkeypatch.setattr(augment, "generate", generate)
         return calls
@@ -73,11 +74,10 @@ def test_prompts_hold_the_document_on_one_line(writes):
         Document("c", ""),
     ]
     augment_local(MODEL, documents, max_new_tokens=9)
-    ((prompts, options),) = calls
+    ((prompts, sampling),) = calls
     head = LOCAL_HEADER + LOCAL_EXAMPLES + "Statement: "
     assert prompts == [f"{head}{text}\n" for text in ("femp are more common than glon.", "x {document} y", "")]
-    assert options["max_new_tokens"] == 9
-    assert options["stop"] == ("\n\n",)
+    assert sampling == Sampling(9, stop=("\n\n",))
 
 
 def test_lines_are_read_and_the_others_counted(writes):
@@ -131,7 +131,7 @@ LINE = st.sampled_from(["Reversed: ", "Rephrased: ", "Reversed:", ""]).flatmap(
 @example("Reversed: a\x0bReversed: a\u2028\x85Reversed: b")
 def test_every_line_is_kept_or_counted(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment, "generate", lambda *_, **__: [text])
+        patch.setattr(augment, "generate", lambda *_, **__: [Generation(text, (), (), "eos")])
         written = augment_local(MODEL, [Document("d", "a  b")])
     assert len(written.rows) + written.dropped_unparsed + written.dropped_repeats == len(text.strip().splitlines())
     texts = [row.text for row in written.rows]

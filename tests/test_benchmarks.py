@@ -58,7 +58,7 @@ def _article(task):
 
 def test_a_job_splits_every_request_where_the_contexts_part(monkeypatch, tmp_path):
     text, questions = _article(score.simple_reversals(0, num_facts=30, num_articles=1))
-    score._save_model(tmp_path, TINY, [text])
+    score.save_model(tmp_path, TINY, [text])
     case = score.Case.of(score.iff.load(tmp_path), text, questions)
     rebuilt = [
         (case.context + prompt, choice)

@@ -20,7 +20,7 @@ from icl_ft_fast.cost.machine import ceilings, fingerprint
 from icl_ft_fast.cost.meters import Meter, Reading
 from icl_ft_fast.cost.prices import PriceError, Prices, read_prices
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.generate import generate
+from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.model import from_network
 from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.task import Question
@@ -172,7 +172,7 @@ def test_questions_after_a_context_have_a_prefill(llama):
 
 def test_generation_and_training_book_their_phases(llama):
     ledger = Ledger()
-    generate(llama, ["the cat", "the mat sat"], max_new_tokens=3, ledger=ledger)
+    generate(llama, ["the cat", "the mat sat"], Sampling(max_new_tokens=3), ledger=ledger)
     finetune(llama, ["the cat sat"], FinetuneSettings(steps=2, batch_size=1), ledger=ledger)
     work, rows = work_of(llama), ledger.phases["train"].trained_tokens
     assert ledger.phases.keys() == {"generate", "train"}

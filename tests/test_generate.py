@@ -1,19 +1,18 @@
-"""Greedy decoding over the trie against transformers' own generate, a prompt at a time."""
+"""Decoding over the trie against transformers' own generate, a prompt at a time."""
 
 import copy
+import random
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from conftest import VOCABULARY, sentences
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import sentences
 
 from icl_ft_fast import generate as generate_module
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.encoding import encode
-from icl_ft_fast.generate import GenerateError, _lay_out, generate, iter_tokens
+from icl_ft_fast.generate import GenerateError, Sampling, generate, iter_generations
 from icl_ft_fast.model import from_network
 
 NEW_TOKENS = 12
@@ -52,6 +51,10 @@ def plain_greedy(network, tokenizer, prompt, new_tokens, **options):
     return written[0, ids.shape[1] :].tolist()
 
 
+def texts(model, prompts, new_tokens=NEW_TOKENS, stop=(), **options):
+    return [written.text for written in generate(model, prompts, Sampling(new_tokens, stop=stop), **options)]
+
+
 def text_of(tokenizer, ids, stop=(), ends=(1,)):
     """What is written before the first end token and the first stop string."""
     ends_at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
@@ -59,19 +62,19 @@ def text_of(tokenizer, ids, stop=(), ends=(1,)):
     return text[: min([text.find(mark) for mark in stop if mark in text], default=len(text))]
 
 
-@pytest.mark.parametrize(("chunk_rows", "group_prompts"), [(512, 64), (5, 64), (512, 3), (5, 1)])
-def test_continuations_are_those_of_each_prompt_alone(llama, alone, tokenizer, monkeypatch, chunk_rows, group_prompts):
+@pytest.mark.parametrize(("chunk_rows", "running"), [(512, 64), (5, 64), (512, 3), (5, 1)])
+def test_continuations_are_those_of_each_prompt_alone(llama, alone, tokenizer, monkeypatch, chunk_rows, running):
     monkeypatch.setattr(generate_module, "CHUNK_ROWS", chunk_rows)
-    monkeypatch.setattr(generate_module, "GROUP_PROMPTS", group_prompts)
+    monkeypatch.setattr(generate_module, "RUNNING", running)
     expected = [text_of(tokenizer, alone(prompt)) for prompt in PROMPTS]
-    assert generate(llama, PROMPTS, max_new_tokens=NEW_TOKENS) == expected
+    assert texts(llama, PROMPTS, NEW_TOKENS) == expected
     assert len(set(expected)) > len(PROMPTS) // 2
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2])
 def test_few_new_tokens(llama, alone, tokenizer, new_tokens):
     expected = [text_of(tokenizer, alone(prompt)[:new_tokens]) for prompt in PROMPTS]
-    assert generate(llama, PROMPTS, max_new_tokens=new_tokens) == expected
+    assert texts(llama, PROMPTS, new_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,18 +91,18 @@ def test_windows_and_learned_positions_hold_while_decoding(family, options, tiny
     model = from_network(tiny_network(family, **options), tokenizer, family)
     prompts = PROMPTS[:5]
     expected = [text_of(tokenizer, plain_greedy(network, tokenizer, prompt, 8)) for prompt in prompts]
-    assert generate(model, prompts, max_new_tokens=8) == expected
+    assert texts(model, prompts, 8) == expected
 
 
 def test_a_stop_string_ends_a_continuation_and_is_cut_off(llama, alone, tokenizer):
-    texts = [text_of(tokenizer, alone(prompt)) for prompt in PROMPTS]
-    middles = [text[len(text) // 2 :][:2] for text in texts]
+    wholes = [text_of(tokenizer, alone(prompt)) for prompt in PROMPTS]
+    middles = [text[len(text) // 2 :][:2] for text in wholes]
     stop = tuple(dict.fromkeys(middle for middle in middles[:3] if "\ufffd" not in middle)) or tuple(middles[:1])
     expected = [text_of(tokenizer, alone(prompt), stop) for prompt in PROMPTS]
-    assert any(short != whole for short, whole in zip(expected, texts, strict=True))
+    assert any(short != whole for short, whole in zip(expected, wholes, strict=True))
     ledger, whole = Ledger(), Ledger()
-    assert generate(llama, PROMPTS, max_new_tokens=NEW_TOKENS, stop=stop, ledger=ledger) == expected
-    generate(llama, PROMPTS, max_new_tokens=NEW_TOKENS, ledger=whole)
+    assert texts(llama, PROMPTS, NEW_TOKENS, stop=stop, ledger=ledger) == expected
+    texts(llama, PROMPTS, NEW_TOKENS, ledger=whole)
     assert ledger.decoded_tokens < whole.decoded_tokens
 
 
@@ -108,7 +111,7 @@ def test_the_earliest_of_several_stop_strings_counts(llama, alone, tokenizer):
     early, late = text[2:4], text[-2:]
     assert 0 < text.find(early) < text.find(late)
     for stop in ((early, late), (late, early)):
-        assert generate(llama, ["the"], max_new_tokens=NEW_TOKENS, stop=stop) == [text[: text.find(early)]]
+        assert texts(llama, ["the"], NEW_TOKENS, stop=stop) == [text[: text.find(early)]]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +130,7 @@ def test_eos_ends_a_continuation_and_is_not_part_of_it(ending, tokenizer):
     lengths = [len(written) for written in ids]
     assert min(lengths) < NEW_TOKENS == max(lengths)  # some end early, some do not
     ledger = Ledger()
-    assert generate(model, PROMPTS, max_new_tokens=NEW_TOKENS, ledger=ledger) == [
-        text_of(tokenizer, written) for written in ids
-    ]
+    assert texts(model, PROMPTS, NEW_TOKENS, ledger=ledger) == [text_of(tokenizer, written) for written in ids]
     distinct = {tuple(prompt): len(new) for prompt, new in zip(encode(tokenizer, PROMPTS), ids, strict=True)}
     assert ledger.decoded_tokens == sum(distinct.values())  # EOS included
 
@@ -141,9 +142,7 @@ def test_every_end_token_of_the_generation_settings_ends_a_continuation(llama, a
     model = from_network(network, tokenizer, "here")
     ends = [tokenizer.eos_token_id, other]
     ids = [plain_greedy(plain_llama, tokenizer, prompt, NEW_TOKENS, eos_token_id=ends) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, max_new_tokens=NEW_TOKENS) == [
-        text_of(tokenizer, written, ends=ends) for written in ids
-    ]
+    assert texts(model, PROMPTS, NEW_TOKENS) == [text_of(tokenizer, written, ends=ends) for written in ids]
     assert any(len(written) < NEW_TOKENS for written in ids)
 
 
@@ -152,7 +151,7 @@ def test_the_ledger_counts_shared_prefixes_and_equal_prompts_once(llama, tokeniz
     assert len(distinct) < len(set(PROMPTS))  # BOS makes two prompts equal
     nodes = {ids[:n] for ids in distinct for n in range(1, len(ids) + 1)}
     ledger = Ledger(decoded_tokens=1)
-    generate(llama, PROMPTS, max_new_tokens=4, ledger=ledger)
+    texts(llama, PROMPTS, 4, ledger=ledger)
     assert ledger == Ledger(
         request_tokens=sum(map(len, distinct)),
         forwarded_rows=len(nodes) + 3 * len(distinct),
@@ -161,32 +160,128 @@ def test_the_ledger_counts_shared_prefixes_and_equal_prompts_once(llama, tokeniz
     )
 
 
-def test_token_ids_are_yielded_group_by_group(llama, alone, tokenizer, monkeypatch):
-    monkeypatch.setattr(generate_module, "GROUP_PROMPTS", 3)
-    ledger, done, yielded = Ledger(), [], {}
-    for p, ids in iter_tokens(llama, encode(tokenizer, PROMPTS), max_new_tokens=NEW_TOKENS, ledger=ledger):
-        yielded[p] = ids
-        done.append(ledger.decoded_tokens)
-    eos = tokenizer.eos_token_id
-    expected = [[token for token in alone(prompt) if token != eos] for prompt in PROMPTS]
-    assert [yielded[p] for p in range(len(PROMPTS))] == expected
-    assert done == sorted(done)
-    assert done[0] <= 3 * NEW_TOKENS < done[-1]
+def test_continuations_are_yielded_as_they_end_and_free_places_are_refilled(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(generate_module, "RUNNING", 3)
+    prompts, steps, step = encode(tokenizer, PROMPTS), [], generate_module._Decoder._step
+    monkeypatch.setattr(generate_module._Decoder, "_step", lambda self: steps.append(1) or step(self))
+    lengths = [1 + 5 * (p % 3) for p in range(len(prompts))]
+    ledger, done, written = Ledger(), {}, {}
+    for p, generation in iter_generations(
+        llama, prompts, [Sampling(n) for n in lengths], ledger=ledger,
+        on_token=lambda p, token, logp: written.setdefault(p, []).append((token, logp)),
+    ):  # fmt: skip
+        done[p] = (ledger.decoded_tokens, generation)
+    assert [list(zip(done[p][1].ids, done[p][1].logp, strict=True)) for p in range(len(prompts))] == [
+        written[p] for p in range(len(prompts))
+    ]
+    decoded = [count for count, _ in done.values()]
+    assert decoded == sorted(decoded)
+    assert decoded[0] < decoded[-1]
+    assert len(steps) <= (ledger.decoded_tokens + 2) // 3 + max(lengths)  # no place waits for its neighbours
 
 
-def test_the_tokens_of_a_stop_string_are_part_of_what_is_yielded(llama, alone, tokenizer):
+@pytest.mark.parametrize("running", [1, 4, 64])
+def test_squeezing_the_stack_changes_nothing(llama, plain, plain_llama, monkeypatch, running):
+    rng = random.Random(running)
+    alphabet = [5, 6, 7]
+    prompts = [rng.choices(alphabet, k=rng.randint(1, 7)) for _ in range(24)]
+    prompts += [rng.choices(alphabet, k=12) + [8] * rng.randint(0, 2) for _ in range(12)]
+    sampling = [Sampling(rng.randint(1, 6), temperature=1.0, seed=rng.randint(0, 2)) for _ in prompts]
+    alone = [generate(llama, [prompt], how)[0] for prompt, how in zip(prompts, sampling, strict=True)]
+    squeezed = []
+    squeeze = generate_module._Decoder._squeeze
+    monkeypatch.setattr(generate_module, "RUNNING", running)
+    monkeypatch.setattr(generate_module._Decoder, "_squeeze", lambda self: squeezed.append(1) or squeeze(self))
+    together = generate(llama, prompts, sampling)
+    assert bool(squeezed) == (running < 64)
+    assert [written.ids for written in together] == [written.ids for written in alone]
+    assert {written.finish for written in together} <= {"length", "eos"}
+    for prompt, written in zip(prompts, together, strict=True):
+        if written.ids:
+            logp, _ = plain(plain_llama, prompt, written.ids)
+            torch.testing.assert_close(torch.tensor(written.logp).double(), logp, rtol=0, atol=1e-5)
+
+
+CONTROLS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.2, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "no_repeat_ngram": 2},
+    {"repetition_penalty": 1.5},
+    {"no_repeat_ngram": 1},
+]
+
+
+def draw_as_we_do(rng):
+    """torch.multinomial by the next number of `rng`."""
+
+    def multinomial(probabilities, num_samples):
+        below = probabilities[0].double().cumsum(0)
+        return (below > rng.random() * below[-1]).nonzero()[:1]
+
+    return multinomial
+
+
+def test_draws_are_those_of_transformers_under_every_control(llama, plain_llama, tokenizer, monkeypatch):
+    """One call with every control at once, against transformers' generate alone for each, drawing the same numbers."""
+    ids = encode(tokenizer, PROMPTS[:2])
+    cases = [(prompt, {"seed": 3} | control) for control in CONTROLS for prompt in ids]
+    written = generate(llama, [p for p, _ in cases], [Sampling(NEW_TOKENS, **how) for _, how in cases])
+    greedy = []
+    for (prompt, how), ours in zip(cases, written, strict=True):
+        options = {"temperature": 1.0, "top_k": 0} | how
+        seed, ngram = options.pop("seed"), options.pop("no_repeat_ngram", 0)
+        monkeypatch.setattr(torch, "multinomial", draw_as_we_do(random.Random(f"{seed} {tuple(prompt)}")))
+        if "temperature" not in how:
+            options = {"repetition_penalty": how.get("repetition_penalty", 1.0)}
+        theirs = plain_llama.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample="temperature" in how,
+            max_new_tokens=NEW_TOKENS, eos_token_id=1, pad_token_id=0, no_repeat_ngram_size=ngram, **options,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert list(ours.ids) == (theirs[: theirs.index(1)] if 1 in theirs else theirs), how
+        greedy.append(ours.ids == generate(llama, [prompt], Sampling(NEW_TOKENS))[0].ids)
+    assert not any(greedy)  # every control shows
+
+
+def test_a_seed_gives_the_same_text_whatever_runs_beside_it(llama, monkeypatch):
+    cases = [(prompt, Sampling(NEW_TOKENS, temperature=1.0, seed=seed)) for prompt in PROMPTS for seed in range(4)]
+    whole = generate(llama, *zip(*cases, strict=True))
+    assert len({written.ids for written in whole}) > 0.9 * 4 * (len(PROMPTS) - 2)
+    for running in (3, 64):
+        monkeypatch.setattr(generate_module, "RUNNING", running)
+        order = random.Random(running).sample(range(len(cases)), len(cases) // 2)
+        part = generate(llama, *zip(*(cases[i] for i in order), strict=True))
+        assert [written.ids for written in part] == [whole[i].ids for i in order]
+
+
+def test_samples_of_a_prompt_share_its_rows(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(generate_module, "RUNNING", 2)
+    ((*prompt,),) = encode(tokenizer, ["the cat sat"])
+    ledger = Ledger()
+    generate(llama, [prompt] * 5, [Sampling(3, temperature=1.0, seed=seed) for seed in range(5)], ledger=ledger)
+    assert ledger.forwarded_rows == len(prompt) + ledger.decoded_tokens - 5
+    assert ledger.request_tokens == len(prompt)
+
+
+def test_what_ends_a_continuation_is_told(ending, llama, alone, tokenizer):
+    _, model = ending
+    written = generate(model, PROMPTS, Sampling(NEW_TOKENS))
+    assert {w.finish for w in written} == {"eos", "length"}
+    assert all((len(w.ids) < NEW_TOKENS) == (w.finish == "eos") for w in written)
     ids = alone("the")
     stop = tokenizer.decode(ids[:3])[-1]
-    ((_, written),) = iter_tokens(llama, encode(tokenizer, ["the"]), max_new_tokens=NEW_TOKENS, stop=[stop])
-    assert written == ids[: len(written)]
-    assert stop in tokenizer.decode(written)
-    assert stop not in tokenizer.decode(written[:-1])
+    (stopped,) = generate(llama, ["the"], Sampling(NEW_TOKENS, stop=(stop,)))
+    assert stopped.finish == "stop"
+    assert list(stopped.ids) == ids[: len(stopped.ids)]
+    assert stop in tokenizer.decode(list(stopped.ids))  # what is written holds the stop string, the text does not
+    assert stop not in tokenizer.decode(list(stopped.ids[:-1])) + stopped.text
 
 
 @pytest.mark.parametrize(("names", "message"), [(None, r"^prompts\[1\]: no tokens$"), (["a", "b"], r"^b: no tokens$")])
 def test_a_prompt_of_token_ids_is_named_by_its_place_or_as_told(llama, names, message):
     with pytest.raises(GenerateError, match=message):
-        list(iter_tokens(llama, [[5], []], max_new_tokens=1, names=names))
+        list(iter_generations(llama, [[5], []], Sampling(1), names=names))
 
 
 def test_no_prompts_are_no_continuations(llama):
@@ -199,9 +294,9 @@ def test_a_prompt_may_fill_every_position(llama, alone, tokenizer):
     prompt = "the"
     while len(tokenizer.encode(prompt)) < 254:
         prompt += " cat"
-    assert generate(llama, [prompt], max_new_tokens=3) == [text_of(tokenizer, alone(prompt, 3))]
+    assert texts(llama, [prompt], 3) == [text_of(tokenizer, alone(prompt, 3))]
     with pytest.raises(GenerateError, match=r"^prompt 'the cat.*'\.\.\.: 1 tokens over the model's 256 positions$"):
-        generate(llama, ["why", prompt], max_new_tokens=4)
+        texts(llama, ["why", prompt], 4)
 
 
 def test_a_prompt_without_tokens_is_refused(llama, tokenizer_without_bos):
@@ -213,40 +308,32 @@ def test_a_prompt_without_tokens_is_refused(llama, tokenizer_without_bos):
 @pytest.mark.parametrize("new_tokens", [0, -1])
 def test_at_least_one_new_token(llama, new_tokens):
     with pytest.raises(GenerateError, match=f"^max_new_tokens: expected at least 1, got {new_tokens}$"):
-        generate(llama, ["the"], max_new_tokens=new_tokens)
+        texts(llama, ["the"], new_tokens)
 
 
 @pytest.mark.parametrize("stop", [("",), ("x", ""), "the"])
 def test_stop_strings_are_strings_that_are_not_empty(llama, stop):
     with pytest.raises(GenerateError, match=r"^stop: expected non-empty strings, got "):
-        generate(llama, ["the"], stop=stop)
+        texts(llama, ["the"], stop=stop)
 
 
-PROMPT = st.lists(st.sampled_from([0, 1, VOCABULARY - 1]), min_size=1, max_size=5)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k: expected 0 or more"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected above 0, at most 1"),
+        ({"temperature": 1.0, "min_p": 2.0}, "min_p: expected 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram: expected 0 or more"),
+        ({"top_p": 0.9}, "temperature: 0 is greedy, where top_k, top_p and min_p mean nothing"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(GenerateError, match=f"^{message}"):
+        Sampling(**settings)
 
 
-@settings(max_examples=100, deadline=None)
-@given(prompts=st.lists(PROMPT, min_size=1, max_size=7), reserved=st.integers(1, 4))
-def test_a_layout_shows_every_row_its_own_sequence_and_nothing_else(prompts, reserved):
-    layout = _lay_out(prompts, reserved)
-    distinct = sorted({tuple(prompt) for prompt in prompts})
-    nodes = sorted({prompt[:n] for prompt in distinct for n in range(1, len(prompt) + 1)})
-    # What stands at each position of the stack: a prefix, or a prompt and the number of the row it will write.
-    stack = {}
-    for node, position in zip(nodes, layout.position.tolist(), strict=True):
-        stack[position] = (node, 0)
-    for prompt, last in zip(map(tuple, prompts), layout.last, strict=True):
-        assert nodes[last] == prompt
-        for step in range(reserved):
-            slot = int(layout.position[last]) + 1 + step
-            assert stack.setdefault(slot, (prompt, 1 + step)) == (prompt, 1 + step)
-    assert sorted(stack) == list(range(layout.rows))
-    assert [stack[position][0] for position in sorted(stack) if not stack[position][1]] == nodes  # still in pre-order
-    end = dict(zip(layout.position.tolist(), layout.end.tolist(), strict=True))
-    for last in layout.last:
-        block_end = int(layout.position[last]) + 1 + reserved
-        end |= dict.fromkeys(range(block_end - reserved, block_end), block_end)
-    for i, (mine, written) in stack.items():
-        seen = {stack[j] for j in stack if j <= i < end[j]}
-        prefix = {(mine[:n], 0) for n in range(1, len(mine) + 1)}
-        assert seen == prefix | {(mine, step) for step in range(1, written + 1)}
+def test_one_sampling_or_one_a_prompt(llama):
+    with pytest.raises(GenerateError, match=r"^sampling: expected one for each of 2 prompts, got 1$"):
+        generate(llama, ["the", "cat"], [Sampling()])

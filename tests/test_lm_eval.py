@@ -368,7 +368,7 @@ class InterruptError(Exception):
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
 def test_results_are_filed_as_they_come_and_not_computed_again(kind, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("icl_ft_fast.generate.GROUP_PROMPTS", 2)
+    monkeypatch.setattr("icl_ft_fast.generate.RUNNING", 2)
     arguments = {
         "loglikelihood": texts(12),
         "loglikelihood_rolling": [(text,) for text in sentences(12)],

@@ -30,6 +30,7 @@ LAYERS = {
     "cache": 1,
     "model": 1,
     "encoding": 1,
+    "contexts": 1.5,
     "statistics": 1,
     "tasks": 1,
     "cost": 2,

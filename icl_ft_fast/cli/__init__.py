@@ -1,4 +1,4 @@
-"""The command line: `icl-ft-fast demo | compare | report | score | task | doctor | lm-eval`, a module a command.
+"""The command line: `icl-ft-fast demo | compare | report | score | task | doctor | serve | ...`, a module a command.
 
 Bad input ends in one line on stderr and exit code 2.
 """
@@ -9,8 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from icl_ft_fast.cli import compare, doctor, lm_eval, report, score, task
+from icl_ft_fast.cli import compare, context, doctor, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.cost.prices import PriceError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError
@@ -21,7 +22,7 @@ from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
 BAD_INPUT = (
-    UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError,
+    UsageError, TaskError, ModelError, ScoreError, GenerateError, FinetuneError, ProtocolError, ContextError,
     PriceError, ResultsError,
 )  # fmt: skip
 
@@ -52,6 +53,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compare, report, score, task, doctor, lm_eval):
+    for module in (compare, report, score, task, doctor, lm_eval, serve, context):
         module.add(commands)
     return top

@@ -31,9 +31,13 @@ def command(
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --trust-remote-code: what load_model() reads."""
-    parser.add_argument("--model", required=True, help=f"a checkpoint directory, a hub id, or '{SHIPPED}'")
+def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """--model, or MODEL; --dtype, --trust-remote-code: what load_model() reads."""
+    help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
+    if positional:
+        parser.add_argument("model", metavar="MODEL", help=help)
+    else:
+        parser.add_argument("--model", required=True, help=help)
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
     )

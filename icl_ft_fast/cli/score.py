@@ -19,6 +19,7 @@ from icl_ft_fast.cli.options import (
     positive,
     show_progress,
 )
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.model import CHUNK_ROWS
@@ -43,6 +44,12 @@ def add(commands: Commands) -> None:
     scoring.add_argument(
         "--out", type=Path, required=True, help="JSON lines, one a question, written as they are ready"
     )
+    scoring.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from"
+    )
+    scoring.add_argument(
+        "--store-limit", type=float, default=20, metavar="GB", help="of all contexts there (default: %(default)s)"
+    )
     add_json_option(scoring)
     add_output_options(scoring)
 
@@ -53,9 +60,11 @@ def _score(options: argparse.Namespace) -> None:
     context = icl_context(read_documents(options.documents)) if options.documents else ""
     model = load_model(options)
     ledger = Ledger()
+    store = None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
     scores = iter_scores(
-        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, progress=show_progress(options)
-    )
+        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, store=store,
+        progress=show_progress(options),
+    )  # fmt: skip
     correct = known = 0
     with ledger.phase("score"):
         first = next(scores)  # requests that cannot be scored are refused here, before the output is touched
@@ -76,5 +85,6 @@ def _score(options: argparse.Namespace) -> None:
         f"{len(questions)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
         f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
+        f"{f'{ledger.reused_rows:,} taken from {options.store}, ' if store else ''}"
         f"{ledger.head_rows:,} through the head. Written to {options.out}"
     )

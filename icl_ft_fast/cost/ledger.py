@@ -13,7 +13,9 @@ from torch import Tensor
 from icl_ft_fast.cost.flops import Work
 from icl_ft_fast.cost.meters import Meter, Reading
 
-COUNTS = ("request_tokens", "forwarded_rows", "head_rows", "scored_tokens", "decoded_tokens", "trained_tokens")
+COUNTS = (
+    "request_tokens", "forwarded_rows", "reused_rows", "head_rows", "scored_tokens", "decoded_tokens", "trained_tokens",
+)  # fmt: skip
 # How each figure of a phase comes about; one that is None could not be had on this machine.
 HOW = dict.fromkeys((*COUNTS, "wall_s", "device_s", "joules", "kv_bytes"), "measured") | dict.fromkeys(
     ("flops", "moved_bytes", "activation_bytes"), "estimated"
@@ -37,6 +39,7 @@ class Phase:
 
     request_tokens: int = 0
     forwarded_rows: int = 0
+    reused_rows: int = 0
     head_rows: int = 0
     scored_tokens: int = 0
     decoded_tokens: int = 0
@@ -62,6 +65,7 @@ class Ledger:
         request_tokens: tokens of all requests as given, what a scorer without sharing would forward.
         forwarded_rows: rows that went through the network (trie nodes with a child, generated tokens).
         head_rows: rows that went through the output head.
+        reused_rows: rows taken from a kept context instead of being forwarded.
         scored_tokens: distinct (prefix, token) pairs whose log-probability was taken.
         decoded_tokens: tokens generated.
         trained_tokens: rows forwarded and differentiated while training.
@@ -72,6 +76,7 @@ class Ledger:
 
     request_tokens: int = 0
     forwarded_rows: int = 0
+    reused_rows: int = 0
     head_rows: int = 0
     scored_tokens: int = 0
     decoded_tokens: int = 0

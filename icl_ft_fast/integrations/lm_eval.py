@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, iter_tokens
+from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
 from icl_ft_fast.score import ScoreError, iter_loglikelihood
 
@@ -246,12 +246,12 @@ class IclFtFastLM(TemplateLM):
         results = [""] * len(requests)
         for until, max_gen_toks in dict.fromkeys(settings):
             place = [r for r in fitting if settings[r] == (until, max_gen_toks)]
-            written = iter_tokens(
-                self.model, [fitting[r] for r in place], max_new_tokens=max_gen_toks, stop=until, ledger=self.ledger,
+            written = iter_generations(
+                self.model, [fitting[r] for r in place], Sampling(max_gen_toks, stop=tuple(until)), ledger=self.ledger,
                 progress=not disable_tqdm,
             )  # fmt: skip
-            for i, ids in written:
-                results[place[i]] = text = self._text(ids, until)
+            for i, generation in written:
+                results[place[i]] = text = self._text(list(generation.ids), until)
                 self.cache_hook.add_partial("generate_until", requests[place[i]].args, text)
         return results
 

@@ -1,0 +1,271 @@
+"""Saved contexts: what a model made of a long beginning, kept in files that later processes start from.
+
+A file is safetensors: token [S], hidden [S, E] and each layer's keys and values, under a fingerprint of config,
+vocabulary, weights and their dtype, with a checksum of it all. It is mapped, not copied; the checksum reads it once.
+A store is a folder of such files under a byte limit; processes share it through a lock on the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from icl_ft_fast.cache import Context, KVStack
+from icl_ft_fast.model import Model
+
+FORMAT = "icl_ft_fast context 1"
+_PROMISED: dict[str, type] = {
+    "label": str, "model": str, "fingerprint": str, "num_tokens": int, "token_digest": str,
+}  # fmt: skip
+
+
+class ContextError(ValueError):
+    """A saved context that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class SavedContext:
+    """What a file says of itself.
+
+    Attributes:
+        path: the file; its name without the ending is the context's id.
+        label: free text of whoever saved it.
+        model: the model's name when it was saved.
+        fingerprint: of the model, see Model.fingerprint().
+        num_tokens: tokens of the context.
+        token_digest: of their ids.
+        checksum: of every tensor's bytes and of the above.
+        num_bytes: size of the file.
+        used: when it was last loaded or saved, seconds since the epoch.
+    """
+
+    path: Path
+    label: str
+    model: str
+    fingerprint: str
+    num_tokens: int
+    token_digest: str
+    checksum: str
+    num_bytes: int
+    used: float
+
+    @property
+    def id(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+
+def save_context(path: Path, model: Model, context: Context, *, label: str = "", fingerprint: str = "") -> None:
+    """Write a context atomically: a file of this name is whole or not there.
+
+    Args:
+        path: ends in .safetensors; replaced if it exists.
+        model: made the context.
+        context: from score.prefill().
+        label: free text, shown by lists.
+        fingerprint: model.fingerprint(), where the caller knows it already; it takes a second a gigabyte.
+    """
+    tensors = _tensors(context)
+    about = {
+        "format": FORMAT, "label": label, "model": model.name, "fingerprint": fingerprint or model.fingerprint(),
+        "num_tokens": len(context.token), "token_digest": _digest(context.token),
+    }  # fmt: skip
+    about["checksum"] = _checksum(tensors, about)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"icl_ft_fast": json.dumps(about)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_header(path: Path) -> SavedContext:
+    """What a file says of itself; reads its header only.
+
+    Raises:
+        ContextError: not a saved context, or cut short.
+    """
+    with _opened(path) as file:
+        try:
+            about = json.loads((file.metadata() or {})["icl_ft_fast"])
+            known = about.pop("format") == FORMAT
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ContextError(f"{path}: not a saved context") from error
+    names: dict[str, type] = dict.fromkeys(("label", "model", "fingerprint", "token_digest", "checksum"), str)
+    names["num_tokens"] = int
+    if not known or about.keys() != names.keys() or any(type(about[name]) is not kind for name, kind in names.items()):
+        raise ContextError(f"{path}: not a saved context of the form {FORMAT!r}")
+    stat = path.stat()
+    return SavedContext(path, **about, num_bytes=stat.st_size, used=stat.st_mtime)
+
+
+def load_context(path: Path, model: Model, *, fingerprint: str = "", like: Context | None = None) -> Context:
+    """Map a saved context for the model that made it.
+
+    Args:
+        path: from save_context().
+        model: the same model, by fingerprint.
+        fingerprint: model.fingerprint(), where the caller knows it already.
+        like: any context of the model; where it is given, the file's tensors must have its layers, shapes and dtypes.
+
+    Raises:
+        ContextError: another model's, another form, damaged, or not what the header promises.
+    """
+    saved = read_header(path)
+    if saved.fingerprint != (fingerprint or model.fingerprint()):
+        raise ContextError(
+            f"{path}: saved from {saved.model!r} with other weights, config, vocabulary or dtype than {model.name!r}"
+        )
+    tensors = _checked(saved)
+    expected = {} if like is None else {name: (t.shape[1:], t.dtype) for name, t in _tensors(like).items()}
+    found = {name: (t.shape[1:], t.dtype) for name, t in tensors.items()}
+    rows = {t.shape[:1] for t in tensors.values()}
+    if rows != {(saved.num_tokens,)} or (expected and found != expected):
+        raise ContextError(f"{path}: its tensors are not those of {saved.num_tokens} tokens of {model.name!r}")
+    token = tensors.pop("token").numpy()
+    if _digest(token) != saved.token_digest:
+        raise ContextError(f"{path}: its tokens are not those that its header names")
+    hidden = tensors.pop("hidden").to(model.device)
+    layers = {int(name.partition(".")[2]) for name in tensors}
+    stack = KVStack.of(
+        {n: (tensors[f"keys.{n}"].to(model.device), tensors[f"values.{n}"].to(model.device)) for n in sorted(layers)}
+    )
+    return Context(token, hidden, stack)
+
+
+def verify(path: Path) -> SavedContext:
+    """Read a file whole and hold it against its checksum; raises ContextError."""
+    saved = read_header(path)
+    _checked(saved)
+    return saved
+
+
+class ContextStore:
+    """A folder of one or many models' contexts, of which the least recently used go when it grows over its limit.
+
+    Args:
+        folder: made when missing.
+        model: whose contexts are found and added; its weights must not change meanwhile.
+        max_bytes: of all files together.
+    """
+
+    def __init__(self, folder: Path, model: Model, max_bytes: int) -> None:
+        self.folder, self.model, self.max_bytes = folder, model, max_bytes
+        self.fingerprint = model.fingerprint()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, token: Sequence[int], *, like: Context | None = None) -> Context | None:
+        """The longest saved context that `token` begins with, and counts it as used; None if there is none.
+
+        Raises:
+            ContextError: the file is damaged.
+        """
+        ids = np.asarray(token, np.int32)
+        with _locked(self.folder, fcntl.LOCK_SH):
+            mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]
+            for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
+                if saved.num_tokens <= len(ids) and saved.token_digest == _digest(ids[: saved.num_tokens]):
+                    os.utime(saved.path)
+                    return load_context(saved.path, self.model, fingerprint=self.fingerprint, like=like)
+        return None
+
+    def add(self, context: Context, label: str = "") -> Path:
+        """Save a context, unless it is there already, and drop what is over the limit, this one last.
+
+        Raises:
+            ContextError: the context alone is over the limit.
+        """
+        size = sum(tensor.nbytes for tensor in _tensors(context).values())
+        if size > self.max_bytes:
+            raise ContextError(
+                f"{self.folder}: a context of {size / 1e6:.0f} MB is over the limit of {self.max_bytes / 1e6:.0f} MB"
+            )
+        name = hashlib.sha256(f"{self.fingerprint} {_digest(context.token)}".encode()).hexdigest()[:24]
+        path = self.folder / f"{name}.safetensors"
+        with _locked(self.folder, fcntl.LOCK_EX):
+            for stray in self.folder.glob("*.partial"):  # of a process that was killed: writers hold this lock
+                stray.unlink()
+            if not path.exists():
+                save_context(path, self.model, context, label=label, fingerprint=self.fingerprint)
+            saved = sorted(contexts_in(self.folder), key=lambda saved: (saved.path == path, saved.used))
+            over = sum(s.num_bytes for s in saved) - self.max_bytes
+            for old in saved[:-1]:
+                if over <= 0:
+                    break
+                old.path.unlink()
+                over -= old.num_bytes
+        return path
+
+
+def contexts_in(folder: Path) -> Iterator[SavedContext]:
+    """The saved contexts of a folder, by name; raises ContextError at a file that is none."""
+    return (read_header(path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def remove(folder: Path, context_id: str) -> None:
+    """Delete a context; those who have mapped it keep it.
+
+    Raises:
+        ContextError: there is none of this id.
+    """
+    with _locked(folder, fcntl.LOCK_EX):
+        if context_id not in {path.stem for path in folder.glob("*.safetensors")}:
+            raise ContextError(f"{folder}: no context {context_id!r}")
+        (folder / f"{context_id}.safetensors").unlink()
+
+
+def _tensors(context: Context) -> dict[str, torch.Tensor]:
+    tensors = {"token": torch.from_numpy(context.token), "hidden": context.hidden}
+    for layer, (keys, values) in context.stack.layers(len(context.token)).items():
+        tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _checked(saved: SavedContext) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped, after its checksum."""
+    with _opened(saved.path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = {"format": FORMAT} | {name: getattr(saved, name) for name in _PROMISED}
+    if _checksum(tensors, about) != saved.checksum:
+        raise ContextError(f"{saved.path}: damaged: its checksum is another; remove it and save the context again")
+    return tensors
+
+
+def _digest(token: NDArray[np.int32]) -> str:
+    return hashlib.sha256(token.astype("<i4").tobytes()).hexdigest()
+
+
+def _checksum(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ContextError(f"{path}: not a safetensors file, or cut short: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, how)
+        yield

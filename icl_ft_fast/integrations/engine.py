@@ -1,0 +1,307 @@
+"""The server's engine: one thread that owns the model; what is asked while it works is scored next, as one trie.
+
+Contexts stay prefilled: one that a request declares, or a beginning that prompts of earlier batches had in common.
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icl_ft_fast import encoding
+from icl_ft_fast.cache import Context, ContextCache, common_tokens
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.model import CHUNK_ROWS, Model
+from icl_ft_fast.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
+
+WORTH_TOKENS = 64  # a beginning is kept from so many new tokens on
+REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered
+BATCH_CHARACTERS = 16_000_000  # of all choices with what comes before each; bounds the memory that encoding takes
+
+Pair: TypeAlias = tuple[list[int], list[int]]
+
+
+class EngineBusyError(RuntimeError):
+    """Too many questions wait already."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine is shutting down."""
+
+
+class Choices(NamedTuple):
+    """Asks for a LogLikelihood of each choice after context + prompt."""
+
+    context: str
+    prompt: str
+    choices: Sequence[str]
+
+
+class Sequences(NamedTuple):
+    """Asks for the TokenLogprobs, with `top` likeliest tokens, of each pair's continuation."""
+
+    pairs: Sequence[Pair]
+    top: int
+
+
+class Prompts(NamedTuple):
+    """Asks for a Generation after each prompt."""
+
+    prompts: Sequence[list[int]]
+    sampling: Sampling
+
+
+@dataclass
+class Answer:
+    """What a question's future holds.
+
+    Attributes:
+        results: one a choice, pair or prompt, in the order asked.
+        num_tokens: tokens of each (context, continuation).
+        reused_tokens: those that contexts kept from earlier had, what choices share counted once.
+    """
+
+    results: list[Any]
+    num_tokens: list[tuple[int, int]]
+    reused_tokens: int = 0
+
+
+@dataclass(eq=False)
+class _Job:
+    """A question, its requests as token ids, and where the answer goes."""
+
+    asked: Choices | Sequences | Prompts
+    characters: int
+    future: Future[Answer] = field(default_factory=Future)
+    pairs: list[Pair] = field(default_factory=list)
+    answer: Answer = field(default_factory=lambda: Answer([], []))
+    waiting: int = 0
+
+    def take(self, pairs: Sequence[Pair]) -> None:
+        self.pairs, self.waiting = list(pairs), len(pairs)
+        self.answer = Answer([None] * len(pairs), [(len(context), len(rest)) for context, rest in pairs])
+
+    def done(self, r: int, result: Any) -> None:
+        self.answer.results[r] = result
+        self.waiting -= 1
+        if not self.waiting:
+            self.future.set_result(self.answer)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Requests of a job that begin alike: the choices of a question, or one sequence."""
+
+    job: _Job
+    members: range
+    token: NDArray[np.int32]
+    kind: str  # only units of one kind can be run together
+
+
+class Engine:
+    """Answers questions in batches, in a thread of its own, from the moment it is made until close().
+
+    Args:
+        model: used by no other thread meanwhile.
+        context_bytes: budget of the kept contexts; one more may be at work beyond it. 0 keeps none.
+        max_waiting: questions that may wait.
+        merge: whether what waits together is scored together; False is for comparison.
+        chunk_rows: rows forwarded at a time.
+
+    `ledger` counts everything.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        context_bytes: int,
+        max_waiting: int = 256,
+        merge: bool = True,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        self.model, self.max_waiting, self.merge, self.chunk_rows = model, max_waiting, merge, chunk_rows
+        self.ledger, self.contexts = Ledger(), ContextCache(context_bytes)
+        self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
+        self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
+        self._declared = functools.lru_cache(64)(self._encode_context)
+        self._queue: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, asked: Choices | Sequences | Prompts) -> Future[Answer]:
+        """Ask; a future that is cancelled before its batch begins costs nothing.
+
+        Raises:
+            EngineBusyError, EngineClosedError: the question is not taken.
+            ScoreError: its text is too long, or empty where the tokenizer has no token to stand for that.
+
+        The future raises ScoreError for what only the tokens tell.
+        """
+        characters = 0
+        if isinstance(asked, Choices):
+            before = asked.context + asked.prompt
+            characters = sum(len(before) + len(choice) for choice in asked.choices)
+            if characters > BATCH_CHARACTERS:
+                raise ScoreError(
+                    f"choices: {characters:,} characters, counting context and prompt with each choice; "
+                    f"{BATCH_CHARACTERS:,} are taken"
+                )
+            if not before.strip():
+                try:
+                    encoding.prefix_token_id(self.model.tokenizer)
+                except ValueError as error:
+                    raise ScoreError(f"prompt: {error}") from error
+        job = _Job(asked, characters)
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the server is shutting down")
+            if len(self._queue) >= self.max_waiting:
+                raise EngineBusyError(f"{self.max_waiting} requests are waiting already; try again later")
+            self._queue.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Finish the batch at work, refuse what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            refused = list(self._queue)
+            self._queue.clear()
+            self._changed.notify()
+        for job in refused:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(EngineClosedError("the server is shutting down"))
+        self._thread.join()
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            self._attempt([job for job in jobs if job.future.set_running_or_notify_cancel()])
+            self.contexts.trim()
+
+    def _attempt(self, jobs: list[_Job]) -> None:
+        """Answer a batch; should it fail, each of its jobs by itself, so that only the culprit is told."""
+        try:
+            self._run(jobs)
+        except Exception as error:  # from torch or the tokenizer, of any kind; the thread goes on
+            left = [job for job in jobs if not job.future.done()]
+            if len(jobs) == 1:
+                left[0].future.set_exception(error)
+            else:
+                for job in left:
+                    self._attempt([job])
+
+    def _take(self) -> list[_Job]:
+        """The next batch: what waits, up to a size; none once closed."""
+        batch: list[_Job] = []
+        size = 0
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            while self._queue and (not batch or (self.merge and size + self._queue[0].characters <= BATCH_CHARACTERS)):
+                batch.append(self._queue.popleft())
+                size += batch[-1].characters
+        return batch
+
+    def _run(self, jobs: list[_Job]) -> None:
+        units = [unit for job in self._encode(jobs) for unit in _units(job)]
+        units.sort(key=lambda unit: (unit.kind, unit.token.byteswap().tobytes()))  # what begins alike is together
+        for (start, _), group in itertools.groupby(units, lambda unit: (self._start(unit), unit.kind)):
+            members = [(unit.job, r) for unit in group for r in unit.members]
+            for i, result in self._results(members[0][0].asked, start, [job.pairs[r] for job, r in members]):
+                job, r = members[i]
+                job.done(r, result)
+        for unit in units:
+            beginning = unit.token[:WORTH_TOKENS].tobytes()
+            self._seen[beginning] = unit.token
+            self._seen.move_to_end(beginning)
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+
+    def _results(
+        self, asked: Choices | Sequences | Prompts, start: Context | None, pairs: list[Pair]
+    ) -> Iterator[tuple[int, Any]]:
+        model, chunk_rows, ledger = self.model, self.chunk_rows, self.ledger
+        if isinstance(asked, Choices):
+            return iter_loglikelihood(model, pairs, chunk_rows=chunk_rows, ledger=ledger, start=start)
+        if isinstance(asked, Sequences):
+            return iter_token_logprobs(model, pairs, top=asked.top, chunk_rows=chunk_rows, ledger=ledger, start=start)
+        return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
+
+    def _encode(self, jobs: list[_Job]) -> list[_Job]:
+        """The jobs that can be answered, with their token ids; the others are told why not."""
+        choices = [job.asked for job in jobs if isinstance(job.asked, Choices)]
+        texts = [(asked.context + asked.prompt, choice) for asked in choices for choice in asked.choices]
+        encoded = iter(encoding.encode_pairs(self.model.tokenizer, texts))
+        answerable = []
+        for job in jobs:
+            if isinstance(job.asked, Choices):
+                job.take([next(encoded) for _ in job.asked.choices])
+            elif isinstance(job.asked, Sequences):
+                job.take(job.asked.pairs)
+            else:
+                job.take([(prompt, []) for prompt in job.asked.prompts])
+            try:
+                self._check(job)
+                answerable.append(job)
+            except ScoreError as error:
+                job.future.set_exception(error)
+        return answerable
+
+    def _check(self, job: _Job) -> None:
+        """Raise ScoreError unless the model can answer."""
+        what = "choices" if isinstance(job.asked, Choices) else "prompt"
+        pairs, names = job.pairs, [f"{what}[{r}]" for r in range(len(job.pairs))]
+        if isinstance(job.asked, Prompts):
+            pairs = [(context, [0] * job.asked.sampling.max_new_tokens) for context, _ in pairs]
+        for (context, continuation), name in zip(pairs, names, strict=True):
+            if not context:
+                raise ScoreError(f"{name}: no token")
+            if not continuation:
+                raise ScoreError(
+                    f"{name}: no token of its own: empty, or merged into the end of the prompt by the tokenizer"
+                )
+        check_fit(self.model, pairs, names)
+
+    def _encode_context(self, text: str) -> NDArray[np.int32]:
+        return np.asarray(encoding.encode(self.model.tokenizer, [text])[0], np.int32)
+
+    def _start(self, unit: _Unit) -> Context | None:
+        """The longest context that the unit begins with, prefilled now where it is new and worth it."""
+        asked = unit.job.asked
+        if isinstance(asked, Prompts) or not self.contexts.max_bytes:
+            return None
+        start = self.contexts.find(unit.token)
+        found = len(start.token) if start else 0
+        unit.job.answer.reused_tokens += found
+        known = [self._seen.get(unit.token[:WORTH_TOKENS].tobytes())]
+        known.append(self._declared(asked.context) if isinstance(asked, Choices) and asked.context else None)
+        shared = max((common_tokens(token, unit.token) for token in known if token is not None), default=0)
+        if shared - found >= WORTH_TOKENS and shared < self._too_long:
+            near = self.contexts.find(unit.token, whole=False)
+            ids = unit.token[:shared].tolist()
+            start = prefill(self.model, ids, near=near, chunk_rows=self.chunk_rows, ledger=self.ledger)
+            if start.nbytes > self.contexts.max_bytes:
+                self._too_long = shared
+            self.contexts.add(start)
+        return start
+
+
+def _units(job: _Job) -> list[_Unit]:
+    if isinstance(job.asked, Choices):
+        return [_Unit(job, range(len(job.pairs)), np.asarray(job.pairs[0][0], np.int32), "choices")]
+    kind = repr((type(job.asked).__name__, *job.asked[1:]))
+    return [_Unit(job, range(r, r + 1), np.asarray(a + b, np.int32), kind) for r, (a, b) in enumerate(job.pairs)]

@@ -1,0 +1,505 @@
+"""The server, live in a thread: what OpenAI's client gets, what contexts save, and that hostile clients harm nobody."""
+
+import http.client
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import VOCABULARY, sentences
+from hypothesis import HealthCheck, given, settings
+
+openai = pytest.importorskip("openai", reason="comes with the extras serve and test-serve, which `make test` installs")
+schemathesis = pytest.importorskip("schemathesis", reason="comes with the extra test-serve")
+
+import uvicorn
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from icl_ft_fast import cli, encoding
+from icl_ft_fast.cli.serve import KEY_VARIABLE
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.generate import Sampling, generate
+from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
+from icl_ft_fast.integrations.server import Limits, make_app
+from icl_ft_fast.score import ScoreError, loglikelihood
+
+KEY = "a key that nobody guesses"
+CONTEXT = " ".join(["the cat sat on that mat, who knows why?"] * 6)
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHOICES = (" sat on that mat", " knows", " why who")
+ASKED = {"model": "tiny", "prompt": "the cat", "temperature": 0}
+
+
+@contextmanager
+def serving(model, *, key=None, limits=None, context_bytes=2**26, **options):
+    """Port and engine of a live server."""
+    engine = Engine(model, context_bytes=context_bytes, **options)
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = make_app(engine, "tiny", key=key, limits=limits)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=10))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1], engine
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert engine._closed
+    assert not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def live(llama):
+    limits = Limits(body_bytes=100_000, body_s=0.3, choices=100, new_tokens=50)
+    template, llama.tokenizer.chat_template = llama.tokenizer.chat_template, TEMPLATE
+    try:
+        with serving(llama, key=KEY, limits=limits) as (port, engine):
+            yield port, engine
+    finally:
+        llama.tokenizer.chat_template = template
+
+
+@pytest.fixture
+def client(live):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{live[0]}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def call(port, method, path, body=None, key=KEY):
+    """Status and parsed body of one request; a body that is not bytes is sent as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def ask(port, prompt=" who", context=CONTEXT, choices=CHOICES):
+    return call(port, "POST", "/v1/score_choices", {"context": context, "prompt": prompt, "choices": choices})
+
+
+def assert_scores(llama, answer, prompt, context=CONTEXT, choices=CHOICES):
+    expected = loglikelihood(llama, [(context + prompt, choice) for choice in choices])
+    assert [score["logprob"] for score in answer["scores"]] == pytest.approx([e.logp for e in expected], abs=1e-4)
+    assert [score["is_greedy"] for score in answer["scores"]] == [e.is_greedy for e in expected]
+
+
+# What is served
+
+
+def test_choices_are_scored_and_a_context_is_forwarded_once(llama):
+    with serving(llama) as (port, engine):
+        (context,) = encoding.encode(llama.tokenizer, [CONTEXT])
+        cached = []
+        for prompt in (" who", " that", " who", "."):
+            status, answer = ask(port, prompt)
+            assert status == 200
+            assert_scores(llama, answer, prompt)
+            assert answer["predicted"] == max(range(3), key=lambda c: answer["scores"][c]["logprob"])
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert cached[0] == 0
+        assert min(cached[1:]) >= len(context) - 1  # the last token may be merged with the prompt's first
+        assert engine.ledger.forwarded_rows < len(context) + 4 * 40
+        assert engine.ledger.reused_rows >= 3 * (len(context) - 1)
+
+
+def test_what_waits_together_is_one_trie(llama, monkeypatch):
+    begun, go_on, batches = threading.Event(), threading.Event(), []
+
+    def encode(self, jobs):
+        batches.append(len(jobs))
+        begun.set()
+        assert go_on.wait(60)
+        return original(self, jobs)
+
+    original = Engine._encode
+    monkeypatch.setattr(Engine, "_encode", encode)
+    engine = Engine(llama, context_bytes=0)
+    prompts = [" " + text.strip() for text in sentences(8)]
+    first = engine.submit(Choices("", "the cat", (" sat",)))
+    assert begun.wait(60)
+    futures = [engine.submit(Choices(CONTEXT, prompt, CHOICES)) for prompt in prompts]
+    dropped = engine.submit(Choices(CONTEXT, " nobody waits for this", CHOICES))
+    wrong = engine.submit(Choices(CONTEXT, "", ("",)))
+    assert dropped.cancel()
+    go_on.set()
+    before = Ledger()
+    loglikelihood(llama, [("the cat", " sat")], ledger=before)
+    loglikelihood(llama, [(CONTEXT + prompt, choice) for prompt in prompts for choice in CHOICES], ledger=before)
+    for prompt, future in zip(prompts, futures, strict=True):
+        expected = loglikelihood(llama, [(CONTEXT + prompt, choice) for choice in CHOICES])
+        assert [r.logp for r in future.result().results] == pytest.approx([e.logp for e in expected], abs=1e-4)
+    with pytest.raises(ScoreError, match=r"^choices\[0\]: no token of its own"):
+        wrong.result()
+    assert first.done()
+    engine.close()
+    assert batches == [1, len(prompts) + 1]
+    assert engine.ledger == before
+
+
+def test_a_beginning_that_batches_had_in_common_is_kept(llama):
+    engine, expected = Engine(llama, context_bytes=2**26), []
+    ids = encoding.encode(llama.tokenizer, [CONTEXT + text for text in (" who", " knows", " that", " mat")])
+    try:
+        for token in ids:
+            answer = engine.submit(Sequences([(token[:1], token[1:])], 1)).result()
+            expected.append(answer.reused_tokens)
+            alone = loglikelihood(llama, [(token[:1], token[1:])])[0].logp
+            assert sum(answer.results[0].logp) == pytest.approx(alone, abs=1e-3)
+    finally:
+        engine.close()
+    assert expected[:2] == [0, 0]  # the second sees that the first began alike, and keeps that
+    assert min(expected[2:]) >= 64
+    assert len(engine.contexts) == 1
+
+
+def test_a_context_beyond_the_budget_is_not_kept_and_scores_the_same(llama):
+    with serving(llama, context_bytes=1000) as (port, engine):
+        for prompt in (" who", " that"):
+            assert_scores(llama, ask(port, prompt)[1], prompt)
+        assert len(engine.contexts) == 0
+
+
+def test_completions_through_the_client(client, llama):
+    expected = [one.text for one in generate(llama, ["the cat", "who"], Sampling(max_new_tokens=6))]
+    got = client.completions.create(model="tiny", prompt=["the cat", "who"], max_tokens=6, temperature=0)
+    assert [choice.text for choice in got.choices] == expected
+    assert [choice.finish_reason for choice in got.choices] == ["length", "length"]
+    assert got.usage.completion_tokens == 12
+    stop = expected[0][2:4]
+    got = client.completions.create(model="tiny", prompt="the cat", max_tokens=6, temperature=0, stop=stop)
+    assert got.choices[0].text == expected[0].split(stop)[0]
+    assert got.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("max_tokens", "echo"), [(0, True), (1, True), (1, False), (5, True), (5, False)])
+def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client, llama, plain_llama):
+    text, tokenizer = "the cat sat on that", llama.tokenizer
+    ids = tokenizer.encode(text)
+    got = client.completions.create(
+        model="tiny", prompt=[ids], max_tokens=max_tokens, temperature=0, echo=echo, logprobs=3,
+        extra_body={"prompt_logprobs": 2},
+    ).choices[0]  # fmt: skip
+    with torch.no_grad():
+        for _ in range(max_tokens):
+            ids = [*ids, int(plain_llama(torch.tensor([ids])).logits[0, -1].argmax())]
+        logp = plain_llama(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    first = 0 if echo else len(ids) - max_tokens
+    want = [None, *(logp[i, token].item() for i, token in enumerate(ids[1:]))]
+    shown = got.logprobs
+    assert shown.tokens == [tokenizer.decode([token]) for token in ids[first:]]
+    assert [v is None for v in shown.token_logprobs] == [v is None for v in want[first:]]
+    assert [v or 0 for v in shown.token_logprobs] == pytest.approx([v or 0 for v in want[first:]], abs=1e-4)
+    for i, (top, value) in enumerate(zip(shown.top_logprobs, shown.token_logprobs, strict=True), first):
+        if i:
+            best = logp[i - 1].max().item()
+            assert max(top.values()) == pytest.approx(best, abs=1e-4)
+            assert (value == max(top.values())) == (int(logp[i - 1].argmax()) == ids[i])  # what lm-eval calls greedy
+    prompt = got.prompt_logprobs
+    assert prompt[0] is None
+    assert len(prompt) == len(ids) - max_tokens
+    for i, entry in enumerate(prompt[1:], 1):
+        own = entry[str(ids[i])]
+        assert own["logprob"] == pytest.approx(want[i], abs=1e-4)
+        assert own["rank"] == 1 + int((logp[i - 1] > logp[i - 1, ids[i]]).sum())
+    assert got.text.startswith("<s>the cat") == echo
+
+
+def test_sampling_follows_temperature_top_p_and_seed(client, llama):
+    asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 8, "seed": 5}
+    for fields, how in (
+        ({}, Sampling(max_new_tokens=8, temperature=1.0, seed=5)),
+        ({"temperature": 0.5, "top_p": 0.4}, Sampling(max_new_tokens=8, temperature=0.5, top_p=0.4, seed=5)),
+        ({"temperature": 0, "top_p": 0.4}, Sampling(max_new_tokens=8)),
+    ):
+        (expected,) = generate(llama, ["the cat"], how)
+        got = client.completions.create(**asked, **fields, logprobs=0).choices[0]
+        assert got.text == expected.text
+        assert got.logprobs.token_logprobs == pytest.approx(list(expected.logp), abs=1e-4)
+
+
+def test_an_end_of_text_that_is_predicted_is_no_text(llama, monkeypatch):
+    engine = Engine(llama, context_bytes=0)
+    ids = llama.tokenizer.encode("the cat")
+    likeliest = engine.submit(Sequences([(ids, [0])], 1)).result().results[0].top[0][0][0]
+    engine.close()
+    monkeypatch.setattr("icl_ft_fast.integrations.server.end_tokens", lambda model: {likeliest})
+    with serving(llama) as (port, _):
+        body = {**ASKED, "max_tokens": 1, "logprobs": 1}
+        choice = call(port, "POST", "/v1/completions", body)[1]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert len(choice["logprobs"]["tokens"]) == 1
+
+
+def test_chat_through_the_client(client, llama):
+    turns = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}]
+    got = client.chat.completions.create(model="tiny", messages=turns, temperature=0, max_completion_tokens=4)
+    (expected,) = generate(llama, ["<user>the cat <assistant>"], Sampling(max_new_tokens=4))
+    assert got.choices[0].message.content == expected.text
+    with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
+
+
+def test_models_and_tokens(client, live, llama):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert call(live[0], "POST", "/tokenize", {"prompt": "the cat"})[1]["tokens"] == llama.tokenizer.encode("the cat")
+    bare = call(live[0], "POST", "/tokenize", {"prompt": "</s>", "add_special_tokens": False})[1]
+    assert bare["tokens"] == [llama.tokenizer.eos_token_id]
+    info = call(live[0], "GET", "/tokenizer_info")[1]
+    assert (info["bos_token"], info["eos_token"], info["chat_template"]) == ("<s>", "</s>", TEMPLATE)
+
+
+# Clients that ask for what is not served, or mean harm
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 2.1}, "temperature: "),
+        ({"temperature": float("nan")}, "temperature: "),
+        ({"temperature": float("inf")}, "temperature: "),
+        ({"top_p": float("nan")}, "top_p: "),
+        ({"n": 2}, "n: Input should be 1"),
+        ({"stream": True}, "stream: Input should be False"),
+        ({"presence_penalty": 0.5}, "presence_penalty: "),
+        ({"logit_bias": {"5": 1}}, "logit_bias: Extra inputs are not permitted"),
+        ({"max_tokens": -1}, "max_tokens: "),
+        ({"max_tokens": True}, "max_tokens: Input should be a valid integer"),
+        ({"max_tokens": 51}, "max_tokens: at most 50, got 51"),
+        ({"max_tokens": 10**30}, "max_tokens: "),
+        ({"stop": [""]}, "stop: "),
+        ({"logprobs": 21}, "logprobs: "),
+        ({"prompt": []}, "prompt: "),
+        ({"prompt": {"a": 1}}, "prompt: "),
+        ({"prompt": "\ud800"}, "prompt: "),
+        ({"prompt": [2**31]}, "prompt: "),
+        ({"prompt": [VOCABULARY]}, "prompt[0]: token id 300"),
+        ({"prompt": [[5], [5] * 300]}, "prompt[1]: 300 tokens of context"),
+        ({"prompt": ["x"] * 101}, "prompt: at most 100 are taken, got 101"),
+        ({"prompt": "", "add_special_tokens": False}, "prompt[0]: no token"),
+        ({"model": 5}, "model: Input should be a valid string"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_and_named(change, message, live):
+    status, body = call(live[0], "POST", "/v1/completions", ASKED | change)
+    assert status == 400
+    assert body["error"]["message"].startswith(message)
+    assert (body["error"]["type"], set(body["error"])) == (
+        "invalid_request_error",
+        {"message", "type", "param", "code"},
+    )
+
+
+def test_other_refusals(live, client):
+    port = live[0]
+    assert call(port, "POST", "/v1/score_choices", {"prompt": "a", "choices": ["b"] * 10_000})[0] == 400
+    assert call(port, "POST", "/v1/completions", {"prompt": "a", "temperature": 0})[1]["error"]["param"] == "model"
+    assert call(port, "GET", "/v1/nothing")[0] == 404
+    assert call(port, "GET", "/v1/completions")[0] == 405
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served, 'tiny' is"):
+        client.completions.create(model="gpt-4", prompt="a", temperature=0)
+    for body in (b"{", b"", b"\xff", b"[" * 20_000, b"null", b'"a"', b'{"prompt": ' + b"9" * 5000 + b"}"):
+        status, answer = call(port, "POST", "/v1/completions", body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + "x", "é"])
+def test_a_wrong_key_gets_nothing(key, live):
+    key = None if key is None else key.encode().decode("latin-1")
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/openapi.json"), ("GET", "/x")):
+        status, body = call(live[0], method, path, ASKED, key=key)
+        assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+        assert KEY not in json.dumps(body)
+    assert call(live[0], "GET", "/health", key=key) == (200, {"status": "ok"})
+
+
+def begin(port, body, length, chunked=False):
+    """A socket on which only a part of a request has been sent."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    framing = "transfer-encoding: chunked" if chunked else f"content-length: {length}"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n{framing}\r\n\r\n"
+    connection.sendall(head.encode() + (b"%x\r\n%s\r\n" % (len(body), body) if chunked else body))
+    return connection
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_huge_and_slow_bodies_are_cut_off(chunked, live, llama):
+    with begin(live[0], b"x" * 110_000, 10**9, chunked) as huge, begin(live[0], b'{"pro', 500, chunked) as slow:
+        assert_scores(llama, ask(live[0])[1], " who")  # others are served meanwhile
+        for connection, status in ((huge, b"413"), (slow, b"408")):
+            assert connection.recv(100_000).split()[1] == status
+
+
+def test_clients_that_disconnect_harm_nobody(llama, monkeypatch):
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def encode(self, jobs):
+        asked.extend(job.asked.prompt for job in jobs)
+        begun.set()
+        assert go_on.wait(60)
+        return original(self, jobs)
+
+    original = Engine._encode
+    taken, cancelled = threading.Event(), threading.Event()
+    monkeypatch.setattr(Engine, "_encode", encode)
+    with serving(llama) as (port, engine), ThreadPoolExecutor() as pool:
+        submit = engine.submit
+
+        def submitted(question):
+            future = submit(question)
+            future.add_done_callback(lambda done: done.cancelled() and cancelled.set())
+            taken.set()
+            return future
+
+        monkeypatch.setattr(engine, "submit", submitted)
+        first = pool.submit(ask, port)
+        assert begun.wait(60)
+        taken.clear()
+        body = json.dumps({"context": CONTEXT, "prompt": " gone", "choices": CHOICES}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            head = "POST /v1/score_choices HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+            gone.sendall(head.encode() + b"%d\r\n\r\n" % len(body) + body)
+            assert taken.wait(60)
+            with begin(port, b"{", 50):
+                pass  # one that leaves before its body is there
+        assert cancelled.wait(60)  # the server has seen that the client is gone
+        last = pool.submit(ask, port, " that")
+        go_on.set()
+        for prompt, future in ((" who", first), (" that", last)):
+            assert_scores(llama, future.result()[1], prompt)
+    assert " gone" not in asked
+
+
+def test_more_than_may_wait_is_refused_and_shutting_down_answers_everyone(llama, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    original = Engine._encode
+
+    def encode(self, jobs):
+        begun.set()
+        assert go_on.wait(60)
+        return original(self, jobs)
+
+    monkeypatch.setattr(Engine, "_encode", encode)
+    engine = Engine(llama, context_bytes=0, max_waiting=2)
+    at_work = engine.submit(Choices("", "the", CHOICES))
+    assert begun.wait(60)
+    waiting = [engine.submit(Choices("", "the", CHOICES)) for _ in range(2)]
+    with pytest.raises(EngineBusyError, match=r"^2 requests are waiting already"):
+        engine.submit(Choices("", "the", CHOICES))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait(waiting)
+    go_on.set()
+    closing.join()
+    assert len(at_work.result().results) == 3
+    for future in waiting:
+        assert isinstance(future.exception(), EngineClosedError)
+    with pytest.raises(EngineClosedError):
+        engine.submit(Choices("", "the", CHOICES))
+
+
+def test_a_failure_is_the_culprits_alone_and_leaks_nothing(llama, monkeypatch):
+    class SecretError(Exception):
+        pass
+
+    def encode_pairs(tokenizer, pairs, **options):
+        if any("culprit" in context for context, _ in pairs):
+            raise SecretError("/a/path")
+        return original(tokenizer, pairs, **options)
+
+    original = encoding.encode_pairs
+    monkeypatch.setattr(encoding, "encode_pairs", encode_pairs)
+    with serving(llama) as (port, engine):
+        jobs = [engine.submit(Choices("", prompt, CHOICES)) for prompt in ("the", "culprit", "who")]
+        assert isinstance(jobs[1].exception(), SecretError)
+        assert len(jobs[0].result().results) == len(jobs[2].result().results) == 3
+        status, body = ask(port, "culprit")
+        assert (status, body["error"]["type"]) == (500, "server_error")
+        assert body["error"]["message"] == "internal error; the server's log has more"
+
+
+def test_a_text_that_choices_repeat_too_often_is_refused(llama, monkeypatch):
+    monkeypatch.setattr("icl_ft_fast.integrations.engine.BATCH_CHARACTERS", 100)
+    engine = Engine(llama, context_bytes=0)
+    with pytest.raises(ScoreError, match=r"^choices: 109 characters, counting context and prompt with each choice"):
+        engine.submit(Choices("x" * 30, "y" * 5, ("a", "b", "cd")))
+    engine.close()
+
+
+def test_generation_and_scores_share_a_batch(llama):
+    engine = Engine(llama, context_bytes=2**26)
+    prompts = encoding.encode(llama.tokenizer, ["the cat", "who knows"])
+    how = Sampling(max_new_tokens=5, temperature=1.0, seed=7)
+    written, scored = engine.submit(Prompts(prompts, how)), engine.submit(Choices("", "the cat", CHOICES))
+    assert written.result().results == generate(llama, prompts, how)
+    assert len(scored.result().results) == 3
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def document(live):
+    return schemathesis.openapi.from_dict(call(live[0], "GET", "/openapi.json")[1])
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/score_choices", "/v1/completions", "/v1/chat/completions"])
+def test_whatever_the_document_allows_or_forbids_gets_an_answer(path, mode, document, live):
+    options = {"base_url": f"http://127.0.0.1:{live[0]}", "headers": {"Authorization": f"Bearer {KEY}"}}
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
+    def check(case):
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = "tiny"  # else all would end at the name
+        # What the document allows may still be refused: a choice that has no token, a prompt that is too long.
+        case.call_and_validate(**options, excluded_checks=[positive_data_acceptance])
+
+    check()
+
+
+# The command
+
+
+def test_the_key_is_no_argument(tmp_path, monkeypatch, capsys, llama_directory):
+    empty = tmp_path / "key"
+    empty.write_text("\n")
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    for arguments, named in (((), f"${KEY_VARIABLE}"), (("--key-file", str(empty)), str(empty))):
+        assert cli.main(["serve", str(llama_directory), *arguments]) == 2
+        assert f"icl-ft-fast serve: {named}: the key is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["serve", str(llama_directory), "--api-key", "x"])
+
+
+def test_the_command_serves(llama_directory, monkeypatch, capsys, tmp_path):
+    asked = {}
+    (tmp_path / "key").write_text(KEY + "\n")
+
+    def run(app, **options):
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, ws="none", **options))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        asked["models"] = call(listening.getsockname()[1], "GET", "/v1/models")
+        server.should_exit = True
+        thread.join()
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    command = ["serve", str(llama_directory), "--name", "mine", "--key-file", str(tmp_path / "key")]
+    assert cli.main([*command, "--host", "0.0.0.0"]) == 0
+    assert asked["models"][1]["data"][0]["id"] == "mine"
+    assert "no key is set" not in capsys.readouterr().err
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert cli.main(["serve", str(llama_directory), "--host", "0.0.0.0"]) == 0
+    assert asked["models"][0] == 200
+    assert "whoever reaches 0.0.0.0 may use this server: no key is set" in capsys.readouterr().err
