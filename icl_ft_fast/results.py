@@ -80,7 +80,7 @@ def read_results(path: Path) -> Results:
         return parse_results(found if version == SCHEMA_VERSION else _from_2(found))
     except ValidationError as error:
         raise ResultsError(f"{path}: {first_error(error)}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # an old file of another shape
         raise ResultsError(f"{path}: not a results file of schema {version}: {error!r}") from error
 
 

@@ -82,6 +82,8 @@ def spoiled(change):
         ({"schema_version": True}, "schema_version: expected 1 to 3, got True"),
         ({"schema_version": 3}, "model: Field required (and "),
         ({"schema_version": 2}, "not a results file of schema 2: KeyError('runs')"),
+        (spoiled(lambda f: f.update(runs=[])), "not a results file of schema 1: ValueError("),
+        (spoiled(lambda f: f.update(runs={"a": 1})), "not a results file of schema 1: TypeError("),
         (spoiled(lambda f: f["runs"][1].update(seed="x")), "runs[1].seed: Input should be a valid integer"),
         (spoiled(lambda f: f["runs"][0].pop("notes")), "runs[0].notes: Field required"),
         (spoiled(lambda f: f.update(parameters=None)), "parameters: Input should be a valid integer"),
