@@ -1,7 +1,7 @@
 """The study: base, ICL, fine-tuning and augmented fine-tuning on one task, over seeds, with what each costs.
 
 Every arm ends in the same questions through the same scorer; they differ in what is in the context and what was trained
-on. Costs are wall seconds on this machine and rows forwarded, measured in the run itself.
+on. What was paid once is in each arm's ledger; what a query costs is measured apart, by sweep.py.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import itertools
 import json
 import math
 import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from icl_ft_fast import augment, encoding, evaluate, statistics
+from icl_ft_fast import augment, evaluate, statistics, sweep
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
+from icl_ft_fast.cost.machine import Ceilings, fingerprint
+from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.model import Model
-from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
 ARMS = (*DEFAULT_ARMS, "distilled")
-SCHEMA_VERSION = 2  # 2: answers, normalization, template, splitting
-UNCACHED_SAMPLE = 3  # questions scored one by one to measure what a query costs when nothing is reused
+# 2: answers, normalization, template, splitting; 3: phases, sweep, questions, losses, samples, fingerprint
+SCHEMA_VERSION = 3
+ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
+SAMPLES = 40  # augmentations kept for the report
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An augmentation and the document it was written from."""
+
+    source: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Run:
     """One arm under one seed.
 
@@ -66,13 +75,15 @@ class Run:
         seed: the seed.
         accuracy: correct and total answers by split.
         answers: each question's choice probabilities, for those whose answer is known.
-        setup_s: seconds spent once before the first query: augmentation, training, or the context's prefill.
-        query_s: seconds a query costs after that, all questions scored together.
+        setup_s: seconds spent once before the first query: augmentation and training.
+        query_s: seconds a query took after that and after the context's prefill, all questions scored together.
         query_tokens: tokens of one query's requests, as a scorer without reuse forwards them.
         query_rows: rows actually forwarded a query, without the context's prefill.
-        uncached_query_s: seconds a query costs when its context is forwarded for it alone.
-        counts: the ledger of the whole run, phases in seconds.
+        counts: the ledger of the whole run.
         notes: augmentation counts and the like.
+        losses: mean loss per target token (nats) of each training step.
+        samples: some augmentations, each with the text it was written from.
+        questions: what was asked.
     """
 
     arm: str
@@ -83,9 +94,11 @@ class Run:
     query_s: float
     query_tokens: float
     query_rows: float
-    uncached_query_s: float
     counts: dict[str, Any]
     notes: dict[str, Any]
+    losses: tuple[float, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    questions: tuple[Question, ...] = field(default=(), repr=False)
 
 
 def compare(
@@ -129,10 +142,12 @@ def compare(
 
 
 def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, progress: bool) -> Run:
-    ledger = Ledger()
+    ledger = Ledger(meter=Meter(model.device))
     documents: list[Document] = []
     context = evaluate.prompt_context(model, documents, settings.template)
     notes: dict[str, Any] = {}
+    losses: tuple[float, ...] = ()
+    samples: list[Sample] = []
     if arm == "icl":
         documents, context, left_out = _icl_context(model, task, seed, settings)
         if settings.icl_tokens is not None:
@@ -141,49 +156,36 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
     elif arm != "base":
         texts = [document.text for document in task.documents]
         if arm != "ft":
-            with ledger.phase("augment"):
+            with ledger.phase("filter"):  # all but the phase "generate" within it
                 if arm == "rules-ft":
                     augmented = augment.augment_rules(task.documents)
                 else:
                     augmented = augment.augment_local(model, task.documents, ledger=ledger, progress=progress)
             texts += [row.text for row in augmented.rows]
+            sources = {document.id: document.text for document in task.documents}
+            kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
+            samples = [Sample(sources[row.source_id], row.kind, row.text) for row in kept]
             notes["augmentations"] = len(augmented.rows)
             notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
         teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
-        with ledger.phase("train"):
-            tuned = finetune(
-                model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, ledger=ledger,
-                progress=progress,
-            )  # fmt: skip
-        notes["final_loss"] = tuned.losses[-1]
-        model = tuned.model
-    uncached_s = _uncached_query_s(model, task.questions, context)
-    queries = Ledger()
-    with queries.phase("query"):
-        answers = evaluate.answers(
-            model, task.questions, context=context, normalization=settings.normalization, ledger=queries,
+        tuned = finetune(
+            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, ledger=ledger,
             progress=progress,
         )  # fmt: skip
+        losses, model = tuned.losses, tuned.model
+        notes["final_loss"] = losses[-1]
     setup_s = math.fsum(ledger.seconds.values())
-    query_s: float = queries.seconds["query"]
-    rows = queries.forwarded_rows
-    if documents:
-        prefill = Ledger()
-        with prefill.phase("prefill"):
-            context_ids = encoding.encode(model.tokenizer, [context.rstrip()])[0]
-            loglikelihood(model, [(context_ids, context_ids[:1])], ledger=prefill)
-        setup_s = prefill.seconds["prefill"]
-        query_s, rows = max(0.0, query_s - setup_s), rows - prefill.forwarded_rows
-        ledger.seconds["prefill"] = setup_s
-    ledger.seconds["query"] = query_s
-    for name in ("request_tokens", "forwarded_rows", "head_rows", "scored_tokens"):
-        setattr(ledger, name, getattr(ledger, name) + getattr(queries, name))
-    n = len(task.questions)
+    asked = ledger.request_tokens
+    answers = evaluate.answers(
+        model, task.questions, context=context,
+        normalization=settings.normalization, ledger=ledger, progress=progress,
+    )  # fmt: skip
+    n, query = len(task.questions), ledger.phases["query"]
     return Run(
-        arm=arm, seed=seed, accuracy=evaluate.accuracies(answers), answers=tuple(answers),
-        setup_s=setup_s, query_s=query_s / n, query_tokens=queries.request_tokens / n, query_rows=rows / n,
-        uncached_query_s=uncached_s,
-        counts=ledger.as_dict(), notes=notes,
+        arm=arm, seed=seed, accuracy=evaluate.accuracies(answers), answers=tuple(answers), setup_s=setup_s,
+        query_s=(query.wall_s + ledger.phases["tokenise"].wall_s) / n,
+        query_tokens=(ledger.request_tokens - asked) / n, query_rows=query.forwarded_rows / n,
+        counts=ledger.as_dict(), notes=notes, losses=losses, samples=tuple(samples), questions=task.questions,
     )  # fmt: skip
 
 
@@ -198,14 +200,14 @@ def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tup
     return documents, evaluate.prompt_context(model, documents, settings.template), chosen - len(documents)
 
 
-def _uncached_query_s(model: Model, questions: Sequence[Question], context: str) -> float:
-    """Median seconds of scoring one question alone, its context forwarded for it."""
-    seconds = []
-    for question in questions[:UNCACHED_SAMPLE]:
-        start = time.perf_counter()
-        score(model, [question], context=context)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+def measure(
+    model: Model, task: Task, settings: Settings, *, seconds: float = 60.0, progress: bool = False
+) -> sweep.Sweep:
+    """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
+    if "icl" not in settings.arms:
+        return sweep.sweep(model, task.questions, lengths=(), seconds=seconds, progress=progress)
+    _, context, _ = _icl_context(model, task, settings.seeds[0], settings)
+    return sweep.sweep(model, task.questions, context, seconds=seconds, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -249,32 +251,40 @@ def paired_tests(runs: Sequence[Run]) -> list[Paired]:
     return [replace(test, p=p) for test, p in zip(tests, adjusted, strict=True)]
 
 
-def break_even(setup_s: float, query_s: float, rival_setup_s: float, rival_query_s: float) -> float | None:
-    """The number of queries from which on setup + n * query costs less than the rival; 0 if always, None if never.
+def as_json(
+    model: Model,
+    task_name: str,
+    settings: Settings,
+    runs: Sequence[Run],
+    *,
+    costs: sweep.Sweep | None = None,
+    load: Ledger | None = None,
+    ceilings: Ceilings | None = None,
+) -> dict[str, Any]:
+    """Everything results.json holds; results.py reads it.
 
-    What starts cheaper and ends dearer has no such number either.
+    `costs` are those of measure(), `load` is the ledger of loading the model.
     """
-    if query_s >= rival_query_s:
-        return 0.0 if query_s == rival_query_s and setup_s < rival_setup_s else None
-    return max(0.0, (setup_s - rival_setup_s) / (rival_query_s - query_s))
-
-
-def as_json(model: Model, task_name: str, settings: Settings, runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything results.json holds."""
-    import transformers
-
+    asked: dict[tuple[Question, ...], list[int]] = {}
+    for run in runs:
+        seeds = asked.setdefault(run.questions, [])
+        seeds += [run.seed] * (run.seed not in seeds)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model.name,
         "parameters": model.num_parameters,
+        "weight_bytes": work_of(model).weight_bytes,
         "task": task_name,
         "settings": asdict(settings),
-        "machine": {
-            "device": str(model.device), "processor": platform.machine(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-        "runs": [asdict(run) for run in runs],
-    }  # fmt: skip
+        "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
+        "load": None if load is None else load.as_dict(),
+        "sweep": asdict(costs or sweep.Sweep()),
+        "questions": [
+            {"seeds": seeds, "questions": [{"id": q.id, "prompt": q.prompt, "choices": q.choices} for q in questions]}
+            for questions, seeds in asked.items()
+        ],
+        "runs": [asdict(replace(run, questions=())) for run in runs],
+    }
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

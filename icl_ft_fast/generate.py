@@ -20,6 +20,7 @@ from tqdm import tqdm
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import KVStack
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model, Rows
 
 RUNNING = 64  # sequences decoded together; bounds the stack, and on the CPU more at a time is not faster
@@ -206,7 +207,9 @@ class _Decoder:
         self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
         self.ends_text = end_tokens(model)
         self.controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
-        self.stack = KVStack(self._capacity(sequences))
+        self.stack, self.work = KVStack(self._capacity(sequences)), work_of(model)
+        with ledger.phase("generate"):
+            ledger.kv_bytes += self.stack.capacity * self.work.kv_row_bytes
         self.end_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
         self.depth_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
         self.top = 0  # stack rows in use, reserved ones included
@@ -233,7 +236,9 @@ class _Decoder:
     def run(self) -> Iterator[tuple[_Sequence, Generation]]:
         """Yield each sequence as it ends."""
         while self.queue or self.running:
-            yield from self._step()
+            with self.ledger.phase("generate"):
+                ended = self._step()
+            yield from ended
 
     @torch.inference_mode()
     def _step(self) -> list[tuple[_Sequence, Generation]]:
@@ -317,6 +322,7 @@ class _Decoder:
             )  # fmt: skip
             wanted = needed[(needed >= first) & (needed < first + CHUNK_ROWS)] - first
             hidden.append(self.model.forward(rows)[wanted.to(device)])
+            self.ledger.ran(self.work, depth[part], self.top - len(depth[part]), len(wanted))
         self.ledger.forwarded_rows += len(token)
         self.ledger.head_rows += len(needed)
         return self.model.logits(torch.cat(hidden)) if hidden else self.logits[:0]

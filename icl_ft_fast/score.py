@@ -19,6 +19,7 @@ from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import Context, KVStack, common_tokens
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
 
@@ -70,6 +71,7 @@ def loglikelihood(
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
     chunk_rows: int = CHUNK_ROWS,
+    shared_tokens: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
     start: Context | None = None,
@@ -80,6 +82,8 @@ def loglikelihood(
         model: from load().
         requests: pairs; a continuation has at least one token, and so has a context of token ids.
         chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        shared_tokens: leading tokens that all requests have in common and that count as the ledger's phase "prefill";
+            everything else forwarded is its phase "query".
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
         start: from prefill() with this model; every request begins with its tokens, and they are not forwarded again.
@@ -91,9 +95,8 @@ def loglikelihood(
         ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
             vocabulary does not have, or a request that does not begin with `start`.
     """
-    results = dict(
-        iter_loglikelihood(model, requests, chunk_rows=chunk_rows, ledger=ledger, progress=progress, start=start)
-    )
+    encoded = _encode(model, requests)
+    results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, start, shared_tokens))
     return [results[r] for r in range(len(requests))]
 
 
@@ -143,11 +146,15 @@ def prefill(
     plan = trie.plan(forest, chunk_rows, known=known)
     stack = near.stack.copy(known, len(ids)) if near and known else KVStack(len(ids))
     hidden = [near.hidden[:known]] if near and known else []
-    for chunk in plan.chunks[len(hidden) :]:
-        hidden.append(model.forward_chunk(chunk, stack))
-    ledger.request_tokens += len(ids)
-    ledger.reused_rows += known
-    ledger.forwarded_rows += len(ids) - known
+    work = work_of(model)
+    with ledger.phase("prefill"):
+        for chunk in plan.chunks[len(hidden) :]:
+            hidden.append(model.forward_chunk(chunk, stack))
+            ledger.ran(work, forest.depth[chunk.first_row : chunk.last_row], chunk.stack_rows, 0)
+        ledger.request_tokens += len(ids)
+        ledger.reused_rows += known
+        ledger.forwarded_rows += len(ids) - known
+        ledger.kv_bytes += stack.capacity * work.kv_row_bytes
     return Context(np.asarray(ids, np.int32), torch.cat(hidden), stack)
 
 
@@ -249,7 +256,9 @@ def _scored(
     """Yield (question index, score) as questions are done."""
     ledger = ledger or Ledger()
     pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
-    encoded = encoding.encode_pairs(model.tokenizer, pairs)
+    with ledger.phase("tokenise"):
+        encoded = encoding.encode_pairs(model.tokenizer, pairs)
+        shared_tokens = len(encoding.encode(model.tokenizer, [context.rstrip()])[0]) if context else 0
     owner = [q for q, question in enumerate(questions) for _ in question.choices]
     first = [0]
     for question in questions:
@@ -275,7 +284,7 @@ def _scored(
             start = stored_context(
                 model, token, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
             )
-    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start):
+    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start, shared_tokens):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
@@ -374,23 +383,31 @@ def _run(
     ledger: Ledger,
     progress: bool,
     start: Context | None = None,
+    shared_tokens: int = 0,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield (request index, result) as chunks complete them."""
     forest = trie.build_from_lists(requests)
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
     is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
-    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger, progress, start):
+    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger, progress, start, shared_tokens):
         if len(needed):
-            values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
-            logp[chunk.target_index] = values.double().cpu()
-            is_argmax[chunk.target_index] = flags.cpu()
+            with ledger.phase("query"):
+                values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+                logp[chunk.target_index] = values.double().cpu()
+                is_argmax[chunk.target_index] = flags.cpu()
         for r in completed:
             path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
             yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
 
 
 def _forward(
-    model: Model, forest: trie.Trie, chunk_rows: int, ledger: Ledger, progress: bool, start: Context | None
+    model: Model,
+    forest: trie.Trie,
+    chunk_rows: int,
+    ledger: Ledger,
+    progress: bool,
+    start: Context | None,
+    shared_tokens: int = 0,
 ) -> Iterator[tuple[trie.Chunk, torch.Tensor, list[int]]]:
     """Yield each chunk, the hidden states of its head rows, and the requests that it completes."""
     known = 0 if start is None else min(len(start.token), len(forest.token))
@@ -398,20 +415,28 @@ def _forward(
         begins = torch.from_numpy(start.token[:known]).equal(forest.token[:known])
         if not begins or not (forest.end[:known] == len(forest.token)).all():
             raise ScoreError("start: not every request begins with its tokens")
-    plan = trie.plan(forest, chunk_rows, known=known)
-    stack = KVStack(plan.capacity) if start is None else start.open(plan.capacity)
-    ledger.request_tokens += forest.request_tokens
-    ledger.reused_rows += known
+    shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
+    plan = trie.plan(forest, chunk_rows, known=known, cut=shared_rows)
+    stack, work = KVStack(plan.capacity) if start is None else start.open(plan.capacity), work_of(model)
+    with ledger.phase("query"):
+        ledger.request_tokens += forest.request_tokens
+        ledger.reused_rows += known
     with tqdm(total=len(forest.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
         for chunk, completed in zip(plan.chunks, _requests_by_chunk(forest, plan), strict=True):
-            if start is not None and chunk.first_row < known:
-                hidden = start.hidden
-            else:
-                hidden = model.forward_chunk(chunk, stack)
-                ledger.forwarded_rows += len(chunk.token)
-                bar.update(len(chunk.token))
-            ledger.head_rows += len(chunk.head_rows)
-            ledger.scored_tokens += len(chunk.target_index)
+            with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else "query"):
+                if start is not None and chunk.first_row < known:
+                    hidden = start.hidden
+                    ledger.flops += len(chunk.head_rows) * work.head_flops
+                else:
+                    if chunk.first_row == known:
+                        ledger.kv_bytes += plan.capacity * work.kv_row_bytes
+                    hidden = model.forward_chunk(chunk, stack)
+                    depth = forest.depth[chunk.first_row : chunk.last_row]
+                    ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
+                    ledger.forwarded_rows += len(chunk.token)
+                    bar.update(len(chunk.token))
+                ledger.head_rows += len(chunk.head_rows)
+                ledger.scored_tokens += len(chunk.target_index)
             yield chunk, hidden[chunk.head_rows.to(hidden.device)], completed
 
 

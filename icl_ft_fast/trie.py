@@ -179,11 +179,12 @@ class Plan:
     capacity: int
 
 
-def plan(trie: Trie, max_rows: int, *, known: int = 0) -> Plan:
+def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
 
     The first `known` rows, which have been forwarded already and have every other row below them, are a chunk of their
-    own. The KV stack of a chunk is never longer than its rows plus the longest path, whatever the size of the trie.
+    own, and no chunk goes over row `cut`. The KV stack of a chunk is never longer than its rows plus the longest path,
+    whatever the size of the trie.
     """
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
@@ -192,7 +193,12 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0) -> Plan:
     # several times faster than torch's on such nearly sorted values.
     scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
     scored_row = trie.scored_row[scored]
-    edges = [*([0] if known else []), *range(known, num_rows, max_rows), num_rows]
+    edges = [
+        *([0] if known else []),
+        *range(known, cut, max_rows),
+        *range(max(known, cut), num_rows, max_rows),
+        num_rows,
+    ]
     cuts = torch.searchsorted(scored_row, torch.tensor(edges, dtype=torch.int32)).tolist()
     chunks = []
     for k, first_row in enumerate(edges[:-1]):

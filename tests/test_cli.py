@@ -396,7 +396,7 @@ def test_usage_errors(arguments, named, capsys):
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "score", "task"])
+@pytest.mark.parametrize("command", ["demo", "compare", "report", "score", "task", "doctor"])
 def test_help_shows_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -422,7 +422,7 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("demo", "compare", "score", "task"):
+    for command in ("demo", "compare", "report", "score", "task", "doctor"):
         assert re.search(rf"^    {command} ", text, re.MULTILINE), command
 
 
@@ -468,6 +468,10 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert results["runs"][0]["accuracy"].keys() == {"recall", "test"}  # the split "other" has no answers
     assert printed[-1] == f"Written to {path}"
     assert any(line.startswith("fine-tuned ") for line in printed)
+    assert max(map(len, printed[:-1])) <= 80
+    assert {point["context_tokens"] for point in results["sweep"]["points"]} >= {0, results["sweep"]["context_tokens"]}
+    assert results["load"]["phases"]["load"]["wall_s"] > 0
+    assert results["machine"]["ceilings"]["flops_per_s"] > 0
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
 
@@ -487,6 +491,60 @@ def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run)
     results = json.loads((files.folder / "run" / "results.json").read_text())
     assert results["settings"]["icl_tokens"] == 150
     assert results["settings"]["finetune"]["splitting"] == "independent"  # the paper's preset
+
+
+PRICES = '{"currency": "EUR", "machine_per_hour": 2.5}'
+BARE = {"arms": "base,icl,ft", "batch_size": 2, "measure_seconds": 0.1}
+
+
+def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
+    prices = files.folder / "prices.json"
+    prices.write_text(PRICES)
+    monkeypatch.setenv("NO_COLOR", "1")
+    volume = {"queries_per_day": 100, "days": 7, "prices": prices, "within": 100}
+    code, printed, errors = run(files.compare(**BARE, **volume))
+    assert (code, errors) == (0, [])
+    text = "\n".join(printed)
+    assert "\x1b" not in text
+    assert "cheapest first" in text
+    assert "For 700 queries the cheapest way within 100 points of the best accuracy is" in " ".join(text.split())
+    assert " EUR)" in text
+    again = run(["report", str(files.folder / "run"), *pairs(volume)])
+    assert again[1][1:] == printed[:-2]  # the same tables from the file
+    for option, value, message in [
+        ("prices", files.folder / "none.json", f"{files.folder / 'none.json'}: No such file or directory"),
+        ("within", -1, "--within: expected points of 0 or more, got -1.0"),
+    ]:
+        assert refused(files.compare("--overwrite", **BARE, **volume | {option: value})) == message
+    prices.write_text("{}")
+    assert refused(files.compare("--overwrite", **BARE, **volume)).startswith(f"{prices}: currency: Field required")
+    assert refused(["report", str(prices)]) == f"{prices}: schema_version: expected 1 to 3, got None"
+
+
+def test_machines_get_json(files, run):
+    code, printed, errors = run(files.compare("--json", **BARE, queries_per_day=10))
+    assert (code, errors, len(printed)) == (0, [], 1)
+    summary = json.loads(printed[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert summary["accuracy"].keys() == {"base", "icl", "ft"}
+    assert summary["costs"]["seconds"].keys() == {"base", "ICL", "ICL kept", "ICL from file", "fine-tuned"}
+    assert summary["decision"]["queries"] == 300
+    assert {(row["way"], row["rival"]) for row in summary["break_even"]} == {
+        ("fine-tuned", rival) for rival in ("ICL", "ICL kept", "ICL from file")
+    }
+    (told,) = run(files.score("--json"))[1]
+    assert json.loads(told)["known"] == 2
+    assert json.loads(told)["phases"]["query"]["how"]["joules"] in ("unavailable", "measured")
+
+
+def test_doctor(run, refused):
+    code, printed, errors = run(["doctor"])
+    assert (code, errors) == (0, [])
+    assert any(line.startswith("float32 matmul ") for line in printed)
+    assert max(map(len, printed)) <= 80
+    (told,) = run(["doctor", "--json"])[1]
+    assert [ceiling["dtype"] for ceiling in json.loads(told)["ceilings"]] == ["float32", "bfloat16"]
+    assert refused(["doctor", "--device", "nonsense"]) == "--device: 'nonsense' is no torch device"
+    assert refused(["doctor", "--device", "meta"]) == "--device: meta: torch finds no such device here"
 
 
 def test_compare_follows_the_protocol_it_is_given(files, run, refused):

@@ -3,19 +3,19 @@
 import copy
 import io
 import json
-import math
 import re
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icl_ft_fast import compare, encoding, report
+from icl_ft_fast import compare, encoding, sweep
 from icl_ft_fast.augment import augment_rules
-from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, break_even, paired_tests, write_results
+from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
+from icl_ft_fast.cost.machine import fingerprint
 from icl_ft_fast.evaluate import (
     NORMALIZATIONS,
     Accuracy,
@@ -31,6 +31,9 @@ from icl_ft_fast.evaluate import (
     select_documents,
 )
 from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.report import table
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.results import Results, read_results
 from icl_ft_fast.score import score
 from icl_ft_fast.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -58,7 +61,7 @@ def test_every_arm_runs_under_every_seed(runs):
     assert [(run.seed, run.arm) for run in runs] == [(0, "icl"), (0, "rules-ft"), (7, "icl"), (7, "rules-ft")]
     for run in runs:
         assert {split: accuracy.total for split, accuracy in run.accuracy.items()} == {"reversal": 2, "trained": 2}
-        assert run.uncached_query_s > 0
+        assert run.query_s > 0
 
 
 def test_the_icl_arm_is_the_documents_in_context(llama, runs):
@@ -67,7 +70,8 @@ def test_the_icl_arm_is_the_documents_in_context(llama, runs):
         context = icl_context(select_documents(task.documents, run.seed, per_topic=1))
         assert run.accuracy == evaluate(llama, task.questions, context=context)
         assert run.notes == {"context_documents": 2}
-        assert run.counts["seconds"].keys() == {"prefill", "query"}
+        assert run.counts["phases"].keys() == {"tokenise", "prefill", "query"}
+        assert run.setup_s == 0
         assert run.counts["trained_tokens"] == 0
 
         pairs = [(context + question.prompt, choice) for question in task.questions for choice in question.choices]
@@ -96,8 +100,12 @@ def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
             "final_loss": tuned.losses[-1],
         }
         assert run.counts["trained_tokens"] > 0
-        assert run.counts["seconds"].keys() == {"augment", "train", "query"}
-        assert run.setup_s == pytest.approx(run.counts["seconds"]["augment"] + run.counts["seconds"]["train"])
+        phases = run.counts["phases"]
+        assert phases.keys() == {"filter", "train", "tokenise", "query"}
+        assert run.setup_s == pytest.approx(phases["filter"]["wall_s"] + phases["train"]["wall_s"])
+        assert run.losses == tuned.losses
+        assert [sample.text for sample in run.samples] == [row.text for row in written.rows]
+        assert {sample.source for sample in run.samples} <= {document.text for document in task.documents}
         assert run.query_rows * 4 == run.counts["forwarded_rows"]
 
 
@@ -107,7 +115,7 @@ def test_the_plain_arms(llama):
     task = task_of_seed(3)
     base, tuned = compare.compare(llama, lambda _: task, settings)
     assert base.accuracy == evaluate(llama, task.questions)
-    assert (base.setup_s, base.notes, base.counts["seconds"].keys()) == (0.0, {}, {"query"})
+    assert (base.setup_s, base.notes, base.counts["phases"].keys()) == (0.0, {}, {"tokenise", "query"})
     expected = finetune(llama, [document.text for document in task.documents], TRAINING, seed=3)
     assert tuned.notes == {"final_loss": expected.losses[-1]}
     for name, parameter in llama.network.named_parameters():
@@ -138,15 +146,18 @@ def test_an_unknown_arm(llama):
 def test_results_json(llama, runs, tmp_path):
     path = tmp_path / "new" / "results.json"
     write_results(path, as_json(llama, "a task", SETTINGS, runs[:1]))
-    write_results(path, as_json(llama, "a task", SETTINGS, runs))
+    costs = sweep.Sweep(3, (sweep.Point(3, 1, (0.5,), (0.25,)),))
+    write_results(path, as_json(llama, "a task", SETTINGS, runs, costs=costs))
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
     def no_constants(name):
         raise AssertionError(f"{name} is not JSON")
 
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
-    assert results.keys() == {"schema_version", "model", "parameters", "task", "settings", "machine", "runs"}
-    assert (results["schema_version"], results["task"], results["model"]) == (2, "a task", llama.name)
+    assert results.keys() == {field.name for field in fields(Results)}
+    assert (results["schema_version"], results["task"], results["model"]) == (3, "a task", llama.name)
+    assert [asked["seeds"] for asked in results["questions"]] == [[0], [7]]
+    assert [q["id"] for q in results["questions"][0]["questions"]] == [q.id for q in task_of_seed(0).questions]
     assert results["parameters"] == sum(parameter.numel() for parameter in llama.network.parameters())
     assert results["settings"] == {
         "arms": ["icl", "rules-ft"],
@@ -158,62 +169,16 @@ def test_results_json(llama, runs, tmp_path):
         "template": "base",
         "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
-    assert results["machine"].keys() == {"device", "processor", "threads", "python", "torch", "transformers"}
+    assert results["machine"].keys() == fingerprint("cpu").keys() | {"ceilings"}
     assert len(results["runs"]) == 4
     for written, run in zip(results["runs"], runs, strict=True):
         assert written.keys() == {field.name for field in fields(Run)}
         assert written["accuracy"]["reversal"] == {"correct": run.accuracy["reversal"].correct, "total": 2}
-        for name in ("arm", "seed", "setup_s", "query_s", "query_tokens", "query_rows", "uncached_query_s", "counts"):
+        for name in ("arm", "seed", "setup_s", "query_s", "query_tokens", "query_rows", "counts"):
             assert written[name] == getattr(run, name), name
-
-
-SECONDS = st.floats(0, 1e4)
-RATES = st.floats(0, 1e2)
-
-
-@given(SECONDS, RATES, SECONDS, RATES)
-def test_break_even(setup_s, query_s, rival_setup_s, rival_query_s):
-    def cheaper(n):
-        """Whether setup + n * query is less, in exact arithmetic."""
-        numbers = (setup_s, query_s, rival_setup_s, rival_query_s)
-        setup, query, rival_setup, rival_query = (int(x * 2**1074) for x in map(_fraction, numbers))
-        return setup + n * query < rival_setup + n * rival_query
-
-    count = break_even(setup_s, query_s, rival_setup_s, rival_query_s)
-    if count is None:
-        assert not cheaper(10**400)
-    elif count == 0:
-        assert setup_s <= rival_setup_s or rival_query_s - query_s > 1e300 * setup_s or setup_s < 1e-300
-        assert cheaper(10**400)
-    else:
-        assume(count < 1e15)
-        assert setup_s + count * query_s == pytest.approx(rival_setup_s + count * rival_query_s, rel=1e-6)
-        assert cheaper(math.ceil(count * (1 + 1e-9)) + 1)
-        assert not cheaper(0)
-
-
-def _fraction(x):
-    """A float as an exact fraction."""
-    from fractions import Fraction
-
-    return Fraction(x)
-
-
-@pytest.mark.parametrize(
-    ("costs", "count"),
-    [
-        ((10.0, 1.0, 0.0, 3.0), 5.0),
-        ((10.0, 1.0, 4.0, 3.0), 3.0),
-        ((1.0, 1.0, 4.0, 3.0), 0.0),
-        ((1.0, 2.0, 4.0, 2.0), 0.0),
-        ((4.0, 2.0, 4.0, 2.0), None),
-        ((5.0, 2.0, 4.0, 2.0), None),
-        ((5.0, 3.0, 4.0, 2.0), None),
-        ((0.0, 3.0, 4.0, 2.0), None),  # cheaper for the first four queries only
-    ],
-)
-def test_break_even_by_hand(costs, count):
-    assert break_even(*costs) == count
+    read = read_results(path)
+    assert read.sweep == costs
+    assert read.runs == tuple(replace(run, questions=()) for run in runs)
 
 
 @pytest.mark.parametrize(
@@ -288,23 +253,42 @@ def test_documents_for_the_context():
 
 
 def run_of(arm, seed=0, scale=1.0, **accuracy):
-    seconds = {"augment": 12.3 * scale, "train": 98.7 * scale, "prefill": 7.1 * scale, "query": 1.0}
+    seconds = (
+        {"filter": 12.3 * scale, "train": 98.7 * scale, "query": 1.0} if arm not in ("base", "icl") else {"query": 1.0}
+    )
     return Run(
         arm=arm, seed=seed, accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()}, answers=(),
-        setup_s=100 * scale, query_s=0.002 * scale, query_tokens=1234 * scale, query_rows=12.5 * scale,
-        uncached_query_s=0.5 * scale, counts={"seconds": seconds}, notes={},
+        setup_s=111.0 * scale * (len(seconds) > 1), query_s=0.002 * scale, query_tokens=1234 * scale, query_rows=12.5,
+        counts={"phases": {name: {"wall_s": value} for name, value in seconds.items()}}, notes={},
     )  # fmt: skip
 
 
-def printed(runs, width=80):
+COSTS = sweep.Sweep(
+    500,
+    (
+        sweep.Point(0, 1, (), (0.1,)),
+        sweep.Point(0, 64, (), (0.02,)),
+        sweep.Point(500, 1, (7.1,), (0.5,), save_s=(0.9,), load_s=(0.1,)),
+        sweep.Point(500, 64, (7.1,), (0.03,), save_s=(0.9,), load_s=(0.1,)),
+    ),
+)
+
+
+def derived(runs, costs=COSTS, **settings):
+    """What the tables are made from."""
+    results = Results(3, "model", 1, "task", {}, {}, costs, tuple(runs))
+    return Derived(results, "study", **settings)
+
+
+def printed(runs, width=80, **settings):
     console = Console(file=io.StringIO(), width=width)
-    report.print_table(runs, console)
+    table.print_study(derived(runs, **settings), console)
     return console.file.getvalue()
 
 
 def cells(text, arm):
     """The words of an arm's upper and lower lines, in each table that has it."""
-    lines, title = text.splitlines(), report.ARM_TITLES[arm]
+    lines, title = text.splitlines(), ARM_TITLES[arm]
     return [
         (line.removeprefix(title).split(), below.split())
         for line, below in zip(lines, [*lines[1:], ""], strict=True)
@@ -313,7 +297,7 @@ def cells(text, arm):
 
 
 def test_the_table_names_every_arm_within_80_columns(runs):
-    assert tuple(report.ARM_TITLES) == ARMS
+    assert tuple(ARM_TITLES) == ARMS
     for some_runs in (runs, [run_of(arm, reversal=(3, 4), trained=(1, 4)) for arm in ARMS]):
         text = printed(some_runs)
         assert max(map(len, text.splitlines())) <= 80
@@ -321,7 +305,7 @@ def test_the_table_names_every_arm_within_80_columns(runs):
         for name in ("reversal", "trained", "train s", "tokens", "pays from"):
             assert name in text
         for run in some_runs:
-            assert len(cells(text, run.arm)) == 1, run.arm
+            assert len(cells(text, run.arm)) == 1 + run.arm.endswith("ft"), run.arm  # accuracy, and what pays
 
 
 def test_the_table_pools_seeds_and_averages_costs():
@@ -330,29 +314,29 @@ def test_the_table_pools_seeds_and_averages_costs():
     )
     assert text.splitlines()[0].startswith("2 seed(s)")
     assert cells(text, "icl") == [
-        (["0.500", "1.000", "12.3", "1,234", "500.0", "-"], ["0.39-0.61", "0.21-1.00", "98.7", "7.1", "2.00", "-"])
+        (["0.500", "1.000", "-", "1,234", "500.0"], ["0.39-0.61", "0.21-1.00", "-", "7.1", "30.0"])
     ]
-    assert cells(text, "ft") == [
-        (["1.000", "-", "36.9", "3,702", "1500.0", "never"], ["0.91-1.00", "296.1", "21.3", "6.00", "never"])
-    ]
+    assert cells(text, "ft")[0] == (
+        ["1.000", "-", "36.9", "3,702", "100.0"], ["0.91-1.00", "296.1", "-", "20.0"]
+    )  # fmt: skip
 
 
 def test_the_table_counts_queries_to_break_even():
-    icl = run_of("icl", x=(1, 1))
-    tuned = replace(run_of("ft", x=(1, 1)), setup_s=1000.0, query_s=0.001, uncached_query_s=0.1)
-    ((upper, lower),) = cells(printed([icl, tuned]), "ft")
-    assert upper[-1] == "2,500"  # 1000 / (0.5 - 0.1), against reading at each query
-    assert lower[-1] == "900,000"  # (1000 - 100) / (0.002 - 0.001), against a cached context
+    icl, tuned = run_of("icl", x=(1, 1)), replace(run_of("ft", x=(1, 1)), setup_s=1000.0)
+    _, (upper, lower) = cells(printed([icl, tuned]), "ft")
+    # against 7.1 + 0.5 a query; 7.1 and then 0.5; and 7.1 + 0.9 + 0.1 and then 0.5
+    assert upper == [f"{n:,.0f}" for n in (1000 / 7.5, (1000 - 7.1) / 0.4, (1000 - 8.1) / 0.4)]
+    assert lower == [word for n in upper for word in (n, "to", n)]  # one measurement of each: the interval is a point
     for alone, arm in ((icl, "icl"), (tuned, "ft")):
-        ((upper, lower),) = cells(printed([alone]), arm)
-        assert (upper[-1], lower[-1]) == ("-", "-")
+        assert len(cells(printed([alone]), arm)) == 1
+    together = derived([icl, tuned], batch=64).break_evens["seconds"]
+    assert together["fine-tuned", "ICL"].queries == pytest.approx(1000 / (7.1 / 64 + 0.01))
 
 
-def test_phases_that_an_arm_has_not_are_dashes():
-    run = replace(run_of("base", x=(1, 2)), counts={"seconds": {"query": 1.0}})
-    assert cells(printed([run]), "base") == [
-        (["0.500", "-", "1,234", "500.0", "-"], ["0.09-0.91", "-", "-", "2.00", "-"])
-    ]
+def test_without_measured_costs_there_is_no_break_even():
+    text = printed([run_of("icl", x=(1, 1)), run_of("ft", x=(1, 1))], costs=sweep.Sweep())
+    assert "pays from" not in text
+    assert cells(text, "ft") == [(["1.000", "12.3", "1,234", "-"], ["0.21-1.00", "98.7", "-", "-"])]
 
 
 def test_nothing_is_cut_or_read_as_markup():
@@ -363,8 +347,9 @@ def test_nothing_is_cut_or_read_as_markup():
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for arm in ARMS:
-        assert len(cells(text, arm)) == 4  # thirteen splits in threes of tables, then costs
-        assert "1,234,000,000" in cells(text, arm)[-1][0]
+        # thirteen splits in threes of tables, then costs, then what pays
+        assert len(cells(text, arm)) == 4 + arm.endswith("ft")
+        assert "1,234,000,000" in cells(text, arm)[3][0]
         assert "0.333" in cells(text, arm)[1][0]
     for name in ("[bold]", "[/wrong]", *(f"split{i}" for i in range(9))):
         assert f" {name} " in text, name
@@ -372,7 +357,7 @@ def test_nothing_is_cut_or_read_as_markup():
     few = printed([run_of(arm, scale=1e9, long_name=(1, 2), x=(1, 3)) for arm in ARMS])
     assert max(map(len, few.splitlines())) <= 80
     assert "…" not in few
-    assert all(len(cells(few, arm)) == 1 for arm in ARMS)
+    assert all(len(cells(few, arm)) == 1 + arm.endswith("ft") for arm in ARMS)
 
 
 def test_a_task_without_answers_has_a_table_of_costs(llama):

@@ -39,9 +39,11 @@ LAYERS = {
     "augment": 3,
     "finetune": 3,
     "evaluate": 3,
+    "sweep": 3.5,
     "compare": 4,
     "questions": 4,
     "shipped": 4,
+    "results": 4.2,
     "report": 4.5,
     "cli": 5,
     "integrations": 5,
@@ -55,7 +57,10 @@ SAME_LAYER = {
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
-} | {(folder, folder) for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "augment", "finetune")}
+} | {
+    (folder, folder)
+    for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "augment", "finetune", "cost", "report")
+}
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
 BUDGET = 6000  # code lines of the package and of csrc
 

@@ -10,20 +10,22 @@ import sys
 from collections.abc import Sequence
 
 from icl_ft_fast.augment import AugmentError
-from icl_ft_fast.cli import augment, compare, context, finetune, lm_eval, score, serve, task
+from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.contexts import ContextError
+from icl_ft_fast.cost.prices import PriceError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
+from icl_ft_fast.results import ResultsError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
 
-COMMANDS = (compare, augment, finetune, score, context, task, serve, lm_eval)
+COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
 BAD_INPUT = (
     UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
-    ContextError,
+    ContextError, PriceError, ResultsError,
 )  # fmt: skip
 
 

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast import compare, report
+from icl_ft_fast import compare
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
+    add_json_option,
     add_model_options,
     add_output_options,
+    amount,
     check_new,
     command,
     load_model,
     positive,
+    show_progress,
 )
 from icl_ft_fast.cli.task import add_exclude_option, task_of_seed
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.amortise import decide
+from icl_ft_fast.cost.machine import ceilings
+from icl_ft_fast.cost.meters import Meter
+from icl_ft_fast.cost.prices import Prices, read_prices
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
 from icl_ft_fast.model import SHIPPED
+from icl_ft_fast.report import table
+from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.results import parse_results
 from icl_ft_fast.tasks.generated import GENERATORS
 
 DEMO_FACTS = 40
@@ -42,7 +55,8 @@ def add(commands: Commands) -> None:
     comparison = command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
-        "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2",
+        "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2\n"
+        "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
     )  # fmt: skip
     add_model_options(comparison)
     comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
@@ -91,17 +105,70 @@ def _add_comparison_options(
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
+    parser.add_argument(
+        "--measure-seconds", type=amount, default=60.0, help="limit of measuring query costs (default: %(default)s)"
+    )
+    add_decision_options(parser)
+    add_json_option(parser)
     add_output_options(parser)
+
+
+def add_decision_options(parser: argparse.ArgumentParser) -> None:
+    """What decision() and study_settings() read."""
+    parser.add_argument("--queries-per-day", type=amount, metavar="N", help="end with the cheapest way for so many")
+    parser.add_argument("--days", type=amount, default=30.0, metavar="D", help="of service (default: %(default)s)")
+    parser.add_argument(
+        "--prices", type=Path, metavar="FILE", help="decide by money, see docs/cost.md; else by seconds"
+    )
+    parser.add_argument(
+        "--within", type=float, default=2.0, metavar="POINTS", help="of the best accuracy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reuse", type=amount, metavar="H", help="queries for which a context stays cached (default: a day's, or all)"
+    )
+    parser.add_argument(
+        "--together", type=positive, default=1, metavar="B", help="queries scored together (default: %(default)s)"
+    )
+
+
+def prices_of(options: argparse.Namespace) -> Prices | None:
+    """The price file, read before any work."""
+    if options.within < 0:
+        raise UsageError(f"--within: expected points of 0 or more, got {options.within}")
+    return None if options.prices is None else read_prices(options.prices)
+
+
+def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
+    """The decision at the end of a report, if a volume was given."""
+    if options.queries_per_day is None:
+        return
+    resource = "seconds" if study.prices is None else "money"
+    if ways := study.decision_ways(resource):
+        console.print()
+        decision = decide(ways, options.queries_per_day * options.days, options.within)
+        table.print_decision(decision, resource, study.resources[resource], console)
+    else:
+        console.print("\nNo decision: no question of this task has a known answer.")
+
+
+def reuse_of(options: argparse.Namespace) -> float:
+    """Queries that share a reading of a context that is kept."""
+    return float(options.reuse or options.queries_per_day or math.inf)
 
 
 def _demo(options: argparse.Namespace) -> None:
     options.trust_remote_code = False
+    if not options.json:
+        _describe_demo(options)
+    _compare(options)
+
+
+def _describe_demo(options: argparse.Namespace) -> None:
     Console().print(
         f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
         "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
         highlight=False,
     )
-    _compare(options)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -124,7 +191,9 @@ def _compare(options: argparse.Namespace) -> None:
     results = None if options.out is None else options.out / "results.json"
     if results is not None:
         check_new(results, options.overwrite)
-    model = load_model(options)
+    prices, load = prices_of(options), Ledger(meter=Meter("cpu"))
+    with load.phase("load"):
+        model = load_model(options)
     runs: list[compare.Run] = []
 
     def keep(run: compare.Run) -> None:
@@ -132,8 +201,26 @@ def _compare(options: argparse.Namespace) -> None:
         if results is not None:
             compare.write_results(results, compare.as_json(model, options.task, settings, runs))
 
-    compare.compare(model, make_task, settings, progress=not options.quiet, on_run=keep)
-    report.print_table(runs, Console())
+    compare.compare(model, make_task, settings, progress=show_progress(options), on_run=keep)
+    costs = compare.measure(
+        model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, progress=show_progress(options)
+    )
+    measured = ceilings(model.device, model.network.dtype)
+    found = compare.as_json(model, options.task, settings, runs, costs=costs, load=load, ceilings=measured)
+    if results is not None:
+        compare.write_results(results, found)
+    name = options.task if options.out is None else options.out.name
+    study = Derived(parse_results(found), name, prices, reuse_of(options), options.together)
+    if options.json:
+        print(
+            json.dumps(
+                study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
+            )
+        )
+        return
+    console = Console()
+    table.print_study(study, console)
+    print_decision(study, options, console)
     if results is not None:
         print(f"\nWritten to {results}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -50,6 +52,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and tables")
+
+
+def show_progress(options: argparse.Namespace) -> bool:
+    """Whether bars are drawn: on a terminal, unless --quiet; a log has no use for them."""
+    return not options.quiet and sys.stderr.isatty()
+
+
 def load_model(options: argparse.Namespace) -> Model:
     """The model of --model."""
     from transformers.utils import logging
@@ -75,3 +87,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """An argument's type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from icl_ft_fast.cli.options import (
     Commands,
+    add_json_option,
     add_model_options,
     add_output_options,
     check_new,
     command,
     load_model,
     positive,
+    show_progress,
 )
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
@@ -48,6 +50,7 @@ def add(commands: Commands) -> None:
     scoring.add_argument(
         "--store-limit", type=float, default=20, metavar="GB", help="of all contexts there (default: %(default)s)"
     )
+    add_json_option(scoring)
     add_output_options(scoring)
 
 
@@ -59,8 +62,8 @@ def _score(options: argparse.Namespace) -> None:
     ledger = Ledger()
     store = None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
     scores = iter_scores(
-        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, progress=not options.quiet,
-        store=store,
+        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, store=store,
+        progress=show_progress(options),
     )  # fmt: skip
     correct = known = 0
     with ledger.phase("score"):
@@ -72,9 +75,14 @@ def _score(options: argparse.Namespace) -> None:
                 file.flush()
                 known += result.answer is not None
                 correct += bool(result.is_correct)
+    seconds = sum(ledger.seconds.values())
+    if options.json:
+        known_correct = {"known": known, "correct": correct}
+        print(json.dumps({"questions": len(questions), **known_correct, "out": str(options.out), **ledger.as_dict()}))
+        return
     accuracy = f", {correct} of {known} correct" if known else ""
     print(
-        f"{len(questions)} questions in {ledger.seconds['score']:.1f} s{accuracy}: "
+        f"{len(questions)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
         f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
         f"{f'{ledger.reused_rows:,} taken from {options.store}, ' if store else ''}"

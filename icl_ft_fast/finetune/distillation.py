@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from icl_ft_fast import encoding, trie
 from icl_ft_fast.cache import KVStack
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.settings import FinetuneError
 from icl_ft_fast.model import CHUNK_ROWS, Head, Model
@@ -101,8 +102,10 @@ def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, l
     plan = trie.plan(forest, CHUNK_ROWS)
     stack, kept, num_kept = KVStack(plan.capacity), [], 0
     place = torch.empty(len(forest.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
+    work = work_of(model)
     for chunk in plan.chunks:
         hidden = model.forward_chunk(chunk, stack)
+        ledger.ran(work, chunk.depth_k[chunk.stack_rows :], chunk.stack_rows, 0)
         place[chunk.target_index] = chunk.target_row.long() + num_kept
         kept.append(hidden[chunk.head_rows.long().to(hidden.device)])
         num_kept += len(kept[-1])

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import Work, work_of
 from icl_ft_fast.finetune import batches, distributed, lora
 from icl_ft_fast.finetune.checkpoint import Progress, RunFolder, read_state
 from icl_ft_fast.finetune.data import Example, Tokens, encode
@@ -103,7 +104,8 @@ def finetune(
 
     teacher = None
     if teacher_context is not None:
-        teacher = read_in_context(model, [*examples, *held], teacher_context, ledger=ledger)
+        with ledger.phase("teach"):
+            teacher = read_in_context(model, [*examples, *held], teacher_context, ledger=ledger)
     network = model.network if in_place else copy.deepcopy(model.network)
     adapted = None if settings.lora is None else lora.inject(network, settings.lora, seed)
     if done.step:
@@ -136,11 +138,15 @@ def finetune(
     bar = tqdm(
         total=settings.steps, initial=done.step, desc="fine-tuning", unit="step", disable=is_hidden, delay=1
     )  # fmt: skip
-    with bar, _asked_to_end(path is not None) as asked, _recomputed(network, settings), _named(run, done):
+    work = work_of(model)
+    with (
+        ledger.phase("train"), bar, _asked_to_end(path is not None) as asked, _recomputed(network, settings),
+        _named(run, done),
+    ):  # fmt: skip
         while done.step < settings.steps and not _is_over(done, settings):
             start = time.perf_counter()
             loss, norm, num_targets = _step(wrapped, optimizer, examples, list(itertools.islice(stream, per_step)),
-                                            settings, seed, done.step, ledger)  # fmt: skip
+                                            settings, seed, done.step, ledger, work)  # fmt: skip
             rate = settings.rate(done.step)
             loss, stop = distributed.totals([loss, asked.is_set()], model.device)
             if not math.isfinite(loss + norm):
@@ -204,7 +210,7 @@ class Objective(torch.nn.Module):
 
 def _step(
     objective: torch.nn.Module, optimizer: Optimizer, examples: Sequence[Tokens], indices: list[int],
-    settings: FinetuneSettings, seed: int, step: int, ledger: Ledger,
+    settings: FinetuneSettings, seed: int, step: int, ledger: Ledger, work: Work,
 ) -> tuple[float, float, int]:  # fmt: skip
     """Gradients of a step's mean loss; returns this process's part of the loss, their norm and the step's targets."""
     (rank, processes), size = distributed.place(), settings.batch_size
@@ -219,6 +225,7 @@ def _step(
         optimizer.gather()
         loss += part.item()
         ledger.trained_tokens += len(batch.forest.token)
+        ledger.ran(work, batch.forest.depth, 0, len(batch.head_row), passes=3)
     return loss, optimizer.clip(settings.clip_norm), num_targets
 
 

@@ -1,0 +1,68 @@
+"""`icl-ft-fast report`: one or several results.json as one HTML page, its charts as files, or tables again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from icl_ft_fast.cli.compare import add_decision_options, prices_of, print_decision, reuse_of
+from icl_ft_fast.cli.options import Commands, UsageError, add_json_option, check_new, command
+from icl_ft_fast.report import table
+from icl_ft_fast.report.derived import Derived
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    report = command(
+        commands, "report", _report, "results as one HTML page, as chart files, or as tables",
+        "icl-ft-fast report out/run1 --out report.html\n"
+        "icl-ft-fast report out/run1 out/run2 --out both.html --charts charts/\n"
+        "icl-ft-fast report out/run1 --queries-per-day 1000 --days 30 --prices prices.json",
+    )  # fmt: skip
+    report.add_argument("results", type=Path, nargs="+", help="results.json files, or the folders that hold them")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page; without it, tables are printed")
+    report.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")
+    add_decision_options(report)
+    add_json_option(report)
+    report.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def _report(options: argparse.Namespace) -> None:
+    prices = prices_of(options)
+    if options.out is not None:
+        check_new(options.out, options.overwrite)
+    studies = [
+        Derived.read(path, prices=prices, reuse=reuse_of(options), batch=options.together) for path in options.results
+    ]
+    names = [study.name for study in studies]
+    studies = [
+        replace(s, name=str(p)) if names.count(s.name) > 1 else s for s, p in zip(studies, options.results, strict=True)
+    ]
+    queries = options.queries_per_day and options.queries_per_day * options.days
+    if options.json:
+        print(json.dumps([study.summary(queries, options.within) for study in studies]))
+    elif options.out is None and options.charts is None:
+        console = Console()
+        for study in studies:
+            console.print(f"{study.name}:", highlight=False, markup=False)
+            table.print_study(study, console)
+            print_decision(study, options, console)
+    if options.out is None and options.charts is None:
+        return
+    try:
+        from icl_ft_fast.report import page
+        from icl_ft_fast.report.study import Study
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[report]'") from error
+    if options.charts is not None:
+        for study in studies:
+            Study(study).export(options.charts, queries, overwrite=options.overwrite)
+        print(f"Charts written to {options.charts}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page.render(studies, queries, options.within), encoding="utf-8")
+        print(f"Written to {options.out}")

@@ -1,0 +1,81 @@
+"""The machine: its fingerprint and the ceilings that figures are held against."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("icl_ft_fast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device does at best, measured: FLOPs of a matrix product and bytes of a copy (read and written)."""
+
+    dtype: str
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def fingerprint(device: torch.device | str) -> dict[str, Any]:
+    """The hardware and the versions that figures were taken with."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def ceilings(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 0.3) -> Ceilings:
+    """Measure a device: medians of a square matrix product and of a copy larger than the caches."""
+    device = torch.device(device)
+    size, count = (8192, 2**28) if device.type == "cuda" else (1024, 2**25)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source, target = (torch.ones(count, device=device) for _ in range(2))
+    product_s = _median_s(lambda: a @ b, device, seconds)
+    copy_s = _median_s(lambda: target.copy_(source), device, seconds)
+    return Ceilings(str(dtype).removeprefix("torch."), 2 * size**3 / product_s, 2 * source.nbytes / copy_s)
+
+
+def _median_s(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, after one that warms up."""
+    samples: list[float] = []
+    call()
+    while len(samples) < 3 or sum(samples) < seconds:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)

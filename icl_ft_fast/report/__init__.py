@@ -1,0 +1,1 @@
+"""A finished study as tables for the terminal, a page for the browser, an object for the notebook."""

@@ -1,0 +1,262 @@
+"""The charts, by matplotlib: drawn once in the light theme's colours, which the page replaces by its variables."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from icl_ft_fast.compare import paired_tests
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.table import count
+
+# CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
+LIGHT = {
+    "ink": "#1b1f27", "muted": "#5a6270", "grid": "#dde1e8",
+    "arm0": "#6a6f7b", "arm1": "#1f5fc4", "arm2": "#b4540a", "arm3": "#0b7a67", "arm4": "#7a3fd1", "arm5": "#b81f5c",
+}  # fmt: skip
+MARKS = "osD^vP"
+DASHES = {"ICL kept": (4, 2), "ICL from file": (1, 1.5)}
+SIZE = (4.7, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "icl_ft_fast", "font.size": 9, "font.family": "sans-serif",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LIGHT["muted"], "axes.axisbelow": True,
+    "axes.labelcolor": LIGHT["ink"], "text.color": LIGHT["ink"], "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"], "grid.color": LIGHT["grid"], "axes.grid": True, "legend.frameon": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "lines.linewidth": 1.6, "text.parse_math": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, its heading, and in words what it shows."""
+
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+
+def draw(study: Derived, queries: float | None = None) -> list[Chart]:
+    """Every chart that the study's results have data for; `queries` is marked where costs grow with them."""
+    with mpl.rc_context(STYLE):
+        made = [_accuracy(study), _paired(study), _curves(study), _sweep(study)]
+        made += [_amortisation(study, resource, queries) for resource in study.resources]
+        priced = [resource for resource in study.resources if resource in ("seconds", "money")]
+        made += [_pareto(study, resource, queries or 1e6) for resource in priced]
+    return [chart for chart in made if chart is not None]
+
+
+def svg(chart: Chart, *, variables: bool = False) -> str:
+    """The chart as SVG; with `variables`, to be put into a page whose CSS sets the colours."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        FigureCanvasSVG(chart.figure).print_svg(buffer, metadata={"Date": None, "Title": chart.title})
+    text = buffer.getvalue()
+    if not variables:
+        return text
+    text = text[text.index("<svg") :]
+    for name, colour in LIGHT.items():
+        text = text.replace(colour, f"var(--{name})")
+    # One page holds many of these: names are made the chart's own, and its size the page's.
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{chart.name}-", text)
+    text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", text, flags=re.DOTALL)
+    return re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", text, count=2)
+
+
+def png(chart: Chart) -> bytes:
+    """The chart as PNG on white, 200 dots an inch."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        chart.figure.savefig(buffer, format="png", dpi=200, facecolor="white")
+    return buffer.getvalue()
+
+
+def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _looks(study: Derived) -> dict[str, tuple[str, str]]:
+    """Colour and mark of each arm, the same in every chart and every study of a page."""
+    known = [*ARM_TITLES, *sorted(set(study.arms) - ARM_TITLES.keys())]
+    return {arm: (LIGHT[f"arm{i % 6}"], MARKS[i % 6]) for i, arm in enumerate(known)}
+
+
+def _look(study: Derived, way: str) -> tuple[str, str]:
+    return _looks(study)[study.arm_of(way)]
+
+
+def _accuracy(study: Derived) -> Chart | None:
+    if not study.splits:
+        return None
+    figure, axes = _axes(height=max(SIZE[1], 0.6 + 0.19 * len(study.splits) * (len(study.arms) + 1)))
+    told = []
+    for s, split in enumerate(study.splits):
+        for a, arm in enumerate(study.arms):
+            if (accuracy := study.accuracy(arm, split)) is None:
+                continue
+            y = s + 0.7 * ((a + 0.5) / len(study.arms) - 0.5)
+            low, high = study.clustered(arm, split) or accuracy.interval
+            low, high = min(low, accuracy.interval[0]), max(high, accuracy.interval[1])
+            colour, mark = _looks(study)[arm]
+            label = ARM_TITLES.get(arm, arm) if s == 0 else None
+            axes.plot([low, high], [y, y], color=colour)
+            axes.plot([accuracy.value], [y], mark, color=colour, label=label, markersize=5)
+            told.append(f"{split}: {ARM_TITLES.get(arm, arm)} {accuracy.value:.2f} ({low:.2f} to {high:.2f})")
+        if (chance := study.chance(split)) is not None:
+            axes.plot([chance] * 2, [s - 0.42, s + 0.42], "--", color=LIGHT["ink"], label="chance" if s == 0 else None)
+            told.append(f"{split}: chance {chance:.2f}")
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(study.splits) - 0.5, -0.5), xlabel="fraction correct")
+    axes.set_yticks(range(len(study.splits)), [_wrap(split) for split in study.splits])
+    axes.grid(axis="y", visible=False)
+    _legend(figure, axes)
+    return Chart("accuracy", "Accuracy by kind of question", "; ".join(told), figure)
+
+
+def _paired(study: Derived) -> Chart | None:
+    tests = paired_tests(study.results.runs)
+    if not tests or len(tests) > 60:
+        return None
+    figure, axes = _axes(height=max(2.2, 0.8 + 0.2 * len(tests)))
+    names = []
+    for i, test in enumerate(tests):
+        sure = test.p < 0.05
+        colour = _looks(study)[test.first if test.difference >= 0 else test.second][0]
+        axes.barh(i, test.difference, color=colour if sure else "none", edgecolor=colour, height=0.6)
+        pair = " - ".join(ARM_TITLES.get(arm, arm) for arm in (test.first, test.second))
+        names.append(f"{pair}, {test.split}")
+    axes.axvline(0, color=LIGHT["ink"], linewidth=1)
+    axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=7.5)
+    axes.set(xlim=(-1.05, 1.05), ylim=(len(tests) - 0.4, -0.6), xlabel="difference in accuracy; filled: p < .05")
+    axes.grid(axis="y", visible=False)
+    told = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
+    return Chart("paired", "Differences on the same questions", "; ".join(told), figure)
+
+
+def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart:
+    unit, ways, figure_axes = study.resources[resource], study.ways(resource), _axes()
+    figure, axes = figure_axes
+    found = study.break_evens[resource]
+    marks = [b.queries for b in found.values() if 1 <= b.queries < math.inf]
+    top = 10 ** math.ceil(math.log10(max([1e4, *(3 * m for m in marks if m < 1e12), queries or 1.0])))
+    n = np.geomspace(1, top, 200)
+    for way, samples in ways.items():
+        colour, _ = _look(study, way)
+        dashes = DASHES.get(way, ())
+        axes.plot(n, [samples.line.cost(x) for x in n], color=colour, label=way, dashes=dashes)
+    told = []
+    for (way, rival), even in found.items():
+        told.append(f"{way} against {rival}: {count(even.queries)} ({count(even.low)} to {count(even.high)})")
+        if 1 <= even.queries <= top:
+            colour, mark = _look(study, way)
+            axes.plot([even.queries], [ways[way].line.cost(even.queries)], mark, color=colour, markersize=5)
+    if queries is not None:
+        axes.axvline(queries, color=LIGHT["ink"], linestyle=":")
+    axes.set(xscale="log", yscale="log", xlabel="queries", ylabel=unit)
+    _plain(axes.xaxis, axes.yaxis)
+    _legend(figure, axes)
+    alt = f"Cost in {unit} of n queries; cheaper from so many queries on: " + "; ".join(told)
+    return Chart(f"amortised-{resource.lower()}", f"What n queries cost: {resource}", alt, figure)
+
+
+def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
+    ways = study.decision_ways(resource)
+    if not ways:
+        return None
+    unit, told = study.resources[resource], []
+    figure, axes = _axes()
+    for way in ways:
+        colour, mark = _look(study, way.name)
+        each = 1e3 * way.line.cost(queries) / queries
+        hollow = "none" if way.name in DASHES else colour
+        axes.plot([each], [way.accuracy], mark, color=colour, markerfacecolor=hollow, label=way.name, markersize=7)
+        told.append(f"{way.name}: accuracy {way.accuracy:.3f}, {each:.3g} {unit}")
+    axes.set(xscale="log", ylim=(-0.03, 1.05), xlabel=f"{unit} for 1,000 queries, of {queries:,.0f}", ylabel="accuracy")
+    _plain(axes.xaxis)
+    _legend(figure, axes)
+    return Chart(f"pareto-{resource}", f"Accuracy against cost: {resource}", "; ".join(told), figure)
+
+
+def _curves(study: Derived) -> Chart | None:
+    if not any(run.losses for run in study.results.runs):
+        return None
+    figure, axes = _axes()
+    told, named = [], set()
+    for run in study.results.runs:
+        if run.losses:
+            colour, _ = _looks(study)[run.arm]
+            title = ARM_TITLES.get(run.arm, run.arm)
+            width = max(1, len(run.losses) // 100)
+            losses = [float(np.mean(run.losses[i : i + width])) for i in range(0, len(run.losses), width)]
+            steps = [min(i + width, len(run.losses)) for i in range(0, len(run.losses), width)]
+            label = None if title in named else title
+            axes.plot(
+                steps, losses, color=colour, alpha=0.8, label=label, linewidth=1.2, marker="." * (len(steps) == 1)
+            )
+            named.add(title)
+            told.append(f"{title}, seed {run.seed}: from {losses[0]:.3f} to {losses[-1]:.3f}")
+    axes.set(yscale="log", xlabel="training step", ylabel="loss, nats a token")
+    _plain(axes.yaxis)
+    _legend(figure, axes)
+    return Chart("curves", "Training", "; ".join(told), figure)
+
+
+def _sweep(study: Derived) -> Chart | None:
+    if (fits := study.fits()) is None:
+        return None
+    figure, axes = _axes()
+    points = study.results.sweep.points
+    lengths = np.linspace(0, max(p.context_tokens for p in points), 100)
+    marks = iter(MARKS)
+    for batch in study.batches:
+        mine = [p for p in points if p.batch == batch]
+        ms = [1e3 * float(np.median(p.query_s)) for p in mine]
+        axes.plot(
+            [p.context_tokens for p in mine], ms, next(marks), color=LIGHT["arm2"], label=f"query, {batch} together"
+        )
+    read = [p for p in points if p.prefill_s]
+    ms = [1e3 * float(np.median(p.prefill_s)) for p in read]
+    axes.plot([p.context_tokens for p in read], ms, "x", color=LIGHT["arm1"], label="reading")
+    for fitted, colour, first in zip(fits, ("arm1", "arm2"), (min(p.context_tokens for p in read), 0), strict=True):
+        within = lengths[lengths >= first]
+        axes.plot(within, [1e3 * fitted(c) or math.nan for c in within], color=LIGHT[colour], linewidth=1)
+    axes.set(yscale="log", xlabel="tokens of context", ylabel="ms")
+    _plain(axes.yaxis)
+    _legend(figure, axes)
+    off = [max(map(abs, fitted.residuals)) for fitted in fits]
+    alt = (
+        f"Milliseconds by context length; the fits are off by at most {off[0]:.0%} (reading) and {off[1]:.0%} (query)."
+    )
+    return Chart("sweep", "What was measured, and the fit", alt, figure)
+
+
+def _plain(*logarithmic: Axis) -> None:
+    """Ticks of a logarithmic axis as 0.01, 10, 1k, 1M: words, not mathematics, so that they stay text in the SVG."""
+    for axis in logarithmic:
+        axis.set_major_formatter(EngFormatter(sep="", places=None))
+        low, high = axis.get_view_interval()
+        few = high / low < 10
+        axis.set_minor_formatter(EngFormatter(sep="") if few else NullFormatter())
+        if few:
+            axis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.8, columnspacing=1.2)
+
+
+def _wrap(text: str, width: int = 16) -> str:
+    shown = text if len(text) <= 2 * width else text[: 2 * width - 1] + "…"
+    return shown if len(shown) <= width else f"{shown[:width]}\n{shown[width:]}"

@@ -1,0 +1,119 @@
+"""The study as one HTML file that needs nothing else: charts inline, no script, style or font from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from icl_ft_fast.compare import paired_tests
+from icl_ft_fast.cost.amortise import decide
+from icl_ft_fast.cost.ledger import HOW
+from icl_ft_fast.report import charts
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.table import count, decision_text
+
+FIGURES = {
+    "wall_s": "wall s", "device_s": "device s", "request_tokens": "tokens asked", "forwarded_rows": "rows",
+    "trained_tokens": "rows trained", "decoded_tokens": "decoded", "flops": "FLOP", "moved_bytes": "bytes moved",
+    "kv_bytes": "KV bytes", "activation_bytes": "activation bytes", "joules": "J",
+}  # fmt: skip
+LISTED = 4000  # questions in the page's table; the rest are counted
+REUSES = (1, 10, 100, 1000, float("inf"))  # of the sensitivity table
+
+
+def render(studies: Sequence[Derived], queries: float | None = None, points: float = 2.0) -> str:
+    """The page of one study, or of several side by side; `queries` and `points` are decide()'s."""
+    parts = [_part(study, f"s{i}", queries, points, LISTED // len(studies)) for i, study in enumerate(studies)]
+    return _environment().get_template("page.html").render(parts=parts, title=" · ".join(s.name for s in studies))
+
+
+def fragment(study: Derived) -> str:
+    """A study's charts and decision for a notebook, without the page around them."""
+    return _environment().get_template("fragment.html").render(part=_part(study, "n", None, 2.0, 0))
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("icl_ft_fast.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
+    return environment
+
+
+def _part(study: Derived, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:
+    """What the template needs of a study; every text in it is escaped there."""
+    wrong, num_wrong = study.wrong(limit)
+    chosen = "seconds" if study.prices is None else "money"
+    ways = study.decision_ways(chosen) if queries else []
+    decision = decide(ways, queries, points) if queries and ways else None
+    drawn = charts.draw(study, queries)
+    fits = study.fits()
+    trained = list(dict.fromkeys(way for way, _ in study.break_evens.get("seconds", ())))
+    return {
+        "key": key,
+        "study": study,
+        "results": study.results,
+        "charts": {chart.name: {"title": chart.title, "alt": chart.alt, "svg": _inline(chart, key)} for chart in drawn},
+        "ceilings": study.results.machine.get("ceilings"),
+        "phases": _phases(study),
+        "figures": FIGURES,
+        "how": HOW,
+        "paired": paired_tests(study.results.runs),
+        "break_evens": [
+            (resource, way, rival, even)
+            for resource, found in study.break_evens.items()
+            for (way, rival), even in found.items()
+        ],
+        "reuses": REUSES,
+        "sensitivity": [(way, study.sensitivity(way, REUSES)) for way in trained] if fits else [],
+        "fits": fits
+        and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
+        "decision": decision,
+        "decision_text": decision and decision_text(decision, study.resources[chosen]),
+        "unit": study.resources.get(chosen, "s"),
+        "wrong": wrong,
+        "num_wrong": num_wrong,
+        "samples": [(run, sample) for run in study.results.runs for sample in run.samples],
+    }
+
+
+def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
+    """(arm, phase, the mean of each figure over seeds, None where one is lacking)."""
+    found: dict[tuple[str, str], list[dict[str, float | None]]] = {}
+    for run in study.results.runs:
+        for name, phase in run.counts["phases"].items():
+            found.setdefault((run.arm, name), []).append(phase)
+    rows = []
+    for (arm, name), phases in found.items():
+        values = {figure: [phase.get(figure) for phase in phases] for figure in FIGURES}
+        means = {
+            figure: None if None in some else fmean(v for v in some if v is not None) for figure, some in values.items()
+        }
+        rows.append((arm, name, means))
+    return rows
+
+
+def _inline(chart: charts.Chart, key: str) -> markupsafe.Markup:
+    """The chart's SVG, hidden from screen readers: its figure has the words. matplotlib escapes the texts in it."""
+    text = charts.svg(charts.Chart(f"{key}-{chart.name}", chart.title, chart.alt, chart.figure), variables=True)
+    return markupsafe.Markup(text.replace("<svg ", '<svg aria-hidden="true" ', 1))
+
+
+def _figure(value: float | int | None) -> str:
+    """A figure with a prefix: 12.3 G; a dash where it is unavailable."""
+    if value is None:
+        return "-"
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:,.3g} {prefix}"
+    return f"{value:,.3g}"
+
+
+def _title(arm: str) -> str:
+    return ARM_TITLES.get(arm, arm)

@@ -1,0 +1,234 @@
+"""The study as tables and a paragraph for the terminal, legible at 80 columns, in pipes and without colour."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import fmean
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from icl_ft_fast.compare import Run, paired_tests
+from icl_ft_fast.cost.amortise import BreakEven, Decision, Way
+from icl_ft_fast.evaluate import Accuracy, Answer
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.statistics import brier, expected_calibration_error
+
+CAPTION = (
+    "Under an accuracy: Wilson's interval, then the bootstrap's over facts and seeds. Once: seconds of augmentation "
+    "and training. read s: of the documents into the context. ms a query after that: one by one; together, so many at "
+    "a time as the column says."
+)
+BREAK_EVEN_CAPTION = (
+    "Queries from which on an arm costs fewer seconds than ICL that reads its context for each query, that keeps it in "
+    "the cache, and that keeps it in a file; below, the bootstrap's interval at 95% over measurements and seeds."
+)
+PAIRED_CAPTION = (
+    "Accuracy of the first less that of the second on the same questions; exact sign-flip test over facts, "
+    "Holm-adjusted for all these tests."
+)
+
+Item = TypeVar("Item")
+
+SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED = 2, 6, 4  # columns that fit
+
+
+def print_study(study: Derived, console: Console) -> None:
+    """Print accuracies, costs, break-even counts, accuracies by form, paired tests and calibration; seeds pooled."""
+    splits = study.splits
+    if len(splits) > SPLITS_BESIDE_COSTS:
+        for part in _parts(splits, SPLITS_ALONE):
+            table = _accuracy_table(study, part)
+            for arm in study.arms:
+                table.add_row(_title(arm), *_accuracy_cells(study, arm, part))
+            console.print(table)
+        splits = []
+    together = max(study.batches, default=1)
+    costs = ("augm. s\ntrain s", "\nread s", "tokens\n/query", f"ms, 1\n{together}")
+    table = _accuracy_table(study, splits, costs, CAPTION)
+    alone, all_at_once = (study.ways("seconds", batch=batch) for batch in (1, together))
+    for arm in study.arms:
+        mine = study.of(arm)
+        seconds = [{name: p["wall_s"] for name, p in run.counts["phases"].items()} for run in mine]
+        train_s = fmean(phases.get("train", 0.0) for phases in seconds)
+        query_ms = (f"{1e3 * w[_title(arm)].line.query:.1f}" if w else "-" for w in (alone, all_at_once))
+        reading_s = alone[_title(arm)].line.reading if alone else 0.0
+        table.add_row(
+            _title(arm),
+            *_accuracy_cells(study, arm, splits),
+            f"{_seconds_cell(fmean(run.setup_s for run in mine) - train_s)}\n{_seconds_cell(train_s)}",
+            f"\n{_seconds_cell(reading_s)}",
+            f"{fmean(run.query_tokens for run in mine):,.0f}",
+            "\n".join(query_ms),
+        )
+    console.print(table)
+    runs, arms = study.results.runs, study.arms
+    icl = [run.notes for run in runs if run.arm == "icl"]
+    if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):
+        read = fmean(notes["context_documents"] for notes in icl)
+        console.print(f"ICL read {read:,.0f} documents; {fmean(left_out):,.0f} more did not fit its --icl-tokens.")
+    more = (_break_even_table(study), _form_tables(runs, arms), _paired_tables(runs), _calibration_table(runs, arms))
+    for table in itertools.chain(*more):
+        console.print()
+        console.print(table)
+
+
+def print_decision(decision: Decision, resource: str, unit: str, console: Console) -> None:
+    """Print the table of ways at the decision's volume, and the paragraph."""
+    columns = ("accuracy", f"{resource}\n{unit}", f"{unit}\n/1,000", f"{unit}\n/1,000 right")
+    table = _new_table("cheapest first", columns)
+    for way in decision.ways:
+        cost = way.line.cost(decision.queries)
+        each = 1e3 * cost / decision.queries
+        right = f"{each / way.accuracy:,.4g}" if way.accuracy else "-"
+        accurate = "" if decision.is_accurate(way) else " (less accurate)"
+        table.add_row(escape(way.name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right)
+    console.print(table)
+    console.print()
+    console.print(decision_text(decision, unit), highlight=False, markup=False)
+
+
+def decision_text(decision: Decision, unit: str) -> str:
+    """One paragraph: the cheapest way among the accurate ones, and what would change the answer."""
+    n, chosen, best = decision.queries, decision.chosen, decision.best
+
+    def named(way: Way) -> str:
+        return f"{way.name} (accuracy {way.accuracy:.3f}, {way.line.cost(n):,.4g} {unit})"
+
+    text = f"For {n:,.0f} queries the cheapest way within {decision.points:g} points of the best accuracy is "
+    text += f"{named(chosen)}."
+    if chosen.accuracy < best.accuracy:
+        text += f" The most accurate is {named(best)}."
+    if len(decision.switches) > 1:
+        ranges = ", ".join(f"{way.name} (from {count(m)})" for m, way in decision.switches)
+        text += f" By number of queries it would be {ranges}."
+    else:
+        text += " No other number of queries changes that."
+    text += "".join(f" Accepting {gap:.1f} points less would allow {named(way)}." for gap, way in decision.tolerances)
+    return text
+
+
+def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def _new_table(first: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    """A table with a column for names; a cell that is too wide wraps and is never cut."""
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, min_width=max(map(len, ARM_TITLES.values())), no_wrap=True)
+    for column in columns:
+        table.add_column(escape(column), justify="right", overflow="fold")
+    return table
+
+
+def _accuracy_table(
+    study: Derived, splits: Sequence[str], more: Sequence[str] = (), caption: str | None = None
+) -> Table:
+    """Columns for the splits and `more`; its first row is what blind guesses would have."""
+    title = f"{len({run.seed for run in study.results.runs})} seed(s)\npooled"
+    table = _new_table(title, [*(f"{split}\n95%" for split in splits), *more], caption)
+    chances = [study.chance(split) for split in splits]
+    if any(chance is not None for chance in chances):
+        table.add_row("chance", *("-" if chance is None else f"{chance:.3f}" for chance in chances))
+    return table
+
+
+def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str]:
+    """Fraction correct, Wilson's interval and, where the answers are kept, that of topics and seeds."""
+    cells = []
+    for split in splits:
+        cell = _accuracy_cell(study.accuracy(arm, split))
+        if clustered := study.clustered(arm, split):
+            cell += f"\n{clustered[0]:.2f}-{clustered[1]:.2f}"
+        cells.append(cell)
+    return cells
+
+
+def _break_even_table(study: Derived) -> Iterator[Table]:
+    """From how many queries each trained arm pays, against each way of ICL."""
+    if found := study.break_evens.get("seconds"):
+        rivals = list(dict.fromkeys(rival for _, rival in found))
+        table = _new_table("pays from", rivals, BREAK_EVEN_CAPTION)
+        for way in dict.fromkeys(way for way, _ in found):
+            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals))
+        yield table
+
+
+def break_even_cell(found: BreakEven) -> str:
+    """The number of queries, and below it the interval."""
+    return f"{count(found.queries)}\n{count(found.low)} to {count(found.high)}"
+
+
+def count(queries: float) -> str:
+    """A number of queries; infinity is never."""
+    return "never" if math.isinf(queries) else f"{queries:,.0f}"
+
+
+def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
+    """Fractions correct by form, for splits with more than one."""
+    counts: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for run in runs:
+        for answer in run.answers:
+            if answer.form is not None:
+                by_arm = counts.setdefault((answer.split, answer.form), {})
+                by_arm.setdefault(run.arm, []).append(answer.is_correct)
+    splits = [split for split, _ in counts]
+    several = [key for key in counts if splits.count(key[0]) > 1]
+    for part in _parts(several, SPLITS_ALONE):
+        table = _new_table("by form", (f"{split}\n{form}" for split, form in part))
+        for arm in arms:
+            cells = (counts[key].get(arm) for key in part)
+            table.add_row(_title(arm), *("-" if cell is None else f"{fmean(cell):.3f}" for cell in cells))
+        yield table
+
+
+def _paired_tables(runs: Sequence[Run]) -> Iterator[Table]:
+    """Differences in accuracy between arms, with their p-values."""
+    tests = {(test.first, test.second, test.split): test for test in paired_tests(runs)}
+    pairs = dict.fromkeys(key[:2] for key in tests)
+    for part in _parts(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
+        table = _new_table("difference, p", part, PAIRED_CAPTION)
+        for first, second in pairs:
+            found = (tests.get((first, second, split)) for split in part)
+            cells = ("-" if t is None else f"{t.difference:+.2f} {_p(t.p)}" for t in found)
+            table.add_row(f"{_title(first)} - {_title(second)}", *cells)
+        yield table
+
+
+def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
+    """How far the choices' probabilities are from how often they are right, over all splits."""
+    answers: dict[str, list[Answer]] = {arm: [a for run in runs if run.arm == arm for a in run.answers] for arm in arms}
+    if not all(answers.values()):
+        return
+    table = _new_table("calibration", (_title(arm) for arm in arms))
+    errors: dict[str, Callable[[list[Answer]], float]] = {
+        "ECE": lambda mine: expected_calibration_error([a.confidence for a in mine], [a.is_correct for a in mine]),
+        "Brier": lambda mine: fmean(brier(a.probability, a.correct) for a in mine),
+    }
+    for name, error in errors.items():
+        table.add_row(name, *(f"{error(mine):.3f}" for mine in answers.values()))
+    yield table
+
+
+def _p(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+
+
+def _accuracy_cell(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "-"
+    low, high = accuracy.interval
+    return f"{accuracy.value:.3f}\n{low:.2f}-{high:.2f}"
+
+
+def _title(arm: str) -> str:
+    return ARM_TITLES.get(arm, arm)
+
+
+def _seconds_cell(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds else "-"

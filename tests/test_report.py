@@ -1,0 +1,314 @@
+"""The HTML report: escaped, self-contained, within its size; and in a browser: charts, sorting, themes, no requests."""
+
+import html.parser
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from icl_ft_fast.compare import Run, Sample
+from icl_ft_fast.cost.prices import Prices
+from icl_ft_fast.evaluate import Answer, accuracies
+from icl_ft_fast.report import charts, page
+from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.study import Study
+from icl_ft_fast.results import Asked, AskedUnder, Results
+from icl_ft_fast.sweep import Point, Sweep
+
+HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'&{{ 7*7 }}$x^2$"
+POINTS = tuple(
+    Point(
+        length, batch, ((length / 1e4, length / 1e4 * 1.1) if length else ()),
+        (0.002 + length * 1e-6 / batch, 0.0021 + length * 1e-6 / batch), 1e6 * length, 1e6,
+        save_s=(0.01,) * bool(length), load_s=(0.002,) * bool(length),
+    )
+    for length in (0, 512, 700, 1024)
+    for batch in (1, 8)
+)  # fmt: skip
+PHASE = {
+    "request_tokens": 10, "forwarded_rows": 10, "head_rows": 1, "scored_tokens": 1, "decoded_tokens": 0,
+    "trained_tokens": 5, "flops": 10**9, "moved_bytes": 10**8, "kv_bytes": 10**6, "wall_s": 2.0, "device_s": 1.5,
+    "joules": None, "activation_bytes": 10**6,
+}  # fmt: skip
+
+
+def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"), seeds=(0, 1)):
+    """A made-up study of `number` questions a seed in which ICL is right most often."""
+    wrong_every = {"base": 2, "icl": 10, "ft": 3, "augmented-ft": 9}
+    runs = []
+    for seed in seeds:
+        for arm in arms:
+            answers = tuple(
+                Answer(f"q{i}", f"{text} split{i % 2}", None, f"t{i}", int((i + seed) % wrong_every[arm] == 0),
+                       (0.8, 0.2), (0,))
+                for i in range(number)
+            )  # fmt: skip
+            trained = arm.endswith("ft")
+            runs.append(
+                Run(
+                    arm, seed, accuracies(answers), answers, 20.0 * trained, 0.002, 20.0, 5.0,
+                    {"phases": {"train": PHASE, "query": PHASE} if trained else {"query": PHASE}}, {},
+                    tuple(3 / (step + 1) for step in range(50)) if trained else (),
+                    (Sample(text, text, text),) if arm == "augmented-ft" else (),
+                )
+            )  # fmt: skip
+    questions = tuple(Asked(f"q{i}", f"{text} {i} is", (f" {text} more", f" {text} less")) for i in range(number))
+    machine = {"processor": text, "versions": {"torch": "2"}, "ceilings": {"dtype": "float32", "flops_per_s": 1e11,
+               "bytes_per_s": 1e10}}  # fmt: skip
+    return Results(
+        3, text, 1000, text, {"template": text, "seeds": [0, 1]}, machine, Sweep(700, POINTS), tuple(runs), 4000,
+        (AskedUnder(tuple(seeds), questions),), {"phases": {"load": PHASE}},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study():
+    return Derived(results_of(60), "a study", Prices(currency="EUR", machine_per_hour=2.0), reuse=1000.0)
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag with its attributes, and each script's text."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.scripts = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script" and data.strip():
+            self.scripts.append(data)
+
+
+def test_hostile_texts_stay_texts():
+    plain, hostile = (Tags(), Tags())
+    texts = {}
+    for parser, text in ((plain, "the cat"), (hostile, HOSTILE)):
+        texts[text] = page.render([Derived(results_of(20, text), text)], 100.0)
+        parser.feed(texts[text])
+    for name in ("script", "img", "style", "link", "a", "button", "input", "table", "svg", "figure"):
+        assert [tag for tag, _ in hostile.tags].count(name) == [tag for tag, _ in plain.tags].count(name), name
+    assert "49" not in re.findall(r"\{\{.{0,9}", texts[HOSTILE])
+    assert texts[HOSTILE].count("{{ 7*7 }}") > 10
+    assert hostile.scripts[-1] == plain.scripts[-1]  # the page's own
+    (data,) = (script for script in hostile.scripts if script.startswith("{"))
+    assert json.loads(data)["rows"][0]["prompt"].startswith(HOSTILE)
+    for _, attributes in hostile.tags:
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_nothing_comes_from_elsewhere(study):
+    text = page.render([study], 100.0)
+    parser = Tags()
+    parser.feed(text)
+    for tag, attributes in parser.tags:
+        assert tag not in ("img", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:,")), (tag, attributes)
+    assert "default-src 'none'" in text
+    assert not re.search(r"@import|url\((?!#)", text)
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_chart_says_what_it_shows_and_is_not_empty(study, tmp_path):
+    drawn = {chart.name: chart for chart in charts.draw(study, 100.0)}
+    assert drawn.keys() == {
+        "accuracy", "paired", "curves", "sweep", "amortised-seconds", "amortised-flops", "amortised-money",
+        "pareto-seconds", "pareto-money",
+    }  # fmt: skip
+    accuracy = study.accuracy("icl", study.splits[0])
+    assert f"ICL {accuracy.value:.2f}" in drawn["accuracy"].alt
+    for chart in drawn.values():
+        svg = charts.svg(chart, variables=True)
+        assert svg.count("<path") > 5
+        assert "var(--ink)" in svg
+        assert not any(colour in svg for colour in charts.LIGHT.values())
+        assert "mathdefault" not in svg
+    paths = Study(study).export(tmp_path / "charts")
+    assert sorted(path.suffix for path in paths) == [".png"] * 9 + [".svg"] * 9
+    assert all(path.stat().st_size > 3000 for path in paths)
+    with pytest.raises(FileExistsError):
+        Study(study).export(tmp_path / "charts")
+
+
+def test_in_a_notebook(study):
+    pandas = pytest.importorskip("pandas")
+    shown = Study(study)
+    text = shown._repr_html_()
+    assert text.count("<svg") == 9
+    assert "<script" not in text
+    frame = shown.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert len(frame) == 60 * 8
+    means = frame.groupby(["arm", "split"]).is_correct.mean()
+    assert means["icl", study.splits[0]] == pytest.approx(study.accuracy("icl", study.splits[0]).value)
+
+
+def test_what_an_old_file_lacks_is_left_out(study):
+    phases = {"phases": {"query": {"wall_s": 1.0, "how": {}}}}
+    bare = replace(
+        study.results, sweep=Sweep(), questions=(), load=None, machine={"versions": {}, "ceilings": None},
+        runs=tuple(replace(run, answers=(), losses=(), samples=(), counts=phases)
+                   for run in study.results.runs),
+    )  # fmt: skip
+    text = page.render([Derived(bare, "old"), Derived(bare, "older")], 100.0)
+    assert "This results file keeps no answers." in text
+    assert text.count("<svg") == 2  # accuracies
+
+
+@pytest.fixture(scope="module")
+def many():
+    """The page of a hundred thousand questions."""
+    study = Derived(results_of(100_000, "a question of some length " * 4, ("icl", "ft"), (0,)), "many")
+    return page.render([study], 1000.0)
+
+
+def test_a_hundred_thousand_questions_stay_under_ten_megabytes(many):
+    text = many
+    assert len(text.encode()) < 10e6
+    assert f"{len(range(0, 100_000, 3)) + len(range(0, 100_000, 10)) - len(range(0, 100_000, 30)):,} questions" in text
+
+
+# In a browser.
+
+PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium through selenium."""
+    if missing := [name for name, path in PROGRAMS.items() if path is None]:
+        pytest.skip(f"no {' and no '.join(missing)} on this machine (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = PROGRAMS["chromium"]
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(PROGRAMS["chromedriver"]))
+    yield driver
+    driver.quit()
+
+
+def opened(browser, path, *, width=1280, theme="light"):
+    """Load the page; returns what the browser asked for."""
+    emulate = browser.execute_cdp_cmd
+    emulate("Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600})  # fmt: skip
+    emulate("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture(scope="module")
+def file(study, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    second = Derived(results_of(30, HOSTILE), HOSTILE)
+    path.write_text(page.render([study, second], 1000.0), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
+def test_the_page_opens_without_errors_or_requests(browser, file, width, theme):
+    asked = opened(browser, file, width=width, theme=theme)
+    assert [url for url in asked if not url.startswith("data:,")] == [file.as_uri()]
+    assert browser.get_log("browser") == []
+    script = browser.execute_script
+    assert script("return window.hacked") is None
+    assert script("return document.documentElement.scrollWidth") <= width
+    sizes = script("""return [...document.querySelectorAll('figure svg')].map(svg => {
+        const paper = svg.getBoundingClientRect(), marks = svg.querySelectorAll('path, use, text').length;
+        return [paper.width, paper.height, marks]; })""")
+    assert len(sizes) == 9 + 7  # the second study has no prices
+    assert all(w > 250 and h > 150 and marks > 15 for w, h, marks in sizes)
+    assert script(
+        "return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label').length > 40)"
+    )
+
+
+def contrast(first, second):
+    """WCAG's ratio of two CSS rgb() colours."""
+
+    def luminance(colour):
+        parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_themes_change_charts_too_and_can_be_read(browser, file):
+    opened(browser, file)
+    colours = {}
+    for theme in ("light", "dark"):
+        assert browser.execute_script("return document.documentElement.dataset.theme") == theme
+        colours[theme] = browser.execute_script("""
+            const of = (selector, name) => getComputedStyle(document.querySelector(selector))[name];
+            const arms = [0, 1, 2, 3, 4, 5].map(i => {
+                const probe = document.createElement('i');
+                probe.style.color = `var(--arm${i})`; document.body.append(probe);
+                const colour = getComputedStyle(probe).color; probe.remove(); return colour; });
+            return {card: of('figure', 'backgroundColor'), text: of('h2', 'color'), muted: of('.muted', 'color'),
+                    page: of('body', 'backgroundColor'), chart: of('figure svg text', 'fill'), arms};""")
+        found = colours[theme]
+        assert contrast(found["text"], found["page"]) > 7
+        assert contrast(found["muted"], found["page"]) > 4.5
+        assert contrast(found["chart"], found["card"]) > 4.5
+        assert all(contrast(arm, found["card"]) > 3 for arm in found["arms"])
+        browser.find_element("id", "theme").click()
+    assert all(colours["light"][name] != colours["dark"][name] for name in colours["light"])
+
+
+def test_the_table_is_sorted_filtered_and_paged_by_keyboard(browser, file):
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, file)
+
+    def column(n):
+        return browser.execute_script(
+            "return [...document.querySelectorAll('#s0-table tbody tr')].map(r => r.cells[arguments[0]].innerText)", n
+        )
+
+    rows = column(0)
+    assert len(rows) == 20
+    header = browser.find_element("css selector", "#s0-table thead th:nth-child(4) button")  # the arm base
+    header.send_keys(Keys.ENTER)
+    assert all("✗" in cell for cell in column(3))
+    header.send_keys(Keys.ENTER)
+    assert all("✓" in cell for cell in column(3)) or "✓" in column(3)[0]
+    assert header.find_element("xpath", "..").get_attribute("aria-sort") == "descending"
+    back, after = browser.find_elements("css selector", "#s0-tools button")
+    assert not back.is_enabled()
+    first = column(0)
+    after.send_keys(Keys.ENTER)
+    assert column(0) != first
+    assert browser.find_element("css selector", "#s0-tools [role=status]").text.startswith("page 2 of ")
+    back.send_keys(Keys.ENTER)
+    assert column(0) == first
+    browser.find_element("id", "s0-filter").send_keys("the cat 7 is")
+    assert all("the cat 7 is" in cell for cell in column(0))
+    assert "questions)" in browser.find_element("css selector", "#s0-tools [role=status]").text
+
+
+def test_a_page_of_a_hundred_thousand_questions_opens_in_two_seconds(browser, many, tmp_path):
+    path = Path(tmp_path) / "many.html"
+    path.write_text(many, encoding="utf-8")
+    opened(browser, path)
+    # the page's own work: a machine that others use makes the clock longer, not this
+    metrics = browser.execute_cdp_cmd("Performance.enable", {}) or browser.execute_cdp_cmd("Performance.getMetrics", {})
+    spent = {metric["name"]: metric["value"] for metric in metrics["metrics"]}
+    assert spent["TaskDuration"] < 2
+    assert browser.execute_script("return document.querySelectorAll('#s0-table tbody tr').length") == 20

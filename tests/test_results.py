@@ -1,0 +1,103 @@
+"""results.json: what is written reads back, older editions come up to date, bad ones are named."""
+
+import copy
+import json
+
+import pytest
+
+from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.results import ResultsError, read_results
+
+
+def run_of(arm, **more):
+    return {
+        "arm": arm, "seed": 0, "accuracy": {"test": {"correct": 30, "total": 40}}, "setup_s": 0.0, "query_s": 0.02,
+        "query_tokens": 20.0, "query_rows": 5.0, "uncached_query_s": 0.1,
+        "counts": {"forwarded_rows": 7, "seconds": {"query": 0.8}}, "notes": {},
+    } | more  # fmt: skip
+
+
+ANSWER = {
+    "question_id": "q", "split": "test", "form": None, "topic": "t", "predicted": 0, "probability": [0.75, 0.25],
+    "correct": [0],
+}  # fmt: skip
+OLD = {
+    "schema_version": 1, "model": "m", "parameters": 9, "task": "t", "settings": {"seeds": [0]},
+    "machine": {"device": "cpu", "torch": "2.13"},
+    "runs": [
+        run_of("base"),
+        run_of("icl", query_tokens=520.0, setup_s=2.0, uncached_query_s=2.5, query_s=0.25,
+               counts={"forwarded_rows": 500, "seconds": {"prefill": 2.0, "query": 10.0}}),
+        run_of("ft", setup_s=30.0, counts={"forwarded_rows": 7, "seconds": {"train": 30.0, "query": 0.8}}),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that writes an object as results.json and returns the path."""
+
+    def write(found):
+        path = tmp_path / "results.json"
+        path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_editions_come_up_to_date(version, written):
+    old = copy.deepcopy(OLD) | {"schema_version": version}
+    if version == 2:
+        for run in old["runs"]:
+            run["answers"] = [ANSWER]
+    results = read_results(written(old))
+    assert results.schema_version == 3
+    assert [len(run.answers) for run in results.runs] == [version - 1] * 3
+    assert [run.setup_s for run in results.runs] == [0.0, 0.0, 30.0]  # reading is no longer part of it
+    assert results.runs[1].counts["phases"]["prefill"]["wall_s"] == 2.0
+    assert results.sweep.context_tokens == 500
+    costs = {(p.context_tokens, p.batch): (p.prefill_s, p.query_s) for p in results.sweep.points}
+    assert costs == {
+        (0, 1): ((), (0.1, 0.1)), (0, 40): ((), (0.02, 0.02)), (500, 1): ((2.0,), (0.5,)), (500, 40): ((2.0,), (0.25,)),
+    }  # fmt: skip
+    evens = Derived(results, "old").break_evens["seconds"]
+    assert evens["fine-tuned", "ICL"].queries == pytest.approx(30 / (2.5 - 0.1))
+    assert evens["fine-tuned", "ICL kept"].queries == pytest.approx((30 - 2) / (0.5 - 0.1))
+    assert list(Derived(results, "old").resources) == ["seconds"]
+
+
+def spoiled(change):
+    found = copy.deepcopy(OLD)
+    change(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ("nonsense", "not UTF-8 JSON: Expecting value"),
+        ([], "schema_version: expected 1 to 3, got None"),
+        ({"schema_version": 4}, "schema_version: expected 1 to 3, got 4"),
+        ({"schema_version": True}, "schema_version: expected 1 to 3, got True"),
+        ({"schema_version": 3}, "model: Field required (and "),
+        ({"schema_version": 2}, "not a results file of schema 2: KeyError('runs')"),
+        (spoiled(lambda f: f.update(runs=[])), "not a results file of schema 1: ValueError("),
+        (spoiled(lambda f: f.update(runs={"a": 1})), "not a results file of schema 1: TypeError("),
+        (spoiled(lambda f: f["runs"][1].update(seed="x")), "runs[1].seed: Input should be a valid integer"),
+        (spoiled(lambda f: f["runs"][0].pop("notes")), "runs[0].notes: Field required"),
+        (spoiled(lambda f: f.update(parameters=None)), "parameters: Input should be a valid integer"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_field(found, message, written):
+    path = written(found)
+    with pytest.raises(ResultsError) as caught:
+        read_results(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_file_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ResultsError, match="not UTF-8 JSON"):
+        read_results(path)
