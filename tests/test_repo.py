@@ -62,7 +62,7 @@ SAME_LAYER = {
     for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "augment", "finetune", "cost", "report")
 }
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
-BUDGET = 6000  # code lines of the package and of csrc
+BUDGET = 11_500  # code lines of the package and of csrc
 
 
 def part(module):
