@@ -261,7 +261,7 @@ def as_json(
     load: Ledger | None = None,
     ceilings: Ceilings | None = None,
 ) -> dict[str, Any]:
-    """Everything results.json holds; results.py reads it.
+    """Everything results.json holds; results.py reads it. Of an absolute path it names the last two parts.
 
     `costs` are those of measure(), `load` is the ledger of loading the model.
     """
@@ -271,10 +271,10 @@ def as_json(
         seeds += [run.seed] * (run.seed not in seeds)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": model.name,
+        "model": _public(model.name),
         "parameters": model.num_parameters,
         "weight_bytes": work_of(model).weight_bytes,
-        "task": task_name,
+        "task": _public(task_name),
         "settings": asdict(settings),
         "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
         "load": None if load is None else load.as_dict(),
@@ -285,6 +285,11 @@ def as_json(
         ],
         "runs": [asdict(replace(run, questions=())) for run in runs],
     }
+
+
+def _public(name: str) -> str:
+    """A path as others may read it: of an absolute one the last two parts."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

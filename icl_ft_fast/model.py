@@ -252,6 +252,7 @@ def load(
 
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    given = str(name)
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
         if not name.is_dir():
@@ -281,7 +282,7 @@ def load(
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     if adapter is not None:
         network = _merged(network, adapter)
-    return from_network(network, words, str(name), self_check=self_check)
+    return from_network(network, words, given, self_check=self_check)
 
 
 def _merged(network: Any, adapter: str | Path) -> Any:

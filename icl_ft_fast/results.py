@@ -71,7 +71,7 @@ def read_results(path: Path) -> Results:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
         raise ResultsError(f"{path}: not UTF-8 JSON: {error}") from error
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
@@ -80,7 +80,7 @@ def read_results(path: Path) -> Results:
         return parse_results(found if version == SCHEMA_VERSION else _from_2(found))
     except ValidationError as error:
         raise ResultsError(f"{path}: {first_error(error)}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # an old file of another shape
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # an old file of another shape
         raise ResultsError(f"{path}: not a results file of schema {version}: {error!r}") from error
 
 

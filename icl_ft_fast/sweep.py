@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from icl_ft_fast import encoding
+from icl_ft_fast.contexts import load_context, save_context
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.model import Model
-from icl_ft_fast.score import TokenRequest, loglikelihood
+from icl_ft_fast.score import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question
 
 BATCHES = (1, 8, 64)
@@ -40,8 +39,8 @@ class Point:
         query_s: seconds a query after that.
         prefill_flops, query_flops: from shapes.
         prefill_joules, query_joules: medians; None where energy cannot be read.
-        save_s, load_s: seconds of writing a file as large as the context's keys and values, and of reading it back
-            from the system's cache.
+        save_s, load_s: seconds of save_context(), and of load_context() from the system's cache with the copy into a
+            stack that the first run makes.
     """
 
     context_tokens: int
@@ -106,9 +105,9 @@ def sweep(
     room = model.max_positions - longest
     grid = [0, *sorted({len(own)} - {0}), *(n for n in sorted({*lengths} - {0, len(own)}) if n <= room)]
     sizes = sorted({min(batch, len(asked)) for batch in batches})
-    meter, kv_row_bytes, begun = Meter(model.device), work_of(model).kv_row_bytes, time.perf_counter()
+    meter, fingerprint, begun = Meter(model.device), model.fingerprint(), time.perf_counter()
     measured: dict[tuple[int, int], list[Ledger]] = {}
-    files: dict[int, list[tuple[float, float]]] = {}
+    files: dict[int, list[Ledger]] = {}
 
     def elapsed() -> float:
         return time.perf_counter() - begun
@@ -120,9 +119,21 @@ def sweep(
             loglikelihood(model, _behind(tokens, picked), shared_tokens=length, ledger=ledger)
             measured.setdefault((length, batch), []).append(ledger)
             bar.update()
-        files.setdefault(length, []).append(_file_s(length * kv_row_bytes) if length else (0.0, 0.0))
+        files.setdefault(length, []).append(ledger := Ledger(meter=meter))
+        path = Path(folder) / f"{length}.safetensors"
+        if length and not path.exists():
+            save_context(path, model, prefill(model, tokens), fingerprint=fingerprint)
+        if length:
+            with ledger.phase("context"):
+                loaded = load_context(path, model, fingerprint=fingerprint)
+                loaded.open(length + longest)
+            with ledger.phase("save"):
+                save_context(path, model, loaded, fingerprint=fingerprint)
 
-    with tqdm(desc="measuring", unit="run", disable=not progress) as bar:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(desc="measuring", unit="run", disable=not progress) as bar,
+    ):
         for length in grid:  # the warm-up also finds how far the time reaches
             if length not in (0, len(own)) and elapsed() * rounds > seconds:
                 break
@@ -143,7 +154,7 @@ def _behind(context: list[int], questions: Sequence[Sequence[TokenRequest]]) -> 
     return [([*context, *before], after) for choices in questions for before, after in choices]
 
 
-def _point(length: int, batch: int, ledgers: list[Ledger], files: list[tuple[float, float]]) -> Point:
+def _point(length: int, batch: int, ledgers: list[Ledger], files: list[Ledger]) -> Point:
     prefills = [ledger.phases["prefill"] for ledger in ledgers if "prefill" in ledger.phases]
     queries = [ledger.phases["query"] for ledger in ledgers]
     energy = [_median([p.joules for p in phases if p.joules is not None]) for phases in (prefills, queries)]
@@ -156,20 +167,10 @@ def _point(length: int, batch: int, ledgers: list[Ledger], files: list[tuple[flo
         query_flops=(_median([phase.flops for phase in queries]) or 0.0) / batch,
         prefill_joules=energy[0],
         query_joules=None if energy[1] is None else energy[1] / batch,
-        save_s=tuple(save for save, _ in files if length),
-        load_s=tuple(load for _, load in files if length),
+        save_s=tuple(file.seconds["save"] for file in files if length),
+        load_s=tuple(file.seconds["context"] for file in files if length),
     )
 
 
 def _median(values: Sequence[float]) -> float | None:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5)) if values else None
-
-
-def _file_s(num_bytes: int) -> tuple[float, float]:
-    """Seconds of writing and of reading back a safetensors file of so many bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, start = Path(folder) / "kv.safetensors", time.perf_counter()
-        save_file({"kv": torch.zeros(num_bytes, dtype=torch.uint8)}, path)
-        saved = time.perf_counter()
-        load_file(path)["kv"].sum()
-        return saved - start, time.perf_counter() - saved

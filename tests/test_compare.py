@@ -135,7 +135,9 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     assert distilled.accuracy == evaluate(tuned.model, task.questions)
     assert distilled.notes["final_loss"] == tuned.losses[-1]
     assert distilled.notes.keys() == augmented.notes.keys()
-    assert distilled.counts["seconds"].keys() == {"augment", "train", "query"}
+    assert distilled.counts["phases"].keys() == {"filter", "teach", "train", "tokenise", "query"}
+    paid = [p["wall_s"] for name, p in distilled.counts["phases"].items() if name in ("filter", "teach", "train")]
+    assert distilled.setup_s == pytest.approx(sum(paid))  # the teacher's reading is paid once
 
 
 def test_an_unknown_arm(llama):

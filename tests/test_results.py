@@ -2,11 +2,14 @@
 
 import copy
 import json
+import math
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.results import ResultsError, read_results
+from icl_ft_fast.results import Results, ResultsError, read_results
 
 
 def run_of(arm, **more):
@@ -99,5 +102,57 @@ def test_a_bad_file_is_named_with_its_field(found, message, written):
 def test_a_file_that_is_not_utf_8(tmp_path):
     path = tmp_path / "results.json"
     path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ResultsError, match="not UTF-8 JSON"):
+        read_results(path)
+
+
+NEW = {
+    "schema_version": 3, "model": "m", "parameters": 9, "task": "t", "settings": {}, "machine": {"versions": {}},
+    "sweep": {"context_tokens": 5, "points": [{"context_tokens": 5, "batch": 1, "prefill_s": [2.0], "query_s": [0.5]}]},
+    "questions": [{"seeds": [0], "questions": [{"id": "q", "prompt": "p", "choices": ["a", "b"]}]}],
+    "runs": [
+        run_of("icl", counts={"phases": {"query": {"wall_s": 0.8, "how": {}}}}, answers=[ANSWER], losses=[2.0],
+               samples=[{"source": "a", "kind": "b", "text": "c"}])
+    ],
+}  # fmt: skip
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
+JSON = st.recursive(SCALARS, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(), of, max_size=3))
+
+
+@st.composite
+def damaged(draw):
+    """A results file of any schema in which up to three values are others, or gone."""
+    found = copy.deepcopy(draw(st.sampled_from([OLD, OLD | {"schema_version": 2}, NEW])))
+    for _ in range(draw(st.integers(1, 3))):
+        at, places = found, []
+        while isinstance(at, dict | list) and at and (not places or draw(st.integers(0, 4))):
+            key = draw(st.sampled_from(range(len(at)) if isinstance(at, list) else sorted(at)))
+            places.append((at, key))
+            at = at[key]
+        if places:
+            inside, key = places[-1]
+            if draw(st.booleans()):
+                inside[key] = draw(JSON)
+            else:
+                del inside[key]
+    return found
+
+
+@given(JSON | damaged())
+@example(OLD | {"runs": [run_of("icl", query_tokens=math.inf), run_of("base")]})
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_gives_results_or_an_error_that_names_the_file(written, found):
+    path = written(found)
+    try:
+        results = read_results(path)
+    except ResultsError as error:
+        assert str(error).startswith(f"{path}: ")  # noqa: PT017
+    else:
+        assert isinstance(results, Results)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "1" * 5000, "\ufeff{}", ""])
+def test_texts_that_break_a_parser(text, written):
+    path = written(text)
     with pytest.raises(ResultsError, match="not UTF-8 JSON"):
         read_results(path)

@@ -121,7 +121,11 @@ def add_decision_options(parser: argparse.ArgumentParser) -> None:
         "--prices", type=Path, metavar="FILE", help="decide by money, see docs/cost.md; else by seconds"
     )
     parser.add_argument(
-        "--within", type=float, default=2.0, metavar="POINTS", help="of the best accuracy (default: %(default)s)"
+        "--within",
+        type=float,
+        default=2.0,
+        metavar="POINTS",
+        help="of the best accuracy, or of ICL's (default: %(default)s)",
     )
     parser.add_argument(
         "--reuse", type=amount, metavar="H", help="queries for which a context stays cached (default: a day's, or all)"
@@ -219,7 +223,7 @@ def _compare(options: argparse.Namespace) -> None:
         )
         return
     console = Console()
-    table.print_study(study, console)
+    table.print_study(study, console, options.within)
     print_decision(study, options, console)
     if results is not None:
         print(f"\nWritten to {results}")

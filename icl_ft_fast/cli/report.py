@@ -49,7 +49,7 @@ def _report(options: argparse.Namespace) -> None:
         console = Console()
         for study in studies:
             console.print(f"{study.name}:", highlight=False, markup=False)
-            table.print_study(study, console)
+            table.print_study(study, console, options.within)
             print_decision(study, options, console)
     if options.out is None and options.charts is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -96,6 +96,12 @@ class Derived:
         """Numbers of queries scored together that were measured."""
         return sorted({point.batch for point in self.results.sweep.points})
 
+    @property
+    def own_point(self) -> Point | None:
+        """What was measured behind the ICL arm's own context; None without one."""
+        own = self.results.sweep.context_tokens
+        return self._point(own, self.batch) if own else None
+
     @cached_property
     def resources(self) -> dict[str, str]:
         """What costs can be told in, with the unit."""
@@ -154,6 +160,11 @@ class Derived:
             found[resource] = {(a, b): break_even_interval(ways[a], ways[b]) for a in trained for b in rivals}
         return found
 
+    def matches_icl(self, way: str, points: float) -> bool | None:
+        """Whether a way's accuracy over all splits is within so many points of ICL's, or above it; None if unknown."""
+        mine, theirs = self.accuracy(self.arm_of(way)), self.accuracy("icl")
+        return None if mine is None or theirs is None else theirs.value - mine.value <= points / 100 + 1e-12
+
     def sensitivity(self, way: str, reuses: Sequence[float]) -> list[tuple[int, list[float | None]]]:
         """For each measured context length, the break-even of a trained way in seconds with ICL, by reuse.
 
@@ -168,6 +179,18 @@ class Derived:
         for c in lengths:
             lines = [Line(0.0, reading(c), query(c), max(reuse, self.batch)) for reuse in reuses]
             rows.append((c, [break_even(trained, line) for line in lines]))
+        return rows
+
+    def sensitivity_to_batch(self, way: str, reuses: Sequence[float]) -> list[tuple[int, list[float | None]]]:
+        """For each measured number of queries scored together, the same behind the ICL arm's own context, measured."""
+        rows = []
+        for batch in self.batches:
+            ways = self.ways("seconds", batch=batch)
+            if "ICL" not in ways:
+                return []
+            trained, kept = ways[way].line, ways["ICL"].line
+            lines = [replace(kept, reuse=max(reuse, float(batch))) for reuse in reuses]
+            rows.append((batch, [break_even(trained, line) for line in lines]))
         return rows
 
     def fits(self) -> tuple[Fit, Fit] | None:
@@ -212,7 +235,7 @@ class Derived:
     def summary(self, queries: float | None = None, points: float = 2.0) -> dict[str, Any]:
         """What the tables say, for machines: plain values, with None for never.
 
-        `queries` asks for a decision at that volume within `points` of the best accuracy.
+        `queries` asks for a decision at that volume; `points` are how far below the best, or ICL's, still matches it.
         """
         chosen = "seconds" if self.prices is None else "money"
         ways = self.decision_ways(chosen) if queries else []
@@ -228,7 +251,8 @@ class Derived:
                 for resource in self.resources
             },
             "break_even": [
-                {"resource": resource, "way": way, "rival": rival, **_finite(asdict(found))}
+                {"resource": resource, "way": way, "rival": rival, "matches_icl": self.matches_icl(way, points)}
+                | _finite(asdict(found))
                 for resource in self.resources
                 for (way, rival), found in self.break_evens[resource].items()
             ],

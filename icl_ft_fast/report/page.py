@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
@@ -66,12 +66,14 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "how": HOW,
         "paired": paired_tests(study.results.runs),
         "break_evens": [
-            (resource, way, rival, even)
+            (resource, way, rival, even, study.matches_icl(way, points))
             for resource, found in study.break_evens.items()
             for (way, rival), even in found.items()
         ],
         "reuses": REUSES,
         "sensitivity": [(way, study.sensitivity(way, REUSES)) for way in trained] if fits else [],
+        "by_batch": [(way, study.sensitivity_to_batch(way, REUSES)) for way in trained],
+        "points": points,
         "fits": fits
         and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
         "decision": decision,
@@ -84,7 +86,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
 
 
 def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
-    """(arm, phase, the mean of each figure over seeds, None where one is lacking)."""
+    """(arm, phase, the mean of each figure over seeds, None where one is lacking); saving and loading from the sweep."""
     found: dict[tuple[str, str], list[dict[str, float | None]]] = {}
     for run in study.results.runs:
         for name, phase in run.counts["phases"].items():
@@ -96,6 +98,9 @@ def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
             figure: None if None in some else fmean(v for v in some if v is not None) for figure, some in values.items()
         }
         rows.append((arm, name, means))
+    if (own := study.own_point) is not None and own.load_s:
+        files = {"context": own.load_s, "save": own.save_s}
+        rows += [("ICL from file", name, dict.fromkeys(FIGURES) | {"wall_s": median(s)}) for name, s in files.items()]
     return rows
 
 

@@ -21,12 +21,13 @@ from icl_ft_fast.statistics import brier, expected_calibration_error
 
 CAPTION = (
     "Under an accuracy: Wilson's interval, then the bootstrap's over facts and seeds. Once: seconds of augmentation "
-    "and training. read s: of the documents into the context. ms a query after that: one by one; together, so many at "
-    "a time as the column says."
+    "(and of a teacher's reading) and of training. read s: of the documents into the context. ms a query after that: "
+    "one by one; together, so many at a time as the column says."
 )
 BREAK_EVEN_CAPTION = (
     "Queries from which on an arm costs fewer seconds than ICL that reads its context for each query, that keeps it in "
-    "the cache, and that keeps it in a file; below, the bootstrap's interval at 95% over measurements and seeds."
+    "the cache, and that keeps it in a file; below, the bootstrap's interval at 95% over measurements and seeds. As "
+    "accurate: over all questions, to within"
 )
 PAIRED_CAPTION = (
     "Accuracy of the first less that of the second on the same questions; exact sign-flip test over facts, "
@@ -38,8 +39,11 @@ Item = TypeVar("Item")
 SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED = 2, 6, 4  # columns that fit
 
 
-def print_study(study: Derived, console: Console) -> None:
-    """Print accuracies, costs, break-even counts, accuracies by form, paired tests and calibration; seeds pooled."""
+def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
+    """Print accuracies, costs, break-even counts, accuracies by form, paired tests and calibration; seeds pooled.
+
+    `points` of accuracy below ICL still match it.
+    """
     splits = study.splits
     if len(splits) > SPLITS_BESIDE_COSTS:
         for part in _parts(splits, SPLITS_ALONE):
@@ -47,6 +51,7 @@ def print_study(study: Derived, console: Console) -> None:
             for arm in study.arms:
                 table.add_row(_title(arm), *_accuracy_cells(study, arm, part))
             console.print(table)
+            console.print()
         splits = []
     together = max(study.batches, default=1)
     costs = ("augm. s\ntrain s", "\nread s", "tokens\n/query", f"ms, 1\n{together}")
@@ -72,7 +77,12 @@ def print_study(study: Derived, console: Console) -> None:
     if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):
         read = fmean(notes["context_documents"] for notes in icl)
         console.print(f"ICL read {read:,.0f} documents; {fmean(left_out):,.0f} more did not fit its --icl-tokens.")
-    more = (_break_even_table(study), _form_tables(runs, arms), _paired_tables(runs), _calibration_table(runs, arms))
+    more = (
+        _break_even_table(study, points),
+        _form_tables(runs, arms),
+        _paired_tables(runs),
+        _calibration_table(runs, arms),
+    )
     for table in itertools.chain(*more):
         console.print()
         console.print(table)
@@ -149,13 +159,14 @@ def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str
     return cells
 
 
-def _break_even_table(study: Derived) -> Iterator[Table]:
-    """From how many queries each trained arm pays, against each way of ICL."""
+def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
+    """From how many queries each trained arm pays, against each way of ICL, and whether it is as accurate."""
     if found := study.break_evens.get("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
-        table = _new_table("pays from", rivals, BREAK_EVEN_CAPTION)
+        table = _new_table("pays from", [*rivals, "as accurate\nas ICL"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
         for way in dict.fromkeys(way for way, _ in found):
-            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals))
+            matches = {None: "-", True: "yes", False: "less accurate"}[study.matches_icl(way, points)]
+            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), matches)
         yield table
 
 
