@@ -3,8 +3,10 @@
 import copy
 import io
 import json
+import math
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rich.console import Console
 from icl_ft_fast import compare, encoding, sweep
 from icl_ft_fast.augment import augment_rules
 from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
+from icl_ft_fast.cost.amortise import break_even
 from icl_ft_fast.cost.machine import fingerprint
 from icl_ft_fast.evaluate import (
     NORMALIZATIONS,
@@ -157,7 +160,11 @@ def test_results_json(llama, runs, tmp_path):
 
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
     assert results.keys() == {field.name for field in fields(Results)}
-    assert (results["schema_version"], results["task"], results["model"]) == (3, "a task", llama.name)
+    assert (results["schema_version"], results["task"], results["model"]) == (
+        3,
+        "a task",
+        "/".join(Path(llama.name).parts[-2:]),
+    )
     assert [asked["seeds"] for asked in results["questions"]] == [[0], [7]]
     assert [q["id"] for q in results["questions"][0]["questions"]] == [q.id for q in task_of_seed(0).questions]
     assert results["parameters"] == sum(parameter.numel() for parameter in llama.network.parameters())
@@ -265,6 +272,7 @@ def run_of(arm, seed=0, scale=1.0, **accuracy):
     )  # fmt: skip
 
 
+TRAINED = set(ARMS) - {"base", "icl"}
 COSTS = sweep.Sweep(
     500,
     (
@@ -307,7 +315,7 @@ def test_the_table_names_every_arm_within_80_columns(runs):
         for name in ("reversal", "trained", "train s", "tokens", "pays from"):
             assert name in text
         for run in some_runs:
-            assert len(cells(text, run.arm)) == 1 + run.arm.endswith("ft"), run.arm  # accuracy, and what pays
+            assert len(cells(text, run.arm)) == 1 + (run.arm in TRAINED), run.arm  # accuracy, and what pays
 
 
 def test_the_table_pools_seeds_and_averages_costs():
@@ -327,12 +335,41 @@ def test_the_table_counts_queries_to_break_even():
     icl, tuned = run_of("icl", x=(1, 1)), replace(run_of("ft", x=(1, 1)), setup_s=1000.0)
     _, (upper, lower) = cells(printed([icl, tuned]), "ft")
     # against 7.1 + 0.5 a query; 7.1 and then 0.5; and 7.1 + 0.9 + 0.1 and then 0.5
-    assert upper == [f"{n:,.0f}" for n in (1000 / 7.5, (1000 - 7.1) / 0.4, (1000 - 8.1) / 0.4)]
+    assert upper == [*(f"{n:,.0f}" for n in (1000 / 7.5, (1000 - 7.1) / 0.4, (1000 - 8.1) / 0.4)), "yes"]
+    upper.pop()
     assert lower == [word for n in upper for word in (n, "to", n)]  # one measurement of each: the interval is a point
     for alone, arm in ((icl, "icl"), (tuned, "ft")):
         assert len(cells(printed([alone]), arm)) == 1
     together = derived([icl, tuned], batch=64).break_evens["seconds"]
     assert together["fine-tuned", "ICL"].queries == pytest.approx(1000 / (7.1 / 64 + 0.01))
+
+
+def test_break_even_is_told_from_break_even_at_equal_accuracy():
+    runs = [run_of("icl", x=(90, 100)), run_of("ft", x=(88, 100)), run_of("distilled", x=(87, 100))]
+    study = derived(runs)
+    assert [study.matches_icl(way, 2.0) for way in ("fine-tuned", "distilled")] == [True, False]
+    assert study.matches_icl("distilled", 3.0)
+    console = Console(file=io.StringIO(), width=80)
+    table.print_study(study, console)
+    matches = [cells(console.file.getvalue(), arm)[1][0][-2:] for arm in ("ft", "distilled")]
+    assert (matches[0][-1], matches[1]) == ("yes", ["less", "accurate"])
+    assert [row["matches_icl"] for row in study.summary()["break_even"] if row["resource"] == "seconds"] == (
+        [True] * 3 + [False] * 3
+    )
+    for way in ("fine-tuned", "distilled"):
+        for batch, evens in study.sensitivity_to_batch(way, (1, math.inf)):
+            ways = study.ways("seconds", batch=batch)
+            rivals = [ways["ICL"].line, ways["ICL kept"].line]  # read for each batch, and never again
+            assert evens == [break_even(ways[way].line, rival) for rival in rivals]
+
+
+def test_all_arms_and_five_splits_stay_apart_within_80_columns():
+    text = printed([run_of(arm, **{f"split{i}": (i, 5) for i in range(5)}) for arm in ARMS])
+    assert max(map(len, text.splitlines())) <= 80
+    lines = text.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.lstrip().startswith(("split0", "1 seed(s)", "pays from"))]
+    assert len(heads) >= 3
+    assert all(not lines[i - 1].strip() for i in heads[1:])
 
 
 def test_without_measured_costs_there_is_no_break_even():
@@ -350,7 +387,7 @@ def test_nothing_is_cut_or_read_as_markup():
     assert "…" not in text
     for arm in ARMS:
         # thirteen splits in threes of tables, then costs, then what pays
-        assert len(cells(text, arm)) == 4 + arm.endswith("ft")
+        assert len(cells(text, arm)) == 4 + (arm in TRAINED)
         assert "1,234,000,000" in cells(text, arm)[3][0]
         assert "0.333" in cells(text, arm)[1][0]
     for name in ("[bold]", "[/wrong]", *(f"split{i}" for i in range(9))):
@@ -359,7 +396,7 @@ def test_nothing_is_cut_or_read_as_markup():
     few = printed([run_of(arm, scale=1e9, long_name=(1, 2), x=(1, 3)) for arm in ARMS])
     assert max(map(len, few.splitlines())) <= 80
     assert "…" not in few
-    assert all(len(cells(few, arm)) == 1 + arm.endswith("ft") for arm in ARMS)
+    assert all(len(cells(few, arm)) == 1 + (arm in TRAINED) for arm in ARMS)
 
 
 def test_a_task_without_answers_has_a_table_of_costs(llama):

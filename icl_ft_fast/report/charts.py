@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from icl_ft_fast.compare import paired_tests
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
@@ -27,9 +27,9 @@ LIGHT = {
 }  # fmt: skip
 MARKS = "osD^vP"
 DASHES = {"ICL kept": (4, 2), "ICL from file": (1, 1.5)}
-SIZE = (4.7, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
+SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop three are side by side
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "icl_ft_fast", "font.size": 9, "font.family": "sans-serif",
+    "svg.fonttype": "none", "svg.hashsalt": "icl_ft_fast", "font.size": 10, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LIGHT["muted"], "axes.axisbelow": True,
     "axes.labelcolor": LIGHT["ink"], "text.color": LIGHT["ink"], "xtick.color": LIGHT["muted"],
     "ytick.color": LIGHT["muted"], "grid.color": LIGHT["grid"], "axes.grid": True, "legend.frameon": False,
@@ -100,7 +100,7 @@ def _look(study: Derived, way: str) -> tuple[str, str]:
 def _accuracy(study: Derived) -> Chart | None:
     if not study.splits:
         return None
-    figure, axes = _axes(height=max(SIZE[1], 0.6 + 0.19 * len(study.splits) * (len(study.arms) + 1)))
+    figure, axes = _axes(height=max(_paired_height(study), 0.8 + 0.19 * len(study.splits) * (len(study.arms) + 1)))
     told = []
     for s, split in enumerate(study.splits):
         for a, arm in enumerate(study.arms):
@@ -124,11 +124,16 @@ def _accuracy(study: Derived) -> Chart | None:
     return Chart("accuracy", "Accuracy by kind of question", "; ".join(told), figure)
 
 
+def _paired_height(study: Derived) -> float:
+    """Of the chart of differences; that of accuracies beside it is no lower."""
+    return max(SIZE[1], 0.7 + 0.16 * min(60, len(paired_tests(study.results.runs))))
+
+
 def _paired(study: Derived) -> Chart | None:
     tests = paired_tests(study.results.runs)
     if not tests or len(tests) > 60:
         return None
-    figure, axes = _axes(height=max(2.2, 0.8 + 0.2 * len(tests)))
+    figure, axes = _axes(height=_paired_height(study))
     names = []
     for i, test in enumerate(tests):
         sure = test.p < 0.05
@@ -137,7 +142,7 @@ def _paired(study: Derived) -> Chart | None:
         pair = " - ".join(ARM_TITLES.get(arm, arm) for arm in (test.first, test.second))
         names.append(f"{pair}, {test.split}")
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
-    axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=7.5)
+    axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=8)
     axes.set(xlim=(-1.05, 1.05), ylim=(len(tests) - 0.4, -0.6), xlabel="difference in accuracy; filled: p < .05")
     axes.grid(axis="y", visible=False)
     told = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
@@ -243,13 +248,15 @@ def _sweep(study: Derived) -> Chart | None:
 
 def _plain(*logarithmic: Axis) -> None:
     """Ticks of a logarithmic axis as 0.01, 10, 1k, 1M: words, not mathematics, so that they stay text in the SVG."""
+    large = EngFormatter(sep="")
+    words = FuncFormatter(lambda value, _: f"{value:g}" if value < 1000 else large(value))
     for axis in logarithmic:
-        axis.set_major_formatter(EngFormatter(sep="", places=None))
+        axis.set_major_formatter(words)
         low, high = axis.get_view_interval()
-        few = high / low < 10
-        axis.set_minor_formatter(EngFormatter(sep="") if few else NullFormatter())
+        few = high / low < 30
+        axis.set_minor_formatter(words if few else NullFormatter())
         if few:
-            axis.set_minor_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -54,21 +54,26 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
     decision = decide(ways, queries, points) if queries and ways else None
     drawn = charts.draw(study, queries)
     fits = study.fits()
-    trained = list(dict.fromkeys(way for way, _ in study.break_evens.get("seconds", ())))
+    pairs = study.break_evens.get("seconds", ())
+    trained, rivals = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
+    phases = _phases(study)
+    known = [name for name in FIGURES if any(phase[name] is not None for *_, phase in phases)]
     return {
         "key": key,
         "study": study,
         "results": study.results,
         "charts": {chart.name: {"title": chart.title, "alt": chart.alt, "svg": _inline(chart, key)} for chart in drawn},
         "ceilings": study.results.machine.get("ceilings"),
-        "phases": _phases(study),
-        "figures": FIGURES,
+        "phases": phases,
+        "figures": {name: FIGURES[name] for name in known},
+        "unavailable": [title for name, title in FIGURES.items() if name not in known],
         "how": HOW,
         "paired": paired_tests(study.results.runs),
+        "rivals": rivals,
         "break_evens": [
-            (resource, way, rival, even, study.matches_icl(way, points))
+            (resource, way, study.matches_icl(way, points), [found.get((way, rival)) for rival in rivals])
+            for way in trained
             for resource, found in study.break_evens.items()
-            for (way, rival), even in found.items()
         ],
         "reuses": REUSES,
         "sensitivity": [(way, study.sensitivity(way, REUSES)) for way in trained] if fits else [],
@@ -86,7 +91,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
 
 
 def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
-    """(arm, phase, the mean of each figure over seeds, None where one is lacking); saving and loading from the sweep."""
+    """(arm, phase, mean of each figure over seeds, None where one is lacking); saving and loading from the sweep."""
     found: dict[tuple[str, str], list[dict[str, float | None]]] = {}
     for run in study.results.runs:
         for name, phase in run.counts["phases"].items():
