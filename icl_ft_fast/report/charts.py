@@ -16,7 +16,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from icl_ft_fast.compare import paired_tests
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count
 
@@ -27,7 +26,7 @@ LIGHT = {
 }  # fmt: skip
 MARKS = "osD^vP"
 DASHES = {"ICL kept": (4, 2), "ICL from file": (1, 1.5)}
-SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop three are side by side
+SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "icl_ft_fast", "font.size": 10, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LIGHT["muted"], "axes.axisbelow": True,
@@ -126,11 +125,11 @@ def _accuracy(study: Derived) -> Chart | None:
 
 def _paired_height(study: Derived) -> float:
     """Of the chart of differences; that of accuracies beside it is no lower."""
-    return max(SIZE[1], 0.7 + 0.16 * min(60, len(paired_tests(study.results.runs))))
+    return max(SIZE[1], 0.7 + 0.16 * min(60, len(study.paired)))
 
 
 def _paired(study: Derived) -> Chart | None:
-    tests = paired_tests(study.results.runs)
+    tests = study.paired
     if not tests or len(tests) > 60:
         return None
     figure, axes = _axes(height=_paired_height(study))

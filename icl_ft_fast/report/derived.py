@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from icl_ft_fast.compare import ANSWERING, Run
+from icl_ft_fast.compare import ANSWERING, Paired, Run, paired_tests
 from icl_ft_fast.cost.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
 from icl_ft_fast.cost.prices import Prices
 from icl_ft_fast.evaluate import Accuracy, Answer
@@ -80,11 +80,20 @@ class Derived:
 
     def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
         """The bootstrap's interval over facts and seeds; None where answers were not kept."""
-        found = [(run.seed, a) for run in self.of(arm) for a in run.answers if a.split == split]
-        if not found:
-            return None
-        seeds, answers = zip(*found, strict=True)
-        return cluster_bootstrap([a.is_correct for a in answers], [a.topic for a in answers], seeds)
+        return self._clustered.get((arm, split))
+
+    @cached_property
+    def _clustered(self) -> dict[tuple[str, str], tuple[float, float]]:
+        found: dict[tuple[str, str], list[tuple[bool, str, int]]] = {}
+        for run in self.results.runs:
+            for a in run.answers:
+                found.setdefault((run.arm, a.split), []).append((a.is_correct, a.topic, run.seed))
+        return {key: cluster_bootstrap(*zip(*answers, strict=True)) for key, answers in found.items()}
+
+    @cached_property
+    def paired(self) -> list[Paired]:
+        """Every two arms in every split."""
+        return paired_tests(self.results.runs)
 
     def chance(self, split: str) -> float | None:
         """What blind guesses would have."""

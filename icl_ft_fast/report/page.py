@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from icl_ft_fast.compare import paired_tests
 from icl_ft_fast.cost.amortise import decide
 from icl_ft_fast.cost.ledger import HOW
 from icl_ft_fast.report import charts
@@ -68,7 +67,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "figures": {name: FIGURES[name] for name in known},
         "unavailable": [title for name, title in FIGURES.items() if name not in known],
         "how": HOW,
-        "paired": paired_tests(study.results.runs),
+        "paired": study.paired,
         "rivals": rivals,
         "break_evens": [
             (resource, way, study.matches_icl(way, points), [found.get((way, rival)) for rival in rivals])

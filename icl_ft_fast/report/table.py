@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icl_ft_fast.compare import Run, paired_tests
+from icl_ft_fast.compare import Run
 from icl_ft_fast.cost.amortise import BreakEven, Decision, Way
 from icl_ft_fast.evaluate import Accuracy, Answer
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
@@ -80,7 +80,7 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
     more = (
         _break_even_table(study, points),
         _form_tables(runs, arms),
-        _paired_tables(runs),
+        _paired_tables(study),
         _calibration_table(runs, arms),
     )
     for table in itertools.chain(*more):
@@ -163,7 +163,7 @@ def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL, and whether it is as accurate."""
     if found := study.break_evens.get("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
-        table = _new_table("pays from", [*rivals, "as accurate\nas ICL"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
+        table = _new_table("pays from", [*rivals, "as accurate"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
         for way in dict.fromkeys(way for way, _ in found):
             matches = {None: "-", True: "yes", False: "less accurate"}[study.matches_icl(way, points)]
             table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), matches)
@@ -198,9 +198,9 @@ def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
         yield table
 
 
-def _paired_tables(runs: Sequence[Run]) -> Iterator[Table]:
+def _paired_tables(study: Derived) -> Iterator[Table]:
     """Differences in accuracy between arms, with their p-values."""
-    tests = {(test.first, test.second, test.split): test for test in paired_tests(runs)}
+    tests = {(test.first, test.second, test.split): test for test in study.paired}
     pairs = dict.fromkeys(key[:2] for key in tests)
     for part in _parts(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
         table = _new_table("difference, p", part, PAIRED_CAPTION)
