@@ -31,12 +31,13 @@ from icl_ft_fast.cost.machine import ceilings
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
-from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
+from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.results import parse_results
 from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 DEMO_FACTS = 40
 DEMO_LEARNING_RATE = 1e-3
