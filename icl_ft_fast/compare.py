@@ -201,7 +201,7 @@ def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tup
 
 
 def measure(
-    model: Model, task: Task, settings: Settings, *, seconds: float = 60.0, progress: bool = False
+    model: Model, task: Task, settings: Settings, *, seconds: float = 30.0, progress: bool = False
 ) -> sweep.Sweep:
     """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
     if "icl" not in settings.arms:

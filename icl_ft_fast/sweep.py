@@ -71,7 +71,7 @@ def sweep(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
-    seconds: float = 60.0,
+    seconds: float = 30.0,
     progress: bool = False,
 ) -> Sweep:
     """Measure prefills and queries of the task's own questions.

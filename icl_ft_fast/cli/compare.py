@@ -102,7 +102,7 @@ def _add_comparison_options(
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     parser.add_argument(
-        "--measure-seconds", type=amount, default=60.0, help="limit of measuring query costs (default: %(default)s)"
+        "--measure-seconds", type=amount, default=30.0, help="limit of measuring query costs (default: %(default)s)"
     )
     add_decision_options(parser)
     add_json_option(parser)
