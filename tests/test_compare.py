@@ -37,7 +37,7 @@ from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.results import Results, read_results
-from icl_ft_fast.score import score
+from icl_ft_fast.score import prefill, score
 from icl_ft_fast.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
@@ -370,6 +370,29 @@ def test_all_arms_and_five_splits_stay_apart_within_80_columns():
     heads = [i for i, line in enumerate(lines) if line.lstrip().startswith(("split0", "1 seed(s)", "pays from"))]
     assert len(heads) >= 3
     assert all(not lines[i - 1].strip() for i in heads[1:])
+
+
+def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
+    task, loaded = task_of_seed(0), []
+    context = prompt_context(llama, task.documents[:2])
+    load = sweep.load_context
+
+    def noted(path, model, **more):
+        loaded.append(load(path, model, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(sweep, "load_context", noted)
+    found = sweep.sweep(llama, task.questions, context, lengths=(), batches=(1,), rounds=2)
+    (own,) = encoding.encode(llama.tokenizer, [context.rstrip()])
+    assert [(p.context_tokens, len(p.save_s), len(p.load_s)) for p in found.points] == [(0, 0, 0), (len(own), 2, 2)]
+    assert [c.token.tolist() for c in loaded] == [own] * 3  # the warm-up too
+    expected = prefill(llama, own)
+    assert torch.equal(loaded[-1].hidden, expected.hidden)
+    rows, layers = len(own), expected.stack.layers(len(own))
+    for layer, (keys, values) in loaded[-1].stack.layers(rows).items():
+        assert torch.equal(keys, layers[layer][0])
+        assert torch.equal(values, layers[layer][1])
+    assert loaded[-1].stack.capacity > rows  # opened as the first run opens it
 
 
 def test_without_measured_costs_there_is_no_break_even():
