@@ -247,6 +247,16 @@ def test_chat_through_the_client(client, llama):
     got = client.chat.completions.create(model="tiny", messages=turns, temperature=0, max_completion_tokens=4)
     (expected,) = generate(llama, ["<user>the cat <assistant>"], Sampling(max_new_tokens=4))
     assert got.choices[0].message.content == expected.text
+    asked = {
+        "temperature": 0,
+        "logprobs": False,
+        "max_tokens": 4,
+        "extra_body": {"top_logprobs": None},
+    }  # OpenCompass's
+    again = client.chat.completions.create(model="tiny", messages=turns, **asked)
+    assert again.choices[0].message.content == expected.text
+    with pytest.raises(openai.BadRequestError, match="logprobs: Input should be False"):
+        client.chat.completions.create(model="tiny", messages=turns, **asked | {"logprobs": True})
     with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
 
