@@ -211,6 +211,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
     assert len(prompt) == len(ids) - max_tokens
     for i, entry in enumerate(prompt[1:], 1):
         own = entry[str(ids[i])]
+        assert next(iter(entry)) == str(ids[i])  # where Inspect AI looks for it
         assert own["logprob"] == pytest.approx(want[i], abs=1e-4)
         assert own["rank"] == 1 + int((logp[i - 1] > logp[i - 1, ids[i]]).sum())
     assert got.text.startswith("<s>the cat") == echo

@@ -172,10 +172,10 @@ def logprobs(tokens: Sequence[ScoredToken], top: int, offset: int, piece: Callab
 
 
 def prompt_logprobs(token: ScoredToken, top: int, piece: Callable[[int], str]) -> dict[str, Any] | None:
-    """The entry of a prompt's token as vLLM has it, the likeliest tokens and itself; the first token has none."""
+    """The entry of a prompt's token as vLLM has it: itself first, then the likeliest; the first token has none."""
     if token.logp is None:
         return None
-    ranked = [(*one, rank) for rank, one in enumerate(token.top[:top], 1)] + [(token.id, token.logp, token.rank)]
+    ranked = [(token.id, token.logp, token.rank), *((*one, rank) for rank, one in enumerate(token.top[:top], 1))]
     return {
         str(token_id): {"logprob": logp, "rank": rank, "decoded_token": piece(token_id)}
         for token_id, logp, rank in ranked
