@@ -47,7 +47,7 @@ def _tables(table: Callable[[Newest], str]) -> str:
 def _score_table(newest: Newest) -> str:
     """Seconds, and how many times ours, by case; a peer's number in brackets is the sample it was measured on."""
     measured: dict[str, dict[str, tuple[float, str]]] = {}  # case -> variant less its sample -> seconds, sample
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # ours, then the others in the order of the newest
     for (suite, case, variant), row in newest.items():
         if suite == "score" and variant != "encode, plan":
             name, _, sample = variant.partition(" (")
@@ -56,6 +56,7 @@ def _score_table(newest: Newest) -> str:
             names[name] = None
     if not measured:
         return ""
+    names = {"icl_ft_fast": None} | names
     samples = {name: dict.fromkeys(of[name][1] for of in measured.values() if name in of) for name in names}
     titles = [f"{name} ({' or '.join(found)})" if any(found) else name for name, found in samples.items()]
     lines = ["| seconds (times ours) | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from icl_ft_fast import encoding
 from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.finetune import split_sentences
 from icl_ft_fast.generate import RUNNING, Sampling, generate
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import score
+from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document, Question, TaskError, read_jsonl
 
 TEMPLATE = (

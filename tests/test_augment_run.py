@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -163,6 +164,9 @@ def test_recorded_answers_belong_to_their_ids(tmp_path):
         Recorded(path)
 
 
+SLOW = 599  # comes after a second
+
+
 class Fake(BaseHTTPRequestHandler):
     """Completions that echo; each prompt meets the statuses of server.trouble first."""
 
@@ -179,6 +183,8 @@ class Fake(BaseHTTPRequestHandler):
             server.running += 1
             server.most = max(server.most, server.running)
         status = server.trouble[tries - 1] if tries <= len(server.trouble) else 200
+        if status == SLOW:
+            time.sleep(1.0)
         text = f"Inferred: {prompt} {body['seed']}"
         choice = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -231,6 +237,18 @@ def test_an_endpoint_is_asked_again_after_429_and_5xx(server, tmp_path, is_chat)
     answers = run.store.answers.values()
     assert {(answer.prompt_tokens, answer.completion_tokens, answer.logp) for answer in answers} == {(7, 3, None)}
     assert all(SECRET not in path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_an_endpoint_that_takes_too_long_is_asked_again(server, tmp_path):
+    server.trouble = [SLOW]
+    endpoint = Endpoint(server.url, "some-model", concurrency=12, timeout_s=0.3)
+    run = run_of(tmp_path, endpoint, samples=1)
+    run.collect(limit=2)
+    assert len(run.store.answers) == 2
+    assert len(server.seen) == 4
+    server.trouble = [SLOW] * 2
+    with pytest.raises(AugmentError, match=r"^endpoint: .*: document '\d+': APITimeoutError$"):
+        run_of(tmp_path, Endpoint(server.url, "some-model", timeout_s=0.3, retries=1), samples=1).collect(limit=1)
 
 
 def test_an_endpoint_that_refuses_for_good_is_named_and_loses_nothing(server, tmp_path):

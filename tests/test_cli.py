@@ -583,6 +583,14 @@ def test_compare_follows_the_protocol_it_is_given(files, run, refused):
     assert "has no chat template" in refused(files.compare("--overwrite", arms="icl", template="chat"))
 
 
+def test_augment_on_a_generated_task(files, run):
+    arguments = ["--task", "simple-reversals", "--preset", "small", "--facts", 2, "--strategy", "rules", "--quiet"]
+    code, printed, errors = run(["augment", *map(str, arguments), "--out", str(files.folder / "rows")])
+    assert (code, errors) == (0, [])
+    assert printed[0].startswith("4 rows of ")
+    assert {row["kind"] for row in read_lines(files.folder / "rows" / "rows.jsonl")} == {"reversed", "rephrased"}
+
+
 def test_compare_on_a_generated_task(files, run):
     code, printed, errors = run(files.compare(task="simple-reversals", facts=2, seeds="5"))
     assert (code, errors) == (0, [])

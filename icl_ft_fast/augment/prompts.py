@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document
 
 # By strategy, the labels of the lines of an answer; a question's text is joined with the answer's that follows it.
@@ -26,7 +26,6 @@ LABELS = {
     "self-qa": ("Question", "Answer"),
 }
 _FOLDER = Path(__file__).parent / "templates"
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class AugmentError(ValueError):
@@ -109,7 +108,7 @@ class Prompting:
         template, texts, made = self._template(), [document.text for document in shown], []
         for document in documents:
             text = " ".join(document.text.split()) if self.strategy == "local" else document.text
-            parts = _SENTENCE_END.split(text) if self.strategy == "local" else [text]
+            parts = split_sentences(text, "independent") if self.strategy == "local" else [text]
             for number, part in enumerate(parts):
                 ask_id = document.id + (f"#{number}" if len(parts) > 1 else "")
                 ids = tuple(dict.fromkeys((document.id, *(other.id for other in shown))))

@@ -21,11 +21,10 @@ from icl_ft_fast.cli.options import (
     load_model,
     positive,
 )
-from icl_ft_fast.cli.task import task_of_seed
+from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.generate import Sampling
 from icl_ft_fast.tasks.check import check
-from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
 RULES = {"rules": augment_rules, "reverse": augment_reverse}
@@ -40,9 +39,7 @@ def add(commands: Commands) -> None:
         "--dry-run\n"
         "icl-ft-fast augment --task FOLDER --strategy rules --out out/by_rule",
     )  # fmt: skip
-    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
-    parser.add_argument("--preset", default="paper", help="of a task by name (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="folder that a task by name reads")
+    add_task_options(parser)
     parser.add_argument("--strategy", choices=[*LABELS, *RULES], default="local", help="default: %(default)s")
     add_model_options(parser, required=False)
     parser.add_argument("--endpoint", metavar="URL", help="ask --model there; key in OPENAI_API_KEY")
@@ -76,7 +73,6 @@ def _augment(options: argparse.Namespace) -> None:
         check_new(options.out / name, options.overwrite or options.dry_run)
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy that asks --model here")
-    options.facts = None
     task = task_of_seed(options)[0](options.seed)
     model = None
     if options.strategy in RULES:

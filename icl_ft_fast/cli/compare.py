@@ -24,19 +24,19 @@ from icl_ft_fast.cli.options import (
     positive,
     show_progress,
 )
-from icl_ft_fast.cli.task import add_exclude_option, task_of_seed
+from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.amortise import decide
 from icl_ft_fast.cost.machine import ceilings
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
-from icl_ft_fast.finetune import SPLITTINGS, FinetuneSettings
+from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.results import parse_results
-from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 DEMO_FACTS = 40
 DEMO_LEARNING_RATE = 1e-3
@@ -59,16 +59,12 @@ def add(commands: Commands) -> None:
         "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
     )  # fmt: skip
     add_model_options(comparison)
-    comparison.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
-    comparison.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
-    comparison.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
-    comparison.add_argument("--data", help="what a task by name reads, if it does: a folder, or a dataset on the hub")
+    add_task_options(comparison)
     comparison.add_argument(
         "--task-seed", type=int, metavar="SEED",
         help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
         "(default: a task for each seed)",
     )  # fmt: skip
-    add_exclude_option(comparison)
     _add_comparison_options(
         comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
     )

@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         if generator.reads is not None:
             made.add_argument("--data", required=True, help=generator.reads)
         made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        add_exclude_option(made)
+        _add_exclude_option(made)
         made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
         add_output_options(made)
     new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
@@ -75,7 +75,17 @@ def add(commands: Commands) -> None:
     checked.set_defaults(run=_check)
 
 
-def add_exclude_option(parser: argparse.ArgumentParser) -> None:
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """What names a task, for task_of_seed()."""
+    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+    parser.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
+    parser.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
+    parser.add_argument("--data", help="what a task by name reads, if it does: a folder, or a dataset on the hub")
+    parser.set_defaults(task_seed=None)
+    _add_exclude_option(parser)
+
+
+def _add_exclude_option(parser: argparse.ArgumentParser) -> None:
     """--exclude-words: what task_of_seed() keeps the nonsense words from."""
     parser.add_argument(
         "--exclude-words", nargs="+", default=(), metavar="WORDS",

@@ -5,12 +5,11 @@ one forest. optimizer: AdamW on float32 weights. lora, distillation, distributed
 context, many processes. checkpoint, trackers: files, and metrics elsewhere. loop: the training itself.
 """
 
-from icl_ft_fast.finetune.data import Example, read_examples, split_sentences, split_validation
+from icl_ft_fast.finetune.data import Example, read_examples, split_validation
 from icl_ft_fast.finetune.loop import Finetuned, InterruptedRunError, finetune
-from icl_ft_fast.finetune.settings import SPLITTINGS, FinetuneError, FinetuneSettings, LoraSettings
+from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings, LoraSettings
 
 __all__ = [
-    "SPLITTINGS",
     "Example",
     "FinetuneError",
     "FinetuneSettings",
@@ -19,6 +18,5 @@ __all__ = [
     "LoraSettings",
     "finetune",
     "read_examples",
-    "split_sentences",
     "split_validation",
 ]

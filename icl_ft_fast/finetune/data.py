@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 from icl_ft_fast import encoding
 from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
 Span = tuple[int, int]  # characters [first, last)
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 
 
@@ -115,16 +114,6 @@ def _turns(where: str, row: dict[str, Any], field: str, role: str, content: str)
             raise FinetuneError(f"{here}: {role}: expected one of {', '.join(_ROLES)}, got {speaker!r}")
         turns.append((_ROLES[speaker], text_field(here, message, content)))
     return tuple(turns)
-
-
-def split_sentences(text: str, splitting: str) -> list[str]:
-    """The examples that a text makes under one of SPLITTINGS; sentences end at .!? before a space, or with a line."""
-    if splitting == "none":
-        return [text]
-    ends = [match.span() for match in _SENTENCE_END.finditer(text)] + [(len(text), len(text))]
-    starts = [0, *(after for _, after in ends)]
-    parts = [(start, end) for start, (end, _) in zip(starts, ends, strict=False) if text[start:end].strip()]
-    return [text[0 if splitting == "cumulative" else start : end] for start, end in parts] or [text]
 
 
 def split_validation(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SPLITTINGS = ("none", "independent", "cumulative")
+from icl_ft_fast.tasks.sentences import SPLITTINGS
+
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
