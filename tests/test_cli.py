@@ -1,5 +1,6 @@
 """The command line, as it is called: what it writes, and the one line it says about each bad input."""
 
+import argparse
 import json
 import re
 import shlex
@@ -394,6 +395,23 @@ def test_usage_errors(arguments, named, capsys):
     assert captured.out == ""
     assert named in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+
+
+def test_no_command_takes_an_abbreviated_option(capsys):
+    def parsers(parser):
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for each in action.choices.values():
+                    yield from parsers(each)
+
+    every = list(parsers(cli.parser()))
+    assert len(every) > len(cli.COMMANDS) + 8
+    assert not any(parser.allow_abbrev for parser in every)
+    for arguments in (["serve", "m", "--key", "k"], ["task", "check", "t", "--ngr", "3"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["demo", "compare", "report", "score", "task", "doctor"])

@@ -1,12 +1,12 @@
 """The model of lm-evaluation-harness against the harness's own `hf` on the same weights, and where hf is wrong."""
 
+import functools
 import json
 import logging
+import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -114,6 +114,8 @@ def evaluate(model, folder, **options):
         bootstrap_iters=0,
         **options,
     )
+    if done is None:  # not the first of several processes
+        return None
     answers = {
         name: [answer for sample in sorted(samples, key=lambda s: s["doc_id"]) for answer in sample["filtered_resps"]]
         for name, samples in done["samples"].items()
@@ -142,45 +144,38 @@ def test_a_run_gives_hf_s_answers_and_verdicts(chat, llama_directory, task_folde
     counts = done["config"]["icl_ft_fast"]
     assert (counts["over_length_requests"], counts["max_length"]) == (0, 256)
     assert counts["forwarded_rows"] == model.ledger.forwarded_rows < counts["request_tokens"] / 3
+    assert {type(count) for count in counts.values()} == {int, str}  # the policy's name is the text
     assert done["config"]["model_dtype"] == "torch.float32"
 
 
-def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder, tmp_path, theirs):
+def share(port, directory, folder, rank):
+    """What one process of two gives; the first is told everything."""
+    place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    done = evaluate(ours(str(directory), device="cpu"), folder, limit=11)
+    return done and (done[0], done[1]["samples"], done[1]["config"]["icl_ft_fast"])
+
+
+def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder, theirs):
     expected, _ = evaluate(theirs, task_folder, limit=11)
     _, alone = evaluate(ours(llama_directory), task_folder, limit=11)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [
-        sys.executable, "-m", "icl_ft_fast.cli", "lm-eval", "run", "--model", "icl-ft-fast", "--limit", "11",
-        "--device", "cpu", "--tasks", "choose", "write", "--include_path", str(task_folder),
-        "--output_path", str(tmp_path), "--log_samples", "--model_args", f"pretrained={llama_directory},dtype=float32",
-    ]  # fmt: skip
-    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | several | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    processes = [
-        subprocess.Popen(
-            arguments, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports once for both
+    with context.Pool(2) as pool:
+        shares = pool.imap_unordered(functools.partial(share, port, llama_directory, task_folder), range(2))
+        (told,) = filter(None, [shares.next(timeout=240), shares.next(timeout=240)])
+    answers, samples, counts = told
     for name in ("choose", "write"):
-        (path,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
-        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        assert [sample["doc_id"] for sample in samples] == list(range(11))
-        answers = [answer for sample in samples for answer in sample["filtered_resps"]]
-        if name == "choose":
-            answers = [(float(logp), flag == "True") for logp, flag in answers]
-            assert_same(answers, expected[name])
-        else:
-            assert answers == expected[name]
-    (results,) = tmp_path.rglob("results_*.json")
-    counts = json.loads(results.read_text())["config"]["icl_ft_fast"]
-    assert counts["request_tokens"] >= alone["config"]["icl_ft_fast"]["request_tokens"]  # of both, padding included
+        assert sorted(sample["doc_id"] for sample in samples[name]) == list(range(11))
+    assert_same(answers["choose"], expected["choose"])
+    assert answers["write"] == expected["write"]
+    before = alone["config"]["icl_ft_fast"]
+    assert counts.keys() == before.keys()
+    assert counts["request_tokens"] >= before["request_tokens"]  # of both, padding included
 
 
 def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp_path, monkeypatch, capsys):

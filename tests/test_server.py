@@ -211,6 +211,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
     assert len(prompt) == len(ids) - max_tokens
     for i, entry in enumerate(prompt[1:], 1):
         own = entry[str(ids[i])]
+        assert next(iter(entry)) == str(ids[i])  # where Inspect AI looks for it
         assert own["logprob"] == pytest.approx(want[i], abs=1e-4)
         assert own["rank"] == 1 + int((logp[i - 1] > logp[i - 1, ids[i]]).sum())
     assert got.text.startswith("<s>the cat") == echo
@@ -247,6 +248,16 @@ def test_chat_through_the_client(client, llama):
     got = client.chat.completions.create(model="tiny", messages=turns, temperature=0, max_completion_tokens=4)
     (expected,) = generate(llama, ["<user>the cat <assistant>"], Sampling(max_new_tokens=4))
     assert got.choices[0].message.content == expected.text
+    asked = {
+        "temperature": 0,
+        "logprobs": False,
+        "max_tokens": 4,
+        "extra_body": {"top_logprobs": None},
+    }  # OpenCompass's
+    again = client.chat.completions.create(model="tiny", messages=turns, **asked)
+    assert again.choices[0].message.content == expected.text
+    with pytest.raises(openai.BadRequestError, match="logprobs: Input should be False"):
+        client.chat.completions.create(model="tiny", messages=turns, **asked | {"logprobs": True})
     with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
 

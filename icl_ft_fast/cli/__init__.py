@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
@@ -47,9 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated option, nor do its commands: `--key SECRET` would be read as --key-file, and shown."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="icl-ft-fast",
         description="In-context learning, fine-tuning or augmented fine-tuning? Measured on your model and documents.",
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",

@@ -285,7 +285,7 @@ class IclFtFastLM(TemplateLM):
     def _counts(self) -> Counter[str]:
         """Of this process, for the results file."""
         over = {f"over_length_{name}": count for name, count in self._window.over.items()}
-        return Counter(over | {name: count for name, count in vars(self.ledger).items() if name != "seconds"})
+        return Counter(over | {name: count for name, count in self.ledger.as_dict().items() if name != "phases"})
 
     def _scores(self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool) -> Any:
         return iter_loglikelihood(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+
+from icl_ft_fast.generate import Sampling
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
@@ -74,6 +77,8 @@ class ChatRequest(Generation):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
 
 
 class ChoicesRequest(Body):
@@ -91,6 +96,15 @@ class TokenizeRequest(Body):
     model: Text | None = None
     prompt: Text
     add_special_tokens: bool = True
+
+
+def sampling(body: CompletionRequest | ChatRequest, new_tokens: int) -> Sampling:
+    """How to write what is asked; whoever leaves out the temperature gets OpenAI's default of 1."""
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    temperature = 1.0 if body.temperature is None else body.temperature
+    top_p = body.top_p if body.top_p and temperature else 1.0
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    return Sampling(max_new_tokens=new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed)
 
 
 class Fault(BaseModel):
@@ -158,14 +172,48 @@ def logprobs(tokens: Sequence[ScoredToken], top: int, offset: int, piece: Callab
 
 
 def prompt_logprobs(token: ScoredToken, top: int, piece: Callable[[int], str]) -> dict[str, Any] | None:
-    """The entry of a prompt's token as vLLM has it, the likeliest tokens and itself; the first token has none."""
+    """The entry of a prompt's token as vLLM has it: itself first, then the likeliest; the first token has none."""
     if token.logp is None:
         return None
-    ranked = [(*one, rank) for rank, one in enumerate(token.top[:top], 1)] + [(token.id, token.logp, token.rank)]
+    ranked = [(token.id, token.logp, token.rank), *((*one, rank) for rank, one in enumerate(token.top[:top], 1))]
     return {
         str(token_id): {"logprob": logp, "rank": rank, "decoded_token": piece(token_id)}
         for token_id, logp, rank in ranked
     }
+
+
+class Written(NamedTuple):
+    """A continuation; `tokens` are the prompt's and its own, those that were scored with log-probabilities."""
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    tokens: list[ScoredToken]
+
+
+def completion_choice(
+    body: CompletionRequest, index: int, before: str, num_prompt: int, written: Written, piece: Callable[[int], str]
+) -> dict[str, Any]:
+    """An entry of /v1/completions' choices.
+
+    Args:
+        body: what was asked.
+        index: the prompt's place among those asked.
+        before: the prompt's text.
+        num_prompt: its tokens, the first of written.tokens.
+        written: what follows it.
+        piece: the text of a token id.
+    """
+    text = before + written.text if body.echo else written.text
+    choice = {"index": index, "text": text, "finish_reason": written.finish_reason, "logprobs": None}
+    if body.logprobs is not None:
+        tokens, offset = (written.tokens, 0) if body.echo else (written.tokens[num_prompt:], len(before))
+        choice["logprobs"] = logprobs(tokens, body.logprobs, offset, piece)
+    if body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = [
+            prompt_logprobs(token, body.prompt_logprobs, piece) for token in written.tokens[:num_prompt]
+        ]
+    return choice
 
 
 def usage(prompt_tokens: int, completion_tokens: int, reused: int) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 from fastapi import FastAPI, Request
@@ -23,7 +22,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from icl_ft_fast import encoding
-from icl_ft_fast.generate import GenerateError, Generation, Sampling, end_tokens
+from icl_ft_fast.generate import GenerateError, Generation, end_tokens
 from icl_ft_fast.integrations.engine import (
     Answer,
     Choices,
@@ -43,9 +42,10 @@ from icl_ft_fast.integrations.protocol import (
     RefusedError,
     ScoredToken,
     TokenizeRequest,
+    Written,
+    completion_choice,
     error_response,
-    logprobs,
-    prompt_logprobs,
+    sampling,
     usage,
 )
 from icl_ft_fast.score import ScoreError
@@ -103,26 +103,8 @@ def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limit
     return app
 
 
-class _Written(NamedTuple):
-    """A continuation; `tokens` are the prompt's and its own, those that were scored with log-probabilities."""
-
-    text: str
-    finish_reason: str
-    num_tokens: int
-    tokens: list[ScoredToken]
-
-
 def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt[0], int)
-
-
-def _sampling(body: CompletionRequest | ChatRequest, new_tokens: int) -> Sampling:
-    """Of OpenAI's fields; whoever leaves out the temperature gets its default of 1, as there."""
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    temperature = 1.0 if body.temperature is None else body.temperature
-    top_p = body.top_p if body.top_p and temperature else 1.0
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    return Sampling(max_new_tokens=new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed)
 
 
 Result = TypeVar("Result")
@@ -211,13 +193,13 @@ class _Service:
         body: CompletionRequest | ChatRequest,
         of_prompt: bool,
         top: int | None,
-    ) -> tuple[list[_Written], int]:
+    ) -> tuple[list[Written], int]:
         """Continue prompts, and score what is written with `top`, the prompts too with `of_prompt`; tokens reused."""
         read_off = new_tokens == 1 and top is not None and body.temperature == 0  # the likeliest token: no decoding
         written = [Generation("", (), (), "length")] * len(prompts)
         reused, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
         if new_tokens and not read_off:
-            answer = await self._answer(request, Prompts(prompts, _sampling(body, new_tokens)))
+            answer = await self._answer(request, Prompts(prompts, sampling(body, new_tokens)))
             written, reused = answer.results, answer.reused_tokens
         if top is not None:
             pairs = []
@@ -239,7 +221,7 @@ class _Service:
                     scored.pop()
                 lists[p] = [*(ScoredToken(token) for token in context), *scored]
         return [
-            _Written(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
+            Written(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
             for one, tokens in zip(written, lists, strict=True)
         ], reused
 
@@ -248,30 +230,17 @@ class _Service:
         body: CompletionRequest,
         given: Sequence[str | list[int]],
         prompts: Sequence[list[int]],
-        written: Sequence[_Written],
+        written: list[Written],
     ) -> list[dict[str, Any]]:
-        choices = []
-        for index, (prompt, ids, one) in enumerate(zip(given, prompts, written, strict=True)):
-            before = prompt if isinstance(prompt, str) else self._decode(ids)
-            text = before + one.text if body.echo else one.text
-            choice = {"index": index, "text": text, "finish_reason": one.finish_reason, "logprobs": None}
-            if body.logprobs is not None:
-                tokens, offset = (one.tokens, 0) if body.echo else (one.tokens[len(ids) :], len(before))
-                choice["logprobs"] = logprobs(tokens, body.logprobs, offset, self._piece)
-            if body.prompt_logprobs is not None:
-                of_prompt = one.tokens[: len(ids)]
-                choice["prompt_logprobs"] = [
-                    prompt_logprobs(token, body.prompt_logprobs, self._piece) for token in of_prompt
-                ]
-            choices.append(choice)
-        return choices
+        befores = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in given]
+        asked = zip(befores, map(len, prompts), written, strict=True)
+        return [completion_choice(body, index, *one, self._piece) for index, one in enumerate(asked)]
 
     async def _answer(self, request: Request, asked: Choices | Sequences | Prompts) -> Answer:
         """The engine's answer; what a client that has gone asked is dropped."""
         answer: asyncio.Future[Any] = asyncio.wrap_future(self.engine.submit(asked))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(
-            request.receive()
-        )  # the body is read, so only a disconnection can come
+        # The body is read, so only a disconnection can come.
+        gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
