@@ -1,6 +1,6 @@
-"""Write what is generated in the documents, between its markers: `python -m benchmarks.readme [demo|score|ops ...]`.
+"""Write what is generated in the documents, between its markers: `python -m benchmarks.readme [demo|score|ops|others ...]`.
 
-`demo` runs the demo; `score` and `ops` make tables of the newest rows under benchmarks/results/.
+`demo` runs the demo; the others make tables of the newest rows under benchmarks/results/.
 """
 
 import csv
@@ -96,10 +96,23 @@ def _ops_table(newest: Newest) -> str:
     return "\n".join(lines)
 
 
+def _others_table(newest: Newest) -> str:
+    """Generation, the server and training as they were measured: `serve`'s ms are what a client waits."""
+    lines = []
+    for (suite, case, variant), row in newest.items():
+        if suite in ("generate", "serve", "finetune"):
+            peak = f"{int(row['peak_bytes']) / 1e6:,.0f}" if row["peak_bytes"] else ""
+            rate = float(row["rate"])
+            told = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}" if rate < 1 else f"{rate:.1f}"
+            lines.append(f"| {suite}: {case} | {variant} | {float(row['ms']):,.0f} | {told} {row['unit']} | {peak} |")
+    return "\n".join(["| what | by | ms | rate | peak MB |", "|---|---|---|---|---|", *lines]) if lines else ""
+
+
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (README, demo),
     "score": (README, lambda: _tables(_score_table)),
     "ops": (RESULTS / "README.md", lambda: _tables(_ops_table)),
+    "others": (RESULTS / "README.md", lambda: _tables(_others_table)),
 }
 
 
