@@ -1,4 +1,4 @@
-"""Write what is generated in the documents, between its markers: `python -m benchmarks.readme [demo|score|ops|others ...]`.
+"""Write what is generated in the documents, between its markers: `python -m benchmarks.readme [BLOCK ...]`.
 
 `demo` runs the demo; the others make tables of the newest rows under benchmarks/results/.
 """
