@@ -2,6 +2,7 @@
 the end-to-end suite on a tiny model, and the tables made of the results. Nothing here asserts a time.
 """
 
+import csv
 import json
 import re
 
@@ -102,3 +103,11 @@ def test_tables_are_made_of_the_newest_rows(monkeypatch, tmp_path):
     assert "| trie_attention: dense | torch SDPA | 2.50 | 2.00 |" in text
     assert json.dumps(on["device"])[1:-1] in text
     assert not re.search(r"\b9\.0\b", text)
+
+
+def test_every_kept_row_is_whole():
+    for path in readme.RESULTS.glob("*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                assert None not in {*row, *row.values()}, f"{path.name}: {row}"
+                assert float(row["ms"]) > 0
