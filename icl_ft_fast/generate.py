@@ -325,7 +325,7 @@ class _Decoder:
             self.ledger.ran(self.work, depth[part], self.top - len(depth[part]), len(wanted))
         self.ledger.forwarded_rows += len(token)
         self.ledger.head_rows += len(needed)
-        return self.model.logits(torch.cat(hidden)) if hidden else self.logits[:0]
+        return self.model.head.logits(torch.cat(hidden)) if hidden else self.logits[:0]
 
     def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:
         """Give each running sequence its next token; returns those that end with it and lets them go."""

@@ -112,6 +112,11 @@ class Head:
     scale: float
     softcap: float | None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
 
 @dataclass(frozen=True)
 class Model:
@@ -197,12 +202,6 @@ class Model:
         end, depth = forest.end.to(device), forest.depth.to(device)
         row_q = torch.arange(len(end), dtype=torch.int32, device=device)
         return self.forward(Rows(forest.token.to(device, torch.int64), depth, row_q, end, depth))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
-        head = self.head
-        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def target_logprob(
         self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor

@@ -217,7 +217,7 @@ def iter_token_logprobs(
             where, row, target = (t[block].long() for t in (chunk.target_index, chunk.target_row, chunk.target_token))
             row -= int(row[0])
             hidden = needed[int(chunk.target_row[first]) :][: int(row[-1]) + 1]
-            logp_RV = model.logits(hidden).log_softmax(-1).cpu()
+            logp_RV = model.head.logits(hidden).log_softmax(-1).cpu()
             logp[where] = taken = logp_RV[row, target]
             rank[where] = 1 + (logp_RV[row] > taken[:, None]).sum(-1)
             values, ids = logp_RV.topk(top)

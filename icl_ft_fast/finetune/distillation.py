@@ -67,15 +67,10 @@ def _divergence(
     head: Head,
     teacher: Head,
 ) -> torch.Tensor:
-    logp = _logp(hidden, Head(weight, bias, head.scale, head.softcap))
+    logp = Head(weight, bias, head.scale, head.softcap).logits(hidden).log_softmax(-1)
     with torch.no_grad():
-        target = _logp(given, teacher)
+        target = teacher.logits(given).log_softmax(-1)
     return F.kl_div(logp, target, reduction="sum", log_target=True)
-
-
-def _logp(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    logits = F.linear(hidden, head.weight, head.bias).float() * head.scale
-    return (torch.tanh(logits / head.softcap) * head.softcap if head.softcap else logits).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from icl_ft_fast.finetune.settings import FinetuneError
 
@@ -69,6 +67,7 @@ def wrap(objective: torch.nn.Module, network: Any, *, fsdp: bool) -> torch.nn.Mo
         return objective
     if not fsdp:
         return torch.nn.parallel.DistributedDataParallel(objective)
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -80,9 +79,17 @@ def wrap(objective: torch.nn.Module, network: Any, *, fsdp: bool) -> torch.nn.Mo
     return objective
 
 
+def _is_shard(tensor: torch.Tensor) -> bool:
+    if place()[1] == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # half a second, which commands of one process do without
+
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or the whole of which this process has a shard; all processes must ask for it."""
-    full: torch.Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    full: torch.Tensor = tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
     return full.detach()
 
 
@@ -95,6 +102,8 @@ def whole_weights(network: Any) -> dict[str, torch.Tensor]:
 
 def shard_like(full: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """`full`, or the shard of it that belongs beside `tensor`."""
-    if isinstance(tensor, DTensor):
-        return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements)
-    return full.to(tensor.device)
+    if not _is_shard(tensor):
+        return full.to(tensor.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
