@@ -177,7 +177,7 @@ def sample_world(
         if category not in world.held_out:
             inherited = {fact.object for c in world.lineage(category)[1:] for fact in world.own[c]}
             fresh = [adjective for adjective in adjectives if adjective not in inherited]
-            facts += [Fact("property", category, a) for a in rng.sample(fresh, rng.randint(1, 6))]
+            facts += [Fact("property", category, a) for a in rng.sample(fresh, min(len(fresh), rng.randint(1, 6)))]
             others = [c for c in told if c not in world.kin[category]]
             for other in rng.sample(others, min(len(others), rng.randint(0, 2))):
                 facts.append(Fact("relation", category, other, rng.choice(verbs)))
