@@ -6,6 +6,7 @@ A document is a list of (text, loss weight) segments, see lessons.py.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 from icl_ft_fast.augment.prompts import Prompting
@@ -69,11 +70,16 @@ def copying_document(rng: random.Random, free_tokens: int) -> Segments:
     return segments
 
 
-def document(rng: random.Random, most: int, free_tokens: int, copying: float) -> Segments:
-    """One document of at most `most` texts and about `free_tokens`; a fraction `copying` of them only repeats names."""
+def document(
+    rng: random.Random, most: int, free_tokens: int, copying: float, shares: Sequence[float] = (1, 1, 1, 1)
+) -> Segments:
+    """One document of at most `most` texts and about `free_tokens`; a fraction `copying` of them only repeats names.
+
+    The others are of the families of lessons, by their shares.
+    """
     if free_tokens >= 20 and rng.random() < copying:
         return copying_document(rng, min(free_tokens, 64))
-    family, kind = lessons.family(rng, free_tokens), rng.random()
+    family, kind = lessons.family(rng, shares, free_tokens), rng.random()
     if kind < 0.03 or free_tokens < 48:  # a text alone, as fine-tuning sees it
         return [(family.make(rng, 1, free_tokens).texts[0], UNPREDICTABLE)]
     if kind < 0.2 and free_tokens >= 100:

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from icl_ft_fast.shipped.tokenizer import english_words
 from icl_ft_fast.tasks import process, semantic, syllogisms, words
@@ -204,26 +205,25 @@ class Family:
     """A kind of lesson: `make(rng, most, budget)` has at most `most` texts of about `budget` tokens in all.
 
     Attributes:
-        share: of the lessons.
         least_tokens: of a row that has room for one.
         strategy: of augmentation, whose prompts its texts stand in.
     """
 
     make: Callable[[random.Random, int, int], Lesson]
-    share: float
     least_tokens: int
     strategy: str
 
 
 FAMILIES = (
-    Family(comparisons, 0.25, 0, "local"),
-    Family(categorical, 0.35, 60, "document"),
-    Family(hierarchy, 0.3, 100, "global"),
-    Family(transform, 0.1, 240, "global"),
+    Family(comparisons, 0, "local"),
+    Family(categorical, 60, "document"),
+    Family(hierarchy, 100, "global"),
+    Family(transform, 240, "global"),
 )
 
 
-def family(rng: random.Random, free_tokens: int) -> Family:
-    """One of the families that have room in `free_tokens`."""
-    fitting = [family for family in FAMILIES if family.least_tokens <= free_tokens]
-    return rng.choices(fitting, [family.share for family in fitting])[0]
+def family(rng: random.Random, shares: Sequence[float], free_tokens: int) -> Family:
+    """One of the families that have room in `free_tokens`, by their shares in the order of FAMILIES."""
+    fitting = [pair for pair in zip(FAMILIES, shares, strict=True) if pair[0].least_tokens <= free_tokens and pair[1]]
+    found = rng.choices(*zip(*(fitting or [(FAMILIES[0], 1.0)]), strict=True))[0]
+    return cast(Family, found)

@@ -40,6 +40,7 @@ class Stage:
         row_tokens: length of a row.
         rows: rows of a step.
         max_texts: texts of a lesson at most.
+        shares: of the families of lessons.
         copying: fraction of the documents that are a list of names and its repetition.
     """
 
@@ -47,22 +48,24 @@ class Stage:
     row_tokens: int
     rows: int
     max_texts: int
+    shares: tuple[float, ...] = (1, 1, 1, 1)
     copying: float = 0.05
 
 
 # Retrieval is learned first, on short rows of one document: at 40 tokens a row names are found again after some 300
 # steps, at 128 not after 1,500 (LOG.md).
 CURRICULUM = (
-    Stage(0.05, 40, 48, 1, copying=1.0),
-    Stage(0.13, 64, 32, 2, copying=0.3),
-    Stage(0.35, 128, 16, 5, copying=0.15),
-    Stage(0.60, 256, 8, 10),
-    Stage(0.80, 512, 6, 24),
-    Stage(0.93, 1024, 4, 48),
-    Stage(0.98, 2048, 2, 64),
-    Stage(1.00, 4096, 1, 110),
+    Stage(0.04, 40, 48, 1, (1, 0, 0, 0), copying=1.0),
+    Stage(0.10, 64, 32, 2, (7, 3, 0, 0), copying=0.3),
+    Stage(0.16, 128, 16, 5, (7, 3, 0, 0), copying=0.15),
+    Stage(0.35, 128, 16, 5, (3, 4, 3, 0), copying=0.15),
+    Stage(0.60, 256, 8, 10, (2, 4, 3, 1)),
+    Stage(0.80, 512, 6, 24, (2, 4, 3, 1)),
+    Stage(0.93, 1024, 4, 48, (2, 4, 3, 1)),
+    Stage(0.98, 2048, 2, 64, (2, 4, 3, 1)),
+    Stage(1.00, 4096, 1, 110, (2, 4, 3, 1)),
 )
-DEFAULT_TOKENS = 25_000_000
+DEFAULT_TOKENS = 30_000_000
 PEAK_LEARNING_RATE = 3e-3
 SAVE_EVERY = 500
 TASKS = ("simple-reversals", "simple-syllogisms", "semantic-structure", "process")
@@ -92,7 +95,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, step: int
         row: list[int] = []
         row_weights: list[float] = []
         while len(row) < width:
-            segments = corpus.document(rng, stage.max_texts, width - len(row), stage.copying)
+            segments = corpus.document(rng, stage.max_texts, width - len(row), stage.copying, stage.shares)
             encoded = tokenizer.backend_tokenizer.encode("".join(text for text, _ in segments))
             ends = list(itertools.accumulate(len(text) for text, _ in segments))
             row += encoded.ids  # begins with BOS, whose offsets are (0, 0)
