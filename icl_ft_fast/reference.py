@@ -129,8 +129,8 @@ def trie_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and delta = (grad_out * out).sum(-1), [T, H], in the dtype of lse.
 
-    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta + grad_lse). Here probabilities
-    are normalised anew: against the lse of a forward that rounds scores otherwise they would not sum to 1.
+    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta + grad_lse). Probabilities are
+    normalised anew: against the lse of a forward that rounds scores otherwise they would not sum to 1.
     """
     (T, H, D), (S, G, Dv), dtype = q.shape, v.shape, lse.dtype
     grad_q, grad_k, grad_v = q.new_empty(T, H, D), lse.new_zeros(G, S, D), lse.new_zeros(G, S, Dv)
