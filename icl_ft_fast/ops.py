@@ -131,9 +131,10 @@ def trie_attention(
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
     On a GPU, Triton serves all but float64, head sizes to 256; softmax weights and gradients of scores are rounded to
     16 bits before they meet 16-bit factors, and float32 products are made of six of bfloat16 on NVIDIA's.
-    On the CPU, C++ serves the forward of float32 and bfloat16. There a query's bits depend on its own q, on k, v and
-    where on the stack it stands, not on the queries beside it or the number of threads; and where the processor
-    multiplies bfloat16 itself, each softmax weight is rounded to it before it meets its value.
+    On the CPU, C++ serves float32 and bfloat16. There a query's bits, those of its gradient too, depend on its own q,
+    on k, v and where on the stack it stands, not on the queries beside it; no bit depends on the number of threads; and
+    where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before they
+    meet another factor. The backward holds a float for each element of the gradients of q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
