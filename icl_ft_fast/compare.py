@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.cost.machine import Ceilings, fingerprint
 from icl_ft_fast.cost.meters import Meter
+from icl_ft_fast.durable import replacing
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -295,6 +295,5 @@ def _public(name: str) -> str:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write results.json atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

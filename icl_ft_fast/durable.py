@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,36 @@ class Journal:
         if is_new:
             sync(self.path.parent)
         self.rows += rows
+
+
+class Kept:
+    """Values by key, each made once: in memory, and in a journal if there is a path.
+
+    Args:
+        path: of the journal; a key stands for all that its value depends on, so that nothing stale is ever found.
+
+    Raises:
+        DamagedError, OSError: as Journal does.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._journal = None if path is None else Journal(path)
+        rows = [] if self._journal is None else self._journal.rows
+        if any(row.keys() != {"key", "value"} for row in rows):
+            raise DamagedError(f"{path}: keeps something else; move the file away")
+        self.values: dict[str, Any] = {row["key"]: row["value"] for row in rows}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Keep values of JSON."""
+        if self._journal is not None:
+            self._journal.append(*({"key": key, "value": value} for key, value in values.items()))
+        self.values |= values
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value of a key, made if there is none."""
+        if key not in self.values:
+            self.add({key: make()})
+        return self.values[key]
 
 
 def checksum(value: Any) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from icl_ft_fast import durable
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
 from icl_ft_fast.finetune.data import encode
@@ -183,7 +184,7 @@ def test_a_loss_or_gradient_that_is_not_finite(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", range(0, 14, 2))
 def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
     """The failing-th sync of a file finds no space: whole checkpoints stay, nothing half-written remains."""
-    real, calls = checkpoint_module._sync, []
+    real, calls = durable.sync, []
 
     def sync(path):
         calls.append(path)
@@ -192,7 +193,8 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_sync", sync)
+        for module in (durable, checkpoint_module):
+            patch.setattr(module, "sync", sync)
         with pytest.raises(FinetuneError, match=r"cannot be written: No space left on device"):
             finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path)
     assert not list(tmp_path.glob(".*"))

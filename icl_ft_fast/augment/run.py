@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -18,6 +19,8 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import Sampling
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import Document
+
+Job: TypeAlias = tuple[Ask, Sampling]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Run:
         }  # fmt: skip
         self.store = Store(folder, self.identity)
 
-    def missing(self) -> list[tuple[str, tuple[Ask, Sampling]]]:
+    def missing(self) -> list[tuple[str, Job]]:
         """(key, job) of the answers that are not stored."""
         return [(key, job) for job in self.jobs if (key := _key(*job)) not in self.store.answers]
 
@@ -107,24 +110,36 @@ class Run:
         """
         price, missing = price or Price(), self.missing()[:limit]
         with tqdm(total=len(missing), desc="augmenting", unit="answer", disable=not progress, delay=1) as bar:
-            try:
-                while missing:
-                    spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
-                    count = 0
-                    for _, (ask, sampling) in missing:
-                        spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
-                        if max_usd is not None and spent > max_usd:
-                            break
-                        count += 1
-                    batch, missing = missing[:count], missing[count:]
-                    if not batch:
-                        return
-                    for i, written in self.generator.answer([job for _, job in batch]):
-                        key, (_, sampling) = batch[i]
-                        self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
-                        bar.update()
-            finally:
-                self.store.close()
+            while missing:
+                spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
+                count = 0
+                for _, (ask, sampling) in missing:
+                    spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
+                    if max_usd is not None and spent > max_usd:
+                        break
+                    count += 1
+                batch, missing = missing[:count], missing[count:]
+                if not batch:
+                    return
+                for jobs in self._together(batch):
+                    for i, written in self.generator.answer([job for _, job in jobs]):
+                        key, (_, sampling) = jobs[i]
+                        if key not in self.store.answers:
+                            self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
+                            bar.update()
+
+    def _together(self, batch: list[tuple[str, Job]]) -> Iterator[list[tuple[str, Job]]]:
+        """The batch in calls of the generator; where rounding depends on company, with what is stored of each call."""
+        size = self.generator.together
+        if size is None:
+            yield batch
+            return
+        asked = {key for key, _ in batch}
+        keyed = [(_key(*job), job) for job in self.jobs]
+        for first in range(0, len(keyed), size):
+            block = keyed[first : first + size]
+            if any(key in asked for key, _ in block):
+                yield [(key, job) for key, job in block if key in asked or key in self.store.answers]
 
     def read(self) -> Augmented:
         """The rows of the stored answers, in the order of the prompts; prompts without an answer are counted."""

@@ -15,6 +15,7 @@ from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.cost.prices import PriceError
+from icl_ft_fast.durable import DamagedError, LockedError
 from icl_ft_fast.evaluate import ProtocolError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
@@ -26,7 +27,7 @@ from icl_ft_fast.tasks.task import TaskError
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
 BAD_INPUT = (
     UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
-    ContextError, PriceError, ResultsError,
+    ContextError, PriceError, ResultsError, LockedError, DamagedError,
 )  # fmt: skip
 
 

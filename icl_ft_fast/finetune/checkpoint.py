@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from icl_ft_fast.durable import replacing, sync
 from icl_ft_fast.finetune.settings import FinetuneError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -111,10 +112,8 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines()[:step] if metrics.exists() else []
         if self.is_writer:
-            with _told(metrics, "written"):
-                partial = metrics.with_name(".metrics.jsonl.partial")
+            with _told(metrics, "written"), replacing(metrics) as partial:
                 partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                os.replace(partial, metrics)
         return Progress(step, [json.loads(line)["loss"] for line in lines], log if step else [])
 
     def append_metrics(self, entry: dict[str, float]) -> None:
@@ -158,9 +157,9 @@ class RunFolder:
                 for name, content in (("trainer_state.json", described), ("run.json", self.origin)):
                     (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
                 for file in (*partial.iterdir(), partial, self.path / "metrics.jsonl"):
-                    _sync(file)
+                    sync(file)
                 os.rename(partial, target)
-                _sync(self.path)
+                sync(self.path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -180,13 +179,8 @@ class RunFolder:
         files = [file for file in self.folder(step).iterdir() if file.name not in _STATE]
         with _told(self.path, "written", step):
             for file in sorted(files, key=lambda file: (file.suffix == ".safetensors", file.name)):
-                partial = self.path / f".{file.name}.partial"
-                try:
+                with replacing(self.path / file.name) as partial:
                     shutil.copyfile(file, partial)
-                    _sync(partial)
-                    os.replace(partial, self.path / file.name)
-                finally:
-                    partial.unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -204,12 +198,3 @@ def _told(path: Path, done: str, last: int | None = None) -> Any:
         reason = getattr(error, "strerror", None) or error
         whole = "" if last is None else f"; checkpoint-{last} is whole and can be resumed"
         raise FinetuneError(f"{path}: cannot be {done}: {reason}{whole}") from error
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
