@@ -8,6 +8,7 @@ A store is a folder of such files under a byte limit; processes share it through
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -164,7 +165,14 @@ class ContextStore:
     def __init__(self, folder: Path, model: Model, max_bytes: int) -> None:
         self.folder, self.model, self.max_bytes = folder, model, max_bytes
         self.fingerprint = model.fingerprint()
+        self._most = model.max_positions
         folder.mkdir(parents=True, exist_ok=True)
+
+    def up_to(self, num_tokens: int) -> ContextStore:
+        """The same store, but that find() finds no context of more tokens."""
+        other = copy.copy(self)
+        other._most = num_tokens
+        return other
 
     def find(self, token: Sequence[int], *, like: Context | None = None) -> Context | None:
         """The longest saved context that `token` begins with, and counts it as used; None if there is none.
@@ -176,7 +184,9 @@ class ContextStore:
         with locked(self.folder / ".lock", shared=True, wait=True):
             mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]
             for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
-                if saved.num_tokens <= len(ids) and saved.token_digest == _digest(ids[: saved.num_tokens]):
+                if saved.num_tokens <= min(self._most, len(ids)) and saved.token_digest == _digest(
+                    ids[: saved.num_tokens]
+                ):
                     os.utime(saved.path)
                     return load_context(saved.path, self.model, fingerprint=self.fingerprint, like=like)
         return None

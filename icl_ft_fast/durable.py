@@ -121,7 +121,7 @@ class Journal:
         """Add objects; they are on the disk when this returns, and none of them is in the file if it raises OSError."""
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        left = "".join(json.dumps({"check": checksum(row), "row": row}) + "\n" for row in rows).encode()
+        left = "".join(json.dumps({"check": digest(row), "row": row}) + "\n" for row in rows).encode()
         with _named(self.path), self.path.open("ab", buffering=0) as file:
             file.truncate(self._end)
             try:
@@ -167,15 +167,15 @@ class Kept:
         return self.values[key]
 
 
-def checksum(value: Any) -> str:
-    """16 hex digits of a JSON value, the same after it was written and read."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+def digest(*parts: object) -> str:
+    """32 hex digits of JSON values, the same after they were written and read."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _row(where: str, line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
-        if found["check"] == checksum(found["row"]) and isinstance(found["row"], dict):
+        if found["check"] == digest(found["row"]) and isinstance(found["row"], dict):
             return dict(found["row"])
     except (ValueError, TypeError, KeyError, RecursionError):
         pass

@@ -8,19 +8,17 @@ depends on, so that a run that was stopped, or one with more documents, does not
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from icl_ft_fast import encoding
-from icl_ft_fast.durable import Kept
+from icl_ft_fast.durable import Kept, digest
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.generate import RUNNING, Sampling, generate
 from icl_ft_fast.model import Model
@@ -179,11 +177,6 @@ def write_questions(
             origin = {"template": digest(settings.template), "model": fingerprint, "logp": list(logp)}
             rows.append((question, {"document": draft.document.id, "sentence": draft.sentence, **origin}))
     return Questions(tuple(rows), len(statements), {reason: count for reason, count in dropped.items() if count})
-
-
-def digest(*parts: object) -> str:
-    """32 hex digits of the parts."""
-    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _fitting(model: Model, texts: Sequence[str], more: int) -> list[bool]:

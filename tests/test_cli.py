@@ -491,8 +491,13 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert {point["context_tokens"] for point in results["sweep"]["points"]} >= {0, results["sweep"]["context_tokens"]}
     assert results["load"]["phases"]["load"]["wall_s"] > 0
     assert results["machine"]["ceilings"]["flops_per_s"] > 0
+    before = path.read_bytes()
+    assert run(arguments)[0] == 0  # all is kept
+    assert path.read_bytes() == before
+    arguments[arguments.index("--batch-size") + 1] = "3"
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"]["finetune"]["batch_size"] == 3
 
 
 def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run):

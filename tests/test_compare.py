@@ -159,7 +159,7 @@ def test_results_json(llama, runs, tmp_path):
         raise AssertionError(f"{name} is not JSON")
 
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
-    assert results.keys() == {field.name for field in fields(Results)}
+    assert results.keys() == {field.name for field in fields(Results)} | {"checksum"}
     assert (results["schema_version"], results["task"], results["model"]) == (
         3,
         "a task",

@@ -8,7 +8,7 @@ import pytest
 
 from icl_ft_fast import cli, questions
 from icl_ft_fast.cli import main
-from icl_ft_fast.durable import DamagedError
+from icl_ft_fast.durable import DamagedError, digest
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.generate import Generation
@@ -41,7 +41,7 @@ def writer(llama):
 def test_a_model_writes_questions_that_it_can_answer(writer, tmp_path):
     found = write_questions(writer, DOCUMENTS, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
     assert (found.statements, found.dropped) == (len(DOCUMENTS), {})
-    template, model = questions.digest(TEMPLATE), writer.fingerprint()
+    template, model = digest(TEMPLATE), writer.fingerprint()
     answers = {document.id: question_about(document)[2] for document in DOCUMENTS}
     for (question, origin), document in zip(found.rows, DOCUMENTS, strict=True):
         sentence, asked, answer = question_about(document)
