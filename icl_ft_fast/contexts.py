@@ -184,9 +184,8 @@ class ContextStore:
         with locked(self.folder / ".lock", shared=True, wait=True):
             mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]
             for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
-                if saved.num_tokens <= min(self._most, len(ids)) and saved.token_digest == _digest(
-                    ids[: saved.num_tokens]
-                ):
+                n = saved.num_tokens
+                if n <= min(self._most, len(ids)) and saved.token_digest == _digest(ids[:n]):
                     os.utime(saved.path)
                     return load_context(saved.path, self.model, fingerprint=self.fingerprint, like=like)
         return None

@@ -309,7 +309,15 @@ def test_the_command_by_rule_reports_what_the_rows_give_away(task, tmp_path, cap
     assert report["questions_contained"] == {"test": 1}
     assert report["dropped"] == dict.fromkeys(("unparsed", "repeats", "length", "duplicates", "near_duplicates"), 0)
     assert "answers found in the rows, split test: 1 of the questions" in capsys.readouterr().out
-    assert main(["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]) == 2
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    arguments = ["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]
+    assert main(arguments) == 0  # what a kill between the two files, or after them, would lead to
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    for lost in ("none", "report.json"):
+        (out / lost).unlink(missing_ok=True)
+        capsys.readouterr()
+        assert main([*arguments, "--words", "3-9"]) == 2
+        assert "exists already; choose another or give --overwrite" in capsys.readouterr().err
 
 
 def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, llama_directory):

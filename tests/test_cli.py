@@ -257,7 +257,8 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(cli.compare.compare, "write_results", full)
-    assert refused(files.compare()) == f"{files.folder / 'run' / 'results.json'}: No space left on device"
+    path, then = files.folder / "run" / "results.json", "free some space and run the same command again"
+    assert refused(files.compare()) == f"{path}: No space left on device; {then}"
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from icl_ft_fast.cli.options import (
     add_model_options,
     add_output_options,
     add_store_options,
+    alone,
     amount,
     arguments_digest,
-    check_new,
     command,
     load_model,
     open_store,
@@ -35,7 +35,7 @@ from icl_ft_fast.cost.amortise import decide
 from icl_ft_fast.cost.machine import Ceilings, ceilings
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
-from icl_ft_fast.durable import Kept, digest, locked
+from icl_ft_fast.durable import Kept, digest
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
@@ -210,9 +210,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out is None:
         found = _study(options, make_task, settings)
     else:
-        results = options.out / "results.json"
-        check_new(results, options.overwrite, arguments_digest(options))
-        with locked(options.out / ".lock"):
+        with alone(options, "results.json"):
             found = _study(options, make_task, settings)
     name = options.task if options.out is None else options.out.name
     study = Derived(parse_results(found), name, prices, reuse_of(options), options.together)
@@ -241,7 +239,8 @@ def _study(options: argparse.Namespace, make_task: Callable[[int], Task], settin
     def keep(run: compare.Run) -> None:
         runs.append(run)
         if out is not None and len(kept.values) > before:  # while all is kept, results.json may be the whole one
-            compare.write_results(out / "results.json", compare.as_json(model, options.task, settings, runs))
+            found = compare.as_json(model, options.task, settings, runs, arguments=arguments)
+            compare.write_results(out / "results.json", found)
 
     compare.compare(
         model, make_task, settings, kept=kept, checkpoints=None if out is None else out / "checkpoints",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.durable import digest
+from icl_ft_fast.durable import digest, locked
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -101,15 +102,26 @@ def check_new(path: Path, overwrite: bool, arguments: str = "") -> None:
     """
     if path.is_dir():
         raise UsageError(f"--out: {path}: is a folder")
-    if (
-        path.exists()
-        and not overwrite
-        and not (arguments and f'"arguments": "{arguments}"' in path.read_text(errors="replace"))
-    ):
+    named = f'"arguments": "{arguments}"'
+    if path.exists() and not overwrite and not (arguments and named in path.read_text(errors="replace")):
         raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+@contextmanager
+def alone(options: argparse.Namespace, *names: str) -> Iterator[None]:
+    """Hold the lock of the folder --out, in which these files may be written; see check_new() and locked()."""
+
+    def check() -> None:
+        for name in names:
+            check_new(options.out / name, options.overwrite, arguments_digest(options))
+
+    check()
+    with locked(options.out / ".lock"):
+        check()  # another run may have ended meanwhile
+        yield
 
 
 def positive(text: str) -> int:
