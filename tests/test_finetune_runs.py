@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from transformers import TrainerState
 
 from icl_ft_fast import durable
+from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
+from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
 from icl_ft_fast.model import load
 from icl_ft_fast.results import unmeasured
@@ -134,6 +137,46 @@ def test_only_the_same_run_is_resumed(llama, tmp_path):
     for arguments in ({"validation": HELD}, {"resume": True}):
         with pytest.raises(FinetuneError, match=r"^output_dir: needed for"):
             finetune(llama, TEXTS, SETTINGS, **arguments)
+
+
+def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+    last = tmp_path / "checkpoint-6"
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        for damage in (whole[:-3], whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], b"something else", None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            with pytest.raises(FinetuneError, match=r"damaged, lost, or not of the checkpoint; remove .*-6 to resume"):
+                RunFolder(tmp_path, {}, resume=True, is_writer=True).restore()
+        path.write_bytes(whole)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=last, check=True)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text()
+    for damage in (lines[: len(lines) // 2], "x" + lines, '{"epoch": 1}\n'):
+        metrics.write_text(damage)
+        with pytest.raises(FinetuneError, match=r"metrics\.jsonl: damaged, or another's: expected a line for each"):
+            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+        assert metrics.read_text() == damage
+    metrics.write_text(lines)
+    shutil.rmtree(last)
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+    assert last.exists()
+
+
+def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_path, monkeypatch):
+    def count(**where):
+        ledger = Ledger()
+        tuned = finetune(llama, TEXTS, SETTINGS, teacher_context="the cat", ledger=ledger, **where)
+        return tuned.losses, unmeasured(ledger.as_dict())
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, lambda: (_ for _ in ()).throw(KeyError("dies")))
+        with pytest.raises(KeyError, match="dies"):
+            count(output_dir=tmp_path, resume=True, checkpoint_s=0.0)
+    assert count(output_dir=tmp_path, resume=True, checkpoint_s=1e9) == count()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", *(f"checkpoint-{n}" for n in (1, 2, 3))}
+    with pytest.raises(FinetuneError, match=r"^checkpoint_s: needs output_dir"):
+        finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
