@@ -38,7 +38,6 @@ ARMS = (*DEFAULT_ARMS, "distilled")
 SCHEMA_VERSION = 3
 ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
 SAMPLES = 40  # augmentations kept for the report
-AUGMENTED_TOGETHER = 256  # documents: what a kill loses of their augmentations at most
 CHECKPOINT_S = 600.0
 
 
@@ -54,6 +53,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
+        strategy: of augmented-ft, see augment.augment_by_model().
         finetune: steps, batch size, learning rate.
     """
 
@@ -64,6 +64,7 @@ class Settings:
     icl_tokens: int | None = None
     normalization: str = "sum"
     template: str = "base"
+    strategy: str = "local"
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 
 
@@ -216,7 +217,10 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
                 with ledger.phase("filter"):
                     augmented = augment.augment_rules(task.documents)
             else:
-                augmented = _augmented(model, task.documents, at, ledger, progress)
+                augmented = augment.augment_by_model(
+                    model, task.documents, settings.strategy, seed=seed, kept=at.kept, key=digest(at.content, seed),
+                    ledger=ledger, progress=progress,
+                )  # fmt: skip
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
@@ -245,28 +249,6 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
         counts=ledger.as_dict(), notes=notes, losses=losses, samples=tuple(samples),
     )  # fmt: skip
     return asdict(run)
-
-
-def _augmented(
-    model: Model, documents: Sequence[Document], at: _At, ledger: Ledger, progress: bool
-) -> augment.Augmented:
-    """What the model writes from the documents, once for all arms of a seed, so many documents at a time."""
-    rows: list[augment.Augmentation] = []
-    dropped: dict[str, int] = {}
-    for first in range(0, len(documents), AUGMENTED_TOGETHER):
-        part, counts = documents[first : first + AUGMENTED_TOGETHER], Ledger(meter=ledger.meter)
-
-        def write(part: Sequence[Document] = part, counts: Ledger = counts) -> dict[str, Any]:
-            with counts.phase("filter"):  # all but the phase "generate" within it
-                made = augment.augment_local(model, part, ledger=counts, progress=progress)
-            written = [(row.source_id, row.kind, row.text) for row in made.rows]
-            return {"rows": written, "dropped": made.dropped, "counts": counts.as_dict()}
-
-        value = at.kept.once(digest(at.content, "local", first), write)
-        rows += (augment.Augmentation(*row) for row in value["rows"])
-        dropped = {step: dropped.get(step, 0) + count for step, count in value["dropped"].items()}
-        ledger.include(value["counts"])
-    return augment.Augmented(tuple(rows), dropped)
 
 
 def _as_begun(model: Model, context: str, at: _At) -> ContextStore | None:

@@ -62,7 +62,9 @@ def prepare(model: Model, folder: Path) -> None:
     cli.compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
-    compare.augment.augment_local = lambda _, documents, **__: augment_rules(documents)  # the model's would not fit it
+    compare.augment.augment_by_model = lambda _, documents, *__, **___: augment_rules(
+        documents
+    )  # prompts do not fit it
 
 
 def run(command: str, folder: Path, dies_at: int = 0) -> tuple[int, str]:

@@ -40,7 +40,9 @@ class Generator(Protocol):
             what is decoded beside it: where one of them is missing, all are asked. None where they do not.
     """
 
-    together: ClassVar[int | None]
+    @property
+    def together(self) -> int | None:
+        """See above."""
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +66,7 @@ class Engine:
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
-    together: ClassVar[int | None] = 16 * RUNNING
+    together: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
         if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):

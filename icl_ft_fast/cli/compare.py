@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from icl_ft_fast import compare
+from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
@@ -108,6 +109,9 @@ def _add_comparison_options(
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
     parser.add_argument(
+        "--strategy", choices=LABELS, help="of augmentation by the model (default: the preset's, or local)"
+    )
+    parser.add_argument(
         "--out", type=Path, default=out,
         help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
         "docs/durability.md (default: %(default)s)",
@@ -197,6 +201,7 @@ def _compare(options: argparse.Namespace) -> None:
         icl_tokens=options.icl_tokens,
         normalization=options.normalization,
         template=_template(options.template),
+        strategy=options.strategy or preset.strategy,
         finetune=FinetuneSettings(
             steps=options.steps,
             batch_size=options.batch_size,
