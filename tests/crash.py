@@ -16,14 +16,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from icl_ft_fast import cli, compare, sweep
-from icl_ft_fast.augment import augment_rules
+from icl_ft_fast import cli, sweep
+from icl_ft_fast.augment import run as augment
+from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.cost.machine import Ceilings
 from icl_ft_fast.durable import Journal, Kept
 from icl_ft_fast.finetune import loop
@@ -40,7 +42,7 @@ TASK = {
 }
 COMMANDS = {
     "compare": "--task ../task --arms icl,augmented-ft,distilled --seeds 0,1 --steps 2 --batch-size 2 --store store "
-    "--icl-subsample 2 --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
+    "--icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
     "augment": "--task ../task --strategy document --template ../short.jinja --max-new-tokens 6 "
@@ -62,9 +64,14 @@ def prepare(model: Model, folder: Path) -> None:
     cli.compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
-    compare.augment.augment_by_model = lambda _, documents, *__, **___: augment_rules(
-        documents
-    )  # prompts do not fit it
+    augment.MAX_NEW_TOKENS = {"document": 6}
+    Prompting.of = partial(short, Prompting.of)
+    augment.parse = lambda strategy, told, text: ([(strategy, f"{told} {text}")], 0, 0)  # a random model obeys no form
+
+
+def short(of: Callable[..., Prompting], strategy: str, **how: object) -> Prompting:
+    """A prompting for which the tiny model has positions."""
+    return of(strategy, **how | {"template": Path("../short.jinja")})
 
 
 def run(command: str, folder: Path, dies_at: int = 0) -> tuple[int, str]:
@@ -124,11 +131,12 @@ def outcome(command: str, out: Path) -> object:
     """What a command has written, less what it measured."""
     if command == "compare":
         return json.dumps(unmeasured(json.loads((out / "results.json").read_bytes())))
-    if command == "augment":  # the tiny model's answers hold no row, but what it wrote and how likely it was is there
+    if command == "augment":
         answers = [row for path in out.glob("answers/*/*.jsonl") for row in Journal(path).rows]
         assert len(answers) == len({row["key"] for row in answers}) == 12
         answers = sorted(({**row, "time": 0} for row in answers), key=lambda row: row["key"])
-        return answers, [(out / name).read_bytes() for name in ("rows.jsonl", "report.json")]
+        rows = [json.loads(line) for line in (out / "rows.jsonl").read_bytes().splitlines()]
+        return answers, [{**row, "time": 0} for row in rows], (out / "report.json").read_bytes()
     assert not list(out.rglob(".*"))
     written = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):

@@ -130,7 +130,11 @@ def test_the_plain_arms(llama):
 
 def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     # the tiny model has no room for the prompt that asks for augmentations
-    monkeypatch.setattr(compare.augment, "augment_by_model", lambda _, documents, *__, **___: augment_rules(documents))
+    def by_rule(_, documents, *__, ledger, **___):
+        with ledger.phase("filter"):
+            return augment_rules(documents)
+
+    monkeypatch.setattr(compare.augment, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
