@@ -174,7 +174,7 @@ def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_pat
         with pytest.raises(KeyError, match="dies"):
             count(output_dir=tmp_path, resume=True, checkpoint_s=0.0)
     assert count(output_dir=tmp_path, resume=True, checkpoint_s=1e9) == count()
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", *(f"checkpoint-{n}" for n in (1, 2, 3))}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint-3"}
     with pytest.raises(FinetuneError, match=r"^checkpoint_s: needs output_dir"):
         finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
 

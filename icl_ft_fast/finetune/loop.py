@@ -71,8 +71,8 @@ def finetune(
         teacher_context: learn what the model says next with this before each example (KL), not the examples' tokens.
         output_dir: where checkpoints and metrics go, see checkpoint.py; None writes nothing.
         resume: continue from the last checkpoint in output_dir, if there is one, as if there had been no pause.
-        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, and none at the end: for
-            who resumes from output_dir but takes the model from here. One process, no validation.
+        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, in its place, and none at
+            the end: for who resumes from output_dir but takes the model from here. One process, no validation.
         in_place: train the model itself, which saves the memory of a copy.
         ledger: the run's counts are added to it, those of a process that it was resumed from too; checkpoints are none.
         progress: show a bar of steps with the loss.
@@ -139,7 +139,7 @@ def finetune(
             eval_steps=settings.eval_steps, save_steps=settings.save_steps or 0,
             epoch=done.step * per_step / len(examples),
         )  # fmt: skip
-        run.prune(settings.save_total_limit, done.best and done.best[1])
+        run.prune(settings.save_total_limit if checkpoint_s is None else 1, done.best and done.best[1])
         distributed.wait()
         saved = time.perf_counter()
 
