@@ -124,7 +124,7 @@ def test_resumed_is_uninterrupted_to_the_bit(kind, llama, llama_directory, tmp_p
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_only_the_same_run_is_resumed(llama, tmp_path):
+def test_only_the_same_run_is_resumed(llama, llama_directory, tmp_path):
     finetune(llama, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path)
     before = files(tmp_path)
     with pytest.raises(FinetuneError, match="holds a run already; resume it or choose another folder"):
@@ -133,6 +133,9 @@ def test_only_the_same_run_is_resumed(llama, tmp_path):
         finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
     with pytest.raises(FinetuneError, match=r"cannot be resumed: examples was"):
         finetune(llama, TEXTS[:5], replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
+    another = load(llama_directory, dtype="bfloat16")
+    with pytest.raises(FinetuneError, match=r"cannot be resumed: model was"):
+        finetune(another, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
     assert files(tmp_path) == before
     for arguments in ({"validation": HELD}, {"resume": True}):
         with pytest.raises(FinetuneError, match=r"^output_dir: needed for"):

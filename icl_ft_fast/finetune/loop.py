@@ -104,6 +104,7 @@ def finetune(
     if checkpoint_s is not None and (path is None or held or settings.fsdp or processes > 1):
         raise FinetuneError("checkpoint_s: needs output_dir, and goes with neither validation nor several processes")
     origin = {"seed": seed, "teacher_context": teacher_context, "examples": _digest([*examples, *held])}
+    origin["model"] = "" if path is None else model.fingerprint()
     run = RunFolder(path, asdict(settings) | origin | {"processes": processes}, resume=resume, is_writer=rank == 0)
     done, counts = run.restore() if resume else Progress(), Ledger(meter=ledger.meter)
 
