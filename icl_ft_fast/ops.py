@@ -133,8 +133,8 @@ def trie_attention(
     16 bits before they meet 16-bit factors, and float32 products are made of six of bfloat16 on NVIDIA's.
     On the CPU, C++ serves float32 and bfloat16. There a query's bits, those of its gradient too, depend on its own q,
     on k, v and where on the stack it stands, not on the queries beside it; no bit depends on the number of threads; and
-    where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before they
-    meet another factor. The backward holds a float for each element of the gradients of q, k and v.
+    where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before
+    they meet another factor. The backward holds a float for each element of the gradients of q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(

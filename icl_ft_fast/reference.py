@@ -241,10 +241,12 @@ def target_logprob_backward(
             grad.view(-1).index_add_(0, index, torch.where(inside, grad_logp, 0))
             if softcap:
                 grad *= 1 - (logits / softcap).square_()
-            grad *= scale
+            if scale != 1:
+                grad *= scale
             grad_hidden[rows].addmm_(grad, weight_block)
             if need_weight:
                 weight_sum.addmm_(grad.T, hidden[rows], beta=float(rows.start > 0))
+            if len(grad_bias):
                 bias_sum += grad.sum(0)
         if need_weight and weight.dtype != dtype:
             grad_weight[columns] = weight_sum
