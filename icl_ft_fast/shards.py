@@ -73,12 +73,12 @@ def cut(requests: Sequence[Request], work: Work, *, shard_rows: int = SHARD_ROWS
         return []
     forest = trie.build_from_lists(requests)
     last = forest.path.numpy()[forest.path_offset.numpy()[1:] - 1]
-    order = np.argsort(last, kind="stable")
+    lengths = np.array([len(context) for context, _ in requests])
+    order = np.lexsort((lengths, last))
     leaf, depth = forest.scored_row.numpy()[last[order]].astype(np.int64), forest.depth.numpy()
     rows = depth[leaf].astype(np.int64) + 1
     shared = _shared_rows(leaf, depth)
-    context = np.array([len(requests[r][0]) for r in order])
-    new_heads = np.maximum(0, rows - np.maximum(context - 1, np.concatenate([[0], shared])))
+    new_heads = np.maximum(0, rows - np.maximum(lengths[order] - 1, np.concatenate([[0], shared])))
     flops = work.path_flops(int(rows.max()))
     goal = shard_rows * flops[-1] / rows.max()
 
