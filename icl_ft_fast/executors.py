@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import socket
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -99,8 +99,8 @@ def pull(tasks: Sequence[Task], worker: int, num_workers: int, take: Callable[[i
         groups.setdefault(task.group, []).append(i)
     members = list(groups.values())
     flops = [tasks[its[0]].start_flops + sum(tasks[i].flops for i in its) for its in members]
-    ends = list(accumulate(flops))
-    first = bisect_right(ends, ends[-1] * worker // num_workers) if ends else 0
+    middles = [end - own / 2 for end, own in zip(accumulate(flops), flops, strict=True)]
+    first = bisect_left(middles, sum(flops) * worker / num_workers)
     for g in (*range(first, len(members)), *range(first)):
         its = members[g]
         taken = take(g, 0)

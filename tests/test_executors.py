@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,7 @@ def case(llama_directory, tmp_path_factory):
 def run(command, **environment):
     """Run a command in a process of one thread; its exit code and what it said."""
     told = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"} | environment
+    told["RAY_worker_niceness"] = "0"  # Ray's own choice would starve its workers on a busy machine
     done = subprocess.run(list(map(str, command)), env=told, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -102,8 +104,9 @@ def test_every_task_is_pulled_once_in_whatever_order_workers_come(sizes, workers
 
 
 def test_workers_begin_apart_and_help_where_it_pays():
-    def begun(sizes, workers, start_flops):
+    def begun(sizes, workers, start_flops, flops=()):
         tasks, counters = tasks_in(*sizes, start_flops=start_flops), Counter()
+        tasks = [replace(task, flops=own) for task, own in zip(tasks, flops or [10] * len(tasks), strict=True)]
 
         def take(group, n):
             counters[group] += n
@@ -114,6 +117,8 @@ def test_workers_begin_apart_and_help_where_it_pays():
         return [turn for turn in turns if turn]
 
     assert begun((3, 3), 2, 5) == [["0", "1"]] * 3
+    assert begun((2, 2), 2, 5, (11, 10, 10, 10)) == begun((2, 2), 2, 5, (10, 10, 10, 11)) == [["0", "1"]] * 2
+    assert begun((2, 2), 4, 5) == [["0", "0", "1", "1"]]
     assert begun((2, 6), 2, 5) == [["0", "1"], ["0", "1"], ["1", "1"], ["1", "1"]]
     assert begun((1, 4), 2, 100) == [["0", "1"], ["1"], ["1"], ["1"]]  # what is left is less than a start
 
