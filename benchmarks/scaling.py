@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,18 @@ from icl_ft_fast.tasks.reversals import simple_reversals
 MEASURED = readme.RESULTS / "scaling.json"
 CHART = readme.ROOT / "docs" / "executors.svg"
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-QUESTIONS, CHOICES, PROMPT, CHOICE, CONTEXT = 12_800, 2, 16, 8, 2000
-WORKLOADS = {"256 contexts": 256, "16 contexts": 16, "one context": 1}  # of CONTEXT tokens, QUESTIONS in all
+# Questions over contexts of random tokens. A context's first QUESTIONS are cut as `score` cuts them, and their shards
+# repeated until there are TOTAL questions, so that a workload of any size is made in a moment.
+QUESTIONS, TOTAL, CHOICES, PROMPT, CHOICE, CONTEXT = 800, 204_800, 2, 16, 8, 2000
+WORKLOADS = {"256 contexts": 256, "16 contexts": 16, "one context": 1}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, with one thread: of start-up, of a look at a counter, of a shard, and for each FLOP of both kinds."""
+    """Seconds with one thread: of start-up, of a look at a counter, and of a FLOP of a shard's and of a stem's."""
 
     startup_s: float
     pull_s: float
-    shard_s: float
     shard_s_per_flop: float
     stem_s_per_flop: float
 
@@ -81,7 +82,8 @@ def simulate(
     heapify(free)
     while free:
         now, worker = heappop(free)
-        looks, i = 0, next(pulls[worker], None)
+        looks = 0
+        i = next(pulls[worker], None)
         now += looks * pull_s
         last = max(last, now)
         if i is not None:
@@ -92,38 +94,40 @@ def simulate(
 
 
 def costs_of(measured: Mapping[str, Any]) -> Costs:
-    """Least squares over the shards that one worker scored; shards that forwarded their stem tell what stems cost."""
-    rows = [row for row in measured["one"]["shards"] if row["query_s"]]
-    a = np.array([[1.0, row["flops"]] for row in rows])
-    fixed, per_flop = np.linalg.lstsq(a, np.array([row["query_s"] for row in rows]), rcond=None)[0]
+    """What one worker took; only the shards that forwarded their stem tell what stems cost."""
+    rows = measured["one"]["shards"]
     stems = [row for row in rows if row["prefill_s"]]
-    per_stem_flop = sum(row["prefill_s"] for row in stems) / sum(row["start_flops"] for row in stems)
     return Costs(
-        measured["one"]["startup_s"], measured["pull_s"], max(0.0, float(fixed)), float(per_flop), per_stem_flop
+        startup_s=measured["one"]["startup_s"],
+        pull_s=measured["pull_s"],
+        shard_s_per_flop=sum(row["query_s"] for row in rows) / sum(row["flops"] for row in rows),
+        stem_s_per_flop=sum(row["prefill_s"] for row in stems) / sum(row["start_flops"] for row in stems),
     )
 
 
 def predicted(tasks: Sequence[Task], costs: Costs, workers: int) -> float:
-    """simulate() with the costs of a fit."""
-    seconds = [costs.shard_s + costs.shard_s_per_flop * task.flops for task in tasks]
+    """simulate() with these costs."""
+    seconds = [costs.shard_s_per_flop * task.flops for task in tasks]
     stems = {task.group: costs.stem_s_per_flop * task.start_flops for task in tasks}
     return simulate(tasks, seconds, stems, workers, startup_s=costs.startup_s, pull_s=costs.pull_s)
 
 
 def workload(num_contexts: int, work: Work) -> list[Task]:
-    """The shards of QUESTIONS questions, evenly over so many random contexts that share their first token."""
+    """The shards of TOTAL questions, evenly over so many contexts."""
     rng = np.random.default_rng(0)
-
-    def ids(count: int) -> list[int]:
-        return rng.integers(2, 8000, count).tolist()
-
+    context = [0, *rng.integers(2, 8000, CONTEXT - 1).tolist()]
     requests = []
-    for _ in range(num_contexts):
-        context = [0, *ids(CONTEXT - 1)]
-        for _ in range(QUESTIONS // num_contexts):
-            whole = context + ids(PROMPT)
-            requests += [(whole, ids(CHOICE)) for _ in range(CHOICES)]
-    return shards.tasks_of(requests, shards.cut(requests, work), work, {})
+    for _ in range(QUESTIONS):
+        whole = context + rng.integers(2, 8000, PROMPT).tolist()
+        requests += [(whole, rng.integers(2, 8000, CHOICE).tolist()) for _ in range(CHOICES)]
+    tasks = shards.tasks_of(requests, shards.cut(requests, work), work, {})
+    repeats = TOTAL // QUESTIONS // num_contexts
+    return [
+        replace(task, name=f"{n}.{repeat}.{task.name}", group=str(n))
+        for n in range(num_contexts)
+        for repeat in range(repeats)
+        for task in tasks
+    ]
 
 
 def table() -> str:
@@ -147,9 +151,8 @@ def table() -> str:
         f"The simulation, from the shards' own seconds: {against(*expected)}.",
         "",
         f"Costs of a worker there: start-up {costs.startup_s:.1f} s; a look at a counter {costs.pull_s * 1e6:.0f} us; "
-        f"a shard {costs.shard_s:.2f} s and 1 s for each {1e-9 / costs.shard_s_per_flop:.0f} GFLOP; a stem 1 s for "
-        f"each {1e-9 / costs.stem_s_per_flop:.0f} GFLOP. With them, {QUESTIONS:,} questions of {CHOICES} choices over "
-        f"contexts of {CONTEXT:,} tokens:",
+        f"1 s for each {1e-9 / costs.shard_s_per_flop:.0f} GFLOP of shards and {1e-9 / costs.stem_s_per_flop:.0f} "
+        f"GFLOP of stems. With them, {TOTAL:,} questions of {CHOICES} choices over contexts of {CONTEXT:,} tokens:",
         "",
         "| seconds (efficiency) | shards | " + " | ".join(f"{workers}" for workers in WORKERS) + " |",
         "|---" * (len(WORKERS) + 2) + "|",

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -13,9 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import scaling
 from icl_ft_fast import cli, shards
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
@@ -406,5 +410,91 @@ def test_workers_starts_torchrun(case, tmp_path, monkeypatch):
 def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, more, launched, message):
     if launched:
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(case[0](tmp_path / "scores.jsonl", *more)) == 2
     assert capsys.readouterr().err == f"icl-ft-fast score: {message}\n"
+
+
+# Examples and documentation -----------------------------------------------------------------------------------------
+
+EXAMPLES = TESTS.parent / "examples"
+SKYPILOT = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run"}
+SKYPILOT_RESOURCES = {
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size",
+    "disk_tier", "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "any_of", "ordered",
+    "job_recovery",
+}  # fmt: skip
+
+
+def check_script(script):
+    """A shell script is one, and its `score` command has options that there are, and all that are needed."""
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (words,) = re.findall(r"(?:icl_ft_fast\.cli|icl-ft-fast) (score .*)", script.replace("\\\n", " "))
+    numbers = re.sub(r"\$\(\(.*?\)\)", "2", words)
+    options = cli.parser().parse_args(shlex.split(numbers))
+    assert (options.device, options.dtype) == ("cuda", "bfloat16")
+    return options
+
+
+def test_the_slurm_example():
+    script = (EXAMPLES / "score.sbatch").read_text()
+    assert check_script(script).executor is None
+    used = set(re.findall(r"^#SBATCH --([a-z-]+)(?:=\S+)?$", script, re.MULTILINE))
+    assert used == {
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+        "requeue",
+        "open-mode",
+    }
+    assert len(re.findall("^#SBATCH", script, re.MULTILINE)) == len(used)
+
+
+def test_the_skypilot_example():
+    task = yaml.safe_load((EXAMPLES / "score.sky.yaml").read_text())
+    assert task.keys() <= SKYPILOT
+    assert task["resources"].keys() <= SKYPILOT_RESOURCES
+    assert {"source", "mode"} == task["file_mounts"]["/data"].keys()
+    assert check_script(task["run"]).executor == "ray"
+    given = {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NUM_GPUS_PER_NODE", "head"}
+    assert set(re.findall(r"\$(\w+)", task["run"])) <= given | task["envs"].keys()
+
+
+def test_the_simulation_of_what_can_be_counted():
+    tasks = tasks_in(4, 4)
+    stems = {"0": 3.0, "1": 3.0}
+
+    def simulate(workers, **costs):
+        return scaling.simulate(tasks, [2.0] * 8, stems, workers, **costs)
+
+    assert simulate(1) == 2 * 3 + 8 * 2
+    assert simulate(2) == 3 + 4 * 2
+    assert simulate(4) == 3 + 2 * 2
+    assert simulate(8) == 3 + 2
+    assert simulate(100, startup_s=7) == 7 + 3 + 2
+    # One look at each group when it is met, one for every task, and one that finds the group at its end.
+    assert simulate(1, pull_s=1) == 22 + 2 * (1 + 4 + 1)
+    assert scaling.simulate([], [], {}, 3, startup_s=1) == 1
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), workers=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
+    rng, tasks = random.Random(seed), tasks_in(*sizes)
+    seconds = [rng.uniform(1, 3) for _ in tasks]
+    stems = {str(g): rng.uniform(0, 4) for g in range(len(sizes))}
+    took = scaling.simulate(tasks, seconds, stems, workers)
+    assert max(sum(seconds) / workers, max(seconds)) - 1e-9 <= took <= sum(seconds) + sum(stems.values()) + 1e-9
+    if workers == 1:
+        assert took == pytest.approx(sum(seconds) + sum(stems.values()))
+
+
+def test_the_documented_scaling_is_what_the_measurements_give():
+    text = (TESTS.parent / "docs" / "executors.md").read_text()
+    assert f"<!-- scaling -->\n{scaling.table()}\n<!-- /scaling -->" in text
+    measured = json.loads(scaling.MEASURED.read_text())
+    assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6

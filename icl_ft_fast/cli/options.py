@@ -77,7 +77,7 @@ def executor_of(options: argparse.Namespace) -> Executor:
             raise UsageError("--workers: needs --executor torchrun or ray")
         return InProcess()
     if launched:
-        if options.workers:
+        if options.workers not in (None, int(os.environ["WORLD_SIZE"])):
             raise UsageError("--workers: torchrun's --nproc-per-node and --nnodes say how many")
         return Torchrun()
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // (options.workers or 1)))
