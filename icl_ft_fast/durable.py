@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Journal:
         """Add objects; they are on the disk when this returns, and none of them is in the file if it raises OSError."""
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        left = "".join(json.dumps({"check": checksum(row), "row": row}) + "\n" for row in rows).encode()
+        left = "".join(json.dumps({"check": digest(row), "row": row}) + "\n" for row in rows).encode()
         with _named(self.path), self.path.open("ab", buffering=0) as file:
             file.truncate(self._end)
             try:
@@ -137,15 +137,45 @@ class Journal:
         self.rows += rows
 
 
-def checksum(value: Any) -> str:
-    """16 hex digits of a JSON value, the same after it was written and read."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+class Kept:
+    """Values by key, each made once: in memory, and in a journal if there is a path.
+
+    Args:
+        path: of the journal; a key stands for all that its value depends on, so that nothing stale is ever found.
+
+    Raises:
+        DamagedError, OSError: as Journal does.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._journal = None if path is None else Journal(path)
+        rows = [] if self._journal is None else self._journal.rows
+        if any(row.keys() != {"key", "value"} for row in rows):
+            raise DamagedError(f"{path}: keeps something else; move the file away")
+        self.values: dict[str, Any] = {row["key"]: row["value"] for row in rows}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Keep values of JSON."""
+        if self._journal is not None:
+            self._journal.append(*({"key": key, "value": value} for key, value in values.items()))
+        self.values |= values
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value of a key, made if there is none."""
+        if key not in self.values:
+            self.add({key: make()})
+        return self.values[key]
+
+
+def digest(*parts: object) -> str:
+    """32 hex digits of JSON values, the same after they were written and read."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _row(where: str, line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
-        if found["check"] == checksum(found["row"]) and isinstance(found["row"], dict):
+        if found["check"] == digest(found["row"]) and isinstance(found["row"], dict):
             return dict(found["row"])
     except (ValueError, TypeError, KeyError, RecursionError):
         pass

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from icl_ft_fast.durable import Journal, locked
+from icl_ft_fast.durable import Kept, locked
 
 Worker = Callable[[Any], Any]
 _FOREVER = timedelta(weeks=52)
@@ -304,17 +304,17 @@ def run_kept(
     with locked(folder / "lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
         done = names & _kept(folder).keys() if executor.rank == 0 else set()
-        journal = Journal(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
+        kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
         bar = {"desc": progress, "unit": "shard", "disable": not progress, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
             for task, result in executor.run(start, tasks, done):
-                journal.append({"task": task.name, "result": result})
+                kept.add({task.name: result})
                 shown.update()
         if not executor.is_last():
             yield None
             return
-        kept = _kept(folder)
-        yield [kept[task.name] for task in tasks]
+        found = _kept(folder)
+        yield [found[task.name] for task in tasks]
 
 
 def _kept(folder: Path) -> dict[str, Any]:
@@ -323,5 +323,5 @@ def _kept(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.jsonl")):
         if path.read_bytes()[-1:] not in (b"", b"\n"):
             _log.warning("%s: its last line was cut short by a kill; that part is done again", path)
-        kept |= {row["task"]: row["result"] for row in Journal(path).rows}
+        kept |= Kept(path).values
     return kept

@@ -8,8 +8,6 @@ the same number of threads on a machine of the same kind.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from icl_ft_fast.cache import Context
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import Work
+from icl_ft_fast.durable import digest
 from icl_ft_fast.executors import ExecutorError, Task
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
 from icl_ft_fast.score import LogLikelihood, loglikelihood, prefill, stored_context
@@ -152,10 +151,8 @@ def tasks_of(requests: Sequence[Request], cuts: Sequence[Cut], work: Work, ident
         whole = [(*requests[r][0], *requests[r][1]) for r in one.members]
         lengths = tuple(len(requests[r][0]) for r in one.members)
         shard = Shard(whole[0][: one.stem_tokens], tuple(ids[one.stem_tokens :] for ids in whole), lengths)
-        told = json.dumps([identity, shard.stem, shard.rest, shard.context_lengths], sort_keys=True)
-        group = hashlib.sha256(str(shard.stem).encode()).hexdigest()[:16]
-        name = hashlib.sha256(told.encode()).hexdigest()[:32]
-        tasks.append(Task(name, shard, one.flops, group, int(start_flops[one.stem_tokens])))
+        name = digest(sorted(identity.items()), shard.stem, shard.rest, shard.context_lengths)
+        tasks.append(Task(name, shard, one.flops, digest(shard.stem), int(start_flops[one.stem_tokens])))
     return tasks
 
 
@@ -203,25 +200,27 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScorerElsewhere:
-    """Makes a Scorer in another process, perhaps on another machine, from the checkpoint that has this fingerprint.
+    """Makes a Scorer in another process, perhaps on another machine, of what load(name, **loading) gives there.
 
     Raises:
-        ExecutorError: the checkpoint there is another.
+        ExecutorError: a checkpoint that has not this fingerprint.
     """
 
     name: str
+    loading: dict[str, Any]
     fingerprint: str
-    dtype: str
-    device: str
-    trust_remote_code: bool
     chunk_rows: int
     store: Path | None
     store_bytes: int
 
     def __call__(self) -> Scorer:
         """Load, check, make."""
-        model = load(self.name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        model = load(self.name, **self.loading)
         if model.fingerprint() != self.fingerprint:
             raise ExecutorError(f"{self.name}: not the same model on every machine")
+        return self.of(model)
+
+    def of(self, model: Model) -> Scorer:
+        """A Scorer of a model that is loaded already."""
         store = None if self.store is None else ContextStore(self.store, model, self.store_bytes)
         return Scorer(model, self.chunk_rows, store)

@@ -1,15 +1,20 @@
-"""Locks, whole files and journals: among processes, after kills, on a full disk, against damage."""
+"""Locks, whole files and journals: among processes, after kills, on a full disk, against damage; whole commands."""
 
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from icl_ft_fast.durable import DamagedError, Journal, LockedError, locked, replacing
+from icl_ft_fast.cli import main
+from icl_ft_fast.durable import DamagedError, Journal, Kept, LockedError, locked, replacing
 
 ROWS = [{"n": n, "text": "ü\n\r\u2028" * n, "value": 0.1 * n, "list": [None, True, {"a": n}]} for n in range(5)]
 
@@ -172,3 +177,79 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     assert Journal(path).rows == journal.rows == ROWS[:1]
     journal.append(ROWS[2])
     assert Journal(path).rows == [ROWS[0], ROWS[2]]
+
+
+def test_a_value_is_made_once(tmp_path):
+    for path in (None, tmp_path / "kept.jsonl"):
+        kept = Kept(path)
+        assert kept.once("a", lambda: {"x": [1.5]}) == {"x": [1.5]}
+        assert kept.once("a", lambda: pytest.fail("made twice")) == {"x": [1.5]}
+        kept.add({"b": 2, "c": None})
+    assert Kept(path).values == {"a": {"x": [1.5]}, "b": 2, "c": None}
+    Journal(path).append({"key": "d"})
+    with pytest.raises(DamagedError, match=r"kept\.jsonl: keeps something else; move the file away"):
+        Kept(path)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A folder with a task."""
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "documents.jsonl").write_text('{"id": "d", "text": "the cat are taller than the mat."}\n')
+    (folder / "questions.jsonl").write_text('{"id": "q", "prompt": "the", "choices": [" cat", " mat"], "answer": 0}\n')
+    return folder
+
+
+@pytest.mark.parametrize("command", ["compare", "augment", "finetune"])
+def test_the_second_run_on_one_folder_is_refused(command, task, tmp_path, llama_directory, capsys):
+    out = tmp_path / "out"
+    arguments = {
+        "compare": ["--model", llama_directory, "--task", task, "--out", out],
+        "augment": ["--strategy", "rules", "--task", task, "--out", out],
+        "finetune": ["--model_name_or_path", llama_directory, "--train_file", task / "documents.jsonl",
+                     "--output_dir", out],
+    }[command]  # fmt: skip
+    with locked(out / ".lock"):
+        assert main([command, *map(str, arguments)]) == 2
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        message = f"{out / '.lock'}: locked by {holder}; let it end, or choose another output"
+        assert capsys.readouterr().err == f"icl-ft-fast {command}: {message}\n"
+        assert os.listdir(out) == [".lock"]
+
+
+def test_a_damaged_file_of_a_comparison_is_named(task, tmp_path, capsys):
+    (tmp_path / "kept.jsonl").write_text('{"check": "0", "row": {"key": "a", "value": 1}}\n')
+    assert main(["compare", "--model", "none", "--task", str(task), "--out", str(tmp_path)]) == 2
+    where = f"icl-ft-fast compare: {tmp_path / 'kept.jsonl'}:1: damaged"
+    assert capsys.readouterr().err.startswith(f"{where}, or not written by icl-ft-fast; move the file away")
+
+
+IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+@pytest.fixture(scope="module")
+def crashes(llama_directory, tmp_path_factory):
+    """What crash.py says of 40 kills, and of disks where file systems may be mounted."""
+    tried = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    can_mount = shutil.which("unshare") and not subprocess.run(tried, capture_output=True, check=False).returncode
+    folder = tmp_path_factory.mktemp("crash") / "new"
+    command = [sys.executable, Path(__file__).parent / "crash.py", llama_directory, folder, "--kills", "40"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*IN_A_NAMESPACE, *command, "--disk"] if can_mount else command
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_commands_killed_at_forty_moments_end_as_if_they_had_not_been(crashes):
+    assert {command: report["kills"] for command, report in crashes.items()} == dict.fromkeys(
+        ("compare", "finetune", "augment", "score"), 10
+    )
+    assert all(report["moments"] > 40 and report["ended"] > 1 for report in crashes.values())
+
+
+def test_commands_on_full_and_read_only_disks(crashes):
+    if "filled" not in crashes["compare"]:
+        pytest.skip("needs unprivileged user namespaces, to mount file systems")
+    assert sum(report["filled"] for report in crashes.values()) >= 4

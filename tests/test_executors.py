@@ -27,7 +27,6 @@ from icl_ft_fast.executors import InProcess, Task, pull, run_kept
 from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
-KILLS = int(os.environ.get("KILLS", "6"))  # `make kills` asks for 30
 RNG = random.Random(0)
 WORDS = "the cat sat on that mat who knows why".split()
 
@@ -130,6 +129,10 @@ def test_workers_begin_apart_and_help_where_it_pays():
 # Keeping ----------------------------------------------------------------------------------------------------------
 
 
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
 class Doubler:
     """A worker that counts its calls and fails at one of them."""
 
@@ -139,7 +142,7 @@ class Doubler:
     def __call__(self, work):
         self.calls += 1
         if self.calls == self.fails_at:
-            raise KeyboardInterrupt
+            raise KilledError
         return 2 * work
 
 
@@ -152,7 +155,7 @@ def test_what_is_kept_is_not_done_again(tmp_path):
     tasks, calls = tasks_in(3, 4), 0
     for fails_at in (3, 1, 2):
         worker = Doubler(fails_at)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             keep(tmp_path, tasks, worker)
         calls += worker.calls - 1
     worker = Doubler()
@@ -186,7 +189,7 @@ def test_a_damaged_line_and_a_second_run_are_refused(tmp_path):
     tasks = tasks_in(2)
     keep(tmp_path, tasks, Doubler())
     (path,) = tmp_path.glob("*.jsonl")
-    path.write_bytes(path.read_bytes().replace(b'"result": 2', b'"result": 3'))
+    path.write_bytes(path.read_bytes().replace(b'"value": 2', b'"value": 3'))
     with pytest.raises(DamagedError, match=rf"^{path}:2: damaged"):
         keep(tmp_path, tasks, Doubler())
     with locked(tmp_path / "lock"), pytest.raises(LockedError, match=f"lock: locked by process {os.getpid()} on "):
@@ -203,7 +206,7 @@ def test_score_goes_on_where_it_was_killed(case, tmp_path, monkeypatch):
     def dies(self, shard):
         calls.append(shard)
         if len(calls) % 4 == 0:
-            raise KeyboardInterrupt
+            raise KilledError
         return real(self, shard)
 
     monkeypatch.setattr(shards.Scorer, "__call__", dies)
@@ -211,7 +214,7 @@ def test_score_goes_on_where_it_was_killed(case, tmp_path, monkeypatch):
     while not out.exists():
         try:
             assert main(command(out)) == 0
-        except KeyboardInterrupt:
+        except KilledError:
             kills += 1
             assert len(rows_in(tmp_path / "scores.jsonl.shards")) == 3 * kills
     assert kills > 2
@@ -253,53 +256,23 @@ def test_a_second_run_is_refused_by_name(case, tmp_path, capsys):
     assert not out.exists()
 
 
-KILLED = """
-import os, signal, sys, time
-from icl_ft_fast.cli import main
-import transformers.models.llama.modeling_llama  # everything is imported before the first fork
-
-rng = __import__("random").Random(int(sys.argv[1]))
-kills, out, command = int(sys.argv[2]), sys.argv[3], sys.argv[3:]
-
-def start():
-    pid = os.fork()
-    if not pid:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(main(command[1:]))
-    return pid
-
-def end(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-began = time.perf_counter()
-assert end(start()) == 0
-whole, took = open(out, "rb").read(), time.perf_counter() - began
-os.unlink(out)
-killed = finished = 0
-while killed < kills:
-    pid = start()
-    time.sleep(rng.uniform(0.3, 1.0) * took)
-    os.kill(pid, signal.SIGKILL)
-    code = end(pid)
-    killed += code == -signal.SIGKILL
-    assert code in (0, -signal.SIGKILL), code
-    if os.path.exists(out):
-        finished += 1
-        assert open(out, "rb").read() == whole
-        os.unlink(out)
-assert end(start()) == 0
-assert open(out, "rb").read() == whole
-print(killed, "kills,", finished, "finished all the same")
-"""
-
-
-def test_kills_at_random_moments(case, tmp_path):
+def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
     command, whole = case
-    out = tmp_path / "scores.jsonl"
-    code, told = run([sys.executable, "-c", KILLED, 7, KILLS, out, *command(out)])
-    assert code == 0, told
+    out, kept = tmp_path / "scores.jsonl", tmp_path / "scores.jsonl.shards"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+        assert main(command(out)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Scorer, "__call__", None)  # nothing is left to be scored
+        assert main(command(out)) == 0
     assert out.read_bytes() == whole
-    print(told)
+    assert not kept.exists()
+    monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+    assert main(command(out, "--overwrite")) == 0
+    out.write_text("mine")
+    assert main(command(out)) == 2  # what was there before a run with --overwrite is not replaced by one without
+    assert out.read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
 
 
 # Several processes ------------------------------------------------------------------------------------------------
@@ -354,7 +327,7 @@ def killed(case, tmp_path):
         assert code == 0, told
         assert (marks / "killed").exists()
         assert out.read_bytes() == whole
-        names = [row["task"] for row in rows_in(Path(f"{out}.shards"))]
+        names = [row["key"] for row in rows_in(Path(f"{out}.shards"))]
         assert len(names) == len(set(names)) > 4
 
     return call

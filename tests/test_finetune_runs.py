@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,14 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from icl_ft_fast import durable
+from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
+from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
 from icl_ft_fast.model import load
+from icl_ft_fast.results import unmeasured
 from icl_ft_fast.score import loglikelihood
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
@@ -36,12 +41,14 @@ def equal(a, b):
 
 
 def files(folder):
-    """Everything below a folder but the clock."""
+    """Everything below a folder but the clock, and the checksums, which differ as it does."""
     read = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS"):
         content = path.read_bytes()
         if path.name == "metrics.jsonl":
             content = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in content.splitlines()]
+        elif path.name == "progress.json":
+            content = unmeasured(json.loads(content))
         elif path.suffix == ".json":
             content = content.replace(str(folder).encode(), b"")
         read[str(path.relative_to(folder))] = content
@@ -132,6 +139,46 @@ def test_only_the_same_run_is_resumed(llama, tmp_path):
             finetune(llama, TEXTS, SETTINGS, **arguments)
 
 
+def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+    last = tmp_path / "checkpoint-6"
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        for damage in (whole[:-3], whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], b"something else", None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            with pytest.raises(FinetuneError, match=r"damaged, lost, or not of the checkpoint; remove .*-6 to resume"):
+                RunFolder(tmp_path, {}, resume=True, is_writer=True).restore()
+        path.write_bytes(whole)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=last, check=True)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text()
+    for damage in (lines[: len(lines) // 2], "x" + lines, '{"epoch": 1}\n'):
+        metrics.write_text(damage)
+        with pytest.raises(FinetuneError, match=r"metrics\.jsonl: damaged, or another's: expected a line for each"):
+            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+        assert metrics.read_text() == damage
+    metrics.write_text(lines)
+    shutil.rmtree(last)
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+    assert last.exists()
+
+
+def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_path, monkeypatch):
+    def count(**where):
+        ledger = Ledger()
+        tuned = finetune(llama, TEXTS, SETTINGS, teacher_context="the cat", ledger=ledger, **where)
+        return tuned.losses, unmeasured(ledger.as_dict())
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, lambda: (_ for _ in ()).throw(KeyError("dies")))
+        with pytest.raises(KeyError, match="dies"):
+            count(output_dir=tmp_path, resume=True, checkpoint_s=0.0)
+    assert count(output_dir=tmp_path, resume=True, checkpoint_s=1e9) == count()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", *(f"checkpoint-{n}" for n in (1, 2, 3))}
+    with pytest.raises(FinetuneError, match=r"^checkpoint_s: needs output_dir"):
+        finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_a_run_at_a_checkpoint(number, llama, tmp_path, monkeypatch):
     before = signal.getsignal(number)
@@ -183,7 +230,7 @@ def test_a_loss_or_gradient_that_is_not_finite(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", range(0, 14, 2))
 def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
     """The failing-th sync of a file finds no space: whole checkpoints stay, nothing half-written remains."""
-    real, calls = checkpoint_module._sync, []
+    real, calls = durable.sync, []
 
     def sync(path):
         calls.append(path)
@@ -192,7 +239,8 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_sync", sync)
+        for module in (durable, checkpoint_module):
+            patch.setattr(module, "sync", sync)
         with pytest.raises(FinetuneError, match=r"cannot be written: No space left on device"):
             finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path)
     assert not list(tmp_path.glob(".*"))

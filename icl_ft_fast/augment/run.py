@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
 from icl_ft_fast.augment.generators import Engine, Generator
-from icl_ft_fast.augment.prompts import Ask, Prompting
+from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, Ask, Prompting, fitting
 from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.durable import Kept, digest
 from icl_ft_fast.generate import Sampling
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import Document
+
+Job: TypeAlias = tuple[Ask, Sampling]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Run:
         }  # fmt: skip
         self.store = Store(folder, self.identity)
 
-    def missing(self) -> list[tuple[str, tuple[Ask, Sampling]]]:
+    def missing(self) -> list[tuple[str, Job]]:
         """(key, job) of the answers that are not stored."""
         return [(key, job) for job in self.jobs if (key := _key(*job)) not in self.store.answers]
 
@@ -107,24 +112,36 @@ class Run:
         """
         price, missing = price or Price(), self.missing()[:limit]
         with tqdm(total=len(missing), desc="augmenting", unit="answer", disable=not progress, delay=1) as bar:
-            try:
-                while missing:
-                    spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
-                    count = 0
-                    for _, (ask, sampling) in missing:
-                        spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
-                        if max_usd is not None and spent > max_usd:
-                            break
-                        count += 1
-                    batch, missing = missing[:count], missing[count:]
-                    if not batch:
-                        return
-                    for i, written in self.generator.answer([job for _, job in batch]):
-                        key, (_, sampling) = batch[i]
-                        self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
-                        bar.update()
-            finally:
-                self.store.close()
+            while missing:
+                spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
+                count = 0
+                for _, (ask, sampling) in missing:
+                    spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
+                    if max_usd is not None and spent > max_usd:
+                        break
+                    count += 1
+                batch, missing = missing[:count], missing[count:]
+                if not batch:
+                    return
+                for jobs in self._together(batch):
+                    for i, written in self.generator.answer([job for _, job in jobs]):
+                        key, (_, sampling) = jobs[i]
+                        if key not in self.store.answers:
+                            self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
+                            bar.update()
+
+    def _together(self, batch: list[tuple[str, Job]]) -> Iterator[list[tuple[str, Job]]]:
+        """The batch in calls of the generator; where rounding depends on company, with what is stored of each call."""
+        size = self.generator.together
+        if size is None:
+            yield batch
+            return
+        asked = {key for key, _ in batch}
+        keyed = [(_key(*job), job) for job in self.jobs]
+        for first in range(0, len(keyed), size):
+            block = keyed[first : first + size]
+            if any(key in asked for key, _ in block):
+                yield [(key, job) for key, job in block if key in asked or key in self.store.answers]
 
     def read(self) -> Augmented:
         """The rows of the stored answers, in the order of the prompts; prompts without an answer are counted."""
@@ -150,21 +167,86 @@ def _key(ask: Ask, sampling: Sampling) -> str:
     return sha256(f"{sampling.seed}\n{ask.sample}\n{ask.id}\n{ask.prompt}".encode()).hexdigest()
 
 
-def augment_local(
+def prompts(
+    prompting: Prompting,
+    documents: Sequence[Document],
+    generator: Generator,
+    max_new_tokens: int,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Ask], Sequence[Document]]:
+    """The prompts about the documents and, in the global strategy, the documents that each of them shows.
+
+    Args:
+        prompting: the strategy and its template.
+        documents: to ask about.
+        generator: who will be asked; what our engine's model has no positions for is not shown.
+        max_new_tokens: of an answer.
+        most: documents to show; None for all.
+        seed: of their selection where not all are shown.
+
+    Raises:
+        AugmentError: a template that fails on a document, or not one document fits.
+    """
+    shown: Sequence[Document] = ()
+    if prompting.strategy == "global" and documents:
+        longest = max(documents, key=lambda document: len(document.text))
+        room = generator.model.max_positions if isinstance(generator, Engine) else None
+
+        def fits(selected: Sequence[Document]) -> bool:
+            (ask,) = prompting.asks([longest], selected)
+            count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
+            return len(selected) <= (most or len(documents)) and count <= (room or 0)
+
+        shown = fitting(documents, fits, seed)
+    return prompting.asks(documents, shown), shown
+
+
+def augment_by_model(
     model: Model,
     documents: Sequence[Document],
+    strategy: str = "local",
     *,
-    max_new_tokens: int = 64,
+    seed: int = 0,
+    kept: Kept | None = None,
+    key: str = "",
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Augmented:
-    """Let the model write each sentence's reversal and rephrasing, greedily (Lampinen et al. 2025, section 2.2).
+    """Let the model write what follows from the documents, greedily (Lampinen et al. 2025, section 2.2).
+
+    Args:
+        model: a base model: it gets the strategy's prompts for those.
+        documents: to augment.
+        strategy: a key of LABELS.
+        seed: global: of the documents in context, where not all fit.
+        kept: where what the engine answers in a call is looked up and put, with what it cost.
+        key: of model, documents, strategy and seed, under which it is.
+        ledger: counts the work, as phases "generate" and "filter"; between phases.
+        progress: show a bar of answers.
 
     Raises:
-        GenerateError: a sentence that does not fit the model's positions with its prompt.
+        AugmentError: an unknown strategy.
+        GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    prompting = Prompting.of("local")
-    sampling = Sampling(max_new_tokens, stop=("\n\n",))
-    run = Run(prompting, prompting.asks(documents), Engine(model, ledger=ledger), sampling)
-    run.collect(progress=progress)
-    return run.read()
+    prompting, kept, ledger = Prompting.of(strategy), kept or Kept(None), ledger or Ledger()
+    sampling = Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
+    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    rows: list[Augmentation] = []
+    dropped: dict[str, int] = {}
+
+    def write(part: Sequence[Ask], counts: Ledger) -> dict[str, Any]:
+        with counts.phase("filter"):  # all but the phase "generate" within it
+            run = Run(prompting, part, Engine(model, ledger=counts), sampling)
+            run.collect(progress=progress)
+            made = run.read()
+        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": counts.as_dict()}
+
+    for first in range(0, len(asks), Engine.together):
+        part = asks[first : first + Engine.together]
+        made = kept.once(digest(key, "augmented", first), partial(write, part, Ledger(meter=ledger.meter)))
+        rows += (Augmentation(**row) for row in made["rows"])
+        dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
+        ledger.include(made["counts"])
+    return Augmented(tuple(rows), dropped)

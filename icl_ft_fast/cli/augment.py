@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from icl_ft_fast.augment import steps
 from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
-from icl_ft_fast.augment.prompts import LABELS, Ask, Prompting, fitting
+from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, Prompting
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Estimate, Price, Run
+from icl_ft_fast.augment.run import Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
     add_model_options,
     add_output_options,
-    check_new,
+    alone,
+    arguments_digest,
     command,
     load_model,
     positive,
@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 384)")
     parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
     parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
     parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
@@ -69,11 +69,18 @@ def add(commands: Commands) -> None:
 def _augment(options: argparse.Namespace) -> None:
     if options.dry_run and options.strategy in RULES:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
-    for name in ("rows.jsonl", "report.json"):
-        check_new(options.out / name, options.overwrite or options.dry_run)
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy that asks --model here")
     task = task_of_seed(options)[0](options.seed)
+    if options.dry_run:
+        print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
+        return
+    has_report = (options.out / "report.json").exists()  # it is written first, and says of which arguments
+    with alone(options, *(["report.json"] if has_report else ["report.json", "rows.jsonl"])):
+        _write(options, task)
+
+
+def _write(options: argparse.Namespace, task: Task) -> None:
     model = None
     if options.strategy in RULES:
         written = RULES[options.strategy](task.documents)
@@ -81,10 +88,6 @@ def _augment(options: argparse.Namespace) -> None:
         generator = _generator(options)
         model = generator.model if isinstance(generator, Engine) else None
         run = _run(options, task, generator)
-        estimate = run.estimate(options.price, options.limit)
-        if options.dry_run:
-            print(_told(estimate))
-            return
         run.collect(
             price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
         )  # fmt: skip
@@ -108,12 +111,11 @@ def _augment(options: argparse.Namespace) -> None:
         keep("inconsistent", kept)
     contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
-    options.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
     write_jsonl(options.out / "rows.jsonl", (
         {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
         for number, row in enumerate(rows)
     ))  # fmt: skip
-    write_jsonl(options.out / "report.json", [report])
     steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
     print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
     for split, ids in contained.items():
@@ -136,25 +138,17 @@ def _generator(options: argparse.Namespace) -> Generator:
 def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
     sampling = Sampling(
-        options.max_new_tokens, options.temperature, top_p=options.top_p, seed=options.seed,
-        stop=() if options.chat else ("\n\n",),
+        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy], options.temperature, top_p=options.top_p,
+        seed=options.seed, stop=() if options.chat else ("\n\n",),
     )  # fmt: skip
     if options.samples > 1 and not options.temperature:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
-    documents, shown = task.documents, list[Document]()
+    asks, shown = prompts(
+        prompting, task.documents, generator, sampling.max_new_tokens, most=options.global_documents, seed=options.seed
+    )
     if options.strategy == "global":
-        longest = max(documents, key=lambda document: len(document.text))
-        room = generator.model.max_positions if isinstance(generator, Engine) else None
-
-        def fits(selected: Sequence[Document]) -> bool:
-            (ask,) = prompting.asks([longest], selected)
-            count = generator.prompt_tokens(ask.prompt) + options.max_new_tokens if room else 0
-            return len(selected) <= (options.global_documents or len(documents)) and count <= (room or 0)
-
-        shown = list(fitting(documents, fits, options.seed))
-        print(f"{len(shown)} of {len(documents)} documents in context")
-    asks: list[Ask] = prompting.asks(documents, shown)
+        print(f"{len(shown)} of {len(task.documents)} documents in context")
     return Run(prompting, asks, generator, sampling, options.samples, options.out / "answers")
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from icl_ft_fast import shards
@@ -20,10 +21,10 @@ from icl_ft_fast.cli.options import (
     command,
     executor_of,
     load_model,
+    loading,
     positive,
     show_progress,
 )
-from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.durable import replacing
@@ -69,40 +70,35 @@ def add(commands: Commands) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    check_new(options.out, options.overwrite)
+    parts = options.out.with_name(options.out.name + ".shards")
+    check_new(options.out, options.overwrite or any(parts.glob("*.jsonl")))  # a run that was killed at its very end
     questions = read_questions(options.questions)
     context = icl_context(read_documents(options.documents)) if options.documents else ""
     executor, began = executor_of(options), time.perf_counter()
     model, ledger = load_model(options), Ledger()
-    fingerprint, limit = model.fingerprint(), int(options.store_limit * 1e9)
     encoded, shared = encode_questions(model, questions, context, ledger)
-    requests, work = [request for its in encoded for request in its], work_of(model)
+    requests, work, how = [request for its in encoded for request in its], work_of(model), loading(options)
     cuts = shards.cut(requests, work, shard_rows=options.shard_rows, stem_tokens=len(shared))
-    identity = {"model": fingerprint, "device": options.device, "chunk_rows": options.chunk_rows}
+    identity = {"model": model.fingerprint(), "chunk_rows": options.chunk_rows, "loading": repr(how)}
     tasks = shards.tasks_of(requests, cuts, work, identity)
-
-    store = options.store if shared else None
-
-    def start() -> shards.Scorer:
-        return shards.Scorer(model, options.chunk_rows, None if store is None else ContextStore(store, model, limit))
-
     elsewhere = shards.ScorerElsewhere(
-        options.model, fingerprint, options.dtype, options.device, options.trust_remote_code, options.chunk_rows,
-        store, limit,
+        options.model, how, identity["model"], options.chunk_rows, options.store if shared else None,
+        int(options.store_limit * 1e9),
     )  # fmt: skip
-    parts = options.out.with_name(options.out.name + ".shards")
+    start = elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
     progress = "scoring" if show_progress(options) else ""
-    with run_kept(
-        executor, elsewhere if isinstance(executor, Ray) else start, tasks, parts, progress=progress
-    ) as results:
+    with run_kept(executor, start, tasks, parts, progress=progress) as results:
         if results is None:
             return
         for result in results:
             ledger.include(result["ledger"])
         found = iter(shards.in_order(cuts, results))
         scores = [score_of(q, its, [next(found) for _ in its]) for q, its in zip(questions, encoded, strict=True)]
-        with replacing(options.out) as partial:
-            partial.write_text("".join(json.dumps(asdict(score)) + "\n" for score in scores), encoding="utf-8")
+        lines = "".join(json.dumps(asdict(score)) + "\n" for score in scores).encode()
+        if not options.out.is_file() or options.out.read_bytes() != lines:
+            check_new(options.out, options.overwrite)
+            with replacing(options.out) as path:
+                path.write_bytes(lines)
         shutil.rmtree(parts)
     _tell(options, scores, ledger, time.perf_counter() - began)
 

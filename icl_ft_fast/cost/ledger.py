@@ -95,8 +95,8 @@ class Ledger:
         return {name: phase.wall_s for name, phase in self.phases.items()}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Book what the block does under `name`; a phase inside another interrupts it."""
+    def phase(self, name: str | None) -> Iterator[None]:
+        """Book what the block does under `name`, or under no phase; a phase inside another interrupts it."""
         outer = self._open
         self._switch(name)
         try:
