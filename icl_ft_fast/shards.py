@@ -22,8 +22,8 @@ from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import Work
 from icl_ft_fast.durable import digest
-from icl_ft_fast.executors import ExecutorError, Task
-from icl_ft_fast.model import CHUNK_ROWS, Model, load
+from icl_ft_fast.executors import Task
+from icl_ft_fast.model import CHUNK_ROWS, Model, load_same
 from icl_ft_fast.score import LogLikelihood, loglikelihood, prefill, stored_context
 
 SHARD_ROWS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
@@ -200,11 +200,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class ScorerElsewhere:
-    """Makes a Scorer in another process, perhaps on another machine, of what load(name, **loading) gives there.
-
-    Raises:
-        ExecutorError: a checkpoint that has not this fingerprint.
-    """
+    """Makes a Scorer in another process, perhaps on another machine, of the model that load_same() gives there."""
 
     name: str
     loading: dict[str, Any]
@@ -215,10 +211,7 @@ class ScorerElsewhere:
 
     def __call__(self) -> Scorer:
         """Load, check, make."""
-        model = load(self.name, **self.loading)
-        if model.fingerprint() != self.fingerprint:
-            raise ExecutorError(f"{self.name}: not the same model on every machine")
-        return self.of(model)
+        return self.of(load_same(self.name, self.loading, self.fingerprint))
 
     def of(self, model: Model) -> Scorer:
         """A Scorer of a model that is loaded already."""

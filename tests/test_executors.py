@@ -338,6 +338,43 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
     killed([*torchrun, "--max-restarts", "1"])
 
 
+SMALL_CALLS = """
+import sys
+from icl_ft_fast import executors
+from icl_ft_fast.augment.generators import Engine
+from icl_ft_fast.cli import main
+
+class Small(Engine):
+    together = 4
+
+if __name__ == "__main__":
+    from icl_ft_fast.cli import augment
+    augment.Engine = Small
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path):
+    script, template, answers = tmp_path / "small.py", tmp_path / "template.jinja", []
+    script.write_text(SMALL_CALLS)
+    template.write_text("{{ document }}\nReversed:")
+    (tmp_path / "task").mkdir()
+    write_jsonl(tmp_path / "task" / "documents.jsonl", [{"id": str(n), "text": f"{text(5)}."} for n in range(10)])
+    write_jsonl(tmp_path / "task" / "questions.jsonl", QUESTIONS[:1])
+    asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--strategy", "document", "--quiet"]
+    asked += ["--template", template, "--max-new-tokens", 6, "--temperature", 1, "--samples", 2, "--near-duplicates", 1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([sys.executable], torchrun):
+        out = tmp_path / str(len(answers))
+        code, told = run([*launcher, script, *asked, "--out", out])
+        assert code == 0, told
+        assert told.count(f"written to {out}") == 1
+        rows = [row for folder in (out / "answers").iterdir() for row in rows_in(folder)]
+        answers.append({row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows})
+        assert len(answers[-1]) == 20
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
 def test_two_actors_of_ray_one_of_them_killed(killed):
     killed([sys.executable], "--executor", "ray", "--workers", "2")
