@@ -144,7 +144,7 @@ def load_model(options: argparse.Namespace) -> Model:
 
 def arguments_digest(options: argparse.Namespace) -> str:
     """A digest of all arguments but where the output goes and how it is shown, for check_new()."""
-    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json"}
+    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 
