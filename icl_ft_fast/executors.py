@@ -77,7 +77,7 @@ class Executor(Protocol):
         """
 
     def is_last(self) -> bool:
-        """Whether this process goes on, rank 0, after every other has come here too."""
+        """Whether this process goes on: rank 0, once every other has come here too."""
 
 
 def pull(tasks: Sequence[Task], worker: int, num_workers: int, take: Callable[[int, int], int]) -> Iterator[int]:
@@ -115,15 +115,12 @@ class InProcess:
 
     rank = 0
 
-    def run(
-        self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]
-    ) -> Iterator[tuple[Task, Any]]:
+    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
         left = [task for task in tasks if task.name not in done]
-        counters = _Counters()
-        worker = start() if left else None
-        for i in pull(left, 0, 1, counters.take):
-            assert worker is not None
+        worker: Worker | None = None
+        for i in pull(left, 0, 1, _Counters().take):
+            worker = worker or start()
             yield left[i], worker(left[i].work)
 
     def is_last(self) -> bool:
@@ -147,9 +144,7 @@ class Torchrun:
         self._store = PrefixStore(f"icl_ft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._runs = 0
 
-    def run(
-        self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]
-    ) -> Iterator[tuple[Task, Any]]:
+    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
         self._runs += 1
         if self.rank == 0:
@@ -208,9 +203,7 @@ class Ray:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
         self._ray = ray
 
-    def run(
-        self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]
-    ) -> Iterator[tuple[Task, Any]]:
+    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
         if left := [task for task in tasks if task.name not in done]:
             here = {} if self.address else {"num_cpus": self.cpus * (self.workers or cores() // self.cpus)}
@@ -222,7 +215,7 @@ class Ray:
             finally:
                 self._ray.shutdown()
 
-    def _run(self, start: Callable[[], Worker], tasks: list[Task]) -> Iterator[tuple[Task, Any]]:
+    def _run(self, start: Callable[[], Worker], tasks: list[Task]) -> Ended:
         ray, errors = self._ray, self._ray.exceptions
         reserved = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         each, room = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
@@ -246,7 +239,8 @@ class Ray:
             except errors.RayTaskError as error:  # what the worker raised
                 raise error.cause from None
             except errors.RayActorError as error:
-                raise ExecutorError(f"ray: the worker of task {tasks[i].name} died: {error}") from error
+                why = str(error).strip().splitlines()[-1]
+                raise ExecutorError(f"ray: the worker of task {tasks[i].name} died: {why}") from error
             give(a)
             yield tasks[i], result
 
@@ -303,7 +297,7 @@ def run_kept(
     """
     with locked(folder / "lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
-        done = names & _kept(folder).keys() if executor.rank == 0 else set()
+        done = names & _kept(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
         bar = {"desc": progress, "unit": "shard", "disable": not progress, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
@@ -317,11 +311,11 @@ def run_kept(
         yield [found[task.name] for task in tasks]
 
 
-def _kept(folder: Path) -> dict[str, Any]:
-    """Results by task name in the files of a folder; says which file ends in a line that was cut short."""
+def _kept(folder: Path, *, tell: bool = False) -> dict[str, Any]:
+    """Results by task name in the files of a folder; tells which file ends in a line that was cut short."""
     kept: dict[str, Any] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        if path.read_bytes()[-1:] not in (b"", b"\n"):
+        if tell and path.read_bytes()[-1:] not in (b"", b"\n"):
             _log.warning("%s: its last line was cut short by a kill; that part is done again", path)
         kept |= Kept(path).values
     return kept

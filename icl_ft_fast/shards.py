@@ -189,7 +189,8 @@ class Scorer:
                 if self.store is None:
                     context = prefill(self.model, shard.stem, **options)
                 else:
-                    context = stored_context(self.model, shard.stem, self.store, **options)
+                    label = " ".join(self.model.tokenizer.decode(shard.stem[:60]).split())[:60]
+                    context = stored_context(self.model, shard.stem, self.store, label=label, **options)
                 ledger.request_tokens = 0  # the stem's are counted with each request
             self._stem = shard.stem, context
         results = loglikelihood(

@@ -17,6 +17,7 @@ from icl_ft_fast.cli.options import (
     add_json_option,
     add_model_options,
     add_output_options,
+    add_store_options,
     check_new,
     command,
     executor_of,
@@ -59,12 +60,7 @@ def add(commands: Commands) -> None:
         help="rows of an average shard, what a worker loses at most when it is killed (default: %(default)s)",
     )  # fmt: skip
     add_executor_options(scoring)
-    scoring.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from"
-    )
-    scoring.add_argument(
-        "--store-limit", type=float, default=20, metavar="GB", help="of all contexts there (default: %(default)s)"
-    )
+    add_store_options(scoring)
     add_json_option(scoring)
     add_output_options(scoring)
 
@@ -115,7 +111,7 @@ def _tell(options: argparse.Namespace, scores: list[Score], ledger: Ledger, seco
     print(
         f"{len(scores)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
-        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
+        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / max(1, ledger.forwarded_rows):.0f}), "
         f"{f'{taken:,} taken from {options.store}, ' if options.store else ''}"
         f"{ledger.head_rows:,} through the head. Written to {options.out}"
     )
