@@ -160,8 +160,10 @@ def compare(
             at = _At(kept, content, key, checkpoints and checkpoints / key, checkpoint_s, store)
             found = kept.once(key, partial(_run, model, task, arm, seed, settings, at, progress))
             runs.append(replace(_RUN.validate_python(found), questions=task.questions))
-            if at.checkpoints is not None and at.checkpoints.exists():
-                shutil.rmtree(at.checkpoints)
+            if checkpoints is not None and (checkpoints / key).exists():
+                shutil.rmtree(checkpoints / key)
+                if not any(checkpoints.iterdir()):
+                    checkpoints.rmdir()
             if on_run is not None:
                 on_run(runs[-1])
     return runs

@@ -33,16 +33,14 @@ class Written:
 
 
 class Generator(Protocol):
-    """What answers prompts.
-
-    Attributes:
-        together: how many prompts are asked in a call, always the same ones, because an answer's last bits depend on
-            what is decoded beside it: where one of them is missing, all are asked. None where they do not.
-    """
+    """What answers prompts."""
 
     @property
     def together(self) -> int | None:
-        """See above."""
+        """Prompts a call, always the same ones, where an answer's last bits depend on what is decoded beside it.
+
+        Where the answer to one of them is missing, all are asked. None: those that are missing are asked, all at once.
+        """
 
     @property
     def fingerprint(self) -> str:

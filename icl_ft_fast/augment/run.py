@@ -275,8 +275,8 @@ def augment_by_model(
         documents: to augment.
         strategy: a key of LABELS.
         seed: global: of the documents in context, where not all fit.
-        kept: where what the engine answers in a call is looked up and put, with what it cost.
-        key: of model, documents, strategy and seed, under which it is.
+        kept: where the rows of a call of the engine are looked up and put, with what they cost.
+        key: of the model, under which they are together with their prompts and sampling.
         ledger: counts the work, as phases "generate" and "filter"; between phases.
         progress: show a bar of answers.
 
@@ -299,7 +299,8 @@ def augment_by_model(
 
     for first in range(0, len(asks), Engine.together):
         part = asks[first : first + Engine.together]
-        made = kept.once(digest(key, "augmented", first), partial(write, part, Ledger(meter=ledger.meter)))
+        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in part])
+        made = kept.once(name, partial(write, part, Ledger(meter=ledger.meter)))
         rows += (Augmentation(**row) for row in made["rows"])
         dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
         ledger.include(made["counts"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augment.prompts import AugmentError
-from icl_ft_fast.durable import Journal, locked, replacing
+from icl_ft_fast.durable import Journal, locked, replacing, sync
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,5 @@ class Store:
             shards = (folder / f"{number:05}.jsonl" for number in itertools.count())
             shard = next(path for path in shards if not path.exists())
             shard.touch()
+            sync(folder)
         return Journal(shard)

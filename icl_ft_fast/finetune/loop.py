@@ -71,8 +71,8 @@ def finetune(
         teacher_context: learn what the model says next with this before each example (KL), not the examples' tokens.
         output_dir: where checkpoints and metrics go, see checkpoint.py; None writes nothing.
         resume: continue from the last checkpoint in output_dir, if there is one, as if there had been no pause.
-        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, and none at the end: for
-            who resumes from output_dir but takes the model from here. One process, no validation.
+        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, in its place, and none at
+            the end: for who resumes from output_dir but takes the model from here. One process, no validation.
         in_place: train the model itself, which saves the memory of a copy.
         ledger: the run's counts are added to it, those of a process that it was resumed from too; checkpoints are none.
         progress: show a bar of steps with the loss.
@@ -104,6 +104,7 @@ def finetune(
     if checkpoint_s is not None and (path is None or held or settings.fsdp or processes > 1):
         raise FinetuneError("checkpoint_s: needs output_dir, and goes with neither validation nor several processes")
     origin = {"seed": seed, "teacher_context": teacher_context, "examples": _digest([*examples, *held])}
+    origin["model"] = "" if path is None else model.fingerprint()
     run = RunFolder(path, asdict(settings) | origin | {"processes": processes}, resume=resume, is_writer=rank == 0)
     done, counts = run.restore() if resume else Progress(), Ledger(meter=ledger.meter)
 
@@ -139,7 +140,7 @@ def finetune(
             eval_steps=settings.eval_steps, save_steps=settings.save_steps or 0,
             epoch=done.step * per_step / len(examples),
         )  # fmt: skip
-        run.prune(settings.save_total_limit, done.best and done.best[1])
+        run.prune(settings.save_total_limit if checkpoint_s is None else 1, done.best and done.best[1])
         distributed.wait()
         saved = time.perf_counter()
 
