@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling
 from icl_ft_fast import cli, shards
+from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
-from icl_ft_fast.executors import InProcess, Task, pull, run_kept
+from icl_ft_fast.executors import InProcess, Task, cores, pull, run_kept
 from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
@@ -277,6 +278,7 @@ def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
 
 # Several processes ------------------------------------------------------------------------------------------------
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KILL_ONE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -334,28 +336,22 @@ def killed(case, tmp_path):
 
 
 def test_torchrun_of_two_ranks_one_of_them_killed(killed):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    killed([*torchrun, "--max-restarts", "1"])
+    killed([*TORCHRUN, "--max-restarts", "1"])
 
 
 SMALL_CALLS = """
 import sys
-from icl_ft_fast import executors
 from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 
-class Small(Engine):
-    together = 4
-
 if __name__ == "__main__":
-    from icl_ft_fast.cli import augment
-    augment.Engine = Small
+    Engine.together = 4
     sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path):
-    script, template, answers = tmp_path / "small.py", tmp_path / "template.jinja", []
+def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monkeypatch):
+    script, template = tmp_path / "small.py", tmp_path / "template.jinja"
     script.write_text(SMALL_CALLS)
     template.write_text("{{ document }}\nReversed:")
     (tmp_path / "task").mkdir()
@@ -363,16 +359,26 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path):
     write_jsonl(tmp_path / "task" / "questions.jsonl", QUESTIONS[:1])
     asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--strategy", "document", "--quiet"]
     asked += ["--template", template, "--max-new-tokens", 6, "--temperature", 1, "--samples", 2, "--near-duplicates", 1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher in ([sys.executable], torchrun):
-        out = tmp_path / str(len(answers))
-        code, told = run([*launcher, script, *asked, "--out", out])
-        assert code == 0, told
-        assert told.count(f"written to {out}") == 1
-        rows = [row for folder in (out / "answers").iterdir() for row in rows_in(folder)]
-        answers.append({row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows})
-        assert len(answers[-1]) == 20
-    assert answers[0] == answers[1]
+
+    def answers(folder):
+        rows = [row for kept in (folder / "answers").iterdir() for row in rows_in(kept)]
+        assert len(rows) == 20
+        return {row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows}
+
+    monkeypatch.setattr(Engine, "together", 4)
+    assert main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
+    code, told = run([*TORCHRUN, script, *asked, "--out", tmp_path / "two"])
+    assert code == 0, told
+    assert told.count(f"written to {tmp_path / 'two'}") == 1
+    assert answers(tmp_path / "one") == answers(tmp_path / "two")
+
+
+@pytest.mark.parametrize("more", [("--strategy", "rules"), ("--limit", "3"), ("--max-cost", "1")])
+def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(cli.augment, "executor_of", lambda options: SimpleNamespace(rank=0))
+    assert main(["augment", "--model", "m", "--task", "simple-reversals", "--out", str(tmp_path / "out"), *more]) == 2
+    told = "--executor: several workers ask --model here, for all answers: no --limit, no --max-cost\n"
+    assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
@@ -394,17 +400,18 @@ def test_workers_starts_torchrun(case, tmp_path, monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr(os, "execve", execve)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command, whole = case
-    out = tmp_path / "scores.jsonl"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    command = case[0](tmp_path / "scores.jsonl", "--executor", "torchrun", "--workers", "2")
     with pytest.raises(SystemExit):
-        main(command(out, "--executor", "torchrun", "--workers", "2"))
+        main(command)
     arguments, environment = started
-    assert environment["OMP_NUM_THREADS"] == "1"
-    code, told = run(arguments)
-    assert code == 0, told
-    assert len([line for line in told.splitlines() if f"Written to {out}" in line]) == 1
-    assert out.read_bytes() == whole
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m icl_ft_fast.cli"
+    assert arguments == [sys.executable, *launch.split(), *command]
+    assert environment["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
+    monkeypatch.setenv("RANK", "1")  # what each of its processes then makes of the same options
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli.options, "Torchrun", lambda: "a rank")
+    assert cli.options.executor_of(cli.parser().parse_args(command)) == "a rank"
 
 
 @pytest.mark.parametrize(
