@@ -261,6 +261,22 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
     assert refused(files.compare()) == f"{path}: No space left on device; {then}"
 
 
+def test_an_interruption_is_one_line_and_leaves_no_lock(files, run, monkeypatch):
+    def interrupted(_):
+        assert (files.folder / "run" / ".lock").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.compare, "load_model", interrupted)
+    assert run(files.compare()) == (130, [], ["icl-ft-fast compare: interrupted"])
+    assert not (files.folder / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("minutes", ["-1", "nan"])
+def test_minutes_between_checkpoints(files, refused, minutes):
+    arguments = files.compare(checkpoint_minutes=minutes)
+    assert refused(arguments) == f"--checkpoint-minutes: expected 0 or more, got {float(minutes)}"
+
+
 @pytest.fixture
 def broken(files):
     """A function that copies the checkpoint, spoils it and returns its folder."""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -251,66 +250,6 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         load(folder)
     again = finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path, resume=True)
     assert again.losses == finetune(llama, TEXTS, replace(SETTINGS, steps=4)).losses
-
-
-KILLED = """
-import os, random, shutil, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.model import load
-import transformers
-transformers.utils.logging.disable_progress_bar()
-model, out = load(sys.argv[1], self_check=False), Path(sys.argv[2])
-texts = [f"the cat sat on mat {n} who knows why" for n in range(6)]
-settings = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=1, eval_steps=2, save_total_limit=2)
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree"}
-
-def train(folder, dies_at):
-    '''In a child that is killed at its dies_at-th access to the run's files; the number of accesses it made.'''
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        count = len(os.read(reader, 1 << 20)) if os.waitpid(child, 0)[1] == 0 else None
-        os.close(reader)
-        return count
-    seen = [0]
-    def hook(event, arguments):
-        if event in EVENTS and str(folder) in str(arguments[0]):
-            seen[0] += 1
-            if seen[0] == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    finetune(model, texts, settings, validation=texts[:2], output_dir=folder, resume=True)
-    os.write(writer, b"x" * seen[0])
-    os._exit(0)
-
-accesses = train(out / "whole", 0)
-assert accesses > 50, accesses
-rng, cut, deaths = random.Random(0), out / "cut", 0
-for place in sorted(rng.sample(range(1, accesses), 4)):
-    shutil.rmtree(cut, ignore_errors=True)
-    for dies_at in (place, rng.randrange(1, accesses)):  # killed, resumed, and perhaps killed again
-        deaths += train(cut, dies_at) is None
-        for folder in cut.glob("checkpoint-*"):
-            load(folder, self_check=False)
-    assert train(cut, 0) is not None
-    for file in (out / "whole").rglob("*.safetensors"):
-        assert file.read_bytes() == (cut / file.relative_to(out / "whole")).read_bytes(), (place, file)
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == 4
-    assert not list(cut.glob(".*"))
-print(deaths)
-"""
-
-
-def test_killed_at_any_access_to_a_file(llama_directory, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, llama_directory, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) >= 4
 
 
 def test_bfloat16_weights_are_rounded_from_float32_copies(llama_directory, monkeypatch):

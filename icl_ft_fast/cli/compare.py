@@ -210,7 +210,7 @@ def _compare(options: argparse.Namespace) -> None:
         ),
     )
     prices = prices_of(options)
-    if options.checkpoint_minutes < 0:
+    if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
     if options.out is None:
         found = _study(options, make_task, settings)
