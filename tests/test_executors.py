@@ -513,5 +513,7 @@ def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
 def test_the_documented_scaling_is_what_the_measurements_give():
     text = (TESTS.parent / "docs" / "executors.md").read_text()
     assert f"<!-- scaling -->\n{scaling.table()}\n<!-- /scaling -->" in text
+    commands = re.findall(r"^    icl-ft-fast (score (?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert [cli.parser().parse_args(shlex.split(command)).executor for command in commands] == [None, "torchrun", "ray"]
     measured = json.loads(scaling.MEASURED.read_text())
     assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6
