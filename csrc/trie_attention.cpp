@@ -25,6 +25,8 @@ constexpr int kQueries = 64;                   // a tile's
 constexpr int kKeys = 48;                      // even, for pairs
 constexpr int kMaxTiles = 8;                   // of queries that share packed keys
 constexpr int64_t kMaxStateBytes = 512 << 10;  // of those tiles, to stay in the second-level cache
+constexpr int kGroup = 2 * kKeys;  // of an invariant call's path: a shared context's tiles then end where its groups do
+constexpr float kRise = 8;     // in powers of 2: so far are an invariant call's weights above what they refer to
 constexpr float kLog2E = 1.44269504f, kLowest = -std::numeric_limits<float>::max();
 
 struct Bf16 {
@@ -180,12 +182,13 @@ void trie_attention(const TrieAttention& arguments) {
 #endif
     // As few items as keep the threads evenly busy; how tiles are grouped changes no bit of the result.
     const int64_t tiles = (problem.T * (problem.H / problem.G) + kQueries - 1) / kQueries;
-    const int64_t state = sizeof(float) * kQueries * (problem.factors + problem.Dv);
+    const int64_t outs = problem.invariant ? 2 : 1;
+    const int64_t state = sizeof(float) * kQueries * (problem.factors + outs * problem.Dv);
     const int64_t most = std::clamp<int64_t>(kMaxStateBytes / std::max<int64_t>(1, state), 1, kMaxTiles);
     const int64_t per_item = std::clamp<int64_t>(tiles * problem.G / (4 * threads), 1, most);
     const int64_t items_per_head = (tiles + per_item - 1) / per_item, items = items_per_head * problem.G;
     const int64_t shared = sizeof(float) * kKeys * (problem.factors + problem.Dv + kQueries);
-    const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + 2 * per_item));
+    const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + (1 + outs) * per_item));
     const auto deleter = [](char* p) { ::operator delete[](p, std::align_val_t{64}); };
     const std::unique_ptr<char[], decltype(deleter)> workspace(
         static_cast<char*>(::operator new[](threads * bytes, std::align_val_t{64})), deleter);

@@ -32,7 +32,7 @@ def command(
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False, required: bool = True) -> None:
-    """--model, or MODEL; --dtype, --trust-remote-code: what load_model() reads."""
+    """--model, or MODEL; --dtype, --trust-remote-code, --invariant: what load_model() reads."""
     help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
     if positional:
         parser.add_argument("model", metavar="MODEL", help=help)
@@ -43,6 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
+    )
+    parser.add_argument(
+        "--invariant", action="store_true", help="scores to the bit whatever else is scored, see docs/determinism.md"
     )
 
 
@@ -68,7 +71,9 @@ def load_model(options: argparse.Namespace) -> Model:
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
-    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    return load(
+        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, invariant=options.invariant
+    )
 
 
 def check_new(path: Path, overwrite: bool) -> None:
