@@ -22,7 +22,7 @@ from icl_ft_fast.cache import KVStack
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
-BLOCK_ROWS = 128  # rows in each forward of an invariant model, the last ones perhaps of zeros
+BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
@@ -280,7 +280,8 @@ def load(
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
-        self_check: compare a branching trie with plain forwards on the loaded weights.
+        self_check: compare a branching trie with plain forwards on the loaded weights; if invariant, try every place of
+            a block.
         invariant: a request's score has the same bits whatever else is scored with it, in whatever order and chunks,
             and whether its beginning was prefilled or saved, on one machine with one number of threads; see
             docs/determinism.md. On the CPU only, and not for mixtures of experts.

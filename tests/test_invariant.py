@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from icl_ft_fast import _C, ops
 from icl_ft_fast.cli import main
 from icl_ft_fast.contexts import ContextError, load_context, save_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.model import ModelError, from_network, load
 from icl_ft_fast.score import iter_token_logprobs, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -32,7 +34,7 @@ FAMILIES = {
 }  # fmt: skip
 ISAS = range(1, _C.best_isa() + 1)
 RNG = random.Random(0)
-CONTEXT = [0, *RNG.choices(range(2, 300), k=129)]  # more than a block and than a group of attention's sums
+CONTEXT = [0, *RNG.choices(range(2, 300), k=129)]  # longer than a group of attention's sums
 # Some begin with the context, or with a part of it, or with nothing in common, and some with one another.
 REQUESTS = [
     (CONTEXT[:length] + RNG.choices(range(2, 300), k=RNG.randint(1, 30)), RNG.choices(range(2, 300), k=continuation))
@@ -98,6 +100,13 @@ def test_tokens_have_the_same_bits_in_any_company(model):
     together = dict(iter_token_logprobs(model, REQUESTS, top=3, chunk_rows=100))
     for r in (0, 5, len(REQUESTS) - 2):
         assert list(iter_token_logprobs(model, [REQUESTS[r]], top=3)) == [(0, together[r])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_has_the_same_bits_in_any_company(tiny_network, tokenizer, temperature):
+    model = from_network(tiny_network("gemma2", **FAMILIES["gemma2"]), tokenizer, "gemma2", invariant=True)
+    prompts, sampling = [context for context, _ in REQUESTS[::2]], Sampling(12, temperature=temperature, seed=1)
+    assert generate(model, prompts, sampling)[:3] == [generate(model, [p], sampling)[0] for p in prompts[:3]]
 
 
 def test_scores_are_those_of_any_model(tiny_network, plain):
@@ -199,3 +208,17 @@ def test_a_question_has_the_same_line_beside_any_others(llama_directory, tmp_pat
         lines.append({json.loads(x)["question_id"]: x for x in (tmp_path / f"{name}.out").read_text().splitlines()})
     assert lines[0] == lines[1]
     assert lines[0]["q2"] == lines[2]["q2"]
+
+
+def test_the_page_s_example_runs(llama):
+    text = (ROOT / "docs" / "determinism.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+    class Iff:  # any model will do
+        loglikelihood = staticmethod(loglikelihood)
+
+        @staticmethod
+        def load(name, *, invariant):
+            return from_network(llama.network, llama.tokenizer, name, invariant=invariant)
+
+    exec(compile(code, "docs/determinism.md", "exec"), {"iff": Iff})

@@ -45,7 +45,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
     )
     parser.add_argument(
-        "--invariant", action="store_true", help="scores to the bit whatever else is scored, see docs/determinism.md"
+        "--invariant",
+        action="store_true",
+        help="the same bits of a score whatever else is scored (docs/determinism.md)",
     )
 
 
