@@ -75,6 +75,7 @@ TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
 template <bool kGoOn, int N, int M>
 TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                            const Floats* factor, Floats* out) {
+    constexpr bool kInPairs = PAIRS && !kGoOn;
     Floats sums[N][M];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
@@ -89,9 +90,7 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
         for (int n = 0; n < N; ++n) {
             const Ints broadcast = x[n * row] - Ints{};
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                sums[n][m] = multiply_add < PAIRS && !kGoOn > (sums[n][m], broadcast, values[m]);
-            }
+            for (int m = 0; m < M; ++m) sums[n][m] = multiply_add<kInPairs>(sums[n][m], broadcast, values[m]);
         }
     }
 #pragma GCC unroll 8
@@ -133,7 +132,7 @@ struct Tile {
     alignas(64) float total[kQueries];  // the sum of exp((product - top) * unit)
     Factor* q;                          // [factors of a query][kQueries]
     Floats* out;                        // [Dv][kVectors], not yet divided by total
-    // Of an invariant call: what the group of keys not yet ended adds to total and out.
+    // Of an invariant call: what its group of keys, not yet ended, adds to total and out.
     alignas(64) float open_total[kQueries];
     Floats* open;
 };
