@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from icl_ft_fast.contexts import ContextStore
+from icl_ft_fast.durable import digest, locked
+from icl_ft_fast.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -51,6 +56,48 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     )
 
 
+def add_executor_options(parser: argparse.ArgumentParser) -> None:
+    """--executor, --workers, --ray-address, --device: what executor_of() and load_model() read."""
+    parser.add_argument(
+        "--executor", choices=["in-process", "torchrun", "ray"],
+        help="who works, see docs/executors.md (default: torchrun in processes that it started, else in-process)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes here, or actors of a Ray cluster")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one on this machine)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a GPU each worker (default: %(default)s)"
+    )
+
+
+def executor_of(options: argparse.Namespace) -> Executor:
+    """The executor that is asked for; --executor torchrun outside of torchrun starts the command again under it.
+
+    Each worker has as many threads as OMP_NUM_THREADS says, else its share of the cores.
+    """
+    launched = "RANK" in os.environ
+    kind = options.executor or ("torchrun" if launched else "in-process")
+    if launched and kind != "torchrun":
+        raise UsageError(f"--executor: {kind}: torchrun started this process; leave the option out")
+    if kind != "ray" and options.ray_address:
+        raise UsageError("--ray-address: needs --executor ray")
+    if kind == "in-process":
+        if (options.workers or 1) > 1:
+            raise UsageError("--workers: needs --executor torchrun or ray")
+        return InProcess()
+    if launched:
+        if options.workers not in (None, int(os.environ["WORLD_SIZE"])):
+            raise UsageError("--workers: torchrun's --nproc-per-node and --nnodes say how many")
+        return Torchrun()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // (options.workers or 1)))
+    if kind == "torchrun":
+        if options.workers is None:
+            raise UsageError("--workers: say how many, or start the command with torchrun")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.workers)]
+        command = [sys.executable, *torchrun, "-m", "icl_ft_fast.cli", *options.given]
+        os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(options.device == "cuda"))
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """--overwrite, --quiet."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -62,31 +109,78 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and tables")
 
 
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """--store, --store-limit: what open_store() reads."""
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from, or save it in"
+    )
+    parser.add_argument(
+        "--store-limit", type=amount, default=20.0, metavar="GB", help="of all contexts there (default: %(default)s)"
+    )
+
+
+def open_store(options: argparse.Namespace, model: Model) -> ContextStore | None:
+    """The store of --store."""
+    return None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
+
+
 def show_progress(options: argparse.Namespace) -> bool:
     """Whether bars are drawn: on a terminal, unless --quiet; a log has no use for them."""
     return not options.quiet and sys.stderr.isatty()
 
 
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What load() is called with, beside the model."""
+    device = getattr(options, "device", "cpu")
+    named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "invariant")}
+    return named | {"device": device}
+
+
 def load_model(options: argparse.Namespace) -> Model:
-    """The model of --model."""
+    """The model of --model; where torchrun started several processes, on the GPU of this one."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
-    return load(
-        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, invariant=options.invariant
-    )
+    how = loading(options)
+    if how["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        how["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    return load(options.model, **how)
 
 
-def check_new(path: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not or must not be written."""
+def arguments_digest(options: argparse.Namespace) -> str:
+    """A digest of all arguments but where the output goes and how it is shown, for check_new()."""
+    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
+    return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
+
+
+def check_new(path: Path, overwrite: bool, arguments: str = "") -> None:
+    """Refuse, before any work, an output that could not or must not be written.
+
+    One of the same arguments, which it names under "arguments", is not refused: it is a rerun, and comes out the same.
+    """
     if path.is_dir():
         raise UsageError(f"--out: {path}: is a folder")
-    if path.exists() and not overwrite:
+    named = f'"arguments": "{arguments}"'
+    if path.exists() and not overwrite and not (arguments and named in path.read_text(errors="replace")):
         raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+@contextmanager
+def alone(options: argparse.Namespace, *names: str) -> Iterator[None]:
+    """Hold the lock of the folder --out, in which these files may be written; see check_new() and locked()."""
+
+    def check() -> None:
+        for name in names:
+            check_new(options.out / name, options.overwrite, arguments_digest(options))
+
+    check()
+    with locked(options.out / ".lock"):
+        check()  # another run may have ended meanwhile
+        yield
 
 
 def positive(text: str) -> int:
