@@ -200,7 +200,7 @@ def test_a_question_has_the_same_line_beside_any_others(llama_directory, tmp_pat
     lines = []
     for name, questions, more in (
         ("all", QUESTIONS, [f"--store={tmp_path}/store", "--chunk-rows=16"]),
-        ("stored", QUESTIONS[::-1], [f"--store={tmp_path}/store"]),
+        ("stored", QUESTIONS[::-1], [f"--store={tmp_path}/store", "--shard-rows=20"]),
         ("one", QUESTIONS[2:3], []),
     ):
         write_jsonl(tmp_path / name, map(asdict, questions))
