@@ -397,7 +397,7 @@ def _cpu_trie_attention(
     scale: float,
     window: int,
     softcap: float,
-    _plan: None = None,
+    _no_plan: None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""

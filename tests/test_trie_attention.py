@@ -287,6 +287,12 @@ def test_what_cannot_be_invariant_is_refused() -> None:
         q = torch.zeros(1, 1, 8, dtype=dtype)
         with pytest.raises(NotImplementedError, match=rf"^trie_attention: invariant expected False for {dtype} on cpu"):
             trie_attention(q, q, q, *index, invariant=True)
+    with torch._subclasses.FakeTensorMode():
+        q, index = torch.empty(1, 1, 8, device="cuda"), [torch.empty(1, dtype=torch.int32, device="cuda")] * 4
+        with pytest.raises(
+            NotImplementedError, match=r"^trie_attention: invariant expected False for torch.float32 on cu"
+        ):
+            trie_attention(q, q, q, *index, invariant=True)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
