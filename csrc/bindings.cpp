@@ -72,8 +72,8 @@ T* pointer(uintptr_t address) {
 
 void target_logprob(bool bfloat16, uintptr_t hidden, std::array<int64_t, 2> hidden_stride, uintptr_t weight,
                     std::array<int64_t, 2> weight_stride, uintptr_t bias, int64_t bias_stride,
-                    std::array<int64_t, 4> sizes, uintptr_t row, uintptr_t target, float scale, float softcap, int isa,
-                    int num_threads, uintptr_t logp, uintptr_t is_argmax, uintptr_t lse) {
+                    std::array<int64_t, 4> sizes, uintptr_t row, uintptr_t target, float scale, float softcap,
+                    bool invariant, int isa, int num_threads, uintptr_t logp, uintptr_t is_argmax, uintptr_t lse) {
     icl::TargetLogprob args{};
     args.bfloat16 = bfloat16;
     args.hidden = pointer<const void>(hidden);
@@ -92,6 +92,7 @@ void target_logprob(bool bfloat16, uintptr_t hidden, std::array<int64_t, 2> hidd
     args.target = pointer<const int32_t>(target);
     args.scale = scale;
     args.softcap = softcap;
+    args.invariant = invariant;
     args.isa = isa;
     args.num_threads = num_threads;
     args.logp = pointer<float>(logp);
@@ -121,7 +122,7 @@ icl::TrieAttention trie_attention_arguments(uintptr_t q, uintptr_t k, uintptr_t 
                                             Triple q_strides, Triple k_strides, Triple v_strides, bool bf16,
                                             uintptr_t row_q, uintptr_t end_k, uintptr_t depth_q, uintptr_t depth_k,
                                             uintptr_t sinks, double scale, int32_t window, double softcap,
-                                            uintptr_t out, uintptr_t lse, int isa) {
+                                            bool invariant, uintptr_t out, uintptr_t lse, int isa) {
     icl::TrieAttention arguments{};
     arguments.bf16 = bf16;
     arguments.T = q_shape[0], arguments.H = q_shape[1], arguments.D = q_shape[2];
@@ -140,6 +141,7 @@ icl::TrieAttention trie_attention_arguments(uintptr_t q, uintptr_t k, uintptr_t 
     arguments.scale = static_cast<float>(scale);
     arguments.softcap = static_cast<float>(softcap);
     arguments.window = window;
+    arguments.invariant = invariant;
     arguments.out = pointer<void>(out);
     arguments.lse = pointer<float>(lse);
     arguments.isa = isa;
@@ -175,8 +177,8 @@ PYBIND11_MODULE(_C, m) {
     py::class_<icl::TrieAttention>(m, "TrieAttention")
         .def(py::init(&trie_attention_arguments), arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
              arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"),
-             arg("depth_q"), arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"),
-             arg("lse"), arg("isa"));
+             arg("depth_q"), arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"),
+             arg("invariant"), arg("out"), arg("lse"), arg("isa"));
     m.def("trie_attention", &icl::trie_attention, without_gil);
     m.def("trie_attention_backward", &trie_attention_backward, without_gil, arg("arguments"), arg("grad_out"),
           arg("grad_out_strides"), arg("grad_lse"), arg("delta"), arg("grad_q"), arg("grad_k"), arg("grad_v"));

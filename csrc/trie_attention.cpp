@@ -13,12 +13,13 @@ void trie_attention(const TrieAttention& arguments) {
     const int64_t threads = max_threads();
     // As few items as keep the threads evenly busy; how tiles are grouped changes no bit of the result.
     const int64_t tiles = (problem.T * (problem.H / problem.G) + kQueries - 1) / kQueries;
-    const int64_t state = sizeof(float) * kQueries * (problem.factors + problem.Dv);
+    const int64_t outs = problem.invariant ? 2 : 1;
+    const int64_t state = sizeof(float) * kQueries * (problem.factors + outs * problem.Dv);
     const int64_t most = std::clamp<int64_t>(kMaxStateBytes / std::max<int64_t>(1, state), 1, kMaxTiles);
     const int64_t per_item = std::clamp<int64_t>(tiles * problem.G / (4 * threads), 1, most);
     const int64_t items_per_head = (tiles + per_item - 1) / per_item, items = items_per_head * problem.G;
     const int64_t shared = sizeof(float) * kKeys * (problem.factors + problem.Dv + kQueries);
-    const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + 2 * per_item));
+    const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + (1 + outs) * per_item));
     const auto workspace = allocate(threads * bytes);
     const auto attend = problem.bf16 ? chosen.bfloat16 : chosen.float32;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (items > 1)

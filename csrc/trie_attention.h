@@ -26,6 +26,8 @@ constexpr int kQueries = 64;                   // a tile's
 constexpr int kKeys = 48;                      // even, for pairs
 constexpr int kMaxTiles = 8;                   // of queries that share packed keys
 constexpr int64_t kMaxStateBytes = 512 << 10;  // of those tiles, to stay in the second-level cache
+constexpr int kGroup = 2 * kKeys;  // of an invariant call's path: a shared context's tiles then end where its groups do
+constexpr float kRise = 8;         // in powers of 2: so far are an invariant call's weights above what they refer to
 constexpr float kLog2E = 1.44269504f, kLowest = -std::numeric_limits<float>::max();
 
 struct Bf16 {

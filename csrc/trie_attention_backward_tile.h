@@ -28,9 +28,9 @@ TARGET void pack_rows(const T* const* rows, int count, int64_t stride, int64_t c
             const bool pairs_up = n + 1 < count;
             const T *low = rows[n] + first * stride, *high = pairs_up ? rows[n + 1] + first * stride : low;
             if (stride == 1) {
-                pack(low, high, 1, size, out, 1);
+                pack<PAIRS>(low, high, 1, size, out, 1);
             } else {
-                pack(low, high, stride, size, out, 1);
+                pack<PAIRS>(low, high, stride, size, out, 1);
             }
             for (int64_t i = 0; PAIRS && !pairs_up && i < size; ++i) out[i] &= 0xffff;
             std::fill(out + size, out + width, 0);
@@ -55,8 +55,8 @@ TARGET void load_queries(Backward& problem, int64_t g, int64_t first, QueryTile&
     // Summed like the products with values: where a query sees but one key, the two are then equal to the bit.
     Floats deltas[kVectors] = {};
     for (int64_t i = 0; i < problem.value_factors * kVectors; ++i) {
-        deltas[i % kVectors] = multiply_add(deltas[i % kVectors], reinterpret_cast<const Ints*>(out_factors)[i],
-                                            reinterpret_cast<const Ints*>(grad_out_factors)[i]);
+        deltas[i % kVectors] = multiply_add<PAIRS>(deltas[i % kVectors], reinterpret_cast<const Ints*>(out_factors)[i],
+                                                   reinterpret_cast<const Ints*>(grad_out_factors)[i]);
     }
     std::memcpy(tile.total, deltas, sizeof deltas);
     for (int n = 0; n < kQueries; ++n) {
@@ -121,18 +121,18 @@ TARGET inline void sum_over_queries(const Floats* x, int keys, const Factor* y, 
     const int steps = (count + kPerFactor - 1) / kPerFactor;
     for (; columns > 0; columns -= kQueries, y += steps * kQueries, sums += kKeys * kQueries) {
         const int vectors = static_cast<int>(std::min<int64_t>(kVectors, (columns + LANES - 1) / LANES));
-        multiply(reinterpret_cast<const Factor*>(x), keys, kQueries / kPerFactor, 1, reinterpret_cast<const Ints*>(y),
-                 steps, factor, reinterpret_cast<Floats*>(sums), vectors);
+        multiply<false>(reinterpret_cast<const Factor*>(x), keys, kQueries / kPerFactor, 1,
+                        reinterpret_cast<const Ints*>(y), steps, factor, reinterpret_cast<Floats*>(sums), vectors);
     }
 }
 
 // One tile of queries and one of keys.
 TARGET inline void accumulate_tile(const Backward& problem, const KeyTile& key, bool masked, const QueryTile& tile,
                                    const Workspace& at, QuerySums& query_sums, KeySums& key_sums) {
-    multiply(at.k, key.count, problem.factors, 1, reinterpret_cast<const Ints*>(tile.q), problem.factors, nullptr,
-             at.weights, tile.vectors);
-    multiply(at.v, key.count, problem.value_factors, 1, reinterpret_cast<const Ints*>(tile.out), problem.value_factors,
-             nullptr, at.slopes, tile.vectors);
+    multiply<false>(at.k, key.count, problem.factors, 1, reinterpret_cast<const Ints*>(tile.q), problem.factors,
+                    nullptr, at.weights, tile.vectors);
+    multiply<false>(at.v, key.count, problem.value_factors, 1, reinterpret_cast<const Ints*>(tile.out),
+                    problem.value_factors, nullptr, at.slopes, tile.vectors);
     for (int m = 0; m < tile.vectors; ++m) {
         const auto finish = masked ? finish_scores<true> : finish_scores<false>;
         if (masked || problem.softcap) finish(problem, tile, m, key.first, key.count, at.weights + m);
@@ -147,9 +147,9 @@ TARGET inline void accumulate_tile(const Backward& problem, const KeyTile& key, 
     std::fill_n(ones, kVectors, splat(1.0f));
     const Floats* query_factor = std::exchange(query_sums.begun, true) ? ones : nullptr;
     const Floats* key_factor = std::exchange(key_sums.begun, true) ? ones : nullptr;
-    multiply(at.k_rows, problem.D, 1, problem.D, reinterpret_cast<const Ints*>(at.pairs),
-             (key.count + kPerFactor - 1) / kPerFactor, query_factor, reinterpret_cast<Floats*>(query_sums.q),
-             tile.vectors);
+    multiply<false>(at.k_rows, problem.D, 1, problem.D, reinterpret_cast<const Ints*>(at.pairs),
+                    (key.count + kPerFactor - 1) / kPerFactor, query_factor, reinterpret_cast<Floats*>(query_sums.q),
+                    tile.vectors);
     sum_over_queries(at.slopes, key.count, tile.q_rows, tile.count, problem.D, key_factor, key_sums.k);
     sum_over_queries(at.weights, key.count, tile.grad_out_rows, tile.count, problem.Dv, key_factor, key_sums.v);
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from icl_ft_fast.cache import KVStack
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
+BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
@@ -58,6 +60,7 @@ class Rows:
         depth_k: int32 [S].
         stack: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+        invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
         plans: what the layers' attention shares, see ops.trie_attention.
     """
 
@@ -68,6 +71,7 @@ class Rows:
     depth_k: torch.Tensor
     stack: KVStack | None = None
     slots: torch.Tensor | None = None
+    invariant: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
@@ -84,12 +88,16 @@ def _trie_attention(
     icl_rows: Rows | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv]."""
+    """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv].
+
+    What fills a block behind the rows neither attends nor is seen.
+    """
     if icl_rows is None:
         raise ModelError("its attention does not pass the trie on")
     if attention_mask is not None:  # transformers makes none for an attention without a mask of its own
         raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    num_rows = icl_rows.row_q.shape[0]
+    q, k, v = (t[0, :, :num_rows].transpose(0, 1) for t in (query, key, value))
     if icl_rows.stack is not None:
         layer, rows = module.layer_idx, icl_rows.end_k.shape[0]
         if icl_rows.slots is None:
@@ -99,8 +107,14 @@ def _trie_attention(
     out = ops.trie_attention(
         q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
         scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, plans=icl_rows.plans,
+        invariant=icl_rows.invariant,
     )  # fmt: skip
-    return out[None], None
+    return _filled(out, query.shape[2])[None], None
+
+
+def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same with rows of zeros behind it, `rows` in all."""
+    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -111,10 +125,13 @@ class Head:
     bias: torch.Tensor | None
     scale: float
     softcap: float | None
+    invariant: bool = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.invariant else [hidden]
+        products = [torch.nn.functional.linear(part, self.weight, self.bias) for part in parts]
+        logits = torch.cat(products)[: len(hidden)].float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
@@ -127,12 +144,14 @@ class Model:
         tokenizer: the transformers tokenizer.
         name: what load() was given.
         max_positions: the longest sequence the positions allow, in tokens.
+        invariant: whether a row's bits depend on its path alone, see load().
     """
 
     network: Any
     tokenizer: Any
     name: str
     max_positions: int
+    invariant: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +176,8 @@ class Model:
         """
         config = {name: value for name, value in self.network.config.to_dict().items() if name[0] != "_"}
         described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
+        if self.invariant:  # its contexts have the bits of these alone
+            described += [BLOCK_ROWS, torch.get_num_threads(), torch.__version__, torch.__config__.show()]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -175,14 +196,23 @@ class Model:
         linear, config = self.network.get_output_embeddings(), self.network.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         bias = getattr(linear, "bias", None)
-        return Head(linear.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, bias, float(scale), softcap, self.invariant)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
+        if self.invariant and rows.stack is not None:
+            return torch.cat([self._forward(block) for block in _blocks(rows)])
+        return self._forward(rows)
+
+    def _forward(self, rows: Rows) -> torch.Tensor:
+        num_rows = len(rows.token)
+        size = BLOCK_ROWS if rows.invariant else num_rows
         output = self.body(
-            input_ids=rows.token[None], position_ids=rows.depth_q[None].long(), use_cache=False, icl_rows=rows
-        )
-        hidden: torch.Tensor = output.last_hidden_state[0]
+            input_ids=_filled(rows.token, size)[None], position_ids=_filled(rows.depth_q, size)[None].long(),
+            use_cache=False, icl_rows=rows,
+        )  # fmt: skip
+        hidden: torch.Tensor = output.last_hidden_state[0, :num_rows]
         return hidden
 
     def forward_chunk(self, chunk: trie.Chunk, stack: KVStack) -> torch.Tensor:
@@ -210,9 +240,19 @@ class Model:
         head = self.head
         logp, is_argmax, _ = ops.target_logprob(
             hidden, head.weight, row.to(hidden.device), target.to(hidden.device),
-            bias=head.bias, scale=head.scale, softcap=head.softcap,
+            bias=head.bias, scale=head.scale, softcap=head.softcap, invariant=head.invariant,
         )  # fmt: skip
         return logp, is_argmax
+
+
+def _blocks(rows: Rows) -> Iterator[Rows]:
+    """The same rows, so many at a time that every matrix product has the same shape: that decides how it is summed."""
+    for first in range(0, len(rows.row_q), BLOCK_ROWS):
+        part = slice(first, first + BLOCK_ROWS)
+        row_q = rows.row_q[part]
+        yield replace(
+            rows, token=rows.token[part], depth_q=rows.depth_q[part], row_q=row_q, slots=row_q.long(), invariant=True
+        )
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -228,6 +268,7 @@ def load(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
+    invariant: bool = False,
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -239,13 +280,18 @@ def load(
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
-        self_check: compare a branching trie with plain forwards on the loaded weights.
+        self_check: compare a branching trie with plain forwards on the loaded weights; if invariant, try every place of
+            a block.
+        invariant: a request's score has the same bits whatever else is scored with it, in whatever order and chunks,
+            and whether its beginning was prefilled or saved, on one machine with one number of threads; see
+            docs/determinism.md. On the CPU only, and not for mixtures of experts.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ModelError: no checkpoint, pickle weights, or a family whose results would differ from its own forward.
+        ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
+            that cannot be invariant.
     """
     import transformers
 
@@ -281,7 +327,7 @@ def load(
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     if adapter is not None:
         network = _merged(network, adapter)
-    return from_network(network, words, given, self_check=self_check)
+    return from_network(network, words, given, self_check=self_check, invariant=invariant)
 
 
 def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
@@ -317,7 +363,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True) -> Model:
+def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True, invariant: bool = False) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
 
     Raises:
@@ -331,9 +377,13 @@ def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = 
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config))
+    model = Model(network, tokenizer, name, _max_positions(network.config), invariant)
+    if invariant:
+        _check_can_be_invariant(model)
     if self_check:
         _self_check(model)
+        if invariant:
+            _prove_invariant(model)
     return model
 
 
@@ -461,3 +511,42 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """|a - b| / |b| of each row, float32."""
     distance: torch.Tensor = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)
     return distance
+
+
+def _check_can_be_invariant(model: Model) -> None:
+    """Refuse what is known not to be: a GPU's kernels, and experts, whose products have as many rows as chose them."""
+    if model.device.type != "cpu":
+        raise ModelError(
+            f"{model.name}: invariant: not on {model.device}: a GPU's kernels sum in an order that depends on what is "
+            "scored together; load it on the CPU, or without invariant"
+        )
+    for name, value in model.network.config.get_text_config().to_dict().items():
+        if "experts" in name and value:
+            raise ModelError(
+                f"{model.name}: invariant: not for a mixture of experts ({name} = {value}): how many rows an expert "
+                "multiplies depends on what is scored together; load it without invariant"
+            )
+
+
+@torch.inference_mode()
+def _prove_invariant(model: Model) -> None:
+    """Raise unless a row has the same bits at every place of a block, and whatever stands at the others.
+
+    A block is the same shapes each time; what is left is that kernels treat the ends of what they cut up differently.
+    """
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(model.vocabulary, (BLOCK_ROWS,), generator=generator)
+    row = torch.arange(BLOCK_ROWS, dtype=torch.int32)
+    depth = torch.full_like(row, 7)
+
+    def outputs(token: torch.Tensor) -> torch.Tensor:
+        hidden = model.forward(Rows(token, depth, row, row + 1, depth, KVStack(BLOCK_ROWS)))
+        return torch.cat([hidden.float(), model.head.logits(hidden)], 1)
+
+    mixed, moved, alike = outputs(token), outputs(token.roll(1)), outputs(token[:1].expand(BLOCK_ROWS))
+    if not torch.equal(moved.roll(-1, 0), mixed) or not torch.equal(alike, mixed[:1].expand_as(alike)):
+        raise ModelError(
+            f"{model.name}: invariant: with {torch.get_num_threads()} threads of torch {torch.__version__} a row's "
+            "bits depend on its place in a block or on its neighbours; try another number of threads "
+            "(OMP_NUM_THREADS), or load it without invariant"
+        )

@@ -21,6 +21,7 @@ from icl_ft_fast.reference import accumulator
 _DEVICES = ("cpu", "cuda")
 _PLANNED = ("cuda",)  # where attention's kernels walk over lists of tiles
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NATIVE = (torch.float32, torch.bfloat16)  # what the C++ knows: the dtypes that networks run in on a CPU
 _INTS = (torch.int32, torch.int64)
 _ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
@@ -57,18 +58,26 @@ def _check_softcap(op: str, softcap: float | None) -> float:
     return softcap or 0.0
 
 
+def _check_invariant(op: str, tensor: Tensor) -> None:
+    if tensor.device.type == "cuda" or tensor.dtype not in _NATIVE:
+        raise NotImplementedError(
+            f"{op}: invariant expected False for {tensor.dtype} on {tensor.device}: only the CPU's C++, which serves "
+            "float32 and bfloat16, keeps a row's bits apart from what is beside it"
+        )
+
+
 # fmt: off
 @overload
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None,
+    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None, invariant: bool = False,
 ) -> Tensor: ...
 @overload
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[True], plans: dict[Any, Any] | None = None,
+    return_lse: Literal[True], plans: dict[Any, Any] | None = None, invariant: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 # fmt: on
 def trie_attention(
@@ -86,6 +95,7 @@ def trie_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     plans: dict[Any, Any] | None = None,
+    invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
 
@@ -106,7 +116,7 @@ def trie_attention(
             reserved rows in a decode step.
         end_k: first stack row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
         depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
-        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window.
+        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window or if invariant.
         scale: factor of the scores, None for D**-0.5.
         window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
         softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
@@ -115,6 +125,9 @@ def trie_attention(
         plans: a dictionary, empty at first, that calls over the very same row_q, end_k, depth_q and depth_k share: a
             GPU's kernels keep in it which tiles they meet, so that a network's layers work that out once. None:
             every call does.
+        invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of its
+            path, in path order: not on where on the stack they lie, nor on what lies between them (which must be
+            finite), nor on the other queries.
 
     Returns:
         out: [T, H, Dv] in the dtype of q; 0 where a query sees no key.
@@ -124,7 +137,7 @@ def trie_attention(
     Raises:
         TypeError: a tensor's dtype is not the one expected.
         ValueError: a shape, device or option is not the one expected.
-        NotImplementedError: there is no implementation for the tensors' device.
+        NotImplementedError: there is no implementation for the tensors' device, or no invariant one for their dtype.
 
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
@@ -134,7 +147,8 @@ def trie_attention(
     On the CPU, C++ serves float32 and bfloat16. There a query's bits, those of its gradient too, depend on its own q,
     on k, v and where on the stack it stands, not on the queries beside it; no bit depends on the number of threads; and
     where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before
-    they meet another factor. The backward holds a float for each element of the gradients of q, k and v.
+    they meet another factor, weights not if invariant. The backward holds a float for each element of the gradients of
+    q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
@@ -157,8 +171,10 @@ def trie_attention(
     over = (row_q, end_k, depth_q, depth_k)
     if plans is not None and any(a is not b for a, b in zip(plans.setdefault("over", over), over, strict=True)):
         raise ValueError(f"{op}: plans expected to be shared by calls over the very same row_q, end_k and depths")
+    if invariant:
+        _check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
-    options = (sinks, scale, window or 0, _check_softcap(op, softcap))
+    options = (sinks, scale, window or 0, _check_softcap(op, softcap), invariant)
     out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options, plans)
     return (out, lse) if return_lse else out
 
@@ -179,9 +195,9 @@ def _plan(
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap, plans = rest
+        *index, sinks, scale, window, softcap, invariant, plans = rest
         plan = _plan(plans, "forward", q, k, v, index, window)
-        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan)
+        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan, invariant)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
         ctx.options, ctx.plans = (scale, window, softcap), plans
         return out, lse
@@ -196,7 +212,7 @@ class _TrieAttention(torch.autograd.Function):
             grad_out, grad_lse, q, k, v, out, lse, *index, sinks, *ctx.options, *plans
         )
         grad_sinks = None if sinks is None else -((sinks - lse).exp() * (delta - grad_lse)).sum(0)
-        return *grads, None, None, None, None, grad_sinks, None, None, None, None
+        return *grads, None, None, None, None, grad_sinks, None, None, None, None, None
 
 
 def target_logprob(
@@ -209,6 +225,7 @@ def target_logprob(
     softcap: float | None = None,
     scale: float = 1.0,
     skip_below: float = 0.0,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of chosen next tokens under an output head whose logits are never held all at once.
 
@@ -233,6 +250,7 @@ def target_logprob(
             tokens that hold no target and no probability as large, and with them up to two thirds of its work. Cut
             Cross-Entropy (arXiv 2411.09009) takes 2**-12 for bfloat16, below which a probability is lost in a sum
             near 1; many such may matter together. The CPU leaves out nothing.
+        invariant: whether a row's bits must not depend on the number of rows.
 
     Returns:
         logp: natural-log probability of each target, [M], float32 (float64 for float64).
@@ -242,7 +260,7 @@ def target_logprob(
     Raises:
         TypeError: a tensor's dtype is not the one expected.
         ValueError: a shape, device or option is not the one expected.
-        NotImplementedError: there is no implementation for the tensors' device.
+        NotImplementedError: there is no implementation for the tensors' device, or no invariant one for their dtype.
 
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device, so values are not checked: a row or target out of range has logp nan. Once
@@ -267,8 +285,10 @@ def target_logprob(
         raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
     if sizes["M"] and not sizes["R"]:
         raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
+    if invariant:
+        _check_invariant(op, hidden)
     logp, is_argmax, lse = _TargetLogprob.apply(
-        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), skip_below
+        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), invariant, skip_below
     )
     return logp, is_argmax, lse
 
@@ -276,8 +296,8 @@ def target_logprob(
 class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, scale, softcap, skip_below = rest
-        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap)
+        *tensors, scale, softcap, invariant, skip_below = rest
+        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap, invariant)
         ctx.save_for_backward(hidden, weight, *tensors, lse)
         ctx.options, ctx.skip_below = (scale, softcap), skip_below
         ctx.mark_non_differentiable(is_argmax)
@@ -296,6 +316,7 @@ class _TargetLogprob(torch.autograd.Function):
             None,
             None,
             grad_bias if need_bias else None,
+            None,
             None,
             None,
             None,
@@ -333,10 +354,17 @@ def _fake_target_logprob_backward(
 
 
 def _cpu_target_logprob(
-    hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, bias: Tensor | None, scale: float, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """C++ for float32 and bfloat16; for float64, which exists to be exact, and float16 the definition serves."""
-    if hidden.dtype not in (torch.float32, torch.bfloat16):
+    if hidden.dtype not in _NATIVE:
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = _fake_target_logprob(hidden, weight, row)
     row, target = row.contiguous(), target.contiguous()
@@ -353,6 +381,7 @@ def _cpu_target_logprob(
         target.data_ptr(),
         scale,
         softcap,
+        invariant,
         _ISA,
         torch.get_num_threads(),
         *(x.data_ptr() for x in results),
@@ -370,6 +399,7 @@ def _native_trie_attention(
     options: tuple[float, int, float],
     out: Tensor,
     lse: Tensor,
+    invariant: bool = False,
 ) -> None:
     """Call what takes C++'s arguments of attention, while they live."""
     row_q, end_k, depth_q, depth_k = (x.contiguous() for x in index)
@@ -390,6 +420,7 @@ def _native_trie_attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        invariant=invariant,
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         isa=_ISA,
@@ -397,13 +428,27 @@ def _native_trie_attention(
     call(arguments)
 
 
-def _cpu_trie_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _cpu_trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    _no_plan: None = None,
+    invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return reference.trie_attention(q, k, v, *rest)
-    *index, sinks, scale, window, softcap = rest
+    index, options = (row_q, end_k, depth_q, depth_k), (scale, window, softcap)
+    if q.dtype not in _NATIVE:
+        return reference.trie_attention(q, k, v, *index, sinks, *options)
     out, lse = _fake_trie_attention(q, k, v)
-    _native_trie_attention(_C.trie_attention, q, k, v, index, sinks, (scale, window, softcap), out, lse)
+    _native_trie_attention(_C.trie_attention, q, k, v, index, sinks, options, out, lse, invariant)
     return out, lse
 
 
@@ -411,7 +456,7 @@ def _cpu_trie_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """The C++ kernel for the same two dtypes."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
+    if q.dtype not in _NATIVE:
         return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
     *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
     grads, grad_lse = _fake_trie_attention_backward(grad_out, grad_lse, q, k, v), grad_lse.contiguous()
@@ -448,7 +493,7 @@ _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
 _register(
     "trie_attention",
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap,"
-    " Tensor? plan=None) -> (Tensor out, Tensor lse)",
+    " Tensor? plan=None, bool invariant=False) -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
     cpu=_cpu_trie_attention,
     cuda=_triton("trie_attention", "trie_attention"),
@@ -470,8 +515,8 @@ _register(
 )
 _register(
     "target_logprob",
-    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap)"
-    " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap,"
+    " bool invariant=False) -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
     cpu=_cpu_target_logprob,
     cuda=_triton("target_logprob", "target_logprob"),

@@ -109,6 +109,7 @@ def check(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    invariant: bool = False,
 ) -> None:
     """out, lse and every gradient, of both outputs at once, within the error budget.
 
@@ -137,7 +138,7 @@ def check(
 
     def op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         index = index_tensors(trie, device)
-        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "invariant": invariant}
         return trie_attention(q, k, v, *index, **options, return_lse=True)
 
     def plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,7 +228,9 @@ def unaligned(x: Tensor) -> Tensor:
     heads=st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 2)]),
     window=st.none() | st.integers(1, 6),
     softcap=st.none() | st.just(2.0),
+    scale=st.none() | st.just(3.0),
     sinks=st.booleans(),
+    invariant=st.booleans(),
 )
 def test_any_forest(
     isa: str,
@@ -236,11 +239,75 @@ def test_any_forest(
     heads: tuple[int, int],
     window: int | None,
     softcap: float | None,
+    scale: float | None,
     sinks: bool,
+    invariant: bool,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         force(isa, patch)
-        check(trie, dtype, heads=heads, window=window, softcap=softcap, sinks=sinks)
+        check(trie, dtype, heads=heads, window=window, softcap=softcap, scale=scale, sinks=sinks, invariant=invariant)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    isa=st.sampled_from(list(ISAS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    trie=forests(contexts=(0, 47, 96, 200)),
+    heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),
+    window=st.none() | st.sampled_from([1, 6, 100]),
+    softcap=st.none() | st.just(2.0),
+    scale=st.sampled_from([0.3, 3.0, -1.0]),
+    sinks=st.booleans(),
+)
+def test_an_invariant_query_has_the_bits_of_its_path_alone(
+    isa: str,
+    dtype: torch.dtype,
+    trie: Forest,
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    sinks: bool,
+) -> None:
+    """Each query with the keys of its path only, side by side on a stack of their own: the same bits.
+
+    Scales are such that scores rise above the first one by far, and by little.
+    """
+    T, S, (H, G) = len(trie.row_q), len(trie.end_k), heads
+    generator = torch.Generator().manual_seed(T + 1000 * S)
+    q = torch.randn(T, H, 24, generator=generator).to(dtype)
+    k, v = torch.randn(2, S, G, 24, generator=generator).to(dtype).unbind()
+    options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True, "invariant": True}
+    options["sinks"] = torch.randn(H, generator=generator) if sinks else None
+    row_q, end_k, depth_q, depth_k = index_tensors(trie, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        force(isa, patch)
+        out, lse = trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, **options)
+        for i in range(0, T, 7):
+            path = torch.tensor(trie.visible[i]).nonzero()[:, 0]
+            index = (
+                torch.tensor([len(path)]),
+                torch.full((len(path),), len(path) + 1),
+                depth_q[i : i + 1],
+                depth_k[path],
+            )
+            alone = trie_attention(q[i : i + 1], k[path], v[path], *(x.int() for x in index), **options)
+            assert torch.equal(alone[0][0], out[i])
+            assert torch.equal(alone[1][0], lse[i])
+
+
+def test_what_cannot_be_invariant_is_refused() -> None:
+    index = [torch.zeros(1, dtype=torch.int32)] * 4
+    for dtype in (torch.float64, torch.float16):
+        q = torch.zeros(1, 1, 8, dtype=dtype)
+        with pytest.raises(NotImplementedError, match=rf"^trie_attention: invariant expected False for {dtype} on cpu"):
+            trie_attention(q, q, q, *index, invariant=True)
+    with torch._subclasses.FakeTensorMode():
+        q, index = torch.empty(1, 1, 8, device="cuda"), [torch.empty(1, dtype=torch.int32, device="cuda")] * 4
+        with pytest.raises(
+            NotImplementedError, match=r"^trie_attention: invariant expected False for torch.float32 on cu"
+        ):
+            trie_attention(q, q, q, *index, invariant=True)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])

@@ -177,7 +177,7 @@ def reuse_of(options: argparse.Namespace) -> float:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    options.trust_remote_code = False
+    options.trust_remote_code = options.invariant = False
     if not options.json:
         _describe_demo(options)
     _compare(options)

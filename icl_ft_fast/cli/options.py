@@ -37,7 +37,7 @@ def command(
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False, required: bool = True) -> None:
-    """--model, or MODEL; --dtype, --trust-remote-code: what load_model() reads."""
+    """--model, or MODEL; --dtype, --trust-remote-code, --invariant: what load_model() reads."""
     help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
     if positional:
         parser.add_argument("model", metavar="MODEL", help=help)
@@ -48,6 +48,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
+    )
+    parser.add_argument(
+        "--invariant",
+        action="store_true",
+        help="the same bits of a score whatever else is scored (docs/determinism.md)",
     )
 
 
@@ -127,7 +132,8 @@ def show_progress(options: argparse.Namespace) -> bool:
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
     device = getattr(options, "device", "cpu")
-    return {"dtype": options.dtype, "device": device, "trust_remote_code": options.trust_remote_code}
+    named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "invariant")}
+    return named | {"device": device}
 
 
 def load_model(options: argparse.Namespace) -> Model:

@@ -205,7 +205,8 @@ def finetune(
     if adapted is not None:
         network = adapted.merge_and_unload(safe_merge=True)
     network.requires_grad_(True)
-    return Finetuned(from_network(network, model.tokenizer, model.name, self_check=False), tuple(done.losses))
+    trained = from_network(network, model.tokenizer, model.name, self_check=False, invariant=model.invariant)
+    return Finetuned(trained, tuple(done.losses))
 
 
 class Objective(torch.nn.Module):
