@@ -1,12 +1,25 @@
 // The native API of icl_ft_fast: plain structs of pointers and sizes, and free functions that know neither Python nor
 // torch. A function checks every size and offset before it touches memory and throws std::invalid_argument naming the
-// argument. Arrays are contiguous and belong to the caller.
+// argument. Arrays are contiguous unless they have strides, as long as their sizes say, aligned, and the caller's:
+// nobody writes to them meanwhile.
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace icl {
+
+constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();  // of rows, tokens, heads, components
+
+inline void require_range(const char* argument, int64_t value, int64_t least, int64_t most = kMaxIndex) {
+    if (value < least || value > most) {
+        throw std::invalid_argument(std::string(argument) + ": expected " + std::to_string(least) + " to " +
+                                    std::to_string(most) + ", got " + std::to_string(value));
+    }
+}
 
 // R requests laid end to end: request r is tokens[offsets[r]:offsets[r + 1]], its first context_lengths[r] tokens are
 // context and the rest continuation, both at least one token.
@@ -64,7 +77,7 @@ struct TargetLogprob {
     const void* bias;  // [V], or null
     int64_t bias_stride;
     int64_t num_rows, vocabulary, width, num_targets;
-    const int32_t *row, *target;  // [M]
+    const int32_t *row, *target;  // [M]; out of range: logp is nan
     float scale, softcap;         // softcap 0: none
     int isa, num_threads;
     float* logp;      // [M]
@@ -82,7 +95,7 @@ struct TrieAttention {
     int64_t T, S, H, G, D, Dv;
     const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
     int64_t q_strides[3], k_strides[3], v_strides[3];
-    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]
+    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]; compared, never followed
     const float* sinks;                                // [H] or null
     float scale, softcap;                              // no soft-cap: 0
     int32_t window;                                    // none: 0
@@ -100,7 +113,7 @@ struct TrieAttentionGradients {
     void *grad_q, *grad_k, *grad_v;  // [T, H, D], [S, G, D], [S, G, Dv]
 };
 
-// Sizes and pointers are taken as valid. Bits do not depend on the number of threads.
+// Bits do not depend on the number of threads.
 void trie_attention(const TrieAttention& arguments);
 void trie_attention_backward(const TrieAttention& arguments, const TrieAttentionGradients& gradients);
 

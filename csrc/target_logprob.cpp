@@ -324,6 +324,10 @@ int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
 
 // The size of the workspace, and the result if there is one.
 int64_t dispatch(const TargetLogprob& args, char* workspace) {
+    require_range("rows of hidden", args.num_rows, 0);
+    require_range("columns of hidden", args.width, 0);
+    require_range("rows of weight", args.vocabulary, 1);
+    require_range("targets", args.num_targets, 0);
     TargetLogprob a = args;
     a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
     switch (choose_isa(a.isa)) {

@@ -1,16 +1,11 @@
 // The prefix trie of a set of requests: sort them, then walk the sorted list with the open path as a stack.
 #include <algorithm>
 #include <cstring>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "icl.h"
 
 namespace icl {
 namespace {
-
-constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
 
 void require(bool holds, const char* argument, const std::string& expected, int64_t got) {
     if (!holds) {
@@ -22,7 +17,7 @@ std::string of_request(int64_t r) { return " (request " + std::to_string(r) + ")
 
 void check(const Requests& requests) {
     const int64_t num_requests = requests.num_requests;
-    require(num_requests <= kMaxIndex, "offsets", "fewer than 2^31 requests", num_requests);
+    require_range("requests", num_requests, 0);
     require(requests.offsets[0] == 0, "offsets", "0 first", requests.offsets[0]);
     require(requests.offsets[num_requests] == requests.num_tokens, "offsets",
             "the number of tokens last, " + std::to_string(requests.num_tokens), requests.offsets[num_requests]);

@@ -83,16 +83,21 @@ enum class View { kNone, kSome, kAll };
 // How much of a tile of keys a tile of queries sees, by the ranges of their rows and depths.
 inline View see(const Problem& problem, const KeyTile& keys, const Range& rows, const Range& depths) {
     const int64_t last = keys.first + keys.count - 1;
-    // In 64 bits, since depths are not checked and their difference may overflow.
-    const auto distance = [](int32_t depth_q, int32_t depth_k) { return static_cast<int64_t>(depth_q) - depth_k; };
     if (keys.first > rows.greatest || keys.ends.greatest <= rows.least) return View::kNone;
-    if (problem.window && distance(depths.least, keys.depths.greatest) >= problem.window) return View::kNone;
+    if (problem.window && depths.least - keys.depths.greatest >= problem.window) return View::kNone;
     if (last > rows.least || keys.ends.least <= rows.greatest) return View::kSome;
-    return problem.window && distance(depths.greatest, keys.depths.least) >= problem.window ? View::kSome : View::kAll;
+    return problem.window && depths.greatest - keys.depths.least >= problem.window ? View::kSome : View::kAll;
 }
 
-// `per_factor` elements are multiplied at a time.
+// Checks the sizes; `per_factor` elements are multiplied at a time.
 inline Problem describe(const TrieAttention& arguments, int64_t per_factor) {
+    for (const int64_t size : {arguments.T, arguments.S, arguments.D, arguments.Dv}) require_range("size", size, 0);
+    require_range("heads of k", arguments.G, 1);
+    require_range("heads of q", arguments.H, 0);
+    require_range("heads of q beyond a multiple of those of k", arguments.H % arguments.G, 0, 0);
+    require_range("window", arguments.window, 0);
+    // Differences of depths, which windows compare, would overflow; groups of invariant calls are counted from 0.
+    for (int64_t t = 0; arguments.window && t < arguments.T; ++t) require_range("depth_q", arguments.depth_q[t], 0);
     Problem problem{arguments, {}, 0, 0, 0};
     if (problem.scale == 0) {  // all scores are 0: those of queries and keys without components
         problem.scale = 1;
@@ -108,6 +113,7 @@ inline Problem describe(const TrieAttention& arguments, int64_t per_factor) {
             tile.ends.include(problem.end_k[j]);
             tile.depths.include(problem.depth_k[j]);
         }
+        if (problem.window || problem.invariant) require_range("depth_k", tile.depths.least, 0);
         problem.key_tiles.push_back(tile);
     }
     return problem;

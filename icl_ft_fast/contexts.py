@@ -102,7 +102,7 @@ def read_header(path: Path) -> SavedContext:
         try:
             about = json.loads((file.metadata() or {})["icl_ft_fast"])
             known = about.pop("format") == FORMAT
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ContextError(f"{path}: not a saved context") from error
     names: dict[str, type] = dict.fromkeys(("label", "model", "fingerprint", "token_digest", "checksum"), str)
     names["num_tokens"] = int

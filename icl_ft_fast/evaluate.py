@@ -18,6 +18,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import Score, score
 from icl_ft_fast.tasks.task import Document, Question
+from icl_ft_fast.templates import render_chat
 
 ICL_TEMPLATE = "Documents:\n{documents}\n\nGiven these documents: {prompt}"
 CHAT_WITH_DOCUMENTS = "Documents:\n{documents}\n\nGiven these documents, complete the statement."
@@ -224,7 +225,7 @@ def prompt_context(model: Model, documents: Sequence[Document], template: str = 
             raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")
         request = icl_context(documents, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
         turn = [{"role": "user", "content": request}]
-        return str(model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return render_chat(model.tokenizer, turn)
     text = check_template(template)
     return icl_context(documents, text) if documents else ""
 

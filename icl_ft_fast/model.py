@@ -43,6 +43,10 @@ UNSERVED = {
     "gptj": "an attention of its own without transformers' interface",
 }
 
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")  # of modules made before weights
+MAX_MODULES = 4096
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded or served; the message says why and what to do."""
@@ -306,10 +310,15 @@ def load(
                 "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
             )
     _check_directory(Path(name))
+    for place in (name, tokenizer, adapter):
+        _check_files(Path(place or name))
     _register_attention()
     try:
         origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **origin)
+        for count in COUNTS:
+            if (getattr(config.get_text_config(), count, None) or 0) > MAX_MODULES:
+                raise ModelError(f"{name}: config.json: {count}: expected at most {MAX_MODULES:,}")
         _check_family(config)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -327,6 +336,9 @@ def load(
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     if adapter is not None:
         network = _merged(network, adapter)
+    for weight, values in network.named_parameters():
+        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
+            raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
     return from_network(network, words, given, self_check=self_check, invariant=invariant)
 
 
@@ -404,7 +416,7 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{path}: no checkpoint here: config.json is missing")
     try:
         json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from error
     if not list(path.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
@@ -414,6 +426,24 @@ def _check_directory(path: Path) -> None:
                 "convert the checkpoint to safetensors (save_pretrained writes it)"
             )
         raise ModelError(f"{path}: no checkpoint here: no *.safetensors file")
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a local directory whose reading would lead out of it, or to something else than safetensors."""
+    if not path.is_dir():
+        return
+    # In the hub's cache the files of snapshots/REVISION are links to the blobs beside it.
+    root = (path.parents[1] if path.parent.name == "snapshots" else path).resolve()
+    for file in path.rglob("*"):
+        if file.suffix in READ and not (file.is_file() and file.resolve().is_relative_to(root)):
+            raise ModelError(f"{file}: no file of this directory: a link out of it, or no file at all; copy it here")
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index}: not an index of shards: {error}") from error
+        if others := shards - {file.name for file in path.glob("*.safetensors")}:
+            raise ModelError(f"{index}: {others.pop()!r}: expected the name of a .safetensors file of this directory")
 
 
 def _check_family(config: Any) -> None:

@@ -5,12 +5,12 @@ tensors' device; the autograd.Function sits outside the op, and a backward is an
 and knows nothing of models, tries or caches.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -353,6 +353,13 @@ def _fake_target_logprob_backward(
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
 
 
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory for native code, which checks its dtype, shape and strides; bfloat16 as bits in int16."""
+    tensor = tensor.detach()
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def _cpu_target_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -367,65 +374,11 @@ def _cpu_target_logprob(
     if hidden.dtype not in _NATIVE:
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = _fake_target_logprob(hidden, weight, row)
-    row, target = row.contiguous(), target.contiguous()
     _C.target_logprob(
-        hidden.dtype == torch.bfloat16,
-        hidden.data_ptr(),
-        hidden.stride(),
-        weight.data_ptr(),
-        weight.stride(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.stride(0),
-        (*hidden.shape, len(weight), len(row)),
-        row.data_ptr(),
-        target.data_ptr(),
-        scale,
-        softcap,
-        invariant,
-        _ISA,
-        torch.get_num_threads(),
-        *(x.data_ptr() for x in results),
-    )
+        _array(hidden), _array(weight), None if bias is None else _array(bias), _array(row.contiguous()),
+        _array(target.contiguous()), scale, softcap, invariant, _ISA, torch.get_num_threads(), *map(_array, results),
+    )  # fmt: skip
     return results
-
-
-def _native_trie_attention(
-    call: Callable[[_C.TrieAttention], None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Sequence[Tensor],
-    sinks: Tensor | None,
-    options: tuple[float, int, float],
-    out: Tensor,
-    lse: Tensor,
-    invariant: bool = False,
-) -> None:
-    """Call what takes C++'s arguments of attention, while they live."""
-    row_q, end_k, depth_q, depth_k = (x.contiguous() for x in index)
-    sinks, (scale, window, softcap) = None if sinks is None else sinks.contiguous(), options
-    arguments = _C.TrieAttention(
-        *(x.data_ptr() for x in (q, k, v)),
-        q_shape=q.shape,
-        v_shape=v.shape,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        bf16=q.dtype == torch.bfloat16,
-        row_q=row_q.data_ptr(),
-        end_k=end_k.data_ptr(),
-        depth_q=depth_q.data_ptr(),
-        depth_k=depth_k.data_ptr(),
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        invariant=invariant,
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        isa=_ISA,
-    )
-    call(arguments)
 
 
 def _cpu_trie_attention(
@@ -448,7 +401,9 @@ def _cpu_trie_attention(
     if q.dtype not in _NATIVE:
         return reference.trie_attention(q, k, v, *index, sinks, *options)
     out, lse = _fake_trie_attention(q, k, v)
-    _native_trie_attention(_C.trie_attention, q, k, v, index, sinks, options, out, lse, invariant)
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    sink_array = None if sinks is None else _array(sinks.contiguous())
+    _C.trie_attention(*arrays, sink_array, *options, invariant, _ISA, _array(out), _array(lse))
     return out, lse
 
 
@@ -459,13 +414,11 @@ def _cpu_trie_attention_backward(
     if q.dtype not in _NATIVE:
         return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
     *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
-    grads, grad_lse = _fake_trie_attention_backward(grad_out, grad_lse, q, k, v), grad_lse.contiguous()
-    names = ("grad_q", "grad_k", "grad_v", "delta")
-    gradients = {name: grad.data_ptr() for name, grad in zip(names, grads, strict=True)}
-    gradients |= {"grad_out": grad_out.data_ptr(), "grad_lse": grad_lse.data_ptr()}
-    backward = partial(_C.trie_attention_backward, grad_out_strides=grad_out.stride(), **gradients)
-    options = (scale, window, softcap)
-    _native_trie_attention(backward, q, k, v, index, None, options, out.contiguous(), lse.contiguous())
+    grad_q, grad_k, grad_v, delta = grads = _fake_trie_attention_backward(grad_out, grad_lse, q, k, v)
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    given = [_array(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
+    made = [_array(x) for x in (delta, grad_q, grad_k, grad_v)]
+    _C.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
     return grads
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.utils import logging
 
 from icl_ft_fast import cli, integrations
@@ -341,6 +342,32 @@ def test_no_directory_at_all(files, refused):
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
     monkeypatch.setattr(cli.options, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert refused(files.compare(**{option: value})) == message
+
+
+def test_a_device_that_is_not_there_is_refused_and_the_default_is_the_one_there_is(files, refused, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli.options, "load", lambda *_, device, **__: given.append(device) or 1 / 0)
+    score = files.score()
+    for device, message in (
+        ("cuda", "cuda: torch finds no such device here"),
+        ("cuda:99", "cuda:99: torch finds no such device here"),
+        ("meta", "meta: torch finds no such device here"),
+        ("gpu", "'gpu' is no torch device"),
+    ):
+        if device != "cuda" or not torch.cuda.is_available():
+            assert refused([*score, "--device", device]) == f"--device: {message}"
+    assert not given
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: 2 * there)
+        for more in ([], ["--device", "auto"]):
+            with pytest.raises(ZeroDivisionError):
+                main([*score, *more])
+            assert given.pop() == expected
+    with pytest.raises(ZeroDivisionError):
+        main([*score, "--device", "cuda:1"])
+    assert given.pop() == "cuda:1"
+    assert refused([*score, "--device", "cuda:2"]) == "--device: cuda:2: torch finds no such device here"
 
 
 def test_more_facts_than_words(files, refused):

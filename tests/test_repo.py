@@ -32,6 +32,8 @@ LAYERS = {
     "cache": 1,
     "model": 1,
     "encoding": 1,
+    "templates": 1,
+    "printable": 1,
     "contexts": 1.5,
     "statistics": 1,
     "tasks": 1,

@@ -17,6 +17,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import read_jsonl, text_field
+from icl_ft_fast.templates import render_chat
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 CHARACTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not here: rather too many tokens than too few
@@ -92,7 +93,7 @@ class Engine:
         if not self.is_chat:
             return prompt
         turn = [{"role": "user", "content": prompt}]
-        return str(self.model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return render_chat(self.model.tokenizer, turn)
 
 
 @dataclass(frozen=True)

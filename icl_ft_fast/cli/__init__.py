@@ -22,6 +22,7 @@ from icl_ft_fast.executors import ExecutorError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
+from icl_ft_fast.printable import printable
 from icl_ft_fast.results import ResultsError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
@@ -42,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except BAD_INPUT as error:
-        print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
+        print(printable(f"icl-ft-fast {options.command}: {error}"), file=sys.stderr)
         return 130 if isinstance(error, InterruptedRunError) else 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         full = "; free some space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""
-        print(f"icl-ft-fast {options.command}: {where}{error.strerror or error}{full}", file=sys.stderr)
+        print(printable(f"icl-ft-fast {options.command}: {where}{error.strerror or error}{full}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"icl-ft-fast {options.command}: interrupted", file=sys.stderr)

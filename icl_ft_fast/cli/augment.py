@@ -30,6 +30,7 @@ from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.executors import Executor, InProcess, Ray
 from icl_ft_fast.generate import Sampling
+from icl_ft_fast.printable import printable
 from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
@@ -138,7 +139,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
     print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
     for split, ids in contained.items():
-        print(f"answers found in the rows, split {split}: {len(ids)} of the questions")
+        print(f"answers found in the rows, split {printable(split)}: {len(ids)} of the questions")
 
 
 def _generator(options: argparse.Namespace) -> Generator:

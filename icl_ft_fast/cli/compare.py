@@ -16,6 +16,7 @@ from icl_ft_fast import compare
 from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
+    Terminal,
     UsageError,
     add_json_option,
     add_model_options,
@@ -57,7 +58,7 @@ def add(commands: Commands) -> None:
     _add_comparison_options(
         demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
     )
-    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
+    demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=())
 
     comparison = command(
@@ -184,7 +185,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _describe_demo(options: argparse.Namespace) -> None:
-    Console().print(
+    Terminal().print(
         f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
         "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
         highlight=False,
@@ -226,7 +227,7 @@ def _compare(options: argparse.Namespace) -> None:
             )
         )
         return
-    console = Console()
+    console = Terminal()
     table.print_study(study, console, options.within)
     print_decision(study, options, console)
     if options.out is not None:

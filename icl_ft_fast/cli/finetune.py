@@ -137,10 +137,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UsageError(f"--config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise UsageError(f"--config: {path}: expected `option: value` lines")
+    for name, value in read.items():  # aliases within aliases would be longer than memory once written out
+        if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config: {path}: {name}: expected a value or a list of values")
     return {str(name): value for name, value in read.items() if value is not None}
 
 

@@ -11,10 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+from rich.console import Console
+from rich.text import Text
+
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.durable import digest, locked
 from icl_ft_fast.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
+from icl_ft_fast.printable import printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -37,7 +42,7 @@ def command(
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False, required: bool = True) -> None:
-    """--model, or MODEL; --dtype, --trust-remote-code, --invariant: what load_model() reads."""
+    """--model, or MODEL; --dtype, --device, --trust-remote-code, --invariant: what load_model() reads."""
     help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
     if positional:
         parser.add_argument("model", metavar="MODEL", help=help)
@@ -46,6 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
     )
+    add_device_option(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
     )
@@ -56,17 +62,43 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     )
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """--device: what device_of() reads."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (the default): cuda where there is one, else cpu"
+    )
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device of --device; refuses one that torch does not find here."""
+    found = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if found else "cpu") if options.device == "auto" else options.device)
+    except RuntimeError as error:
+        raise UsageError(f"--device: {options.device!r} is no torch device") from error
+    if device.type != "cpu" and not (
+        device.type == "cuda" and found and (device.index or 0) < torch.cuda.device_count()
+    ):
+        raise UsageError(f"--device: {options.device}: torch finds no such device here")
+    return device
+
+
+class Terminal(Console):
+    """The terminal, with every text that is put on it made printable()."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text, with rich's own markup if `options` say so."""
+        return super().render_str(printable(text), **options)
+
+
 def add_executor_options(parser: argparse.ArgumentParser) -> None:
-    """--executor, --workers, --ray-address, --device: what executor_of() and load_model() read."""
+    """--executor, --workers, --ray-address: what executor_of() reads, beside --device."""
     parser.add_argument(
         "--executor", choices=["in-process", "torchrun", "ray"],
         help="who works, see docs/executors.md (default: torchrun in processes that it started, else in-process)",
     )  # fmt: skip
     parser.add_argument("--workers", type=positive, metavar="N", help="processes here, or actors of a Ray cluster")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one on this machine)")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a GPU each worker (default: %(default)s)"
-    )
 
 
 def executor_of(options: argparse.Namespace) -> Executor:
@@ -95,7 +127,7 @@ def executor_of(options: argparse.Namespace) -> Executor:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.workers)]
         command = [sys.executable, *torchrun, "-m", "icl_ft_fast.cli", *options.given]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(threads)})
-    return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(options.device == "cuda"))
+    return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(device_of(options).type == "cuda"))
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +144,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 def add_store_options(parser: argparse.ArgumentParser) -> None:
     """--store, --store-limit: what open_store() reads."""
     parser.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from, or save it in"
+        "--store", type=Path, metavar="DIR", help="folder of saved contexts: those there are mapped, new ones saved"
     )
     parser.add_argument(
         "--store-limit", type=amount, default=20.0, metavar="GB", help="of all contexts there (default: %(default)s)"
@@ -131,9 +163,8 @@ def show_progress(options: argparse.Namespace) -> bool:
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
-    device = getattr(options, "device", "cpu")
     named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "invariant")}
-    return named | {"device": device}
+    return named | {"device": str(device_of(options))}
 
 
 def load_model(options: argparse.Namespace) -> Model:

@@ -8,13 +8,16 @@ fields are ignored.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, AnyStr, TypeVar
 
 from icl_ft_fast.durable import replacing
+
+LINE = 2**28  # bytes, or characters in other encodings than UTF-8: a line is shorter
 
 
 class TaskError(ValueError):
@@ -107,8 +110,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]
     try:
         if encoding == "utf-8":
             with path.open("rb") as file:
-                for number, raw in enumerate(file, 1):
-                    where = f"{path}:{number}"
+                for where, raw in _lines(path, file):
                     try:
                         yield where, raw.decode("utf-8")
                     except UnicodeDecodeError as error:
@@ -117,12 +119,22 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]
                         raise TaskError(f"{where}: not UTF-8 text ({place}; cp1252 reads {other!r} there)") from error
         else:
             with path.open(encoding=encoding, newline="") as text:
-                for number, line in enumerate(text, 1):
-                    yield f"{path}:{number}", line
+                yield from _lines(path, text)
     except UnicodeError as error:
         raise TaskError(f"{path}:{_broken_line(path, encoding)}: not {encoding} text: {error}") from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lines(path: Path, file: IO[AnyStr]) -> Iterator[tuple[str, AnyStr]]:
+    """("file:line", line) of each line; one that never ends is refused before it has filled the memory."""
+    for number in itertools.count(1):
+        line = file.readline(LINE)
+        if len(line) == LINE:
+            raise TaskError(f"{path}:{number}: a line of {LINE:,} bytes or more")
+        if not line:
+            return
+        yield f"{path}:{number}", line
 
 
 def _broken_line(path: Path, encoding: str) -> int:
