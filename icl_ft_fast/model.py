@@ -7,6 +7,7 @@ on a small branching trie against plain forwards. Knows nothing of requests, que
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -18,6 +19,7 @@ import torch
 
 from icl_ft_fast import ops, trie
 from icl_ft_fast.cache import KVStack
+from icl_ft_fast.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
@@ -127,12 +129,14 @@ class Model:
         tokenizer: the transformers tokenizer.
         name: what load() was given.
         max_positions: the longest sequence the positions allow, in tokens.
+        memory: what scoring may take.
     """
 
     network: Any
     tokenizer: Any
     name: str
     max_positions: int
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +161,7 @@ class Model:
         """
         config = {name: value for name, value in self.network.config.to_dict().items() if name[0] != "_"}
         described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
+        described += [self.memory.kv_dtype] if self.memory.kv_dtype else []
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -176,6 +181,31 @@ class Model:
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         bias = getattr(linear, "bias", None)
         return Head(linear.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """Bytes that weights and rows take, counted while a few rows are forwarded: exact for any architecture."""
+        most = min(64, self.max_positions)
+        stack, peaks = self.new_stack(most), []
+        for rows in (most, most // 2, most):  # the first also makes the stack
+            (chunk,) = trie.plan(trie.build_from_lists([([0] * rows, [0])]), rows).chunks
+            with torch.inference_mode():
+                peaks.append(live_bytes(functools.partial(self.forward_chunk, chunk, stack)))
+            stack.rows = 0
+        layers = stack.layers(most)
+        # The copy of a layer that is read, and, of an int8 one, the float32 that it is made from.
+        opened = max((k.nbytes + v.nbytes) * 4 // k.element_size() for k, v in layers.values())
+        return Footprint(
+            weight_bytes=sum(p.numel() * p.element_size() for p in self.network.parameters()),
+            row_bytes=(peaks[2] - peaks[1]) // (most - most // 2),
+            kv_row_bytes=stack.nbytes // most,
+            layers=len(layers),
+            open_row_bytes=0 if self.memory.kv_dtype is None else opened // most,
+        )
+
+    def new_stack(self, capacity: int, folder: Path | None = None) -> KVStack:
+        """An empty stack that keeps rows as `memory` says, in files in `folder` if there is one."""
+        return KVStack(capacity, kv_dtype=self.memory.kept, folder=folder)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
@@ -228,6 +258,9 @@ def load(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
+    memory: int | str | None = None,
+    kv_dtype: str | None = None,
+    spill: str | Path | None = None,
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -240,6 +273,10 @@ def load(
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
         self_check: compare a branching trie with plain forwards on the loaded weights.
+        memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
+            it holds and most of what is free.
+        kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
+        spill: folder for keys and values that do not fit the memory; None for the system's temporary one.
 
     Returns:
         The model, in evaluation mode.
@@ -251,6 +288,11 @@ def load(
 
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    try:
+        limit = None if memory is None else parse_bytes(memory)
+        limits = Memory(limit, kv_dtype, None if spill is None else Path(spill))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     given = str(name)
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
@@ -281,7 +323,7 @@ def load(
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     if adapter is not None:
         network = _merged(network, adapter)
-    return from_network(network, words, given, self_check=self_check)
+    return from_network(network, words, given, self_check=self_check, memory=limits)
 
 
 def _merged(network: Any, adapter: str | Path) -> Any:
@@ -309,7 +351,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True) -> Model:
+def from_network(
+    network: Any, tokenizer: Any, name: str, *, self_check: bool = True, memory: Memory | None = None
+) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
 
     Raises:
@@ -323,7 +367,7 @@ def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = 
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config))
+    model = Model(network, tokenizer, name, _max_positions(network.config), memory or Memory())
     if self_check:
         _self_check(model)
     return model

@@ -178,6 +178,16 @@ class Plan:
     chunks: tuple[Chunk, ...]
     capacity: int
 
+    def halved(self, k: int) -> "Plan":
+        """The plan from chunk k on, with no chunk longer than half of that one; the capacity suffices as it is.
+
+        It begins with the stack as chunk k finds it: compacted, its own rows not yet there.
+        """
+        first = self.chunks[k]
+        most = (first.last_row - first.first_row + 1) // 2
+        edges = [row for chunk in self.chunks[k:] for row in range(chunk.first_row, chunk.last_row, most)]
+        return Plan(_chunks(first._trie, [*edges, self.chunks[-1].last_row], first.first_row), self.capacity)
+
 
 def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
@@ -186,19 +196,37 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     own, and no chunk goes over row `cut`. The KV stack of a chunk is never longer than its rows plus the longest path,
     whatever the size of the trie.
     """
+    edges = _edges(trie, max_rows, known, cut)
+    return Plan(_chunks(trie, edges, 0), extent(trie, max_rows, known=known, cut=cut)[1])
+
+
+def extent(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> tuple[int, int]:
+    """The most rows that the same plan() forwards at a time, and its capacity."""
+    edges = np.asarray(_edges(trie, max_rows, known, cut))
+    rows = np.diff(edges)
+    on_stack = trie.depth.numpy()[edges[:-1]] + rows
+    return int(rows[bool(known) :].max(initial=0)), int(on_stack.max(initial=0))
+
+
+def _edges(trie: Trie, max_rows: int, known: int, cut: int) -> list[int]:
+    """The first row of each chunk, and the number of rows."""
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
     num_rows = len(trie.token)
-    # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
-    # several times faster than torch's on such nearly sorted values.
-    scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
-    scored_row = trie.scored_row[scored]
-    edges = [
+    return [
         *([0] if known else []),
         *range(known, cut, max_rows),
         *range(max(known, cut), num_rows, max_rows),
         num_rows,
     ]
+
+
+def _chunks(trie: Trie, edges: list[int], previous_row: int) -> tuple[Chunk, ...]:
+    """The chunks between the edges; `previous_row` begins the chunk whose stack the first one finds."""
+    # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
+    # several times faster than torch's on such nearly sorted values.
+    scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
+    scored_row = trie.scored_row[scored]
     cuts = torch.searchsorted(scored_row, torch.tensor(edges, dtype=torch.int32)).tolist()
     chunks = []
     for k, first_row in enumerate(edges[:-1]):
@@ -212,11 +240,11 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
             target_row=inverse.int(),
             target_token=trie.scored_token[index],
             target_index=index,
-            _previous_row=edges[max(k - 1, 0)],
+            _previous_row=edges[k - 1] if k else previous_row,
             _trie=trie,
         )
         chunks.append(chunk)
-    return Plan(tuple(chunks), max((c.stack_rows + len(c.token) for c in chunks), default=0))
+    return tuple(chunks)
 
 
 def _vector(name: str, values: Any, dtype: type[np.generic]) -> NDArray[Any]:

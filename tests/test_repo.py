@@ -28,6 +28,7 @@ LAYERS = {
     "ops": 0.5,
     "trie": 1,
     "cache": 1,
+    "memory": 1,
     "model": 1,
     "encoding": 1,
     "contexts": 1.5,
@@ -54,6 +55,8 @@ LAYERS = {
 SAME_LAYER = {
     ("model", "trie"),
     ("model", "cache"),
+    ("model", "memory"),
+    ("memory", "trie"),
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
