@@ -380,11 +380,11 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
 def check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
     """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
     num_tokens = min(model.vocabulary, model.head.weight.shape[0])
-    checked: Sequence[int] = ()
+    checked: dict[int, Sequence[int]] = {}  # contexts by identity, theirs as long as they are kept here
     # The last token needs no position of its own: it is predicted, never forwarded.
     for (context, continuation), name in zip(encoded, names, strict=True):
-        ids = continuation if context is checked else [*context, *continuation]
-        checked = context
+        ids = continuation if id(context) in checked else [*context, *continuation]
+        checked[id(context)] = context
         for token_id in (min(ids), max(ids)):
             if not 0 <= token_id < num_tokens:
                 raise ScoreError(f"{name}: token id {token_id}: the model's vocabulary has {num_tokens} tokens")

@@ -58,6 +58,9 @@ def build(
     tokens: Tensor | NDArray[np.int32],
     offsets: Tensor | NDArray[np.int64],
     context_lengths: Tensor | NDArray[np.int64],
+    *,
+    heads: tuple[Tensor | NDArray[np.int32], Tensor | NDArray[np.int64]] | None = None,
+    head: Tensor | NDArray[np.int32] | None = None,
 ) -> Trie:
     """Merge R requests into one trie.
 
@@ -66,6 +69,8 @@ def build(
         offsets: request r is tokens[offsets[r]:offsets[r + 1]]; int64 [R + 1], from 0 to the total length.
         context_lengths: leading tokens of each request that are context, the rest being continuation; int64 [R],
             1 <= context_lengths[r] < length of request r.
+        heads: beginnings that many requests share: their tokens and offsets, as above.
+        head: which of them request r begins with, int32 [R]; `tokens` then holds what follows it.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or values, or there are 2^31 distinct prefixes.
@@ -74,32 +79,47 @@ def build(
     memory is about 40 bytes a request and 8 a node beside the result. Equal requests, and requests that are a prefix of
     others, are welcome; R may be 0.
     """
+    head_tokens, head_offsets = heads or (np.zeros(0, np.int32), np.zeros(1, np.int64))
+    head_tokens = _vector("head_tokens", head_tokens, np.int32)
     arrays = _C.trie_build(
         _vector("tokens", tokens, np.int32),
         _vector("offsets", offsets, np.int64),
         _vector("context_lengths", context_lengths, np.int64),
+        head_tokens,
+        _vector("head_offsets", head_offsets, np.int64),
+        None if head is None else _vector("head", head, np.int32),
     )
-    return Trie(request_tokens=len(tokens), **{name: torch.from_numpy(values) for name, values in arrays.items()})
+    of_heads = 0 if head is None else int(np.diff(np.asarray(head_offsets))[np.asarray(head)].sum())
+    return Trie(
+        request_tokens=len(tokens) + of_heads,
+        **{name: torch.from_numpy(values) for name, values in arrays.items()},
+    )
 
 
 def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
     """Merge requests given as (context ids, continuation ids), neither empty; see `build`.
 
-    A context that is the same object as the one before it is converted only once.
+    A context that is one object for many requests is read, compared and kept once.
     """
-    tokens, offsets, context_lengths = array("i"), [0], []
-    previous, context = None, array("i")
-    for r, (context_ids, continuation_ids) in enumerate(requests):
+    tokens, offsets, head = array("i"), array("q", [0]), array("i")
+    head_tokens, head_offsets = array("i"), array("q", [0])
+    contexts: dict[int, tuple[int, Sequence[int]]] = {}  # by identity, which is theirs as long as they are kept here
+    for r, (context, continuation) in enumerate(requests):
         try:
-            if context_ids is not previous:
-                previous, context = context_ids, array("i", context_ids)
-            tokens.extend(context)
-            tokens.extend(array("i", continuation_ids))
+            if id(context) not in contexts:
+                contexts[id(context)] = len(contexts), context
+                head_tokens.extend(array("i", context))
+                head_offsets.append(len(head_tokens))
+            tokens.extend(array("i", continuation))
         except OverflowError as error:
             raise ValueError(f"requests: expected token ids below 2^31 (request {r})") from error
         offsets.append(len(tokens))
-        context_lengths.append(len(context))
-    return build(np.asarray(tokens), np.asarray(offsets, np.int64), np.asarray(context_lengths, np.int64))
+        head.append(contexts[id(context)][0])
+    lengths = np.diff(np.asarray(head_offsets))
+    return build(
+        np.asarray(tokens), np.asarray(offsets), lengths[np.asarray(head)],
+        heads=(np.asarray(head_tokens), np.asarray(head_offsets)), head=np.asarray(head),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
