@@ -22,7 +22,7 @@ from icl_ft_fast.score import loglikelihood
 
 SMALL = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-WIDE = SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 4}
+WIDE = SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 NARROW = SMALL | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "hidden_size": 64}
 QUESTION, CHOICES, CHOICE = 12, 4, 3  # tokens of a question, choices, tokens of each
 WITHIN = 1.15  # of the plan
@@ -54,9 +54,9 @@ class Case:
 
 def cases(quick: bool) -> list[Case]:
     """What is measured."""
-    small = [Case(5_000, 208, WIDE), Case(5_000, 208, WIDE, 60), Case(5_000, 208, WIDE, kv_dtype="int8")]
+    small = [Case(4_000, 250, WIDE), Case(4_000, 250, WIDE, 70), Case(4_000, 250, WIDE, kv_dtype="int8")]
     large = [Case(2_000, 4_083, SMALL), Case(2_000, 41_583, SMALL), Case(100_000, 10, NARROW)]
-    return small if quick else [*small, Case(5_000, 208, WIDE, kv_dtype="bfloat16"), *large]
+    return small if quick else [*small, Case(4_000, 250, WIDE, kv_dtype="bfloat16"), *large]
 
 
 def run(quick: bool) -> list[Row]:

@@ -42,7 +42,7 @@ def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> Kept:
 def unpack(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
     """Rows [T, G, D] of pack() in `dtype`; the very tensor where that is how they are kept."""
     rows, *scale = kept
-    return (rows * scale[0]).to(dtype) if scale else rows.to(dtype)
+    return rows.to(dtype).mul_(scale[0]) if scale else rows.to(dtype)
 
 
 class KVStack:

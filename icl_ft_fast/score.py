@@ -487,7 +487,7 @@ def _fit(
 ) -> tuple[trie.Plan, KVStack]:
     """The plan that fits the model's memory, and its stack, on which `start` is already; raises ScoreError."""
     room = start.stack.capacity if start is not None and start.stack.kv_dtype == model.memory.kept else 0
-    results_bytes = 16 * len(forest.scored_token) + 32 * len(forest.path_offset)
+    results_bytes = 16 * len(forest.scored_token) + 160 * len(forest.path_offset)  # the caller's, mostly
     try:
         plan, need = memory.fit(
             forest, chunk_rows, model.memory, model.footprint, model.device, known=known, cut=cut,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from icl_ft_fast.memory import KV_DTYPES, parse_bytes
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -46,6 +47,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
     )
 
 
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """--memory, --kv-dtype, --spill: what scoring may take; load_model() reads them."""
+    parser.add_argument(
+        "--memory", type=memory_size, metavar="SIZE",
+        help="what the process may take while it scores, like 4GB (default: what it holds and most of what is free)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-dtype", choices=list(KV_DTYPES), help="keep keys and values so: less memory, scores a little off"
+    )
+    parser.add_argument(
+        "--spill", type=Path, metavar="DIR", help="folder for keys and values that do not fit (default: the system's)"
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """--overwrite, --quiet."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -68,7 +83,8 @@ def load_model(options: argparse.Namespace) -> Model:
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
-    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    memory = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "spill")}
+    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **memory)
 
 
 def check_new(path: Path, overwrite: bool) -> None:
@@ -87,6 +103,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def memory_size(text: str) -> int:
+    """An argument's type: bytes, as parse_bytes() reads them."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def amount(text: str) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 from icl_ft_fast.cli.options import (
     Commands,
     add_json_option,
+    add_memory_options,
     add_model_options,
     add_output_options,
     check_new,
@@ -51,6 +52,7 @@ def add(commands: Commands) -> None:
         "--store-limit", type=float, default=20, metavar="GB", help="of all contexts there (default: %(default)s)"
     )
     add_json_option(scoring)
+    add_memory_options(scoring)
     add_output_options(scoring)
 
 

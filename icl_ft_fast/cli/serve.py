@@ -7,7 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from icl_ft_fast.cli.options import Commands, UsageError, add_model_options, command, load_model, positive
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_memory_options,
+    add_model_options,
+    command,
+    load_model,
+    positive,
+)
 
 KEY_VARIABLE = "ICL_FT_FAST_API_KEY"
 
@@ -20,6 +28,7 @@ def add(commands: Commands) -> None:
         f"{KEY_VARIABLE}=$(cat key) icl-ft-fast serve DIR --host 0.0.0.0 --context-memory 8000",
     )  # fmt: skip
     add_model_options(serving, positional=True)
+    add_memory_options(serving)
     serving.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serving.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
