@@ -257,7 +257,8 @@ def is_exhausted(error: Exception) -> bool:
 
 def live_bytes(call: Callable[[], Any]) -> int:
     """The most bytes of tensors, made by the operations of a call, that are alive at a time; deterministic."""
-    with _Live() as live:
+    live = _Live()
+    with live:
         call()
     return live.most
 

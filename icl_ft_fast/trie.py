@@ -79,6 +79,8 @@ def build(
     memory is about 40 bytes a request and 8 a node beside the result. Equal requests, and requests that are a prefix of
     others, are welcome; R may be 0.
     """
+    if (heads is None) != (head is None):
+        raise ValueError("head: expected with heads, and only then")
     head_tokens, head_offsets = heads or (np.zeros(0, np.int32), np.zeros(1, np.int64))
     head_tokens = _vector("head_tokens", head_tokens, np.int32)
     arrays = _C.trie_build(

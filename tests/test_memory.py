@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import FAMILIES
 
+import icl_ft_fast
 from benchmarks import memory as measured
 from icl_ft_fast import memory as budget
 from icl_ft_fast import ops, trie
@@ -25,7 +27,9 @@ from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.memory import BudgetError, Footprint, Memory, fit, group_free_bytes, parse_bytes
 from icl_ft_fast.model import ModelError, from_network, load
 from icl_ft_fast.score import ScoreError, loglikelihood, prefill
+from icl_ft_fast.tasks.task import Question
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PART = st.lists(st.sampled_from([0, 5, 299]), min_size=1, max_size=6)
 REQUESTS = st.lists(st.tuples(PART, PART), min_size=1, max_size=10)
@@ -451,6 +455,13 @@ def test_a_forest_that_does_not_fit_is_refused_with_what_to_change(llama, llama_
     with pytest.raises(SystemExit):
         main([*command, "--memory", "much", "--out", str(tmp_path / "x.jsonl")])
     assert "expected a number of bytes above 0 or a size like 4GB" in capsys.readouterr().err
+
+
+def test_the_documented_python_runs(llama_directory):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {"iff": icl_ft_fast, "questions": [Question("q", " who", (" knows", " sat"))], "text": "the cat sat on"}
+    exec(code.replace('"shipped"', repr(str(llama_directory))), names)
+    assert [score.question_id for score in names["scores"]] == ["q"]
 
 
 def test_peak_memory_is_the_plans_and_spilling_changes_no_bit():

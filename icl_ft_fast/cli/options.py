@@ -83,8 +83,11 @@ def load_model(options: argparse.Namespace) -> Model:
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
-    memory = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "spill")}
-    return load(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, **memory)
+    limits = vars(options)  # of commands that have them
+    return load(
+        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, memory=limits.get("memory"),
+        kv_dtype=limits.get("kv_dtype"), spill=limits.get("spill"),
+    )  # fmt: skip
 
 
 def check_new(path: Path, overwrite: bool) -> None:
