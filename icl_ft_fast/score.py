@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ def loglikelihood(
 
     Raises:
         ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
-            vocabulary does not have, or a request that does not begin with `start`.
+            vocabulary does not have, a request that does not begin with `start`, or too little memory.
     """
     encoded = _encode(model, requests)
     results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, start, shared_tokens))
@@ -138,7 +136,8 @@ def prefill(
         ledger: counts of this call are added to it.
 
     Raises:
-        ScoreError: no tokens, more than the model has positions, or one that its vocabulary does not have.
+        ScoreError: no tokens, more than the model has positions, one that its vocabulary does not have, or too little
+            memory.
 
     Memory: keys and values of every layer, and a hidden state, for each token.
     """
@@ -151,7 +150,7 @@ def prefill(
     forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
     weight = model.head.weight
     hidden = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    plan, stack = _fit(model, forest, chunk_rows, known=known)
+    plan, stack = _fit(model, forest, chunk_rows, known=known, extra_bytes=hidden.nbytes)
     if near and known:
         hidden[:known] = near.hidden[:known]
         near.stack.copy(known, stack)
@@ -351,7 +350,7 @@ def score(
         One Score a question, in the order given.
 
     Raises:
-        ScoreError: a choice without a token of its own, or more tokens than the model has positions.
+        ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
     """
     scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress, store))
     return [scores[q] for q in range(len(questions))]
@@ -453,9 +452,9 @@ def _forward(
                 hidden = start.hidden[chunk.first_row : chunk.last_row]
                 ledger.flops += len(chunk.head_rows) * work.head_flops
             else:
+                hidden = model.forward_chunk(chunk, stack)
                 if chunk.first_row == known:
                     ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
-                hidden = model.forward_chunk(chunk, stack)
                 depth = forest.depth[chunk.first_row : chunk.last_row]
                 ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
                 ledger.forwarded_rows += len(chunk.token)
@@ -469,7 +468,7 @@ def _forward(
     order = np.argsort(last_row, kind="stable")
     num_done = 0
     with tqdm(total=len(forest.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
-        for chunk, _ in _by_chunk(plan, stack, run):
+        for chunk in _by_chunk(plan, stack, run):
             bar.update(max(0, chunk.last_row - max(known, chunk.first_row)))
             completed = order[num_done : np.searchsorted(last_row, chunk.last_row, sorter=order)]
             num_done += len(completed)
@@ -499,20 +498,20 @@ def _fit(
     return plan, stack if start is None else start.open(stack)
 
 
-def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], T]) -> Iterator[tuple[trie.Chunk, T]]:
-    """Each chunk with what `run` makes of it; where memory runs out, of halves of it and of those after it."""
+def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]) -> Iterator[trie.Chunk]:
+    """Run chunks in turn, each yielded when it is done; one that memory runs out on, and all after it, in halves."""
     k = 0
     while k < len(plan.chunks):
         chunk = plan.chunks[k]
         rows = chunk.last_row - chunk.first_row
         try:
-            result = run(chunk)
+            run(chunk)
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error) or rows == 1 or stack.rows < 0:  # nothing to halve, or the stack is lost
                 raise
             _log.warning("memory: ran out with %d rows at a time: going on with %d (%s)", rows, (rows + 1) // 2, error)
         else:
-            yield chunk, result
+            yield chunk
             k += 1
             continue
         stack.rows = chunk.stack_rows  # what the chunk has added is forgotten
