@@ -509,7 +509,9 @@ def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error) or rows == 1 or stack.rows < 0:  # nothing to halve, or the stack is lost
                 raise
-            _log.warning("memory: ran out with %d rows at a time: going on with %d (%s)", rows, (rows + 1) // 2, error)
+            _log.warning(
+                "memory: ran out with %d rows at a time: going on with %d (%s)", rows, (rows + 1) // 2, str(error)
+            )
         else:
             yield chunk
             k += 1
