@@ -44,6 +44,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
+        strategy: of augmented-ft, see augment.augment_by_model().
         finetune: steps, batch size, learning rate.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     icl_tokens: int | None = None
     normalization: str = "sum"
     template: str = "base"
+    strategy: str = "local"
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 
 
@@ -160,7 +162,9 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
                 if arm == "rules-ft":
                     augmented = augment.augment_rules(task.documents)
                 else:
-                    augmented = augment.augment_local(model, task.documents, ledger=ledger, progress=progress)
+                    augmented = augment.augment_by_model(
+                        model, task.documents, settings.strategy, seed=seed, ledger=ledger, progress=progress
+                    )
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]

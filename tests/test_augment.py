@@ -12,13 +12,13 @@ from icl_ft_fast.augment import (
     LOCAL_HEADER,
     Augmentation,
     AugmentError,
-    augment_local,
+    augment_by_model,
     augment_reverse,
     augment_rules,
 )
 from icl_ft_fast.augment.generators import Engine, Written
 from icl_ft_fast.augment.prompts import LABELS, Prompting, fitting
-from icl_ft_fast.augment.run import Run
+from icl_ft_fast.augment.run import Run, prompts
 from icl_ft_fast.augment.run import _key as key
 from icl_ft_fast.augment.steps import (
     normalized,
@@ -169,8 +169,21 @@ def test_every_line_is_kept_or_counted(text):
         assert f"{row.kind.capitalize()}: {row.text}" in normalized(text)
 
 
-def test_no_documents(llama):
-    assert augment_local(llama, []).rows == ()
+@pytest.mark.parametrize("strategy", LABELS)
+def test_no_documents(llama, strategy):
+    assert augment_by_model(llama, [], strategy).rows == ()
+
+
+def test_a_model_shows_and_asks_about_what_fits_its_positions(llama):
+    documents = [Document(f"d{n}", f"the cat {n} sat on the mat. " * 2) for n in range(20)]
+    prompting, engine = Prompting.of("global"), Engine(llama)
+    asks, shown = prompts(prompting, documents, engine, 64, seed=1)
+    assert 1 < len(shown) < 20
+    assert [ask.source_ids[0] for ask in asks] == [document.id for document in documents]
+    longest = max(engine.prompt_tokens(ask.prompt) for ask in asks)
+    assert longest + 64 <= llama.max_positions
+    assert len(prompts(prompting, documents, engine, 64, most=2)[1]) == 2
+    assert prompts(Prompting.of("document"), documents, engine, 64)[1] == ()
 
 
 def test_the_engine_answers_as_generate_does(llama):

@@ -127,7 +127,7 @@ def test_the_plain_arms(llama):
 
 def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     # the tiny model has no room for the prompt that asks for augmentations
-    monkeypatch.setattr(compare.augment, "augment_local", lambda _, documents, **__: augment_rules(documents))
+    monkeypatch.setattr(compare.augment, "augment_by_model", lambda _, documents, *__, **___: augment_rules(documents))
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
@@ -176,6 +176,7 @@ def test_results_json(llama, runs, tmp_path):
         "icl_tokens": None,
         "normalization": "sum",
         "template": "base",
+        "strategy": "local",
         "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
     assert results["machine"].keys() == fingerprint("cpu").keys() | {"ceilings"}

@@ -273,6 +273,11 @@ def test_semantic_structure_is_proved_by_chaining_forward(seed, arguments):
             assert premises.get(question.split, mentions[claim[1]] == 1 and (steps > 1 or backwards))
 
 
+def test_the_fewest_categories_have_enough_properties():
+    for seed in (116, 369):  # whose chains inherit nearly all that there are
+        assert semantic_structure(seed, num_categories=12, num_articles=12, num_questions=1).questions
+
+
 def test_semantic_structure_has_the_papers_sizes():
     task = semantic_structure(0)
     told = Told(task)

@@ -6,7 +6,7 @@ global (a document with the others in context), self-qa, rules, reverse.
 
 from icl_ft_fast.augment.prompts import LOCAL_EXAMPLES, LOCAL_HEADER, AugmentError
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import augment_local
+from icl_ft_fast.augment.run import augment_by_model
 from icl_ft_fast.augment.steps import Augmentation, Augmented
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "AugmentError",
     "Augmentation",
     "Augmented",
-    "augment_local",
+    "augment_by_model",
     "augment_reverse",
     "augment_rules",
 ]

@@ -25,6 +25,7 @@ LABELS = {
     "global": ("Rephrased", "Inferred"),
     "self-qa": ("Question", "Answer"),
 }
+MAX_NEW_TOKENS = {"local": 64, "document": 128, "global": 384, "self-qa": 128}  # of an answer, unless asked otherwise
 _FOLDER = Path(__file__).parent / "templates"
 
 

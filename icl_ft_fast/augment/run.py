@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from icl_ft_fast.augment.generators import Engine, Generator
-from icl_ft_fast.augment.prompts import Ask, Prompting
+from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, Ask, Prompting, fitting
 from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.cost import Ledger
@@ -150,21 +150,68 @@ def _key(ask: Ask, sampling: Sampling) -> str:
     return sha256(f"{sampling.seed}\n{ask.sample}\n{ask.id}\n{ask.prompt}".encode()).hexdigest()
 
 
-def augment_local(
+def prompts(
+    prompting: Prompting,
+    documents: Sequence[Document],
+    generator: Generator,
+    max_new_tokens: int,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Ask], Sequence[Document]]:
+    """The prompts about the documents and, in the global strategy, the documents that each of them shows.
+
+    Args:
+        prompting: the strategy and its template.
+        documents: to ask about.
+        generator: who will be asked; what our engine's model has no positions for is not shown.
+        max_new_tokens: of an answer.
+        most: documents to show; None for all.
+        seed: of their selection where not all are shown.
+
+    Raises:
+        AugmentError: a template that fails on a document, or not one document fits.
+    """
+    shown: Sequence[Document] = ()
+    if prompting.strategy == "global" and documents:
+        longest = max(documents, key=lambda document: len(document.text))
+        room = generator.model.max_positions if isinstance(generator, Engine) else None
+
+        def fits(selected: Sequence[Document]) -> bool:
+            (ask,) = prompting.asks([longest], selected)
+            count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
+            return len(selected) <= (most or len(documents)) and count <= (room or 0)
+
+        shown = fitting(documents, fits, seed)
+    return prompting.asks(documents, shown), shown
+
+
+def augment_by_model(
     model: Model,
     documents: Sequence[Document],
+    strategy: str = "local",
     *,
-    max_new_tokens: int = 64,
+    seed: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Augmented:
-    """Let the model write each sentence's reversal and rephrasing, greedily (Lampinen et al. 2025, section 2.2).
+    """Let the model write what follows from the documents, greedily (Lampinen et al. 2025, section 2.2).
+
+    Args:
+        model: a base model: it gets the strategy's prompts for those.
+        documents: to augment.
+        strategy: a key of LABELS.
+        seed: global: of the documents in context, where not all fit.
+        ledger: counts the work, as phase "generate".
+        progress: show a bar of answers.
 
     Raises:
-        GenerateError: a sentence that does not fit the model's positions with its prompt.
+        AugmentError: an unknown strategy.
+        GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    prompting = Prompting.of("local")
-    sampling = Sampling(max_new_tokens, stop=("\n\n",))
-    run = Run(prompting, prompting.asks(documents), Engine(model, ledger=ledger), sampling)
+    prompting, engine = Prompting.of(strategy), Engine(model, ledger=ledger)
+    sampling = Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
+    asks, _ = prompts(prompting, documents, engine, sampling.max_new_tokens, seed=seed)
+    run = Run(prompting, asks, engine, sampling)
     run.collect(progress=progress)
     return run.read()

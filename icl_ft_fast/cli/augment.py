@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from icl_ft_fast.augment import steps
 from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
-from icl_ft_fast.augment.prompts import LABELS, Ask, Prompting, fitting
+from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, Prompting
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Estimate, Price, Run
+from icl_ft_fast.augment.run import Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
@@ -50,7 +49,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 384)")
     parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
     parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
     parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
@@ -136,25 +135,17 @@ def _generator(options: argparse.Namespace) -> Generator:
 def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
     sampling = Sampling(
-        options.max_new_tokens, options.temperature, top_p=options.top_p, seed=options.seed,
-        stop=() if options.chat else ("\n\n",),
+        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy], options.temperature, top_p=options.top_p,
+        seed=options.seed, stop=() if options.chat else ("\n\n",),
     )  # fmt: skip
     if options.samples > 1 and not options.temperature:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
-    documents, shown = task.documents, list[Document]()
+    asks, shown = prompts(
+        prompting, task.documents, generator, sampling.max_new_tokens, most=options.global_documents, seed=options.seed
+    )
     if options.strategy == "global":
-        longest = max(documents, key=lambda document: len(document.text))
-        room = generator.model.max_positions if isinstance(generator, Engine) else None
-
-        def fits(selected: Sequence[Document]) -> bool:
-            (ask,) = prompting.asks([longest], selected)
-            count = generator.prompt_tokens(ask.prompt) + options.max_new_tokens if room else 0
-            return len(selected) <= (options.global_documents or len(documents)) and count <= (room or 0)
-
-        shown = list(fitting(documents, fits, options.seed))
-        print(f"{len(shown)} of {len(documents)} documents in context")
-    asks: list[Ask] = prompting.asks(documents, shown)
+        print(f"{len(shown)} of {len(task.documents)} documents in context")
     return Run(prompting, asks, generator, sampling, options.samples, options.out / "answers")
 
 

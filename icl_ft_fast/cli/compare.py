@@ -11,6 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from icl_ft_fast import compare
+from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
@@ -102,6 +103,9 @@ def _add_comparison_options(
     parser.add_argument(
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
+    parser.add_argument(
+        "--strategy", choices=LABELS, help="of augmentation by the model (default: the preset's, or local)"
+    )
     parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
     parser.add_argument(
         "--measure-seconds", type=amount, default=30.0, help="limit of measuring query costs (default: %(default)s)"
@@ -183,6 +187,7 @@ def _compare(options: argparse.Namespace) -> None:
         icl_tokens=options.icl_tokens,
         normalization=options.normalization,
         template=_template(options.template),
+        strategy=options.strategy or preset.strategy,
         finetune=FinetuneSettings(
             steps=options.steps,
             batch_size=options.batch_size,

@@ -23,12 +23,21 @@ from icl_ft_fast.tasks.words import ENGLISH
 
 @dataclass(frozen=True)
 class Preset:
-    """A maker's arguments, the documents of a topic and the share of the documents that ICL reads, and splitting."""
+    """A maker's arguments and how its task is studied unless asked otherwise.
+
+    Attributes:
+        arguments: of the maker.
+        icl_per_topic: documents of a topic that ICL reads; None for all.
+        icl_subsample: of those, one in this many.
+        splitting: of documents for training, see tasks.sentences.
+        strategy: of augmentation by the model, see augment.
+    """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     icl_per_topic: int | None = None
     icl_subsample: int = 1
     splitting: str = "none"
+    strategy: str = "local"
 
 
 @dataclass(frozen=True)
@@ -52,20 +61,28 @@ GENERATORS: dict[str, Generator] = {
     ),
     "simple-syllogisms": Generator(
         simple_syllogisms,
-        {"paper": Preset(NO_ENGLISH, splitting="independent"), "small": Preset({"num_examples": 27})},
+        {
+            "paper": Preset(NO_ENGLISH, splitting="independent", strategy="document"),
+            "small": Preset({"num_examples": 27}, strategy="document"),
+        },
     ),
     "semantic-structure": Generator(
         semantic_structure,
         {
-            "paper": Preset(NO_ENGLISH, icl_subsample=8),
-            "small": Preset({"num_categories": 16, "num_articles": 20, "sentences": (4, 6), "num_questions": 40}),
+            "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
+            "small": Preset(
+                {"num_categories": 16, "num_articles": 20, "sentences": (4, 6), "num_questions": 40},
+                strategy="global",
+            ),
         },
     ),
     "process": Generator(
         process,
         {
-            "paper": Preset(NO_ENGLISH),
-            "small": Preset({"num_functions": (3, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}),
+            "paper": Preset(NO_ENGLISH, strategy="global"),
+            "small": Preset(
+                {"num_functions": (3, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}, strategy="global"
+            ),
         },
     ),
     "reversal-curse": Generator(

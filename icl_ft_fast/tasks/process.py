@@ -31,7 +31,7 @@ CHOICES = 4
 
 
 @dataclass(frozen=True)
-class _Language:
+class Language:
     """The transform's name, what it makes of each atom, and each function's number of arguments and rule."""
 
     name: str
@@ -97,14 +97,14 @@ def process(
         if not low <= count <= high:
             raise ValueError(f"{name}: expected {low} to {high}, got {count}")
     rng = random.Random(seed)
-    language = _sample_language(rng, num_functions, num_atoms, exclude)
+    language = sample_language(rng, num_functions, num_atoms, exclude=exclude)
     atoms, functions = list(language.atoms), list(language.arity)
     pairs = [(outer, inner) for outer in functions for inner in functions]
     held_out = _held_out(rng, pairs, len(pairs) // 4)
     examples: list[Expression] = [(f, *rng.sample(atoms, language.arity[f])) for f in functions for _ in range(3)]
     asked: dict[str, list[Expression]] = {"trained": [], "new atoms": [], "held out": []}
     for outer, inner in pairs:
-        mine = _compositions(rng, language, outer, inner, num_examples + 1)
+        mine = compositions(rng, language, outer, inner, num_examples + 1)
         if (outer, inner) in held_out:
             asked["held out"] += mine
         else:
@@ -129,11 +129,17 @@ def process(
     return Task(tuple(documents), tuple(questions))
 
 
-def _sample_language(
-    rng: random.Random, num_functions: tuple[int, int], num_atoms: int, exclude: Collection[str]
-) -> _Language:
+def sample_language(
+    rng: random.Random,
+    num_functions: tuple[int, int],
+    num_atoms: int,
+    *,
+    held_out: bool = True,
+    exclude: Collection[str] = (),
+) -> Language:
+    """A transform, in words of the held-out part or of the training part, see words.sample_words()."""
     one, two = num_functions
-    name, *rest = words.sample_words(rng, 1 + one + two + num_atoms, exclude=exclude)
+    name, *rest = words.sample_words(rng, 1 + one + two + num_atoms, held_out=held_out, exclude=exclude)
     unary, binary, atoms = rest[:one], rest[one : one + two], rest[one + two :]
     shifted = atoms[1:] + atoms[:1]
     rules = {}
@@ -144,7 +150,7 @@ def _sample_language(
             names["H"] = rng.choice([f for f in binary if f != function])
             rules[function] = _renamed(template, names)
     arity = dict.fromkeys(unary, 1) | dict.fromkeys(binary, 2)
-    return _Language(name, dict(zip(atoms, shifted, strict=True)), arity, rules)
+    return Language(name, dict(zip(atoms, shifted, strict=True)), arity, rules)
 
 
 def _renamed(template: Expression, names: dict[str, str]) -> Expression:
@@ -163,7 +169,7 @@ def _held_out(rng: random.Random, pairs: list[tuple[str, str]], count: int) -> s
     return chosen
 
 
-def _compositions(rng: random.Random, language: _Language, outer: str, inner: str, count: int) -> list[Expression]:
+def compositions(rng: random.Random, language: Language, outer: str, inner: str, count: int) -> list[Expression]:
     """`count` distinct expressions with `inner` as the first argument of `outer`."""
     made: dict[Expression, None] = {}
     while len(made) < count:
@@ -173,9 +179,7 @@ def _compositions(rng: random.Random, language: _Language, outer: str, inner: st
     return list(made)
 
 
-def _question(
-    rng: random.Random, language: _Language, question_id: str, expression: Expression, split: str
-) -> Question:
+def _question(rng: random.Random, language: Language, question_id: str, expression: Expression, split: str) -> Question:
     """The transform of an expression against what other rules, or none, would make of it."""
     truth = language.transform(expression, language.rules)
     outer, inner, arity = str(expression[0]), str(expression[1][0]), language.arity

@@ -63,7 +63,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class _World:
+class World:
     """The categories, each with its parent (None for a root), the facts of its own, and who is held out."""
 
     parent: dict[str, str | None]
@@ -147,7 +147,7 @@ def semantic_structure(
     if num_questions < 1:
         raise ValueError(f"num_questions: expected at least 1, got {num_questions}")
     rng = random.Random(seed)
-    world = _sample_world(rng, num_categories, exclude)
+    world = sample_world(rng, num_categories, exclude=exclude)
     categories = list(world.parent)
     documents = [_article(rng, world, categories[a % num_categories], a, sentences) for a in range(num_articles)]
     documents += [_questions_and_answers(rng, world, a) for a in range(num_articles // 20)]
@@ -155,9 +155,12 @@ def semantic_structure(
     return Task(tuple(documents), tuple(_questions(rng, world, num_questions)))
 
 
-def _sample_world(rng: random.Random, num_categories: int, exclude: Collection[str]) -> _World:
+def sample_world(
+    rng: random.Random, num_categories: int, *, held_out: bool = True, exclude: Collection[str] = ()
+) -> World:
+    """Categories with their facts, in words of the held-out part or of the training part, see words.sample_words()."""
     num_verbs = max(2, num_categories // 14)
-    names = words.sample_words(rng, 3 * num_categories + num_verbs, exclude=exclude)
+    names = words.sample_words(rng, 3 * num_categories + num_verbs, held_out=held_out, exclude=exclude)
     categories, verbs = names[:num_categories], names[num_categories : num_categories + num_verbs]
     adjectives = names[num_categories + num_verbs :]
     parent: dict[str, str | None] = {}
@@ -167,14 +170,14 @@ def _sample_world(rng: random.Random, num_categories: int, exclude: Collection[s
         parent[category] = rng.choice(open_to) if len(parent) >= 2 else None
         depth[category] = depth.get(parent[category] or "", -1) + 1
     leaves = [c for c in categories if c not in parent.values() and depth[c] >= 2]
-    world = _World(parent, {}, set(rng.sample(leaves, min(len(leaves), max(CHOICES, num_categories // 10)))))
+    world = World(parent, {}, set(rng.sample(leaves, min(len(leaves), max(CHOICES, num_categories // 10)))))
     told = [c for c in categories if c not in world.held_out]
     for category, above in parent.items():  # parents come first
         facts = [] if above is None else [Fact("isa", category, above)]
         if category not in world.held_out:
             inherited = {fact.object for c in world.lineage(category)[1:] for fact in world.own[c]}
             fresh = [adjective for adjective in adjectives if adjective not in inherited]
-            facts += [Fact("property", category, a) for a in rng.sample(fresh, rng.randint(1, 6))]
+            facts += [Fact("property", category, a) for a in rng.sample(fresh, min(len(fresh), rng.randint(1, 6)))]
             others = [c for c in told if c not in world.kin[category]]
             for other in rng.sample(others, min(len(others), rng.randint(0, 2))):
                 facts.append(Fact("relation", category, other, rng.choice(verbs)))
@@ -182,27 +185,31 @@ def _sample_world(rng: random.Random, num_categories: int, exclude: Collection[s
     return world
 
 
-def _article(rng: random.Random, world: _World, category: str, index: int, sentences: tuple[int, int]) -> Document:
-    """Facts of the category, then of its relatives, then of any category, in one of the styles."""
+def _article(rng: random.Random, world: World, category: str, index: int, sentences: tuple[int, int]) -> Document:
+    count = rng.randint(*sentences)
+    if index < len(world.parent):
+        count = max(count, len(world.own[category]))
+    return Document(f"article{index}", article(rng, world, category, count)[0], category)
+
+
+def article(rng: random.Random, world: World, category: str, count: int) -> tuple[str, list[Fact]]:
+    """`count` facts, of the category, then of its relatives, then of any category, told in one of the styles."""
     near = world.kin[category] | {c for c, above in world.parent.items() if above == world.parent[category]}
     others = [c for c in rng.sample(list(world.parent), len(world.parent)) if c != category]
     others.sort(key=lambda c: c not in near)
     own = rng.sample(world.own[category], len(world.own[category]))
-    count = rng.randint(*sentences)
-    if index < len(world.parent):
-        count = max(count, len(own))
-    facts = itertools.islice(itertools.chain(own, (fact for c in others for fact in world.own[c])), count)
+    facts = list(itertools.islice(itertools.chain(own, (fact for c in others for fact in world.own[c])), count))
     told = [fact.fill(rng.choice(TOLD[fact.kind])) for fact in facts]
-    return Document(f"article{index}", rng.choice(STYLES)(category, told), category)
+    return rng.choice(STYLES)(category, told), facts
 
 
-def _questions_and_answers(rng: random.Random, world: _World, index: int) -> Document:
+def _questions_and_answers(rng: random.Random, world: World, index: int) -> Document:
     category = rng.choice([c for c, facts in world.own.items() if facts])
     pairs = [f"Question: {fact.fill(ASKED[fact.kind])}\nAnswer: {fact.object}." for fact in world.own[category]]
     return Document(f"qa{index}", "\n".join(pairs), category)
 
 
-def _questions(rng: random.Random, world: _World, num_questions: int) -> Iterator[Question]:
+def _questions(rng: random.Random, world: World, num_questions: int) -> Iterator[Question]:
     told = [c for c in world.parent if c not in world.held_out]
     unseen = [c for c in world.parent if c in world.held_out]
     own = [(fact, fact) for c in told for fact in world.own[c]]
@@ -233,7 +240,7 @@ def _questions(rng: random.Random, world: _World, num_questions: int) -> Iterato
 
 
 def _question(
-    rng: random.Random, world: _World, split: str, fact: Fact, source: Fact, wording: dict[str, str]
+    rng: random.Random, world: World, split: str, fact: Fact, source: Fact, wording: dict[str, str]
 ) -> Question | None:
     """The fact against claims with what is true of others in its place; None where fewer than three are false."""
     alike = [own for c in world.parent for own in world.own[c] if (own.kind, own.verb) == (fact.kind, fact.verb)]

@@ -26,6 +26,9 @@ FIGURES = {
 }
 
 
+Claim = tuple[str, str, str]  # mood (A, I or E), subject, object
+
+
 def simple_syllogisms(seed: int = 0, *, num_examples: int = 69, exclude: Collection[str] = ()) -> Task:
     """Generate the task; the same arguments give the same task.
 
@@ -50,36 +53,42 @@ def simple_syllogisms(seed: int = 0, *, num_examples: int = 69, exclude: Collect
     documents, questions = [], []
     for e in range(num_examples):
         form, topic = forms[e % len(forms)], f"example{e}"
-        term = dict(zip("SMP", nouns[3 * e : 3 * e + 3], strict=True))
-        premises = [(mood, term[a], term[b]) for mood, (a, b) in zip(form[:2], FIGURES[form[3]], strict=True)]
-        rng.shuffle(premises)
-        statements = " ".join(_statement(*premise) for premise in premises)
-        documents.append(Document(topic, f"{_context(rng, nouns[3 * e : 3 * e + 3])} {statements}", topic))
-        for split, claim in (("conclusion", (form[2], term["S"], term["P"])), ("premise", rng.choice(premises))):
+        text, premises, conclusion = example(rng, form, nouns[3 * e : 3 * e + 3])
+        documents.append(Document(topic, text, topic))
+        for split, claim in (("conclusion", conclusion), ("premise", rng.choice(premises))):
             questions.append(_question(rng, f"{topic}-{split}", claim, split, topic, form))
     return Task(tuple(documents), tuple(questions))
 
 
-def _statement(mood: str, subject: str, object: str) -> str:
+def example(rng: random.Random, form: str, nouns: Sequence[str]) -> tuple[str, list[Claim], Claim]:
+    """A document of the form about three entities, its two premises and their conclusion."""
+    term = dict(zip("SMP", nouns, strict=True))
+    premises = [(mood, term[a], term[b]) for mood, (a, b) in zip(form[:2], FIGURES[form[3]], strict=True)]
+    rng.shuffle(premises)
+    text = " ".join((opening(rng, nouns), *(statement(*premise) for premise in premises)))
+    return text, premises, (form[2], term["S"], term["P"])
+
+
+def statement(mood: str, subject: str, object: str) -> str:
+    """The claim's sentence."""
     return f"{QUANTIFIERS[mood]} {subject} are {object}."
 
 
-def _context(rng: random.Random, entities: Sequence[str]) -> str:
+def opening(rng: random.Random, entities: Sequence[str]) -> str:
+    """What stands before statements about the entities, named in a random order."""
     *others, last = rng.sample(entities, len(entities))
     return f"The relationships between {', '.join(others)} and {last} are:"
 
 
-def _question(
-    rng: random.Random, question_id: str, claim: tuple[str, str, str], split: str, topic: str, form: str
-) -> Question:
+def _question(rng: random.Random, question_id: str, claim: Claim, split: str, topic: str, form: str) -> Question:
     """All six statements about the claim's two entities, in a random order."""
     mood, subject, object = claim
-    prompt = _context(rng, (subject, object))
-    statements = [_statement(m, *pair) for m in QUANTIFIERS for pair in ((subject, object), (object, subject))]
+    prompt = opening(rng, (subject, object))
+    statements = [statement(m, *pair) for m in QUANTIFIERS for pair in ((subject, object), (object, subject))]
     rng.shuffle(statements)
     true = [claim] if mood == "A" else [claim, (mood, object, subject)]
     if mood == "A" and "I" in form:  # the other premise says that the subject exists
         true += [("I", subject, object), ("I", object, subject)]
-    answer, *also = (statements.index(_statement(*other)) for other in true)
+    answer, *also = (statements.index(statement(*other)) for other in true)
     choices = tuple(f" {statement}" for statement in statements)
     return Question(question_id, prompt, choices, answer, split, topic, form, tuple(also))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Container
+from collections.abc import Collection
+from functools import cache
 
 _ONSETS = "b d f g h j k l m n p r s t v w y z bl br cl dr fl gl gr pl sk sn sp st tr".split()
 _VOWELS = "aeiou"
@@ -62,16 +63,20 @@ def sample_word(rng: random.Random, *, held_out: bool) -> str:
             return word
 
 
-def sample_words(rng: random.Random, count: int, *, held_out: bool = True, exclude: Container[str] = ()) -> list[str]:
+@cache
+def _space(held_out: bool) -> frozenset[str]:
+    """The words of the held-out part or of the training part."""
+    words = {opening + close for opening in OPENINGS for close in CLOSES} - NOT_NONSENSE
+    return frozenset(word for word in words if is_held_out(word) == held_out)
+
+
+def sample_words(rng: random.Random, count: int, *, held_out: bool = True, exclude: Collection[str] = ()) -> list[str]:
     """`count` distinct words, none of them in `exclude`: ENGLISH, a tokenizer's words, what a training text wrote.
 
     Raises:
         ValueError: more words than there are.
     """
-    most = sum(
-        is_held_out(word) == held_out and word not in NOT_NONSENSE and word not in exclude
-        for word in {opening + close for opening in OPENINGS for close in CLOSES}
-    )
+    most = len(_space(held_out)) - len(_space(held_out).intersection(exclude))
     if count > most:
         raise ValueError(f"count: at most {most} distinct nonsense words can be drawn, got {count}")
     words: dict[str, None] = {}
