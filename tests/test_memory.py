@@ -319,6 +319,13 @@ def test_a_stack_moves_to_another_of_any_kind(tmp_path):
                         assert torch.equal(rows, kept)
 
 
+def test_the_allocators_own_error_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.int8)
+    assert budget.is_exhausted(caught.value)
+    assert not budget.is_exhausted(RuntimeError("The size of tensor a must match"))
+
+
 def out_of_memory(rows):
     sizes = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. Error code 12"
     return [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("bad_alloc"), RuntimeError(sizes)][rows % 3]
