@@ -188,7 +188,7 @@ def fit(
     else:
         raise BudgetError(
             f"memory: too little: {need}, at the least (weights: {_gb(footprint.weight_bytes)}); "
-            f"give --memory (memory=) {_gb(need.total_bytes)} or more, "
+            f"give --memory (memory=) {math.ceil(need.total_bytes / 1e6)}MB or more, "
             f"{'shorter requests' if memory.kv_dtype else '--kv-dtype int8 (kv_dtype=), shorter requests'} "
             "or a smaller model"
         )
