@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from icl_ft_fast import encoding, statistics
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import Score, score
@@ -111,16 +112,17 @@ def answers(
     *,
     context: str = "",
     normalization: str = "sum",
+    store: ContextStore | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> list[Answer]:
-    """Score the questions after `context`; those without a known answer are scored and left out.
+    """Score the questions after `context`, from the store if there is one; those without a known answer are left out.
 
     Raises:
         ProtocolError: an unknown normalization.
         ScoreError: as score() does.
     """
-    results = score(model, questions, context=context, ledger=ledger, progress=progress)
+    results = score(model, questions, context=context, store=store, ledger=ledger, progress=progress)
     alone: Sequence[Score | None] = [None] * len(results)
     if normalization == "pmi":
         alone = score(model, [replace(question, prompt="") for question in questions], ledger=ledger, progress=progress)

@@ -257,7 +257,24 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(cli.compare.compare, "write_results", full)
-    assert refused(files.compare()) == f"{files.folder / 'run' / 'results.json'}: No space left on device"
+    path, then = files.folder / "run" / "results.json", "free some space and run the same command again"
+    assert refused(files.compare()) == f"{path}: No space left on device; {then}"
+
+
+def test_an_interruption_is_one_line_and_leaves_no_lock(files, run, monkeypatch):
+    def interrupted(_):
+        assert (files.folder / "run" / ".lock").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.compare, "load_model", interrupted)
+    assert run(files.compare()) == (130, [], ["icl-ft-fast compare: interrupted"])
+    assert not (files.folder / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("minutes", ["-1", "nan"])
+def test_minutes_between_checkpoints(files, refused, minutes):
+    arguments = files.compare(checkpoint_minutes=minutes)
+    assert refused(arguments) == f"--checkpoint-minutes: expected 0 or more, got {float(minutes)}"
 
 
 @pytest.fixture
@@ -491,8 +508,13 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert {point["context_tokens"] for point in results["sweep"]["points"]} >= {0, results["sweep"]["context_tokens"]}
     assert results["load"]["phases"]["load"]["wall_s"] > 0
     assert results["machine"]["ceilings"]["flops_per_s"] > 0
+    before = path.read_bytes()
+    assert run(arguments)[0] == 0  # all is kept
+    assert path.read_bytes() == before
+    arguments[arguments.index("--batch-size") + 1] = "3"
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"]["finetune"]["batch_size"] == 3
 
 
 def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run):

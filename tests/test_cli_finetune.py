@@ -42,9 +42,12 @@ def test_options_from_yaml_and_the_command_line(data, llama_directory, tmp_path,
     assert capsys.readouterr().out == f"3 steps, last loss {losses[-1]:.4f}. Written to {out}\n"
     load(llama_directory, adapter=out)
     again = ("--config", config, "--output_dir", out, "--max_steps", 3, "--seed", 5, "--quiet")
-    assert run(*again) == 2
+    assert run(*again) == 0
+    assert capsys.readouterr().out == f"3 steps, last loss {losses[-1]:.4f}. Written to {out}\n"
+    assert run(*again, "--resume_from_checkpoint", "false") == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert run(*again, "--resume_from_checkpoint") == 0
+    assert run(*again[:-2], 6) == 2
+    assert "checkpoint-3: cannot be resumed: seed was 5, now 6" in capsys.readouterr().err
 
 
 def test_validation_epochs_and_a_teacher(data, llama_directory, tmp_path):

@@ -25,6 +25,7 @@ LAYERS = {
     "reference": 0,
     "kernels": 0,
     "_C": 0,
+    "durable": 0,
     "ops": 0.5,
     "trie": 1,
     "cache": 1,

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
 from icl_ft_fast import encoding
 from icl_ft_fast.augment.prompts import Ask, AugmentError
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import read_jsonl, text_field
 
@@ -34,6 +34,13 @@ class Written:
 
 class Generator(Protocol):
     """What answers prompts."""
+
+    @property
+    def together(self) -> int | None:
+        """Prompts a call, always the same ones, where an answer's last bits depend on what is decoded beside it.
+
+        Where the answer to one of them is missing, all are asked. None: those that are missing are asked, all at once.
+        """
 
     @property
     def fingerprint(self) -> str:
@@ -57,6 +64,7 @@ class Engine:
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
+    together: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
         if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):
@@ -100,6 +108,7 @@ class Endpoint:
         timeout_s: of one request.
     """
 
+    together: ClassVar[int | None] = None
     url: str
     model: str
     is_chat: bool = True
@@ -180,6 +189,8 @@ class Recorded:
     Raises:
         TaskError: a file that is not such.
     """
+
+    together: ClassVar[int | None] = None
 
     def __init__(self, path: Path) -> None:
         self.texts: dict[str, list[str]] = {}

@@ -15,7 +15,8 @@ from icl_ft_fast.cli.options import (
     UsageError,
     add_model_options,
     add_output_options,
-    check_new,
+    alone,
+    arguments_digest,
     command,
     load_model,
     positive,
@@ -68,11 +69,18 @@ def add(commands: Commands) -> None:
 def _augment(options: argparse.Namespace) -> None:
     if options.dry_run and options.strategy in RULES:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
-    for name in ("rows.jsonl", "report.json"):
-        check_new(options.out / name, options.overwrite or options.dry_run)
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy that asks --model here")
     task = task_of_seed(options)[0](options.seed)
+    if options.dry_run:
+        print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
+        return
+    has_report = (options.out / "report.json").exists()  # it is written first, and says of which arguments
+    with alone(options, *(["report.json"] if has_report else ["report.json", "rows.jsonl"])):
+        _write(options, task)
+
+
+def _write(options: argparse.Namespace, task: Task) -> None:
     model = None
     if options.strategy in RULES:
         written = RULES[options.strategy](task.documents)
@@ -80,10 +88,6 @@ def _augment(options: argparse.Namespace) -> None:
         generator = _generator(options)
         model = generator.model if isinstance(generator, Engine) else None
         run = _run(options, task, generator)
-        estimate = run.estimate(options.price, options.limit)
-        if options.dry_run:
-            print(_told(estimate))
-            return
         run.collect(
             price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
         )  # fmt: skip
@@ -107,12 +111,11 @@ def _augment(options: argparse.Namespace) -> None:
         keep("inconsistent", kept)
     contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
-    options.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
     write_jsonl(options.out / "rows.jsonl", (
         {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
         for number, row in enumerate(rows)
     ))  # fmt: skip
-    write_jsonl(options.out / "report.json", [report])
     steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
     print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
     for split, ids in contained.items():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from icl_ft_fast.contexts import ContextStore
+from icl_ft_fast.durable import digest, locked
 from icl_ft_fast.memory import KV_DTYPES, parse_bytes
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 
@@ -72,6 +75,21 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and tables")
 
 
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """--store, --store-limit: what open_store() reads."""
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from, or save it in"
+    )
+    parser.add_argument(
+        "--store-limit", type=amount, default=20.0, metavar="GB", help="of all contexts there (default: %(default)s)"
+    )
+
+
+def open_store(options: argparse.Namespace, model: Model) -> ContextStore | None:
+    """The store of --store."""
+    return None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
+
+
 def show_progress(options: argparse.Namespace) -> bool:
     """Whether bars are drawn: on a terminal, unless --quiet; a log has no use for them."""
     return not options.quiet and sys.stderr.isatty()
@@ -90,15 +108,39 @@ def load_model(options: argparse.Namespace) -> Model:
     )  # fmt: skip
 
 
-def check_new(path: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that could not or must not be written."""
+def arguments_digest(options: argparse.Namespace) -> str:
+    """A digest of all arguments but where the output goes, how it is shown and what may be taken, for check_new()."""
+    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "memory", "spill"}
+    return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
+
+
+def check_new(path: Path, overwrite: bool, arguments: str = "") -> None:
+    """Refuse, before any work, an output that could not or must not be written.
+
+    One of the same arguments, which it names under "arguments", is not refused: it is a rerun, and comes out the same.
+    """
     if path.is_dir():
         raise UsageError(f"--out: {path}: is a folder")
-    if path.exists() and not overwrite:
+    named = f'"arguments": "{arguments}"'
+    if path.exists() and not overwrite and not (arguments and named in path.read_text(errors="replace")):
         raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise UsageError(f"--out: {above}: is a file, not a folder")
+
+
+@contextmanager
+def alone(options: argparse.Namespace, *names: str) -> Iterator[None]:
+    """Hold the lock of the folder --out, in which these files may be written; see check_new() and locked()."""
+
+    def check() -> None:
+        for name in names:
+            check_new(options.out / name, options.overwrite, arguments_digest(options))
+
+    check()
+    with locked(options.out / ".lock"):
+        check()  # another run may have ended meanwhile
+        yield
 
 
 def positive(text: str) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from icl_ft_fast.durable import replacing
 
 
 class TaskError(ValueError):
@@ -159,15 +160,8 @@ def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one object a line, replace `path` atomically and return how many; nothing is left if the rows fail."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            count = sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return count
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        return sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
 
 
 Row = TypeVar("Row", Document, Question)
