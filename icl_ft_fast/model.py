@@ -326,6 +326,14 @@ def load(
     return from_network(network, words, given, self_check=self_check, memory=limits)
 
 
+def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
+    """load(name, **loading), as another process did it that found this fingerprint; raises ModelError if it differs."""
+    model = load(name, **loading)
+    if model.fingerprint() != fingerprint:
+        raise ModelError(f"{name}: another model here than where the command was started")
+    return model
+
+
 def _merged(network: Any, adapter: str | Path) -> Any:
     """The network with a PEFT adapter added to its weights."""
     import huggingface_hub

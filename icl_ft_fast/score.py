@@ -7,6 +7,7 @@ The path of a request: encoding -> trie.build -> trie.plan -> Model.forward_chun
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -274,54 +275,70 @@ def _scored(
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
     ledger = ledger or Ledger()
-    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
-    with ledger.phase("tokenise"):
-        encoded = encoding.encode_pairs(model.tokenizer, pairs)
-        shared_tokens = len(encoding.encode(model.tokenizer, [context.rstrip()])[0]) if context else 0
-    owner = [q for q, question in enumerate(questions) for _ in question.choices]
-    first = [0]
-    for question in questions:
-        if not question.choices:
-            raise ScoreError(f"question {question.id!r}: choices: expected at least one")
-        first.append(first[-1] + len(question.choices))
-    for r, (_, continuation) in enumerate(encoded):
-        question, choice = questions[owner[r]], r - first[owner[r]]
-        if not continuation:
-            raise ScoreError(
-                f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end of "
-                "the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
-            )
-    check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
-    waiting = [len(question.choices) for question in questions]
+    encoded, shared = encode_questions(model, questions, context, ledger)
+    owner = [q for q, its in enumerate(encoded) for _ in its]
+    first = [0, *itertools.accumulate(map(len, encoded))]
+    waiting = [len(its) for its in encoded]
     results: dict[int, LogLikelihood] = {}
     start = None
-    if store is not None and context.strip():
-        (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
-        for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
-            token = token[: encoding.common(token, ids)]
+    if store is not None and shared:
         with ledger.phase("context"):
             start = stored_context(
-                model, token, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
+                model, shared, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
             )
-    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start, shared_tokens):
+    requests = [request for its in encoded for request in its]
+    for r, result in _run(model, requests, chunk_rows, ledger, progress, start, len(shared)):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
         if not waiting[q]:
-            mine = range(first[q], first[q + 1])
-            logp = tuple(results[i].logp for i in mine)
-            yield (
-                q,
-                Score(
-                    question_id=questions[q].id,
-                    logp=logp,
-                    num_tokens=tuple(len(encoded[i][1]) for i in mine),
-                    is_greedy=tuple(results.pop(i).is_greedy for i in mine),
-                    predicted=max(range(len(logp)), key=logp.__getitem__),
-                    answer=questions[q].answer,
-                    also_correct=questions[q].also_correct,
-                ),
-            )
+            yield q, score_of(questions[q], encoded[q], [results.pop(i) for i in range(first[q], first[q + 1])])
+
+
+def encode_questions(
+    model: Model, questions: Sequence[Question], context: str, ledger: Ledger
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Token ids of every question's choices after context + prompt, and the tokens of `context` that all begin with.
+
+    Raises:
+        ScoreError: as score() does.
+    """
+    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
+    with ledger.phase("tokenise"):
+        encoded = encoding.encode_pairs(model.tokenizer, pairs)
+        (shared,) = encoding.encode(model.tokenizer, [context.rstrip()]) if context.strip() else ([],)
+    requests = iter(encoded)
+    by_question = []
+    for question in questions:
+        if not question.choices:
+            raise ScoreError(f"question {question.id!r}: choices: expected at least one")
+        by_question.append([next(requests) for _ in question.choices])
+        for choice, (_, continuation) in enumerate(by_question[-1]):
+            if not continuation:
+                raise ScoreError(
+                    f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end "
+                    "of the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
+                )
+    check_fit(model, encoded, [f"question {question.id!r}" for question in questions for _ in question.choices])
+    for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
+        shared = shared[: encoding.common(shared, ids)]
+    return by_question, shared
+
+
+def score_of(
+    question: Question, encoded: Sequence[tuple[list[int], list[int]]], results: Sequence[LogLikelihood]
+) -> Score:
+    """The score of a question whose choices, as encode_questions() made them, have these results."""
+    logp = tuple(result.logp for result in results)
+    return Score(
+        question_id=question.id,
+        logp=logp,
+        num_tokens=tuple(len(continuation) for _, continuation in encoded),
+        is_greedy=tuple(result.is_greedy for result in results),
+        predicted=max(range(len(logp)), key=logp.__getitem__),
+        answer=question.answer,
+        also_correct=question.also_correct,
+    )
 
 
 def score(

@@ -47,6 +47,8 @@ COMMANDS = {
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
     "augment": "--task ../task --strategy document --template ../short.jinja --max-new-tokens 6 "
     "--samples 4 --temperature 1 --near-duplicates 1 --out out",
+    "score": "--questions ../task/questions.jsonl --documents ../task/documents.jsonl --shard-rows 1 "
+    "--out out/scores.jsonl",
 }
 # Two numbers that outlive a child: moments so far, training steps so far.
 SHARED = memoryview(mmap.mmap(-1, 16)).cast("Q")
@@ -58,7 +60,7 @@ def prepare(model: Model, folder: Path) -> None:
     (folder / "short.jinja").write_text("{{ document }}\nReversed:")
     for name, rows in TASK.items():
         (folder / "task" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (cli.compare, cli.augment):
+    for command in (cli.compare, cli.augment, cli.score):
         command.load_model = lambda _: model
     cli.finetune.load = lambda *_, **__: model
     cli.compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)

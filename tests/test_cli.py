@@ -18,7 +18,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.encoding import vocabulary_words
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.score import iter_scores, score
+from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -122,9 +122,9 @@ def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
 
     def spy(*arguments, chunk_rows, **options):
         budgets.append(chunk_rows)
-        return iter_scores(*arguments, chunk_rows=chunk_rows, **options)
+        return loglikelihood(*arguments, chunk_rows=chunk_rows, **options)
 
-    monkeypatch.setattr(cli.score, "iter_scores", spy)
+    monkeypatch.setattr(cli.score.shards, "loglikelihood", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
     code, (line,), errors = run(files.score("--chunk-rows", 1))
     assert (code, errors) == (0, [])

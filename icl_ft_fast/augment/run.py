@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -18,8 +18,9 @@ from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.durable import Kept, digest
+from icl_ft_fast.executors import Executor, Task, Worker
 from icl_ft_fast.generate import Sampling
-from icl_ft_fast.model import Model
+from icl_ft_fast.model import Model, load_same
 from icl_ft_fast.tasks.task import Document
 
 Job: TypeAlias = tuple[Ask, Sampling]
@@ -49,6 +50,31 @@ class Estimate:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """A worker that answers lists of jobs."""
+
+    generator: Generator
+
+    def __call__(self, jobs: Sequence[Job]) -> list[tuple[int, dict[str, Any]]]:
+        """(index, fields of what was written) of each answer."""
+        return [(i, asdict(written)) for i, written in self.generator.answer(jobs)]
+
+
+@dataclass(frozen=True)
+class AnsweringElsewhere:
+    """Makes an Answering in another process, by the model that load_same() gives there."""
+
+    name: str
+    loading: dict[str, Any]
+    fingerprint: str
+    is_chat: bool
+
+    def __call__(self) -> Answering:
+        """Load, check, make."""
+        return Answering(Engine(load_same(self.name, self.loading, self.fingerprint), self.is_chat))
+
+
 class Run:
     """Prompts, their sampling, who answers them and where answers are kept.
 
@@ -65,7 +91,7 @@ class Run:
         self, prompting: Prompting, asks: Sequence[Ask], generator: Generator, sampling: Sampling, samples: int = 1,
         folder: Path | None = None,
     ) -> None:  # fmt: skip
-        self.prompting, self.generator = prompting, generator
+        self.prompting, self.generator, self.folder = prompting, generator, folder
         self.jobs = [
             (replace(ask, sample=n), replace(sampling, seed=sampling.seed + n)) for ask in asks for n in range(samples)
         ]
@@ -129,6 +155,34 @@ class Run:
                         if key not in self.store.answers:
                             self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
                             bar.update()
+
+    def collect_by(self, executor: Executor, start: Callable[[], Worker]) -> bool:
+        """Ask for all answers that are missing where an executor's workers are, in the same calls as collect() makes.
+
+        Args:
+            executor: who does it.
+            start: makes an Answering of this run's generator.
+
+        Returns:
+            Whether this process is the one that goes on, with all answers.
+        """
+        size = self.generator.together or 1
+        tasks, done = [], set()
+        for first in range(0, len(self.jobs), size):
+            jobs = self.jobs[first : first + size]
+            keys = [_key(*job) for job in jobs]
+            tasks.append(Task(digest(keys), jobs, len(jobs), str(first)))
+            if all(key in self.store.answers for key in keys):
+                done.add(tasks[-1].name)
+        for task, answers in executor.run(start, tasks, done):
+            for i, written in answers:
+                ask, sampling = task.work[i]
+                if (key := _key(ask, sampling)) not in self.store.answers:
+                    self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **written))
+        if not executor.is_last():
+            return False
+        self.store = Store(self.folder, self.identity)
+        return True
 
     def _together(self, batch: list[tuple[str, Job]]) -> Iterator[list[tuple[str, Job]]]:
         """The batch in calls of the generator; where rounding depends on company, with what is stored of each call."""

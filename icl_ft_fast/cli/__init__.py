@@ -18,6 +18,7 @@ from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.cost.prices import PriceError
 from icl_ft_fast.durable import DamagedError, LockedError
 from icl_ft_fast.evaluate import ProtocolError
+from icl_ft_fast.executors import ExecutorError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
@@ -28,7 +29,7 @@ from icl_ft_fast.tasks.task import TaskError
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
 BAD_INPUT = (
     UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
-    ContextError, PriceError, ResultsError, LockedError, DamagedError,
+    ContextError, PriceError, ResultsError, LockedError, DamagedError, ExecutorError,
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
-    options.rest = given[len(ours) :]
+    options.given, options.rest = given, given[len(ours) :]
     try:
         options.run(options)
     except BAD_INPUT as error:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from icl_ft_fast.augment import steps
 from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
 from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, Prompting
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Estimate, Price, Run, prompts
+from icl_ft_fast.augment.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
+    add_executor_options,
     add_model_options,
     add_output_options,
     alone,
     arguments_digest,
     command,
+    executor_of,
     load_model,
+    loading,
     positive,
 )
 from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.executors import Executor, InProcess, Ray
 from icl_ft_fast.generate import Sampling
 from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
@@ -63,6 +69,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
     parser.add_argument("--dry-run", action="store_true", help="say what would be asked for and what it may cost")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers/, rows.jsonl and report.json")
+    add_executor_options(parser)
     add_output_options(parser)
 
 
@@ -71,16 +78,22 @@ def _augment(options: argparse.Namespace) -> None:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy that asks --model here")
+    executor = executor_of(options)
+    if not isinstance(executor, InProcess) and (
+        options.strategy in RULES or options.endpoint or options.recorded or options.limit or options.max_cost
+    ):
+        raise UsageError("--executor: several workers ask --model here, for all answers: no --limit, no --max-cost")
     task = task_of_seed(options)[0](options.seed)
     if options.dry_run:
         print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
         return
     has_report = (options.out / "report.json").exists()  # it is written first, and says of which arguments
-    with alone(options, *(["report.json"] if has_report else ["report.json", "rows.jsonl"])):
-        _write(options, task)
+    names = ["report.json"] if has_report else ["report.json", "rows.jsonl"]
+    with alone(options, *names) if executor.rank == 0 else nullcontext():
+        _write(options, task, executor)
 
 
-def _write(options: argparse.Namespace, task: Task) -> None:
+def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     model = None
     if options.strategy in RULES:
         written = RULES[options.strategy](task.documents)
@@ -88,9 +101,15 @@ def _write(options: argparse.Namespace, task: Task) -> None:
         generator = _generator(options)
         model = generator.model if isinstance(generator, Engine) else None
         run = _run(options, task, generator)
-        run.collect(
-            price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
-        )  # fmt: skip
+        if isinstance(executor, InProcess):
+            run.collect(
+                price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
+            )  # fmt: skip
+        else:
+            fingerprint = model.fingerprint() if model else ""
+            elsewhere = AnsweringElsewhere(options.model, loading(options), fingerprint, options.chat)
+            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Answering, generator)):
+                return
         written = run.read()
     rows, dropped = list(written.rows), dict(written.dropped)
 

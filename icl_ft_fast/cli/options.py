@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.durable import digest, locked
+from icl_ft_fast.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.memory import KV_DTYPES, parse_bytes
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 
@@ -64,6 +66,48 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_executor_options(parser: argparse.ArgumentParser) -> None:
+    """--executor, --workers, --ray-address, --device: what executor_of() and load_model() read."""
+    parser.add_argument(
+        "--executor", choices=["in-process", "torchrun", "ray"],
+        help="who works, see docs/executors.md (default: torchrun in processes that it started, else in-process)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes here, or actors of a Ray cluster")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one on this machine)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a GPU each worker (default: %(default)s)"
+    )
+
+
+def executor_of(options: argparse.Namespace) -> Executor:
+    """The executor that is asked for; --executor torchrun outside of torchrun starts the command again under it.
+
+    Each worker has as many threads as OMP_NUM_THREADS says, else its share of the cores.
+    """
+    launched = "RANK" in os.environ
+    kind = options.executor or ("torchrun" if launched else "in-process")
+    if launched and kind != "torchrun":
+        raise UsageError(f"--executor: {kind}: torchrun started this process; leave the option out")
+    if kind != "ray" and options.ray_address:
+        raise UsageError("--ray-address: needs --executor ray")
+    if kind == "in-process":
+        if (options.workers or 1) > 1:
+            raise UsageError("--workers: needs --executor torchrun or ray")
+        return InProcess()
+    if launched:
+        if options.workers not in (None, int(os.environ["WORLD_SIZE"])):
+            raise UsageError("--workers: torchrun's --nproc-per-node and --nnodes say how many")
+        return Torchrun()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // (options.workers or 1)))
+    if kind == "torchrun":
+        if options.workers is None:
+            raise UsageError("--workers: say how many, or start the command with torchrun")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.workers)]
+        command = [sys.executable, *torchrun, "-m", "icl_ft_fast.cli", *options.given]
+        os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(options.device == "cuda"))
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """--overwrite, --quiet."""
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -95,22 +139,29 @@ def show_progress(options: argparse.Namespace) -> bool:
     return not options.quiet and sys.stderr.isatty()
 
 
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What load() is called with, beside the model."""
+    device = getattr(options, "device", "cpu")
+    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "spill")}  # of commands that have them
+    return {"dtype": options.dtype, "device": device, "trust_remote_code": options.trust_remote_code, **limits}
+
+
 def load_model(options: argparse.Namespace) -> Model:
-    """The model of --model."""
+    """The model of --model; where torchrun started several processes, on the GPU of this one."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
-    limits = vars(options)  # of commands that have them
-    return load(
-        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code, memory=limits.get("memory"),
-        kv_dtype=limits.get("kv_dtype"), spill=limits.get("spill"),
-    )  # fmt: skip
+    how = loading(options)
+    if how["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        how["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    return load(options.model, **how)
 
 
 def arguments_digest(options: argparse.Namespace) -> str:
-    """A digest of all arguments but where the output goes, how it is shown and what may be taken, for check_new()."""
-    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "memory", "spill"}
+    """A digest of all arguments but where the output goes, how it is shown and who takes what, for check_new()."""
+    apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
+    apart |= {"memory", "spill"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 
