@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.timing import Row, append_csv, machine, record
 
 # Each is a module of this package with run(quick) -> list[Row], which checks its results before it times them.
-SUITES = ("target_logprob", "trie", "trie_attention", "score", "invariant", "generate", "serve", "finetune")
+SUITES = ("target_logprob", "trie", "trie_attention", "score", "invariant", "generate", "serve", "finetune", "memory")
 
 
 def main() -> None:

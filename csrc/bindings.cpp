@@ -19,17 +19,30 @@ void require_vector(const py::array& array, const char* argument) {
     if (array.ndim() != 1) throw py::value_error(std::string(argument) + ": expected one dimension");
 }
 
-py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
-                    const Array<int64_t>& context_lengths) {
-    require_vector(tokens, "tokens");
-    require_vector(offsets, "offsets");
+icl::Sequences sequences(const Array<int32_t>& tokens, const Array<int64_t>& offsets, const char* name) {
+    require_vector(tokens, name);
+    require_vector(offsets, name);
+    if (offsets.size() == 0) throw py::value_error(std::string(name) + ": expected at least one value");
+    return {tokens.data(), tokens.size(), offsets.data(), offsets.size() - 1};
+}
+
+py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets, const Array<int64_t>& context_lengths,
+                    const Array<int32_t>& head_tokens, const Array<int64_t>& head_offsets,
+                    const std::optional<Array<int32_t>>& head) {
     require_vector(context_lengths, "context_lengths");
-    if (offsets.size() != context_lengths.size() + 1) {
-        throw py::value_error("offsets: expected one more value than context_lengths, " +
-                              std::to_string(context_lengths.size() + 1) + ", got " + std::to_string(offsets.size()));
+    icl::Requests requests{sequences(tokens, offsets, "offsets"), context_lengths.data(),
+                           sequences(head_tokens, head_offsets, "head_offsets"), head ? head->data() : nullptr};
+    const auto require_size = [&](const char* name, int64_t size) {
+        if (offsets.size() != size + 1) {
+            throw py::value_error(std::string("offsets: expected one more value than ") + name + ", " +
+                                  std::to_string(size + 1) + ", got " + std::to_string(offsets.size()));
+        }
+    };
+    require_size("context_lengths", context_lengths.size());
+    if (head) {
+        require_vector(*head, "head");
+        require_size("head", head->size());
     }
-    const icl::Requests requests{tokens.data(), tokens.size(), offsets.data(), context_lengths.data(),
-                                 context_lengths.size()};
     std::vector<icl::SortedRequest> sorted;
     icl::TrieSizes sizes;
     {
@@ -43,7 +56,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
         result[name] = array;
         return array.mutable_data();
     };
-    py::array_t<int64_t> path_offset(requests.num_requests + 1);
+    py::array_t<int64_t> path_offset(requests.tails.count + 1);
     result["path_offset"] = path_offset;
     const icl::TrieArrays out{
         allocate("node_token", sizes.nodes),  allocate("node_depth", sizes.nodes),
@@ -56,7 +69,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
     };
     {
         py::gil_scoped_release release;
-        icl::trie_fill(requests.tokens, sorted, sizes, out);
+        icl::trie_fill(requests, sorted, sizes, out);
     }
     return result;
 }
@@ -239,7 +252,8 @@ void trie_attention_backward(const py::array& q, const py::array& k, const py::a
 PYBIND11_MODULE(_C, m) {
     using py::arg;
     m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
-          arg("context_lengths").noconvert());
+          arg("context_lengths").noconvert(), arg("head_tokens").noconvert(), arg("head_offsets").noconvert(),
+          arg("head").noconvert());
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
     m.def("best_isa", &icl::best_isa);
     m.def("target_logprob", &target_logprob);

@@ -21,20 +21,25 @@ inline void require_range(const char* argument, int64_t value, int64_t least, in
     }
 }
 
-// R requests laid end to end: request r is tokens[offsets[r]:offsets[r + 1]], its first context_lengths[r] tokens are
-// context and the rest continuation, both at least one token.
-struct Requests {
+// Sequences of tokens laid end to end: number i is tokens[offsets[i]:offsets[i + 1]].
+struct Sequences {
     const int32_t* tokens;  // [num_tokens], >= 0
     int64_t num_tokens;
-    const int64_t* offsets;          // [R + 1], from 0 to num_tokens
-    const int64_t* context_lengths;  // [R]
-    int64_t num_requests;
+    const int64_t* offsets;  // [count + 1], from 0 to num_tokens
+    int64_t count;
 };
 
-// One of the requests in lexicographic order: tokens[first:first + length], of which it has the first `shared` in
-// common with the request sorted before it.
+// Request r is heads[head[r]] followed by tails[r], or tails[r] alone where head is null. Its first context_lengths[r]
+// tokens are context and the rest continuation, both at least one token.
+struct Requests {
+    Sequences tails;                 // R of them
+    const int64_t* context_lengths;  // [R]
+    Sequences heads;
+    const int32_t* head;  // [R] or null
+};
+
+// One of the requests in lexicographic order, whose first `shared` tokens the one sorted before it has too.
 struct SortedRequest {
-    int64_t first;
     int32_t request, shared, length, context;
 };
 
@@ -51,10 +56,11 @@ struct TrieArrays {
     int64_t* path_offset;                                       // [R + 1]
 };
 
-// Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory.
+// Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory. Requests with
+// the same head compare their tails only.
 std::vector<SortedRequest> trie_sort(const Requests& requests);
 TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted);
-void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
+void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
                const TrieArrays& out);
 
 // The ancestors of a row, root first, into out[depth of row].

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <set>
+#include <stdexcept>
 #include <vector>
 
 #include "../csrc/icl.h"
@@ -115,9 +116,45 @@ void fuzz_trie(FuzzedDataProvider& data) {
         if (!all.empty())
             all[data.ConsumeIntegralInRange<size_t>(0, all.size() - 1)] -= data.ConsumeIntegralInRange(0, 2);
     }
-    Block<int32_t> tokens(static_cast<int64_t>(all.size()));
-    std::copy(all.begin(), all.end(), tokens.at.get());
-    const icl::Requests requests{tokens.at.get(), tokens.size, offsets.data(), context.data(), num_requests};
+    // The same requests with some of their first tokens said once, as a head that several of them name.
+    const bool split = data.ConsumeBool() && num_requests > 0;
+    std::vector<int64_t> head_offsets{0}, tail_offsets{0};
+    std::vector<int32_t> heads, tails, head;
+    for (int64_t r = 0; r < num_requests; ++r) {
+        const bool sound = r + 1 < static_cast<int64_t>(offsets.size()) && offsets[r] >= 0 &&
+                           offsets[r + 1] >= offsets[r] && offsets[r + 1] <= static_cast<int64_t>(all.size());
+        if (split && !sound) throw std::invalid_argument("offsets");
+        if (!split) break;
+        const int64_t length = offsets[r + 1] - offsets[r], cut = data.ConsumeIntegralInRange<int64_t>(0, length);
+        const auto first = all.begin() + offsets[r];
+        int32_t found = -1;
+        for (size_t h = 0; h + 1 < head_offsets.size(); ++h) {
+            if (head_offsets[h + 1] - head_offsets[h] == cut &&
+                std::equal(first, first + cut, heads.begin() + head_offsets[h]))
+                found = h;
+        }
+        if (found < 0 || data.ConsumeIntegralInRange(0, 3) == 0) {
+            found = static_cast<int32_t>(head_offsets.size()) - 1;
+            heads.insert(heads.end(), first, first + cut);
+            head_offsets.push_back(heads.size());
+        }
+        head.push_back(found);
+        tails.insert(tails.end(), first + cut, first + length);
+        tail_offsets.push_back(tails.size());
+    }
+    const std::vector<int32_t> sound_head = head;
+    const std::vector<int64_t> sound_offsets = head_offsets;
+    if (split && data.ConsumeIntegralInRange(0, 7) == 0) head[0] = static_cast<int32_t>(hostile(data, head[0]));
+    if (split && data.ConsumeIntegralInRange(0, 7) == 0) head_offsets.back() = hostile(data, head_offsets.back());
+    const std::vector<int32_t>& given = split ? tails : all;
+    Block<int32_t> tokens(static_cast<int64_t>(given.size())), head_tokens(static_cast<int64_t>(heads.size()));
+    std::copy(given.begin(), given.end(), tokens.at.get());
+    std::copy(heads.begin(), heads.end(), head_tokens.at.get());
+    const icl::Requests requests{
+        {tokens.at.get(), tokens.size, (split ? tail_offsets : offsets).data(), num_requests},
+        context.data(),
+        {head_tokens.at.get(), head_tokens.size, head_offsets.data(), static_cast<int64_t>(head_offsets.size()) - 1},
+        split ? head.data() : nullptr};
     const auto sorted = icl::trie_sort(requests);
     const icl::TrieSizes sizes = icl::trie_sizes(sorted);
     std::vector<Block<int32_t>> made;
@@ -129,8 +166,9 @@ void fuzz_trie(FuzzedDataProvider& data) {
     const auto at = [&](int i) { return made[i].at.get(); };
     const icl::TrieArrays out{
         at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), path_offset.at.get()};
-    icl::trie_fill(tokens.at.get(), sorted, sizes, out);
+    icl::trie_fill(requests, sorted, sizes, out);
 
+    if (head != sound_head || head_offsets != sound_offsets) return;  // another request than `all` has
     std::set<std::vector<int32_t>> prefixes;
     for (int64_t r = 0; r < num_requests; ++r) {
         const auto first = all.begin() + offsets[r];

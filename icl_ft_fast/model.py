@@ -7,6 +7,7 @@ on a small branching trie against plain forwards. Knows nothing of requests, que
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
@@ -19,6 +20,7 @@ import torch
 
 from icl_ft_fast import ops, trie
 from icl_ft_fast.cache import KVStack
+from icl_ft_fast.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
@@ -149,6 +151,7 @@ class Model:
         name: what load() was given.
         max_positions: the longest sequence the positions allow, in tokens.
         invariant: whether a row's bits depend on its path alone, see load().
+        memory: what scoring may take.
     """
 
     network: Any
@@ -156,6 +159,7 @@ class Model:
     name: str
     max_positions: int
     invariant: bool = False
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def device(self) -> torch.device:
@@ -182,6 +186,7 @@ class Model:
         described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
         if self.invariant:  # its contexts have the bits of these alone
             described += [BLOCK_ROWS, torch.get_num_threads(), torch.__version__, torch.__config__.show()]
+        described += [self.memory.kv_dtype] if self.memory.kv_dtype else []
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -202,6 +207,32 @@ class Model:
         bias = getattr(linear, "bias", None)
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, bias, float(scale), softcap, self.invariant)
+
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """Bytes that weights and rows take, counted while a few rows are forwarded: exact for any architecture."""
+        most = min(64, self.max_positions)
+        stack, peaks = self.new_stack(most), []
+        for rows in (most, most // 2, most):  # the first also makes the stack
+            (chunk,) = trie.plan(trie.build_from_lists([([0] * rows, [0])]), rows).chunks
+            with torch.inference_mode():
+                peaks.append(live_bytes(functools.partial(self.forward_chunk, chunk, stack)))
+            stack.rows = 0
+        layers = stack.layers(most)
+        # The copy of a layer that is read, and, of an int8 one, the float32 that it is made from.
+        opened = max((k.nbytes + v.nbytes) * 4 // k.element_size() for k, v in layers.values())
+        return Footprint(
+            weight_bytes=sum(p.numel() * p.element_size() for p in self.network.parameters()),
+            row_bytes=(peaks[2] - peaks[1]) // (most - most // 2),
+            kv_row_bytes=stack.nbytes // most,
+            layers=len(layers),
+            open_row_bytes=0 if self.memory.kv_dtype is None else opened // most,
+            block_bytes=peaks[2] if self.invariant else 0,
+        )
+
+    def new_stack(self, capacity: int, folder: Path | None = None) -> KVStack:
+        """An empty stack that keeps rows as `memory` says, in files in `folder` if there is one."""
+        return KVStack(capacity, kv_dtype=self.memory.kept, folder=folder)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
@@ -273,6 +304,9 @@ def load(
     trust_remote_code: bool = False,
     self_check: bool = True,
     invariant: bool = False,
+    memory: int | str | None = None,
+    kv_dtype: str | None = None,
+    spill: str | Path | None = None,
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -289,6 +323,10 @@ def load(
         invariant: a request's score has the same bits whatever else is scored with it, in whatever order and chunks,
             and whether its beginning was prefilled or saved, on one machine with one number of threads; see
             docs/determinism.md. On the CPU only, and not for mixtures of experts.
+        memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
+            it holds and most of what is free.
+        kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
+        spill: folder for keys and values that do not fit the memory; None for the system's temporary one.
 
     Returns:
         The model, in evaluation mode.
@@ -301,6 +339,11 @@ def load(
 
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    try:
+        limit = None if memory is None else parse_bytes(memory)
+        limits = Memory(limit, kv_dtype, None if spill is None else Path(spill))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     given = str(name)
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
@@ -339,7 +382,7 @@ def load(
     for weight, values in network.named_parameters():
         if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
             raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
-    return from_network(network, words, given, self_check=self_check, invariant=invariant)
+    return from_network(network, words, given, self_check=self_check, invariant=invariant, memory=limits)
 
 
 def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
@@ -375,7 +418,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True, invariant: bool = False) -> Model:
+def from_network(
+    network: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    self_check: bool = True,
+    invariant: bool = False,
+    memory: Memory | None = None,
+) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
 
     Raises:
@@ -389,7 +440,7 @@ def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = 
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config), invariant)
+    model = Model(network, tokenizer, name, _max_positions(network.config), invariant, memory or Memory())
     if invariant:
         _check_can_be_invariant(model)
     if self_check:

@@ -30,6 +30,7 @@ LAYERS = {
     "ops": 0.5,
     "trie": 1,
     "cache": 1,
+    "memory": 1,
     "model": 1,
     "encoding": 1,
     "templates": 1,
@@ -59,6 +60,8 @@ LAYERS = {
 SAME_LAYER = {
     ("model", "trie"),
     ("model", "cache"),
+    ("model", "memory"),
+    ("memory", "trie"),
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
@@ -67,7 +70,7 @@ SAME_LAYER = {
     for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "augment", "finetune", "cost", "report")
 }
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
-BUDGET = 11_500  # code lines of the package and of csrc
+BUDGET = 13_600
 
 
 def part(module):

@@ -19,6 +19,7 @@ from icl_ft_fast.cli.options import (
     Terminal,
     UsageError,
     add_json_option,
+    add_memory_options,
     add_model_options,
     add_output_options,
     add_store_options,
@@ -68,6 +69,7 @@ def add(commands: Commands) -> None:
         "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
     )  # fmt: skip
     add_model_options(comparison)
+    add_memory_options(comparison)
     add_task_options(comparison)
     comparison.add_argument(
         "--task-seed", type=int, metavar="SEED",

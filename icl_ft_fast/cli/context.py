@@ -10,7 +10,16 @@ from rich import box
 from rich.table import Table
 
 from icl_ft_fast import contexts, encoding
-from icl_ft_fast.cli.options import Commands, Terminal, UsageError, add_model_options, amount, command, load_model
+from icl_ft_fast.cli.options import (
+    Commands,
+    Terminal,
+    UsageError,
+    add_memory_options,
+    add_model_options,
+    amount,
+    command,
+    load_model,
+)
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.score import stored_context
 from icl_ft_fast.tasks.task import read_documents
@@ -28,6 +37,7 @@ def add(commands: Commands) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     save = actions.add_parser("save", help="read documents with a model and keep what it made of them")
     add_model_options(save)
+    add_memory_options(save)
     save.add_argument("--documents", type=Path, required=True, help="JSON lines with id, text")
     save.add_argument("--label", default="", help="shown by list (default: the file of documents)")
     save.add_argument("--limit", type=amount, default=20, metavar="GB", help="of all contexts (default: %(default)s)")

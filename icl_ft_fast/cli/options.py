@@ -18,6 +18,7 @@ from rich.text import Text
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.durable import digest, locked
 from icl_ft_fast.executors import Executor, InProcess, Ray, Torchrun, cores
+from icl_ft_fast.memory import KV_DTYPES, parse_bytes
 from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
 from icl_ft_fast.printable import printable
 
@@ -89,6 +90,20 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """A text, with rich's own markup if `options` say so."""
         return super().render_str(printable(text), **options)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """--memory, --kv-dtype, --spill: what scoring may take; load_model() reads them."""
+    parser.add_argument(
+        "--memory", type=memory_size, metavar="SIZE",
+        help="what the process may take while it scores, like 4GB (default: what it holds and most of what is free)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-dtype", choices=list(KV_DTYPES), help="keep keys and values so: less memory, scores a little off"
+    )
+    parser.add_argument(
+        "--spill", type=Path, metavar="DIR", help="folder for keys and values that do not fit (default: the system's)"
+    )
 
 
 def add_executor_options(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +179,8 @@ def show_progress(options: argparse.Namespace) -> bool:
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
     named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "invariant")}
-    return named | {"device": str(device_of(options))}
+    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "spill")}  # of commands that have them
+    return named | {"device": str(device_of(options))} | limits
 
 
 def load_model(options: argparse.Namespace) -> Model:
@@ -180,8 +196,9 @@ def load_model(options: argparse.Namespace) -> Model:
 
 
 def arguments_digest(options: argparse.Namespace) -> str:
-    """A digest of all arguments but where the output goes and how it is shown, for check_new()."""
+    """A digest of all arguments but where the output goes, how it is shown and who takes what, for check_new()."""
     apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
+    apart |= {"memory", "spill"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 
@@ -219,6 +236,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def memory_size(text: str) -> int:
+    """An argument's type: bytes, as parse_bytes() reads them."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def amount(text: str) -> float:

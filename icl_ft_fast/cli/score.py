@@ -15,6 +15,7 @@ from icl_ft_fast.cli.options import (
     Commands,
     add_executor_options,
     add_json_option,
+    add_memory_options,
     add_model_options,
     add_output_options,
     add_store_options,
@@ -62,6 +63,7 @@ def add(commands: Commands) -> None:
     add_executor_options(scoring)
     add_store_options(scoring)
     add_json_option(scoring)
+    add_memory_options(scoring)
     add_output_options(scoring)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
+    add_memory_options,
     add_model_options,
     add_store_options,
     command,
@@ -30,6 +31,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_model_options(serving, positional=True)
     add_store_options(serving)
+    add_memory_options(serving)
     serving.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serving.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")

@@ -119,7 +119,7 @@ def finetune(
     adapted = None if settings.lora is None else lora.inject(network, settings.lora, seed)
     if done.step:
         _load(network, adapted, run.folder(done.step))
-    tuned = from_network(network, model.tokenizer, model.name, self_check=False)
+    tuned = from_network(network, model.tokenizer, model.name, self_check=False, memory=model.memory)
     objective = Objective(tuned, teacher)
     wrapped = distributed.wrap(objective, network, fsdp=settings.fsdp)
     optimizer = Optimizer(network, settings)
@@ -205,7 +205,9 @@ def finetune(
     if adapted is not None:
         network = adapted.merge_and_unload(safe_merge=True)
     network.requires_grad_(True)
-    trained = from_network(network, model.tokenizer, model.name, self_check=False, invariant=model.invariant)
+    trained = from_network(
+        network, model.tokenizer, model.name, self_check=False, invariant=model.invariant, memory=model.memory
+    )
     return Finetuned(trained, tuple(done.losses))
 
 

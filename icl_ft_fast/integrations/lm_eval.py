@@ -45,7 +45,7 @@ class IclFtFastLM(TemplateLM):
     """The engine behind the harness's three request types.
 
     Args:
-        pretrained: checkpoint directory, hub id, "shipped", or a loaded Model, which excludes the next seven.
+        pretrained: checkpoint directory, hub id, "shipped", or a loaded Model, which excludes all up to spill.
         tokenizer: directory or hub id of another tokenizer.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or auto (the checkpoint's own), which is the default.
@@ -53,6 +53,7 @@ class IclFtFastLM(TemplateLM):
             none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
         trust_remote_code: let the checkpoint's own Python code run.
+        memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
             chunk_rows.
         chunk_rows: rows forwarded at a time.
@@ -90,6 +91,9 @@ class IclFtFastLM(TemplateLM):
         device: str | None = None,
         peft: str | None = None,
         trust_remote_code: bool | None = None,
+        memory: int | str | None = None,
+        kv_dtype: str | None = None,
+        spill: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         chunk_rows: int = CHUNK_ROWS,
@@ -111,7 +115,7 @@ class IclFtFastLM(TemplateLM):
             raise ValueError("enable_thinking: needs think_end_token, to tell the answer from the reasoning")
         options = {
             "tokenizer": tokenizer, "revision": revision, "dtype": dtype, "device": device, "adapter": peft,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": trust_remote_code, "memory": memory, "kv_dtype": kv_dtype, "spill": spill,
         }  # fmt: skip
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(pretrained, Model) and given:
