@@ -1,5 +1,6 @@
 """A run's files: what TRL's users find, exact resumption, and what is left after every way of dying."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import AutoTokenizer, TrainerState
 
 from icl_ft_fast import durable
 from icl_ft_fast.cost import Ledger
@@ -19,7 +20,7 @@ from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRun
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
 from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
-from icl_ft_fast.model import load
+from icl_ft_fast.model import from_network, load
 from icl_ft_fast.results import unmeasured
 from icl_ft_fast.score import loglikelihood
 
@@ -308,3 +309,18 @@ def test_trackers_only_when_installed(llama, tmp_path, monkeypatch):
     assert [step for step, *_ in logged[:-1]] == [2, 4, 6]
     assert "loss" in logged[0]
     assert logged[-1] == "closed"
+
+
+def test_a_tokenizer_with_several_chat_templates_keeps_them_all(llama, tmp_path):
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = {
+        "default": "{{ messages }}",
+        "tool_use": "{{ tools }}",
+    }  # written to a folder of their own
+    model = from_network(llama.network, tokenizer, "llama", self_check=False)
+    finetune(model, TEXTS, replace(SETTINGS, steps=2, save_steps=1), output_dir=tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    assert (tmp_path / "checkpoint-1" / "additional_chat_templates" / "tool_use.jinja").exists()
+    (tmp_path / "checkpoint-2" / "additional_chat_templates" / "tool_use.jinja").write_text("", encoding="utf-8")
+    with pytest.raises(FinetuneError, match=r"tool_use\.jinja: damaged, lost"):
+        finetune(model, TEXTS, replace(SETTINGS, steps=3, save_steps=1), output_dir=tmp_path, resume=True)

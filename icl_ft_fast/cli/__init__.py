@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
 from typing import Any
 
+from jinja2 import TemplateError
+
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import UsageError
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BAD_INPUT as error:
         print(printable(f"icl-ft-fast {options.command}: {error}"), file=sys.stderr)
         return 130 if isinstance(error, InterruptedRunError) else 2
+    except TemplateError as error:
+        print(printable(f"icl-ft-fast {options.command}: chat template: {error}"), file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         full = "; free some space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""

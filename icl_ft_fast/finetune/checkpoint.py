@@ -170,9 +170,9 @@ class RunFolder:
                 contents = {"trainer_state.json": described, "run.json": self.origin, "progress.json": told}
                 for name, content in contents.items():
                     (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in _files(partial))
+                sums = "".join(f"{_sha256(file)}  {file.relative_to(partial)}\n" for file in _files(partial))
                 (partial / "SHA256SUMS").write_text(sums, encoding="utf-8")
-                for file in (*partial.iterdir(), partial, self.path / "metrics.jsonl"):
+                for file in (*partial.rglob("*"), partial, self.path / "metrics.jsonl"):
                     sync(file)
                 os.rename(partial, target)
                 sync(self.path)
@@ -192,10 +192,12 @@ class RunFolder:
         """Copy the model of a checkpoint into output_dir, weights last."""
         if self.path is None or not self.is_writer:
             return
-        files = [file for file in self.folder(step).iterdir() if file.name not in _STATE]
+        files = [file for file in _files(self.folder(step)) if file.name not in _STATE]
         with _told(self.path, "written", step):
             for file in sorted(files, key=lambda file: (file.suffix == ".safetensors", file.name)):
-                with replacing(self.path / file.name) as partial:
+                target = self.path / file.relative_to(self.folder(step))
+                target.parent.mkdir(exist_ok=True)
+                with replacing(target) as partial:
                     shutil.copyfile(file, partial)
 
 
@@ -204,7 +206,7 @@ def _check(folder: Path) -> None:
     listed, sums = folder / "SHA256SUMS", {}
     with suppress(OSError, ValueError):
         sums = dict(line.split("  ", 1)[::-1] for line in listed.read_text(encoding="utf-8").splitlines())
-    found = {file.name: _sha256(file) for file in _files(folder) if file != listed}
+    found = {str(file.relative_to(folder)): _sha256(file) for file in _files(folder) if file != listed}
     for name in sorted(found.keys() | sums.keys()):
         if found.get(name) != sums.get(name):
             raise FinetuneError(
@@ -214,7 +216,8 @@ def _check(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    """All below it: a tokenizer with several chat templates has a folder of them."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sha256(path: Path) -> str:
