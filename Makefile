@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*)
+CLANG ?= clang++-14
+SANITIZE_S ?= 20
 
-.PHONY: setup demo test harnesses fuzz lint format bench kernels readme clean
+.PHONY: setup demo test harnesses fuzz sanitize lint format bench kernels readme clean
 
 setup: .venv/installed
 
 # Linked against no torch library, so the extension is rebuilt only when its own sources change. The tests need the
 # extra lm-eval too: some 640 MB and a minute that the demo does without.
 .venv/installed: EXTRAS := test,lint,report
-.venv/tested: EXTRAS := test,lint,report,lm-eval,lora,trl,augment,serve,test-serve
+.venv/tested: EXTRAS := test,lint,report,lm-eval,lora,trl,augment,serve,test-serve,ray
 .venv/installed .venv/tested: pyproject.toml constraints.txt setup.py $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing icl_ft_fast and building its extension (about two minutes the first time) ..."
@@ -43,16 +45,28 @@ fuzz: setup
 	@mkdir -p build
 	@$(BIN)/python tests/fuzz_readers.py -max_total_time=60 -max_len=600 -artifact_prefix=build/
 
+# The native code under AddressSanitizer, UBSan and a coverage-guided fuzzer, for SANITIZE_S seconds. Clang on Linux:
+# Debian's clang-14 and libclang-rt-14-dev. An input that ends the run is kept in build/; run `build/sanitize/native` on it.
+sanitize: build/sanitize/native
+	@mkdir -p build/sanitize/corpus
+	@build/sanitize/native -max_total_time=$(SANITIZE_S) -max_len=400 -timeout=20 -artifact_prefix=build/ \
+		build/sanitize/corpus fuzz/seeds
+
+build/sanitize/native: fuzz/native.cpp $(SOURCES)
+	@mkdir -p build/sanitize
+	@$(CLANG) -std=c++17 -O1 -g -Wno-unknown-pragmas -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		$(filter-out csrc/bindings.cpp,$(filter %.cpp,$^)) -o $@
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h fuzz/*.cpp
 
 format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h fuzz/*.cpp
 
 bench: setup
 	@$(BIN)/python -m benchmarks

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.timing import Row, append_csv, machine, record
 
 # Each is a module of this package with run(quick) -> list[Row], which checks its results before it times them.
-SUITES = ("target_logprob", "trie", "trie_attention", "score", "generate", "serve", "finetune")
+SUITES = ("target_logprob", "trie", "trie_attention", "score", "invariant", "generate", "serve", "finetune", "memory")
 
 
 def main() -> None:
@@ -17,14 +17,16 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", help=f"which suites to run, all by default: {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append the rows to DIR/<device>.csv")
     parser.add_argument("--quick", action="store_true", help="smaller inputs and fewer rounds")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="score: documents.jsonl and questions.jsonl to use")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="score, invariant: documents.jsonl and questions.jsonl to use"
+    )
     args = parser.parse_args()
     if unknown := sorted(set(args.suite) - set(SUITES)):
         parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
 
     rows: list[Row] = []
     for suite in args.suite or SUITES:
-        options = {"data": args.data} if suite == "score" else {}
+        options = {"data": args.data} if suite in ("score", "invariant") else {}
         measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import icl_ft_fast as iff
-from benchmarks.score import DTYPES, SIZES, _save_model
+from benchmarks.score import DTYPES, SIZES, save_model
 from benchmarks.timing import Row
 from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.model import Model
@@ -35,7 +35,7 @@ def run(quick: bool) -> list[Row]:
     prompts = [[*context, *tail] for tail in tails]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        _save_model(Path(folder), SIZES["30M"], ["a corpus of no importance"])
+        save_model(Path(folder), SIZES["30M"], ["a corpus of no importance"])
         for dtype in DTYPES:
             model = iff.load(folder, dtype=dtype)
             model.tokenizer.eos_token = None  # so that every continuation has its full length

@@ -95,7 +95,7 @@ def _attend(
     settings = (sinks, 0.1, 2048 if options else 0, 30.0 if options else 0.0)
     trie_attention.trie_attention(q, k, k, *index, *settings)
     if rows != 4:
-        trie_attention.trie_attention_backward(q, q, k, k, lse, lse, *index, *settings)
+        trie_attention.trie_attention_backward(q, lse, q, k, k, q, lse, *index, *settings)
 
 
 def _score(dtype: torch.dtype, rows: int, *, vocabulary: int = 32_000, options: bool = False) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "score": (README, lambda: _tables(_score_table)),
     "ops": (RESULTS / "README.md", lambda: _tables(_ops_table)),
     "others": (RESULTS / "README.md", lambda: _tables(_others_table)),
+    "scaling": (ROOT / "docs" / "executors.md", lambda: str(import_module("benchmarks.scaling").table())),
 }
 
 

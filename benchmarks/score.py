@@ -49,7 +49,7 @@ TOLERANCE_LLAMA_CPP = 5e-2
 
 def run(quick: bool, data: Path | None = None) -> list[Row]:
     """Time every size, dtype and peer; `quick` takes the small model and the peers that need no other environment."""
-    context, questions = _article(data, 40 if quick else None)
+    context, questions = article(data, 40 if quick else None)
     rows = []
     for size in list(SIZES)[: 1 if quick else None]:
         with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,8 @@ class Case:
         return cls(model, text, questions, requests, heads[0][:shared], [heads[r][shared:] for r in first], choices)
 
 
-def _article(data: Path | None, limit: int | None) -> tuple[str, list[Question]]:
+def article(data: Path | None, limit: int | None) -> tuple[str, list[Question]]:
+    """The text and its first questions, of the folder `data` or generated."""
     if data is None:
         task = simple_reversals(0, num_facts=500, num_articles=1)
         return icl_context(task.documents), list(task.questions[: limit or 172])

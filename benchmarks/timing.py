@@ -77,9 +77,9 @@ def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu") -
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else the call reuses freed memory that still counts as resident
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         call()
-        return _status_bytes("VmHWM") - before
+        return status_bytes("VmHWM") - before
     except (OSError, AttributeError):
         return None
 
@@ -138,7 +138,7 @@ def _cuda_clock() -> Callable[[Callable[[], object]], float]:
     return clock
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

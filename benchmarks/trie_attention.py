@@ -47,7 +47,41 @@ def run(quick: bool) -> list[Row]:
                 peak = peak_bytes(variants[variant])
                 rows.append(Row("trie_attention", case, variant, *times, rate, "GFLOP/s", None, peak))
         torch.set_num_threads(threads)
-    return rows
+    return rows + [row for dtype in DTYPES for size in (32, 64) for row in _training(dtype, size, quick)]
+
+
+def _training(dtype: torch.dtype, size: int, quick: bool) -> list[Row]:
+    """Forward and backward of 4 causal sequences: packed rows, and for torch the batch that they are."""
+    num_sequences, length, threads = 4, 128 if quick else 512, torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(4, num_sequences, HEADS, length, size, generator=generator).to(dtype)
+    row = torch.arange(num_sequences * length, dtype=torch.int32)
+    index = (row, (row // length + 1) * length, row % length, row % length)
+
+    def packed(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def gradients(attention: Callable[..., Tensor], inputs: Tensor) -> tuple[Tensor, ...]:
+        *leaves, cotangent = (x.clone() for x in inputs)
+        qkv = [x.requires_grad_() for x in leaves]
+        return torch.autograd.grad(attention(*qkv), qkv, cotangent)
+
+    rows = torch.stack([packed(x) for x in batch])
+    ours = partial(gradients, lambda q, k, v: ops.trie_attention(q, k, v, *index))
+    theirs = partial(gradients, partial(scaled_dot_product_attention, is_causal=True))
+    for grad, torch_grad, exact in zip(ours(rows), theirs(batch), ours(rows.double()), strict=True):
+        _check_budget(f"training, {dtype}, {size}", grad, packed(torch_grad), exact)
+    num_flops = 7 * num_sequences * HEADS * length * (length + 1) * size
+    found, name = [], str(dtype).removeprefix("torch.")
+    for num_threads in sorted({1, threads}):
+        torch.set_num_threads(num_threads)
+        case = f"{name}, forward and backward, 4 sequences of {length}, head size {size}, {num_threads} threads"
+        variants = {"trie_attention": partial(ours, rows), "torch SDPA": partial(theirs, batch)}
+        for variant, t in measure(variants, seconds=0.3 if quick else 2.0).items():
+            rate = num_flops / t.ms / 1e6
+            found.append(Row("trie_attention", case, variant, t.ms, t.p20_ms, t.p80_ms, rate, "GFLOP/s"))
+    torch.set_num_threads(threads)
+    return found
 
 
 def cases(quick: bool) -> dict[str, list[Call]]:
@@ -142,7 +176,11 @@ def _torch(call: Call) -> Tensor:
 def _check(case: str, call: Call) -> None:
     """The error budget of tests/close.py, torch's attention being the same-dtype one."""
     exact = ops.trie_attention(call.q.double(), call.k.double(), call.v.double(), *call.index)
-    error, torch_error = ((f(call).double() - exact).abs().max().item() for f in (_trie_attention, _torch))
-    rounding = torch.finfo(call.q.dtype).eps * exact.abs().max().item()
+    _check_budget(case, _trie_attention(call), _torch(call), exact)
+
+
+def _check_budget(case: str, kernel: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    error, torch_error = ((x.double() - exact).abs().max().item() for x in (kernel, same_dtype))
+    rounding = torch.finfo(kernel.dtype).eps * exact.abs().max().item()
     if not error <= 2 * (torch_error + rounding):
         raise AssertionError(f"{case}: off by {error:.3e}, torch by {torch_error:.3e}, rounding {rounding:.3e}")

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
+
 #include "icl.h"
 
 namespace py = pybind11;
@@ -16,17 +19,30 @@ void require_vector(const py::array& array, const char* argument) {
     if (array.ndim() != 1) throw py::value_error(std::string(argument) + ": expected one dimension");
 }
 
-py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
-                    const Array<int64_t>& context_lengths) {
-    require_vector(tokens, "tokens");
-    require_vector(offsets, "offsets");
+icl::Sequences sequences(const Array<int32_t>& tokens, const Array<int64_t>& offsets, const char* name) {
+    require_vector(tokens, name);
+    require_vector(offsets, name);
+    if (offsets.size() == 0) throw py::value_error(std::string(name) + ": expected at least one value");
+    return {tokens.data(), tokens.size(), offsets.data(), offsets.size() - 1};
+}
+
+py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets, const Array<int64_t>& context_lengths,
+                    const Array<int32_t>& head_tokens, const Array<int64_t>& head_offsets,
+                    const std::optional<Array<int32_t>>& head) {
     require_vector(context_lengths, "context_lengths");
-    if (offsets.size() != context_lengths.size() + 1) {
-        throw py::value_error("offsets: expected one more value than context_lengths, " +
-                              std::to_string(context_lengths.size() + 1) + ", got " + std::to_string(offsets.size()));
+    icl::Requests requests{sequences(tokens, offsets, "offsets"), context_lengths.data(),
+                           sequences(head_tokens, head_offsets, "head_offsets"), head ? head->data() : nullptr};
+    const auto require_size = [&](const char* name, int64_t size) {
+        if (offsets.size() != size + 1) {
+            throw py::value_error(std::string("offsets: expected one more value than ") + name + ", " +
+                                  std::to_string(size + 1) + ", got " + std::to_string(offsets.size()));
+        }
+    };
+    require_size("context_lengths", context_lengths.size());
+    if (head) {
+        require_vector(*head, "head");
+        require_size("head", head->size());
     }
-    const icl::Requests requests{tokens.data(), tokens.size(), offsets.data(), context_lengths.data(),
-                                 context_lengths.size()};
     std::vector<icl::SortedRequest> sorted;
     icl::TrieSizes sizes;
     {
@@ -40,7 +56,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
         result[name] = array;
         return array.mutable_data();
     };
-    py::array_t<int64_t> path_offset(requests.num_requests + 1);
+    py::array_t<int64_t> path_offset(requests.tails.count + 1);
     result["path_offset"] = path_offset;
     const icl::TrieArrays out{
         allocate("node_token", sizes.nodes),  allocate("node_depth", sizes.nodes),
@@ -53,7 +69,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
     };
     {
         py::gil_scoped_release release;
-        icl::trie_fill(requests.tokens, sorted, sizes, out);
+        icl::trie_fill(requests, sorted, sizes, out);
     }
     return result;
 }
@@ -64,39 +80,82 @@ void trie_ancestors(const Array<int32_t>& parent, int64_t row, Array<int32_t> ou
     icl::trie_ancestors(parent.data(), parent.size(), row, out.mutable_data(), out.size());
 }
 
-// Tensors come as addresses; ops.py has checked them and allocated the results.
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+// The elements of an array, with strides counted in them; one for what is a single element, whatever the array says.
+template <int N>
+struct View {
+    void* data;
+    std::array<int64_t, N> shape, strides;
+};
+
+// Throws unless the array holds aligned elements of T, has the shape (-1: any size) and, without strides, is
+// contiguous.
+template <class T, int N>
+View<N> view(const py::array& array, const char* argument, std::array<int64_t, N> shape, bool strided = false) {
+    const auto refuse = [&](const std::string& expected) {
+        const auto got = py::str("{}{}").format(array.dtype(), py::tuple(array.attr("shape")));
+        throw py::value_error(std::string(argument) + ": expected " + expected + ", got " + std::string(got));
+    };
+    if (!py::isinstance<py::array_t<T>>(array)) refuse(std::string(py::str(py::dtype::of<T>())));
+    if (array.ndim() != N) refuse(std::to_string(N) + " dimensions");
+    if (reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0) refuse("aligned elements");
+    View<N> found{const_cast<void*>(array.data()), {}, {}};
+    int64_t contiguous = 1;
+    for (int i = N - 1; i >= 0; --i) {
+        const int64_t size = found.shape[i] = array.shape(i), bytes = array.strides(i);
+        if (shape[i] >= 0 && size != shape[i]) refuse(std::to_string(shape[i]) + " in dimension " + std::to_string(i));
+        if (size > 1 && bytes % static_cast<int64_t>(sizeof(T)) != 0) refuse("strides of whole elements");
+        found.strides[i] = size > 1 ? bytes / static_cast<int64_t>(sizeof(T)) : 1;
+        if (!strided && size > 1 && array.size() > 0 && found.strides[i] != contiguous) refuse("a contiguous array");
+        contiguous *= size;
+    }
+    return found;
 }
 
-void target_logprob(bool bfloat16, uintptr_t hidden, std::array<int64_t, 2> hidden_stride, uintptr_t weight,
-                    std::array<int64_t, 2> weight_stride, uintptr_t bias, int64_t bias_stride,
-                    std::array<int64_t, 4> sizes, uintptr_t row, uintptr_t target, float scale, float softcap, int isa,
-                    int num_threads, uintptr_t logp, uintptr_t is_argmax, uintptr_t lse) {
+template <class T, int N>
+T* output(py::array& array, const char* argument, std::array<int64_t, N> shape) {
+    array.mutable_data();  // throws unless it may be written to
+    return static_cast<T*>(view<T, N>(array, argument, shape).data);
+}
+
+// Floats of any strides: float32, or bfloat16 as its bits in int16, since numpy has no such type.
+template <int N>
+View<N> floats(bool bfloat16, const py::array& array, const char* argument, std::array<int64_t, N> shape) {
+    return bfloat16 ? view<int16_t, N>(array, argument, shape, true) : view<float, N>(array, argument, shape, true);
+}
+
+bool is_bfloat16(const py::array& array) { return py::isinstance<py::array_t<int16_t>>(array); }
+
+void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
+                    const py::array& row, const py::array& target, float scale, float softcap, bool invariant, int isa,
+                    int num_threads, py::array logp, py::array is_argmax, py::array lse) {
     icl::TargetLogprob args{};
-    args.bfloat16 = bfloat16;
-    args.hidden = pointer<const void>(hidden);
-    args.weight = pointer<const void>(weight);
-    args.bias = pointer<const void>(bias);
-    for (int i : {0, 1}) {
-        args.hidden_stride[i] = hidden_stride[i];
-        args.weight_stride[i] = weight_stride[i];
+    args.bfloat16 = is_bfloat16(hidden);
+    const auto h = floats<2>(args.bfloat16, hidden, "hidden", {-1, -1});
+    const auto w = floats<2>(args.bfloat16, weight, "weight", {-1, h.shape[1]});
+    const auto r = view<int32_t, 1>(row, "row", {-1});
+    args.hidden = h.data;
+    args.weight = w.data;
+    std::copy(h.strides.begin(), h.strides.end(), args.hidden_stride);
+    std::copy(w.strides.begin(), w.strides.end(), args.weight_stride);
+    if (bias) {
+        const auto b = floats<1>(args.bfloat16, *bias, "bias", {w.shape[0]});
+        args.bias = b.data;
+        args.bias_stride = b.strides[0];
     }
-    args.bias_stride = bias_stride;
-    args.num_rows = sizes[0];
-    args.width = sizes[1];
-    args.vocabulary = sizes[2];
-    args.num_targets = sizes[3];
-    args.row = pointer<const int32_t>(row);
-    args.target = pointer<const int32_t>(target);
+    args.num_rows = h.shape[0];
+    args.width = h.shape[1];
+    args.vocabulary = w.shape[0];
+    args.num_targets = r.shape[0];
+    args.row = static_cast<const int32_t*>(r.data);
+    args.target = static_cast<const int32_t*>(view<int32_t, 1>(target, "target", r.shape).data);
     args.scale = scale;
     args.softcap = softcap;
+    args.invariant = invariant;
     args.isa = isa;
     args.num_threads = num_threads;
-    args.logp = pointer<float>(logp);
-    args.is_argmax = pointer<bool>(is_argmax);
-    args.lse = pointer<float>(lse);
+    args.logp = output<float, 1>(logp, "logp", r.shape);
+    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", r.shape);
+    args.lse = output<float, 1>(lse, "lse", {h.shape[0]});
     py::gil_scoped_release release;
     icl::target_logprob(args);
 }
@@ -115,35 +174,77 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
     return icl::target_logprob_workspace_bytes(args);
 }
 
-using Triple = std::array<int64_t, 3>;
-
-void trie_attention(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Triple v_shape, Triple q_strides,
-                    Triple k_strides, Triple v_strides, bool bf16, uintptr_t row_q, uintptr_t end_k, uintptr_t depth_q,
-                    uintptr_t depth_k, uintptr_t sinks, double scale, int32_t window, double softcap, uintptr_t out,
-                    uintptr_t lse, int isa) {
+icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array& k, const py::array& v,
+                                            const py::array& row_q, const py::array& end_k, const py::array& depth_q,
+                                            const py::array& depth_k, const std::optional<py::array>& sinks,
+                                            float scale, int32_t window, float softcap, bool invariant, int isa,
+                                            py::array& out, py::array& lse) {
     icl::TrieAttention arguments{};
-    arguments.bf16 = bf16;
-    arguments.T = q_shape[0], arguments.H = q_shape[1], arguments.D = q_shape[2];
-    arguments.S = v_shape[0], arguments.G = v_shape[1], arguments.Dv = v_shape[2];
-    arguments.q = pointer<const void>(q);
-    arguments.k = pointer<const void>(k);
-    arguments.v = pointer<const void>(v);
-    std::copy(q_strides.begin(), q_strides.end(), arguments.q_strides);
-    std::copy(k_strides.begin(), k_strides.end(), arguments.k_strides);
-    std::copy(v_strides.begin(), v_strides.end(), arguments.v_strides);
-    arguments.row_q = pointer<const int32_t>(row_q);
-    arguments.end_k = pointer<const int32_t>(end_k);
-    arguments.depth_q = pointer<const int32_t>(depth_q);
-    arguments.depth_k = pointer<const int32_t>(depth_k);
-    arguments.sinks = pointer<const float>(sinks);
-    arguments.scale = static_cast<float>(scale);
-    arguments.softcap = static_cast<float>(softcap);
+    const bool bf16 = arguments.bf16 = is_bfloat16(q);
+    const auto queries = floats<3>(bf16, q, "q", {-1, -1, -1});
+    const auto [T, H, D] = queries.shape;
+    const auto keys = floats<3>(bf16, k, "k", {-1, -1, D});
+    const auto [S, G, _] = keys.shape;
+    const auto values = floats<3>(bf16, v, "v", {S, G, -1});
+    arguments.T = T, arguments.H = H, arguments.D = D;
+    arguments.S = S, arguments.G = G, arguments.Dv = values.shape[2];
+    arguments.q = queries.data;
+    arguments.k = keys.data;
+    arguments.v = values.data;
+    std::copy(queries.strides.begin(), queries.strides.end(), arguments.q_strides);
+    std::copy(keys.strides.begin(), keys.strides.end(), arguments.k_strides);
+    std::copy(values.strides.begin(), values.strides.end(), arguments.v_strides);
+    const auto index = [](const py::array& array, const char* argument, int64_t size) {
+        return static_cast<const int32_t*>(view<int32_t, 1>(array, argument, {size}).data);
+    };
+    arguments.row_q = index(row_q, "row_q", T);
+    arguments.end_k = index(end_k, "end_k", S);
+    arguments.depth_q = index(depth_q, "depth_q", T);
+    arguments.depth_k = index(depth_k, "depth_k", S);
+    if (sinks) arguments.sinks = static_cast<const float*>(view<float, 1>(*sinks, "sinks", {H}).data);
+    arguments.scale = scale;
+    arguments.softcap = softcap;
     arguments.window = window;
-    arguments.out = pointer<void>(out);
-    arguments.lse = pointer<float>(lse);
+    arguments.invariant = invariant;
+    arguments.out = bf16 ? static_cast<void*>(output<int16_t, 3>(out, "out", {T, H, arguments.Dv}))
+                         : output<float, 3>(out, "out", {T, H, arguments.Dv});
+    arguments.lse = output<float, 2>(lse, "lse", {T, H});
     arguments.isa = isa;
+    return arguments;
+}
+
+void trie_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
+                    const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
+                    const std::optional<py::array>& sinks, float scale, int32_t window, float softcap, bool invariant,
+                    int isa, py::array out, py::array lse) {
+    const auto arguments = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window,
+                                                    softcap, invariant, isa, out, lse);
     py::gil_scoped_release release;
     icl::trie_attention(arguments);
+}
+
+void trie_attention_backward(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
+                             const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
+                             const std::optional<py::array>& sinks, float scale, int32_t window, float softcap, int isa,
+                             py::array out, py::array lse, const py::array& grad_out, const py::array& grad_lse,
+                             py::array delta, py::array grad_q, py::array grad_k, py::array grad_v) {
+    const auto a = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
+                                            false, isa, out, lse);
+    const auto gradient = [&](py::array& array, const char* argument, std::array<int64_t, 3> shape) {
+        return a.bf16 ? static_cast<void*>(output<int16_t, 3>(array, argument, shape))
+                      : output<float, 3>(array, argument, shape);
+    };
+    icl::TrieAttentionGradients gradients{};
+    const auto of_out = floats<3>(a.bf16, grad_out, "grad_out", {a.T, a.H, a.Dv});
+    gradients.grad_out = of_out.data;
+    std::copy(of_out.strides.begin(), of_out.strides.end(), gradients.grad_out_strides);
+    gradients.grad_lse = static_cast<const float*>(view<float, 2>(grad_lse, "grad_lse", {a.T, a.H}).data);
+    gradients.delta = output<float, 2>(delta, "delta", {a.T, a.H});
+    gradients.grad_q = gradient(grad_q, "grad_q", {a.T, a.H, a.D});
+    gradients.grad_k = gradient(grad_k, "grad_k", {a.S, a.G, a.D});
+    gradients.grad_v = gradient(grad_v, "grad_v", {a.S, a.G, a.Dv});
+    py::gil_scoped_release release;
+    icl::trie_attention_backward(a, gradients);
 }
 
 }  // namespace
@@ -151,14 +252,13 @@ void trie_attention(uintptr_t q, uintptr_t k, uintptr_t v, Triple q_shape, Tripl
 PYBIND11_MODULE(_C, m) {
     using py::arg;
     m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
-          arg("context_lengths").noconvert());
+          arg("context_lengths").noconvert(), arg("head_tokens").noconvert(), arg("head_offsets").noconvert(),
+          arg("head").noconvert());
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
     m.def("best_isa", &icl::best_isa);
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
           arg("contiguous"), arg("isa"), arg("num_threads"));
-    m.def("trie_attention", &trie_attention, arg("q"), arg("k"), arg("v"), arg("q_shape"), arg("v_shape"),
-          arg("q_strides"), arg("k_strides"), arg("v_strides"), arg("bf16"), arg("row_q"), arg("end_k"), arg("depth_q"),
-          arg("depth_k"), arg("sinks"), arg("scale"), arg("window"), arg("softcap"), arg("out"), arg("lse"),
-          arg("isa"));
+    m.def("trie_attention", &trie_attention);
+    m.def("trie_attention_backward", &trie_attention_backward);
 }

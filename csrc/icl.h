@@ -1,27 +1,45 @@
 // The native API of icl_ft_fast: plain structs of pointers and sizes, and free functions that know neither Python nor
 // torch. A function checks every size and offset before it touches memory and throws std::invalid_argument naming the
-// argument. Arrays are contiguous and belong to the caller.
+// argument. Arrays are contiguous unless they have strides, as long as their sizes say, aligned, and the caller's:
+// nobody writes to them meanwhile.
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace icl {
 
-// R requests laid end to end: request r is tokens[offsets[r]:offsets[r + 1]], its first context_lengths[r] tokens are
-// context and the rest continuation, both at least one token.
-struct Requests {
+constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();  // of rows, tokens, heads, components
+
+inline void require_range(const char* argument, int64_t value, int64_t least, int64_t most = kMaxIndex) {
+    if (value < least || value > most) {
+        throw std::invalid_argument(std::string(argument) + ": expected " + std::to_string(least) + " to " +
+                                    std::to_string(most) + ", got " + std::to_string(value));
+    }
+}
+
+// Sequences of tokens laid end to end: number i is tokens[offsets[i]:offsets[i + 1]].
+struct Sequences {
     const int32_t* tokens;  // [num_tokens], >= 0
     int64_t num_tokens;
-    const int64_t* offsets;          // [R + 1], from 0 to num_tokens
-    const int64_t* context_lengths;  // [R]
-    int64_t num_requests;
+    const int64_t* offsets;  // [count + 1], from 0 to num_tokens
+    int64_t count;
 };
 
-// One of the requests in lexicographic order: tokens[first:first + length], of which it has the first `shared` in
-// common with the request sorted before it.
+// Request r is heads[head[r]] followed by tails[r], or tails[r] alone where head is null. Its first context_lengths[r]
+// tokens are context and the rest continuation, both at least one token.
+struct Requests {
+    Sequences tails;                 // R of them
+    const int64_t* context_lengths;  // [R]
+    Sequences heads;
+    const int32_t* head;  // [R] or null
+};
+
+// One of the requests in lexicographic order, whose first `shared` tokens the one sorted before it has too.
 struct SortedRequest {
-    int64_t first;
     int32_t request, shared, length, context;
 };
 
@@ -38,10 +56,11 @@ struct TrieArrays {
     int64_t* path_offset;                                       // [R + 1]
 };
 
-// Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory.
+// Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory. Requests with
+// the same head compare their tails only.
 std::vector<SortedRequest> trie_sort(const Requests& requests);
 TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted);
-void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
+void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
                const TrieArrays& out);
 
 // The ancestors of a row, root first, into out[depth of row].
@@ -56,7 +75,7 @@ int choose_isa(int isa);
 // targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
 // threads.
 struct TargetLogprob {
-    bool bfloat16;
+    bool bfloat16, invariant;
     const void* hidden;  // [R, E]
     int64_t hidden_stride[2];
     const void* weight;  // [V, E]
@@ -64,7 +83,7 @@ struct TargetLogprob {
     const void* bias;  // [V], or null
     int64_t bias_stride;
     int64_t num_rows, vocabulary, width, num_targets;
-    const int32_t *row, *target;  // [M]
+    const int32_t *row, *target;  // [M]; out of range: logp is nan
     float scale, softcap;         // softcap 0: none
     int isa, num_threads;
     float* logp;      // [M]
@@ -78,11 +97,11 @@ void target_logprob(const TargetLogprob& args);
 
 // icl_ft_fast/ops.py says what each means. Elements are bfloat16 or float, strides are counted in them.
 struct TrieAttention {
-    bool bf16;
+    bool bf16, invariant;
     int64_t T, S, H, G, D, Dv;
     const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
     int64_t q_strides[3], k_strides[3], v_strides[3];
-    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]
+    const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]; compared, never followed
     const float* sinks;                                // [H] or null
     float scale, softcap;                              // no soft-cap: 0
     int32_t window;                                    // none: 0
@@ -91,7 +110,17 @@ struct TrieAttention {
     float* lse;  // [T, H], contiguous
 };
 
-// Sizes and pointers are taken as valid.
+// What its backward takes and gives besides; it reads out and lse, and of the sinks only what lse has of them.
+struct TrieAttentionGradients {
+    const void* grad_out;  // [T, H, Dv]
+    int64_t grad_out_strides[3];
+    const float* grad_lse;           // [T, H], contiguous, as are the results
+    float* delta;                    // [T, H], grad_out . out
+    void *grad_q, *grad_k, *grad_v;  // [T, H, D], [S, G, D], [S, G, Dv]
+};
+
+// Bits do not depend on the number of threads.
 void trie_attention(const TrieAttention& arguments);
+void trie_attention_backward(const TrieAttention& arguments, const TrieAttentionGradients& gradients);
 
 }  // namespace icl

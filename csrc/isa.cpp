@@ -1,7 +1,4 @@
 // Which instruction sets this processor has.
-#include <stdexcept>
-#include <string>
-
 #include "icl.h"
 
 namespace icl {
@@ -19,10 +16,7 @@ int best_isa() {
 
 int choose_isa(int isa) {
     const int best = best_isa();
-    if (isa < kBestIsa || isa > best) {
-        throw std::invalid_argument("isa: expected 0 to " + std::to_string(best) + ", which this processor has, got " +
-                                    std::to_string(isa));
-    }
+    require_range("isa", isa, kBestIsa, best);
     return isa == kBestIsa ? best : isa;
 }
 

@@ -35,7 +35,7 @@ constexpr int kColumns = 8;               // most columns at a time: weights 2^n
 constexpr int64_t kBlockColumns = 96;     // logits of a row in a tile
 constexpr int64_t kBlockRows = 512;       // rows that share a pass over the weights ...
 constexpr int64_t kBlockBytes = 4 << 20;  // ... fewer where they are so wide that they would take more than this
-constexpr int64_t kDotRows = 4;           // up to so many rows are not worth packing into lanes
+constexpr int64_t kDotRows = 4;           // up to so many rows are not worth packing into lanes, if bits may differ
 constexpr int64_t kDepth = 2048;          // of a row and a column, multiplied at a time ...
 constexpr int64_t kPackedDepth = 256;     // ... where the weights are packed first
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -115,7 +115,7 @@ template <class K, class Source>
 class Head {
 public:
     Head(const TargetLogprob& args, Arena& arena)
-        : a(args), dot(a.num_rows <= kDotRows), depth(round_up(a.width, K::kUnit)) {
+        : a(args), dot(a.num_rows <= kDotRows && !a.invariant), depth(round_up(a.width, K::kUnit)) {
         direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
         depth_step = std::max<int64_t>(K::kUnit, direct ? std::min(depth, kDepth) : std::min(depth, kPackedDepth));
         const int64_t row_bytes = std::max<int64_t>(1, depth) * sizeof(Element);
@@ -324,6 +324,10 @@ int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
 
 // The size of the workspace, and the result if there is one.
 int64_t dispatch(const TargetLogprob& args, char* workspace) {
+    require_range("rows of hidden", args.num_rows, 0);
+    require_range("columns of hidden", args.width, 0);
+    require_range("rows of weight", args.vocabulary, 1);
+    require_range("targets", args.num_targets, 0);
     TargetLogprob a = args;
     a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
     switch (choose_isa(a.isa)) {

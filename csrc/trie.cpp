@@ -1,16 +1,11 @@
 // The prefix trie of a set of requests: sort them, then walk the sorted list with the open path as a stack.
 #include <algorithm>
 #include <cstring>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "icl.h"
 
 namespace icl {
 namespace {
-
-constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
 
 void require(bool holds, const char* argument, const std::string& expected, int64_t got) {
     if (!holds) {
@@ -20,19 +15,36 @@ void require(bool holds, const char* argument, const std::string& expected, int6
 
 std::string of_request(int64_t r) { return " (request " + std::to_string(r) + ")"; }
 
-void check(const Requests& requests) {
-    const int64_t num_requests = requests.num_requests;
-    require(num_requests <= kMaxIndex, "offsets", "fewer than 2^31 requests", num_requests);
-    require(requests.offsets[0] == 0, "offsets", "0 first", requests.offsets[0]);
-    require(requests.offsets[num_requests] == requests.num_tokens, "offsets",
-            "the number of tokens last, " + std::to_string(requests.num_tokens), requests.offsets[num_requests]);
-    for (int64_t r = 0; r < num_requests; ++r) {
+void check(const Sequences& all, const char* offsets, const std::string& what) {
+    require_range((what + "s").c_str(), all.count, 0);
+    require(all.offsets[0] == 0, offsets, "0 first", all.offsets[0]);
+    require(all.offsets[all.count] == all.num_tokens, offsets,
+            "the number of tokens last, " + std::to_string(all.num_tokens), all.offsets[all.count]);
+    for (int64_t i = 0; i < all.count; ++i) {
         // Compared, not subtracted: the difference of two hostile offsets can overflow.
-        const int64_t first = requests.offsets[r], last = requests.offsets[r + 1];
-        if (last < first || last > requests.num_tokens) {
-            require(false, "offsets", "ascending values up to the number of tokens" + of_request(r), last);
+        const int64_t first = all.offsets[i], last = all.offsets[i + 1];
+        if (last < first || last > all.num_tokens) {
+            require(false, offsets,
+                    "ascending values up to the number of tokens (" + what + " " + std::to_string(i) + ")", last);
         }
-        const int64_t length = last - first, context = requests.context_lengths[r];
+    }
+}
+
+int64_t length_of(const Sequences& all, int64_t i) { return all.offsets[i + 1] - all.offsets[i]; }
+
+void check(const Requests& requests) {
+    check(requests.tails, "offsets", "request");
+    if (requests.head != nullptr) check(requests.heads, "head_offsets", "head");
+    for (int64_t r = 0; r < requests.tails.count; ++r) {
+        int64_t length = length_of(requests.tails, r);
+        if (requests.head != nullptr) {
+            const int64_t head = requests.head[r];
+            if (head < 0 || head >= requests.heads.count) {
+                require(false, "head", "0 <= head < " + std::to_string(requests.heads.count) + of_request(r), head);
+            }
+            length += length_of(requests.heads, head);
+        }
+        const int64_t context = requests.context_lengths[r];
         if (length > kMaxIndex) require(false, "offsets", "fewer than 2^31 tokens" + of_request(r), length);
         if (context < 1 || context >= length) {
             require(false, "context_lengths", "1 <= context < length " + std::to_string(length) + of_request(r),
@@ -41,14 +53,23 @@ void check(const Requests& requests) {
     }
 }
 
+// A request's tokens, in two stretches.
 struct Slice {
-    const int32_t* tokens;
-    int32_t length;
+    const int32_t *head, *tail;
+    int32_t head_length, length;
+
+    const int32_t* at(int32_t i) const { return i < head_length ? head + i : tail + (i - head_length); }
+    int32_t stretch_end(int32_t i) const { return i < head_length ? head_length : length; }
 };
 
 Slice slice(const Requests& requests, int32_t r) {
-    const int64_t first = requests.offsets[r];
-    return {requests.tokens + first, static_cast<int32_t>(requests.offsets[r + 1] - first)};
+    Slice slice{nullptr, requests.tails.tokens + requests.tails.offsets[r], 0, 0};
+    if (requests.head != nullptr) {
+        slice.head = requests.heads.tokens + requests.heads.offsets[requests.head[r]];
+        slice.head_length = static_cast<int32_t>(length_of(requests.heads, requests.head[r]));
+    }
+    slice.length = slice.head_length + static_cast<int32_t>(length_of(requests.tails, r));
+    return slice;
 }
 
 // How many of the first n tokens are equal; whole blocks go through memcmp, which runs at memory speed.
@@ -58,6 +79,18 @@ int32_t common_prefix(const int32_t* a, const int32_t* b, int32_t n) {
     while (n - i >= block && std::memcmp(a + i, b + i, block * sizeof(int32_t)) == 0) i += block;
     while (i < n && a[i] == b[i]) ++i;
     return i;
+}
+
+// How many tokens two requests share that are known to share the first `shared`.
+int32_t common_prefix(Slice a, Slice b, int32_t shared) {
+    if (a.head == b.head) shared = std::max(shared, std::min(a.head_length, b.head_length));
+    const int32_t most = std::min(a.length, b.length);
+    while (shared < most) {
+        const int32_t end = std::min({most, a.stretch_end(shared), b.stretch_end(shared)});
+        shared += common_prefix(a.at(shared), b.at(shared), end - shared);
+        if (shared < end) break;
+    }
+    return shared;
 }
 
 // Requests sort by where they leave a pivot and with which token. The upper half of the key is the number of tokens
@@ -70,10 +103,9 @@ struct Entry {
 
 Entry entry(const Requests& requests, int32_t r, Slice pivot, int32_t depth) {
     const Slice own = slice(requests, r);
-    const int32_t n = std::min(own.length, pivot.length);
-    const int32_t shared = depth + common_prefix(own.tokens + depth, pivot.tokens + depth, n - depth);
-    const uint32_t next = shared < own.length ? own.tokens[shared] + 1u : 0u;
-    const uint32_t pivot_next = shared < pivot.length ? pivot.tokens[shared] + 1u : 0u;
+    const int32_t shared = common_prefix(own, pivot, depth);
+    const uint32_t next = shared < own.length ? *own.at(shared) + 1u : 0u;
+    const uint32_t pivot_next = shared < pivot.length ? *pivot.at(shared) + 1u : 0u;
     const uint32_t leaves = next > pivot_next ? ~static_cast<uint32_t>(shared) : shared;
     return {static_cast<uint64_t>(leaves) << 32 | next, r};
 }
@@ -133,7 +165,7 @@ std::vector<SortedRequest> trie_sort(const Requests& requests) {
         size_t first, last;
         int32_t depth;  // tokens known to be shared
     };
-    const size_t num_requests = requests.num_requests;
+    const size_t num_requests = requests.tails.count;
     std::vector<Entry> entries(num_requests);
     for (size_t i = 0; i < num_requests; ++i) entries[i].request = static_cast<int32_t>(i);
     std::vector<SortedRequest> sorted(num_requests);
@@ -162,7 +194,6 @@ std::vector<SortedRequest> trie_sort(const Requests& requests) {
     }
     for (size_t i = 0; i < num_requests; ++i) {
         const int32_t r = entries[i].request;
-        sorted[i].first = requests.offsets[r];
         sorted[i].request = r;
         sorted[i].length = slice(requests, r).length;
         sorted[i].context = static_cast<int32_t>(requests.context_lengths[r]);
@@ -187,7 +218,7 @@ TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted) {
     return sizes;
 }
 
-void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
+void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
                const TrieArrays& out) {
     out.path_offset[0] = 0;
     for (const SortedRequest& request : sorted) out.path_offset[request.request + 1] = request.length - request.context;
@@ -198,8 +229,9 @@ void trie_fill(const int32_t* tokens, const std::vector<SortedRequest>& sorted, 
         sorted,
         [&](const SortedRequest& request, const std::vector<Segment>& path, int32_t node) {
             const size_t num_segments = path.size();
+            const Slice own = slice(requests, request.request);
             for (int32_t depth = request.shared; depth < request.length; ++depth, ++node) {
-                const int32_t token = tokens[request.first + depth];
+                const int32_t token = *own.at(depth);
                 if (token < 0) require(false, "tokens", "values >= 0" + of_request(request.request), token);
                 const bool branches = depth == request.shared;
                 out.node_token[node] = token;

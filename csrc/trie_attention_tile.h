@@ -56,29 +56,31 @@ TARGET inline Floats tanh(Floats x) {
     y = y * square + 1.33314422036e-1f;
     y = y * square - 3.33332819422e-1f;
     y = y * square * x + x;
-    const Floats t = exp2(magnitude * (-2 * kLog2E)), large = (1.0f - t) / (1.0f + t);
+    const Floats t = exp2(magnitude * (-2 * kLog2E)), large = 1.0f - 2.0f * t / (1.0f + t);
     const Floats sign = (Floats)((Ints)x & INT32_MIN);
     return magnitude < 0.625f ? y : (Floats)((Ints)large | (Ints)sign);
 }
 
+template <bool kPairs>
 TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
 #if PAIRS
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-    return sum + (Floats)x * (Floats)y;
+    if constexpr (kPairs) return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 #endif
+    return sum + (Floats)x * (Floats)y;
 }
 
 // A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride]; no factor means 0.
 // The product is summed by itself: one chain of additions over thousands of keys would lose four times the precision.
-template <int N, int M>
+// kGoOn: of out += x @ y instead, added to out itself step by step, of floats whatever PAIRS is.
+template <bool kGoOn, int N, int M>
 TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                            const Floats* factor, Floats* out) {
+    constexpr bool kInPairs = PAIRS && !kGoOn;
     Floats sums[N][M];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[n][m] = Floats{};
+        for (int m = 0; m < M; ++m) sums[n][m] = kGoOn ? out[n * kVectors + m] : Floats{};
     }
     for (int64_t step = 0; step < steps; ++step, x += stride, y += kVectors) {
         Ints values[M];
@@ -88,7 +90,7 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
         for (int n = 0; n < N; ++n) {
             const Ints broadcast = x[n * row] - Ints{};
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sums[n][m] = multiply_add(sums[n][m], broadcast, values[m]);
+            for (int m = 0; m < M; ++m) sums[n][m] = multiply_add<kInPairs>(sums[n][m], broadcast, values[m]);
         }
     }
 #pragma GCC unroll 8
@@ -101,22 +103,22 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
     }
 }
 
-template <int N, int M>
+template <bool kGoOn, int N, int M>
 TARGET void multiply_rows(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                           const Floats* factor, Floats* out) {
     for (; rows >= N; rows -= N, x += N * row, out += N * kVectors) {
-        multiply_block<N, M>(x, row, stride, y, steps, factor, out);
+        multiply_block<kGoOn, N, M>(x, row, stride, y, steps, factor, out);
     }
-    if constexpr (N > 1) multiply_rows<(N > 4 ? 4 : N / 2), M>(x, rows, row, stride, y, steps, factor, out);
+    if constexpr (N > 1) multiply_rows<kGoOn, (N > 4 ? 4 : N / 2), M>(x, rows, row, stride, y, steps, factor, out);
 }
 
-template <int M = kWide>
+template <bool kGoOn, int M = kWide>
 TARGET void multiply(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
                      const Floats* factor, Floats* out, int vectors) {
     for (; vectors >= M; vectors -= M, y += M, out += M, factor += factor ? M : 0) {
-        multiply_rows<kTall, M>(x, rows, row, stride, y, steps, factor, out);
+        multiply_rows<kGoOn, kTall, M>(x, rows, row, stride, y, steps, factor, out);
     }
-    if constexpr (M > 1) multiply<M - 1>(x, rows, row, stride, y, steps, factor, out, vectors);
+    if constexpr (M > 1) multiply<kGoOn, M - 1>(x, rows, row, stride, y, steps, factor, out, vectors);
 }
 
 // A tile of queries and what is known of their softmax so far; lanes beyond `count` see nothing.
@@ -126,23 +128,26 @@ struct Tile {
     Range rows, depths;
     alignas(64) int32_t row[kQueries];
     alignas(64) int32_t depth[kQueries];
-    alignas(64) float top[kQueries];    // the greatest product so far
+    alignas(64) float top[kQueries];    // the greatest product so far; of an invariant call, what weights refer to
     alignas(64) float total[kQueries];  // the sum of exp((product - top) * unit)
     Factor* q;                          // [factors of a query][kQueries]
     Floats* out;                        // [Dv][kVectors], not yet divided by total
+    // Of an invariant call: what its group of keys, not yet ended, adds to total and out.
+    alignas(64) float open_total[kQueries];
+    Floats* open;
 };
 
 // out[i * out_stride] becomes the factor of low[i * stride] and, in a pair, high[i * stride].
-template <class T>
+template <bool kPairs, class T>
 TARGET inline void pack(const T* low, [[maybe_unused]] const T* high, int64_t stride, int64_t size, Factor* out,
                         int64_t out_stride) {
     for (int64_t i = 0; i < size; ++i) {
-#if PAIRS
-        out[i * out_stride] = low[i * stride].bits | static_cast<uint32_t>(high[i * stride].bits) << 16;
-#else
-        const float x = to_float(low[i * stride]);
-        std::memcpy(&out[i * out_stride], &x, sizeof x);
-#endif
+        if constexpr (kPairs) {
+            out[i * out_stride] = low[i * stride].bits | static_cast<uint32_t>(high[i * stride].bits) << 16;
+        } else {
+            const float x = to_float(low[i * stride]);
+            std::memcpy(&out[i * out_stride], &x, sizeof x);
+        }
     }
 }
 
@@ -153,14 +158,14 @@ TARGET inline void pack_vector(const T* x, int64_t stride, int64_t size, Factor*
     if (stride == 1 && out_stride == 1) {
         std::memcpy(out, x, size / 2 * sizeof(Factor));
     } else {
-        pack(x, x + stride, 2 * stride, size / 2, out, out_stride);
+        pack<true>(x, x + stride, 2 * stride, size / 2, out, out_stride);
     }
     if (size % 2) out[size / 2 * out_stride] = x[(size - 1) * stride].bits;
 #else
     if (stride == 1 && out_stride == 1) {
-        pack(x, x, 1, size, out, 1);
+        pack<false>(x, x, 1, size, out, 1);
     } else {
-        pack(x, x, stride, size, out, out_stride);
+        pack<false>(x, x, stride, size, out, out_stride);
     }
 #endif
 }
@@ -193,6 +198,10 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
         for (int64_t i = 0; i < problem.factors * kQueries; ++i) tile.q[i] ^= PAIRS ? 0x80008000 : 0x80000000;
     }
     std::fill_n(tile.out, problem.Dv * kVectors, Floats{});
+    if (problem.invariant) {
+        std::fill_n(tile.open_total, kQueries, 0.0f);
+        std::fill_n(tile.open, problem.Dv * kVectors, Floats{});
+    }
 }
 
 // Keys as [keys][factors of a key].
@@ -204,20 +213,21 @@ TARGET void pack_keys(const Problem& problem, int64_t g, int64_t first, int keys
     }
 }
 
-// Values as [keys / kPerFactor][Dv] factors, behind an odd key a 0.
-template <class T>
+// Values as [keys][Dv] floats or [keys / 2][Dv] pairs, behind an odd key a 0.
+template <bool kPairs, class T>
 TARGET void pack_values(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
     const int64_t row = problem.v_strides[0], stride = problem.v_strides[2], Dv = problem.Dv;
     const T* v = static_cast<const T*>(problem.v) + first * row + g * problem.v_strides[1];
-    for (int j = 0; j < keys; j += kPerFactor, v += kPerFactor * row, out += Dv) {
+    constexpr int kStep = 1 + kPairs;
+    for (int j = 0; j < keys; j += kStep, v += kStep * row, out += Dv) {
         const bool pairs_up = j + 1 < keys;
         const T* next = pairs_up ? v + row : v;
         if (stride == 1) {
-            pack(v, next, 1, Dv, out, 1);
+            pack<kPairs>(v, next, 1, Dv, out, 1);
         } else {
-            pack(v, next, stride, Dv, out, 1);
+            pack<kPairs>(v, next, stride, Dv, out, 1);
         }
-        if (PAIRS && !pairs_up) {
+        if (kPairs && !pairs_up) {
             for (int64_t d = 0; d < Dv; ++d) out[d] &= 0xffff;
         }
     }
@@ -256,21 +266,28 @@ TARGET Floats finish_scores(const Problem& problem, const Tile& tile, int vector
     return top;
 }
 
+#if PAIRS
+// Lane by lane a pair, each rounded to bfloat16.
+TARGET inline Floats pair_up(Floats even, Floats odd) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+}
+#endif
+
 // Turns finished products into weights exp((product - top) * unit), as factors; returns their sum. The difference comes
 // first: where weights are large it is exact, and the greatest is 1 whatever the unit is rounded to.
 TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
     const float factor = unit * kLog2E;
     Floats sum = {};
 #if PAIRS
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     Floats* weights = scores;  // overtakes no score: two become one
     if (keys % 2) scores[keys * kVectors] = splat(-INFINITY);
     for (int j = 0; j < keys; j += 2, scores += 2 * kVectors, weights += kVectors) {
         const Floats even = exp2((scores[0] - top) * factor), odd = exp2((scores[kVectors] - top) * factor);
         sum += even + odd;
-        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-        *weights = (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)both);
+        *weights = pair_up(even, odd);
     }
 #else
     for (int j = 0; j < keys; ++j, scores += kVectors) {
@@ -282,10 +299,10 @@ TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
 }
 
 // One tile of queries and one of keys.
-TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first, int keys,
-                        bool masked, Floats* scores) {
+TARGET inline void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first,
+                               int keys, bool masked, Floats* scores) {
     const int64_t factors = problem.factors;
-    multiply(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+    multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
     Floats *top = reinterpret_cast<Floats*>(tile.top), *total = reinterpret_cast<Floats*>(tile.total);
     Floats rescale[kVectors];
     for (int m = 0; m < tile.vectors; ++m) {
@@ -295,8 +312,116 @@ TARGET void attend_tile(const Problem& problem, Tile& tile, const Factor* k, con
         rescale[m] = exp2((before - top[m]) * (problem.unit * kLog2E));
         total[m] = total[m] * rescale[m] + soften(problem.unit, top[m], keys, scores + m);
     }
-    multiply(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores), (keys + kPerFactor - 1) / kPerFactor,
-             rescale, tile.out, tile.vectors);
+    multiply<false>(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores),
+                    (keys + kPerFactor - 1) / kPerFactor, rescale, tile.out, tile.vectors);
+}
+
+TARGET inline bool any(Ints lanes) {
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+#else
+    int32_t some = 0;
+    for (int i = 0; i < LANES; ++i) some |= lanes[i];
+    return some;
+#endif
+}
+
+// Adds keys [from, to) of a tile to the open group, one after the other; products become weights.
+TARGET void add_keys(const Problem& problem, Tile& tile, const Factor* v, int from, int to, Floats* scores) {
+    if (from == to) return;
+    scores += from * kVectors;
+    const float factor = problem.unit * kLog2E;
+    for (int m = 0; m < tile.vectors; ++m) {
+        const Floats top = reinterpret_cast<const Floats*>(tile.top)[m];
+        Floats total = reinterpret_cast<Floats*>(tile.open_total)[m];
+        for (int j = 0; j < to - from; ++j) {
+            total += scores[j * kVectors + m] = exp2((scores[j * kVectors + m] - top) * factor);
+        }
+        reinterpret_cast<Floats*>(tile.open_total)[m] = total;
+    }
+    multiply<true>(v + from * problem.Dv, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores), to - from,
+                   nullptr, tile.open, tile.vectors);
+}
+
+// Ends the open group of the queries in `ends`, or of all.
+TARGET void close_group(const Problem& problem, Tile& tile, const Ints* ends) {
+    for (int m = 0; m < tile.vectors; ++m) {
+        const Ints here = ends ? ends[m] : Ints{} - 1;
+        const auto close = [&](Floats& sum, Floats& open) TARGET {
+            sum += here ? open : Floats{};
+            open = here ? Floats{} : open;
+        };
+        close(reinterpret_cast<Floats*>(tile.total)[m], reinterpret_cast<Floats*>(tile.open_total)[m]);
+        for (int64_t d = 0; d < problem.Dv; ++d) close(tile.out[d * kVectors + m], tile.open[d * kVectors + m]);
+    }
+}
+
+// Makes the products of one key what weights refer to where they are more than `rise` above it.
+TARGET void raise(const Problem& problem, Tile& tile, const Floats* scores, float rise) {
+    for (int m = 0; m < tile.vectors; ++m) {
+        Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
+        const Floats before = top;
+        top = scores[m] > before + rise ? scores[m] : before;
+        const Floats rescale = exp2((before - top) * (problem.unit * kLog2E));  // 1 where nothing rose
+        reinterpret_cast<Floats*>(tile.total)[m] *= rescale;
+        reinterpret_cast<Floats*>(tile.open_total)[m] *= rescale;
+        for (int64_t d = 0; d < problem.Dv; ++d) {
+            tile.out[d * kVectors + m] *= rescale;
+            tile.open[d * kVectors + m] *= rescale;
+        }
+    }
+}
+
+// attend_tile of an invariant call: what is done for a query is a function of its path, wherever on the stack that
+// lies, since a key it does not see adds 0. Weights refer to the path's first product until one is kRise above (the
+// greatest so far, as in attend_tile, would be known only for tiles); weights and weighted values are added key by key,
+// in a group of their own for each kGroup tokens of depth.
+TARGET void attend_tile_in_order(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first,
+                                 int keys, bool masked, Floats* scores) {
+    const int64_t factors = problem.factors;
+    multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+    const float rise = kRise / (problem.unit * kLog2E);
+    bool rises = false;
+    for (int m = 0; m < tile.vectors; ++m) {
+        const auto finish = masked ? finish_scores<true> : finish_scores<false>;
+        const Floats greatest = finish(problem, tile, m, first, keys, scores + m);
+        Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
+        for (int j = 0; j < keys && any(top == kLowest); ++j) {
+            const Floats score = scores[j * kVectors + m];
+            top = (top == kLowest) & (score > -INFINITY) ? score : top;
+        }
+        rises |= any(greatest > top + rise);
+    }
+    int from = 0;
+    for (int j = 0; j < keys; ++j) {
+        const Floats* key = scores + j * kVectors;
+        bool rises_here = false;
+        for (int m = 0; rises && m < tile.vectors; ++m) {
+            rises_here |= any(key[m] > reinterpret_cast<const Floats*>(tile.top)[m] + rise);
+        }
+        if (rises_here) {
+            add_keys(problem, tile, v, std::exchange(from, j), j, scores);
+            raise(problem, tile, key, rise);
+        }
+        if (problem.depth_k[first + j] % kGroup == kGroup - 1) {
+            Ints sees[kVectors];
+            for (int m = 0; m < tile.vectors; ++m) sees[m] = key[m] > -INFINITY;
+            add_keys(problem, tile, v, std::exchange(from, j + 1), j + 1, scores);
+            close_group(problem, tile, sees);
+        }
+    }
+    add_keys(problem, tile, v, from, keys, scores);
+}
+
+// What truncate<T> then makes the nearest T of, ties to even; nan stays nan.
+template <class T>
+TARGET inline Floats nearest(Floats x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x;
+    } else {
+        const Ints bits = (Ints)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+        return (Floats)(x == x ? rounded : bits);
+    }
 }
 
 template <class T>
@@ -307,11 +432,7 @@ TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
                      share = total > 0.0f ? 1.0f / total : Floats{};
         for (int64_t d = 0; d < Dv; ++d) {
             Floats& out = tile.out[d * kVectors + m];
-            out *= share;
-            if (sizeof(T) == sizeof(Bf16)) {  // to the nearest, ties to even; nan stays nan
-                const Ints bits = (Ints)out, rounded = bits + 0x7fff + (bits >> 16 & 1);
-                out = (Floats)(out == out ? rounded : bits);
-            }
+            out = nearest<T>(out * share + 0.0f);  // never -0, which what a query does not see might have made of 0
         }
     }
     const float* from = reinterpret_cast<const float*>(tile.out);
@@ -336,10 +457,13 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
     Factor* v = reinterpret_cast<Factor*>(take(kKeys * problem.Dv));
     Floats* scores = reinterpret_cast<Floats*>(take(kKeys * kQueries));
     Tile tiles[kMaxTiles];
+    const auto pack_v = problem.invariant ? pack_values<false, T> : pack_values<PAIRS, T>;
+    const auto attend_to = problem.invariant ? attend_tile_in_order : attend_tile;
     Range rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
         tiles[i].q = reinterpret_cast<Factor*>(take(problem.factors * kQueries));
         tiles[i].out = reinterpret_cast<Floats*>(take(problem.Dv * kQueries));
+        tiles[i].open = problem.invariant ? reinterpret_cast<Floats*>(take(problem.Dv * kQueries)) : nullptr;
         load_tile<T>(problem, g, (first_tile + i) * kQueries, tiles[i]);
         rows.include(tiles[i].rows.least);
         rows.include(tiles[i].rows.greatest);
@@ -352,10 +476,13 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
             if (view == View::kNone) continue;
             if (!std::exchange(packed, true)) {
                 pack_keys<T>(problem, g, key_tile.first, key_tile.count, k);
-                pack_values<T>(problem, g, key_tile.first, key_tile.count, v);
+                pack_v(problem, g, key_tile.first, key_tile.count, v);
             }
-            attend_tile(problem, tiles[i], k, v, key_tile.first, key_tile.count, view == View::kSome, scores);
+            attend_to(problem, tiles[i], k, v, key_tile.first, key_tile.count, view == View::kSome, scores);
         }
     }
-    for (int64_t i = 0; i < num_tiles; ++i) store_tile<T>(problem, g, tiles[i]);
+    for (int64_t i = 0; i < num_tiles; ++i) {
+        if (problem.invariant) close_group(problem, tiles[i], nullptr);
+        store_tile<T>(problem, g, tiles[i]);
+    }
 }

@@ -7,11 +7,42 @@ requests have in common can stay on a stack, as a Context that later requests st
 
 from __future__ import annotations
 
+import itertools
+import math
+import mmap
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+Kept: TypeAlias = tuple[torch.Tensor, ...]
+
+
+def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> Kept:
+    """Rows [T, G, D] as a stack keeps them: as they are (None), rounded, or int8 with a scale for each row and head.
+
+        scale = rows.abs().amax(-1, keepdim=True) / 127
+        kept = (rows / scale).round()
+
+    Returns:
+        The rows in kv_dtype, and for int8 the scales, float32 [T, G, 1]. What unpack() makes of them is off by at most
+        2**-8 of itself (bfloat16), or 1/254 of the largest component of its row and head (int8), beyond rounding.
+    """
+    if kv_dtype != torch.int8:
+        return (rows.to(kv_dtype or rows.dtype),)
+    scale = rows.abs().amax(-1, keepdim=True).float() / 127
+    return (rows / scale.masked_fill(scale == 0, 1)).round().to(torch.int8), scale
+
+
+def unpack(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """Rows [T, G, D] of pack() in `dtype`; the very tensor where that is how they are kept."""
+    rows, *scale = kept
+    return rows.to(dtype).mul_(scale[0]) if scale else rows.to(dtype)
 
 
 class KVStack:
@@ -19,15 +50,21 @@ class KVStack:
 
     Args:
         capacity: the most rows the stack ever holds; layers allocate it once, on first use.
+        kv_dtype: what rows are kept in, see pack(); None for what they come in. A chunk's own rows too are read as they
+            are kept, so that results do not depend on where chunks end.
+        folder: spill: each layer's rows lie in a nameless file there, of which only the layer at work stays resident.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, *, kv_dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
+        self.capacity, self.kv_dtype, self.folder = capacity, kv_dtype, folder
         self.rows = 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, Kept] = {}  # keys as they are kept, then values
+        self._dtype = torch.float32  # what they come in
+        self._files: dict[int, mmap.mmap] = {}
+        self._at_work = -1  # the layer whose file may be resident
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a chunk's k [T, G, D] and v [T, G, Dv] after the kept rows; returns views of the whole stack.
+        """Write a chunk's k [T, G, D] and v [T, G, Dv] after the kept rows; returns all rows, see write().
 
         The rows count as appended for this layer only; `commit` makes them part of the stack for all.
         """
@@ -36,54 +73,106 @@ class KVStack:
     def write(
         self, layer: int, where: slice | torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k [T, G, D] and v [T, G, Dv] at the positions `where`; returns views of the first `rows` rows."""
+        """Write k [T, G, D] and v [T, G, Dv] at the positions `where`; returns the first `rows` rows.
+
+        They are views of the stack, or copies where it keeps them in another dtype.
+        """
         if rows > self.capacity:
             raise ValueError(f"rows: the stack holds {self.capacity}, got {rows}")
-        if layer not in self._layers:
-            self._layers[layer] = (k.new_zeros(self.capacity, *k.shape[1:]), v.new_zeros(self.capacity, *v.shape[1:]))
-        keys, values = self._layers[layer]
-        keys[where] = k
-        values[where] = v
-        return keys[:rows], values[:rows]
+        self._dtype = k.dtype
+        self._put(layer, where, pack(k, self.kv_dtype) + pack(v, self.kv_dtype))
+        return self._read(layer, rows)
 
     def commit(self, rows: int) -> None:
         """Make the last `rows` appended rows part of the stack."""
         self.rows += rows
 
     def compact(self, keep: torch.Tensor) -> None:
-        """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing."""
+        """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing.
+
+        Where this fails for want of memory the stack is lost, and its `rows` are -1.
+        """
         stay = int((keep == torch.arange(len(keep))).sum())  # keep ascends, so these come first
+        self.rows = -1
         if stay < len(keep):
-            for keys, values in self._layers.values():
-                where = keep[stay:].to(keys.device)
-                keys[stay : len(keep)] = keys[where]
-                values[stay : len(keep)] = values[where]
+            for layer, parts in self._layers.items():
+                self._work_on(layer)
+                for part in parts:
+                    part[stay : len(keep)] = part[keep[stay:].to(part.device)]
         self.rows = len(keep)
 
-    def copy(self, rows: int, capacity: int) -> KVStack:
-        """Another stack, of the first `rows` rows of this one and with room for `capacity`."""
-        other = KVStack(capacity)
-        for layer, (keys, values) in self._layers.items():
-            other.write(layer, slice(rows), keys[:rows], values[:rows], rows)
+    def copy(self, rows: int, other: KVStack) -> KVStack:
+        """Put the first `rows` rows on another stack, which is empty, and return that."""
+        other._dtype = self._dtype
+        for layer, parts in self._layers.items():
+            kept = tuple(part[:rows] for part in parts)
+            if other.kv_dtype != self.kv_dtype:
+                keys, values = self._read(layer, rows)
+                kept = pack(keys, other.kv_dtype) + pack(values, other.kv_dtype)
+            other._put(layer, slice(rows), kept)
         other.commit(rows)
         return other
 
     @classmethod
     def of(cls, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> KVStack:
         """A full stack of keys [S, G, D] and values [S, G, Dv] by layer, which it does not copy."""
-        rows = len(next(iter(layers.values()))[0])
-        stack = cls(rows)
-        stack._layers, stack.rows = layers, rows
+        keys, _ = next(iter(layers.values()))
+        stack = cls(len(keys))
+        stack._layers, stack.rows, stack._dtype = {**layers}, len(keys), keys.dtype
         return stack
 
     def layers(self, rows: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the first `rows` rows by layer; views."""
-        return {layer: (keys[:rows], values[:rows]) for layer, (keys, values) in self._layers.items()}
+        """Keys and values of the first `rows` rows by layer, as write() returns them."""
+        return {layer: self._read(layer, rows) for layer in self._layers}
 
     @property
     def nbytes(self) -> int:
         """Bytes of every layer, free rows included."""
-        return sum(tensor.nbytes for tensors in self._layers.values() for tensor in tensors)
+        return sum(part.nbytes for parts in self._layers.values() for part in parts)
+
+    def _read(self, layer: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = tuple(part[:rows] for part in self._layers[layer])
+        half = len(parts) // 2
+        return unpack(parts[:half], self._dtype), unpack(parts[half:], self._dtype)
+
+    def _put(self, layer: int, where: slice | torch.Tensor, new: Kept) -> None:
+        if layer not in self._layers:  # zeros: nobody sees a row that is not filled, but 0 * NaN is NaN
+            shapes = [(self.capacity, *part.shape[1:]) for part in new]
+            if self.folder is None:
+                self._layers[layer] = tuple(part.new_zeros(shape) for part, shape in zip(new, shapes, strict=True))
+            else:
+                self._files[layer], self._layers[layer] = _in_a_file(
+                    self.folder, [(part.dtype, shape) for part, shape in zip(new, shapes, strict=True)]
+                )
+        self._work_on(layer)
+        for mine, part in zip(self._layers[layer], new, strict=True):
+            mine[where] = part
+
+    def _work_on(self, layer: int) -> None:
+        """Let the pages of the layer before go; what they hold stays in its file."""
+        if self._at_work != layer and self._at_work in self._files:
+            self._files[self._at_work].madvise(mmap.MADV_DONTNEED)
+        self._at_work = layer
+
+
+_ALIGNED = 64  # bytes that a tensor's memory starts at a multiple of, as torch's own does
+
+
+def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[mmap.mmap, Kept]:
+    """Zero tensors that lie in a file without a name, which the system drops with the process whatever ends it."""
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, not a signal later
+            mapped = mmap.mmap(file.fileno(), starts[-1])
+    except OSError as error:
+        raise OSError(error.errno, f"{starts[-1]:,} bytes of spilled rows: {error.strerror}", str(folder)) from error
+    tensors = tuple(
+        torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+        for (dtype, shape), start in zip(shapes, starts, strict=False)
+    )
+    return mapped, tensors
 
 
 def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
@@ -114,10 +203,13 @@ class Context:
         """Bytes of keys, values (with the stack's free rows) and hidden states."""
         return self.stack.nbytes + self.hidden.nbytes
 
-    def open(self, capacity: int) -> KVStack:
-        """The stack with the context's rows on it and nothing else, and room for `capacity` in all."""
-        if capacity > self.stack.capacity:
-            self.stack = self.stack.copy(len(self.token), capacity)
+    def open(self, empty: KVStack) -> KVStack:
+        """The stack with the context's rows on it and nothing else, moved to `empty` unless it has as much room.
+
+        It is moved too where `empty` keeps rows in another dtype.
+        """
+        if empty.capacity > self.stack.capacity or empty.kv_dtype != self.stack.kv_dtype:
+            self.stack = self.stack.copy(len(self.token), empty)
         self.stack.rows = len(self.token)
         return self.stack
 

@@ -2,6 +2,9 @@
 
 Every arm ends in the same questions through the same scorer; they differ in what is in the context and what was trained
 on. What was paid once is in each arm's ledger; what a query costs is measured apart, by sweep.py.
+
+What is finished is kept under a digest of all that it depends on, with the figures that were measured as it was made:
+a study that was killed and started again reads them back, and ends with the results of one that was not.
 """
 
 from __future__ import annotations
@@ -9,17 +12,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast import augment, evaluate, statistics, sweep
+from pydantic import TypeAdapter
+
+from icl_ft_fast import augment, encoding, evaluate, statistics, sweep
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.cost.machine import Ceilings, fingerprint
 from icl_ft_fast.cost.meters import Meter
+from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -30,6 +38,7 @@ ARMS = (*DEFAULT_ARMS, "distilled")
 SCHEMA_VERSION = 3
 ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
 SAMPLES = 40  # augmentations kept for the report
+CHECKPOINT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,10 @@ def compare(
     task_of_seed: Callable[[int], Task],
     settings: Settings | None = None,
     *,
+    kept: Kept | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_s: float = CHECKPOINT_S,
+    store: ContextStore | None = None,
     progress: bool = False,
     on_run: Callable[[Run], None] | None = None,
 ) -> list[Run]:
@@ -117,6 +130,11 @@ def compare(
         model: from load(), float32 if an arm trains; left as it is.
         task_of_seed: the task for a seed (the same one each time, if it was read from a folder).
         settings: see Settings.
+        kept: where finished runs are looked up and put, under all that decides them: weights, the task's content,
+            settings, machine and versions.
+        checkpoints: a folder for arms that are being fine-tuned, each of which goes on from where it was.
+        checkpoint_s: seconds between checkpoints.
+        store: where the ICL arm finds what its context was read to, or leaves it.
         progress: show bars.
         on_run: called with each run as it ends.
 
@@ -131,20 +149,58 @@ def compare(
     unknown = [arm for arm in settings.arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
-    runs = []
+    runs, kept, identity = [], kept or Kept(None), study_key(model, settings)
     for seed in settings.seeds:
         task = task_of_seed(seed)
         if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
             raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
+        content = digest(identity, asdict(task))
         for arm in settings.arms:
-            runs.append(_run(model, task, arm, seed, settings, progress))
+            key = digest(content, arm, seed, arm == "icl" and store is not None)
+            at = _At(kept, content, key, checkpoints and checkpoints / key, checkpoint_s, store)
+            found = kept.once(key, partial(_run, model, task, arm, seed, settings, at, progress))
+            runs.append(replace(_RUN.validate_python(found), questions=task.questions))
+            if checkpoints is not None and (checkpoints / key).exists():
+                shutil.rmtree(checkpoints / key)
+                if not any(checkpoints.iterdir()):
+                    checkpoints.rmdir()
             if on_run is not None:
                 on_run(runs[-1])
     return runs
 
 
-def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, progress: bool) -> Run:
-    ledger = Ledger(meter=Meter(model.device))
+def study_key(model: Model, settings: Settings) -> str:
+    """A digest of what decides every run: weights, settings but for arms and seeds, the machine and its versions."""
+    return digest(
+        "study 1", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), fingerprint(model.device)
+    )
+
+
+_RUN, _SWEEP = TypeAdapter(Run), TypeAdapter(sweep.Sweep)
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where a run finds what was done before.
+
+    Attributes:
+        kept: finished parts.
+        content: a digest of the study and the task.
+        key: a digest of the run.
+        checkpoints, checkpoint_s, store: as in compare().
+    """
+
+    kept: Kept
+    content: str
+    key: str
+    checkpoints: Path | None
+    checkpoint_s: float
+    store: ContextStore | None
+
+
+def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: _At, progress: bool) -> dict[str, Any]:
+    """A run's fields but for the questions."""
+    ledger, store = Ledger(meter=Meter(model.device)), None
     documents: list[Document] = []
     context = evaluate.prompt_context(model, documents, settings.template)
     notes: dict[str, Any] = {}
@@ -155,16 +211,18 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
         if settings.icl_tokens is not None:
             notes["left_out_documents"] = left_out
         notes["context_documents"] = len(documents)
+        store = _as_begun(model, context, at)
     elif arm != "base":
         texts = [document.text for document in task.documents]
         if arm != "ft":
-            with ledger.phase("filter"):  # all but the phase "generate" within it
-                if arm == "rules-ft":
+            if arm == "rules-ft":
+                with ledger.phase("filter"):
                     augmented = augment.augment_rules(task.documents)
-                else:
-                    augmented = augment.augment_by_model(
-                        model, task.documents, settings.strategy, seed=seed, ledger=ledger, progress=progress
-                    )
+            else:
+                augmented = augment.augment_by_model(
+                    model, task.documents, settings.strategy, seed=seed, kept=at.kept, key=digest(at.content, seed),
+                    ledger=ledger, progress=progress,
+                )  # fmt: skip
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
@@ -173,8 +231,9 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
             notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
         teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
         tuned = finetune(
-            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, ledger=ledger,
-            progress=progress,
+            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, output_dir=at.checkpoints,
+            resume=at.checkpoints is not None, checkpoint_s=None if at.checkpoints is None else at.checkpoint_s,
+            ledger=ledger, progress=progress,
         )  # fmt: skip
         losses, model = tuned.losses, tuned.model
         notes["final_loss"] = losses[-1]
@@ -182,15 +241,29 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, prog
     asked = ledger.request_tokens
     answers = evaluate.answers(
         model, task.questions, context=context,
-        normalization=settings.normalization, ledger=ledger, progress=progress,
+        normalization=settings.normalization, store=store, ledger=ledger, progress=progress,
     )  # fmt: skip
     n, query = len(task.questions), ledger.phases["query"]
-    return Run(
+    run = Run(
         arm=arm, seed=seed, accuracy=evaluate.accuracies(answers), answers=tuple(answers), setup_s=setup_s,
         query_s=(query.wall_s + ledger.phases["tokenise"].wall_s) / n,
         query_tokens=(ledger.request_tokens - asked) / n, query_rows=query.forwarded_rows / n,
-        counts=ledger.as_dict(), notes=notes, losses=losses, samples=tuple(samples), questions=task.questions,
+        counts=ledger.as_dict(), notes=notes, losses=losses, samples=tuple(samples),
     )  # fmt: skip
+    return asdict(run)
+
+
+def _as_begun(model: Model, context: str, at: _At) -> ContextStore | None:
+    """The store, with no more of this context in it than when the run was begun: a kill must not change its cost."""
+    if (store := at.store) is None:
+        return None
+    (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
+
+    def stored_tokens() -> int:
+        found = store.find(token)
+        return 0 if found is None else len(found.token)
+
+    return store.up_to(at.kept.once(digest(at.key, "stored tokens"), stored_tokens))
 
 
 def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:
@@ -205,13 +278,26 @@ def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tup
 
 
 def measure(
-    model: Model, task: Task, settings: Settings, *, seconds: float = 30.0, progress: bool = False
+    model: Model,
+    task: Task,
+    settings: Settings,
+    *,
+    seconds: float = 30.0,
+    kept: Kept | None = None,
+    progress: bool = False,
 ) -> sweep.Sweep:
     """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
-    if "icl" not in settings.arms:
-        return sweep.sweep(model, task.questions, lengths=(), seconds=seconds, progress=progress)
-    _, context, _ = _icl_context(model, task, settings.seeds[0], settings)
-    return sweep.sweep(model, task.questions, context, seconds=seconds, progress=progress)
+    context, lengths = "", ()
+    if "icl" in settings.arms:
+        (_, context, _), lengths = _icl_context(model, task, settings.seeds[0], settings), sweep.LENGTHS
+
+    def run() -> dict[str, Any]:
+        measured = sweep.sweep(model, task.questions, context, lengths=lengths, seconds=seconds, progress=progress)
+        return asdict(measured)
+
+    key = digest(study_key(model, settings), [asdict(question) for question in task.questions], context, seconds)
+    found: sweep.Sweep = _SWEEP.validate_python((kept or Kept(None)).once(key, run))
+    return found
 
 
 @dataclass(frozen=True)
@@ -262,12 +348,13 @@ def as_json(
     runs: Sequence[Run],
     *,
     costs: sweep.Sweep | None = None,
-    load: Ledger | None = None,
+    load: dict[str, Any] | None = None,
     ceilings: Ceilings | None = None,
+    arguments: str = "",
 ) -> dict[str, Any]:
     """Everything results.json holds; results.py reads it. Of an absolute path it names the last two parts.
 
-    `costs` are those of measure(), `load` is the ledger of loading the model.
+    `costs` are those of measure(), `load` is the ledger of loading the model, `arguments` a digest of the command's.
     """
     asked: dict[tuple[Question, ...], list[int]] = {}
     for run in runs:
@@ -281,7 +368,8 @@ def as_json(
         "task": _public(task_name),
         "settings": asdict(settings),
         "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
-        "load": None if load is None else load.as_dict(),
+        "load": load,
+        "arguments": arguments,
         "sweep": asdict(costs or sweep.Sweep()),
         "questions": [
             {"seeds": seeds, "questions": [{"id": q.id, "prompt": q.prompt, "choices": q.choices} for q in questions]}
@@ -297,8 +385,7 @@ def _public(name: str) -> str:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write results.json atomically."""
+    """Write results.json atomically, with a digest of it all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(results | {"checksum": digest(results)}, indent=1) + "\n", encoding="utf-8")

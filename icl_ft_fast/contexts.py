@@ -8,7 +8,7 @@ A store is a folder of such files under a byte limit; processes share it through
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import copy
 import hashlib
 import json
 import os
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from icl_ft_fast.cache import Context, KVStack
+from icl_ft_fast.durable import locked, replacing
 from icl_ft_fast.model import Model
 
 FORMAT = "icl_ft_fast context 1"
@@ -84,11 +85,11 @@ def save_context(path: Path, model: Model, context: Context, *, label: str = "",
         "num_tokens": len(context.token), "token_digest": _digest(context.token),
     }  # fmt: skip
     about["checksum"] = _checksum(tensors, about)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"icl_ft_fast": json.dumps(about)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"icl_ft_fast": json.dumps(about)})
+    except SafetensorError as error:
+        raise ContextError(f"{path}: cannot be written: {error}") from error
 
 
 def read_header(path: Path) -> SavedContext:
@@ -101,7 +102,7 @@ def read_header(path: Path) -> SavedContext:
         try:
             about = json.loads((file.metadata() or {})["icl_ft_fast"])
             known = about.pop("format") == FORMAT
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ContextError(f"{path}: not a saved context") from error
     names: dict[str, type] = dict.fromkeys(("label", "model", "fingerprint", "token_digest", "checksum"), str)
     names["num_tokens"] = int
@@ -164,7 +165,14 @@ class ContextStore:
     def __init__(self, folder: Path, model: Model, max_bytes: int) -> None:
         self.folder, self.model, self.max_bytes = folder, model, max_bytes
         self.fingerprint = model.fingerprint()
+        self._most = model.max_positions
         folder.mkdir(parents=True, exist_ok=True)
+
+    def up_to(self, num_tokens: int) -> ContextStore:
+        """The same store, but that find() finds no context of more tokens."""
+        other = copy.copy(self)
+        other._most = num_tokens
+        return other
 
     def find(self, token: Sequence[int], *, like: Context | None = None) -> Context | None:
         """The longest saved context that `token` begins with, and counts it as used; None if there is none.
@@ -173,10 +181,11 @@ class ContextStore:
             ContextError: the file is damaged.
         """
         ids = np.asarray(token, np.int32)
-        with _locked(self.folder, fcntl.LOCK_SH):
+        with locked(self.folder / ".lock", shared=True, wait=True):
             mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]
             for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
-                if saved.num_tokens <= len(ids) and saved.token_digest == _digest(ids[: saved.num_tokens]):
+                n = saved.num_tokens
+                if n <= min(self._most, len(ids)) and saved.token_digest == _digest(ids[:n]):
                     os.utime(saved.path)
                     return load_context(saved.path, self.model, fingerprint=self.fingerprint, like=like)
         return None
@@ -185,7 +194,7 @@ class ContextStore:
         """Save a context, unless it is there already, and drop what is over the limit, this one last.
 
         Raises:
-            ContextError: the context alone is over the limit.
+            ContextError: the context alone is over the limit, or cannot be written.
         """
         size = sum(tensor.nbytes for tensor in _tensors(context).values())
         if size > self.max_bytes:
@@ -194,7 +203,7 @@ class ContextStore:
             )
         name = hashlib.sha256(f"{self.fingerprint} {_digest(context.token)}".encode()).hexdigest()[:24]
         path = self.folder / f"{name}.safetensors"
-        with _locked(self.folder, fcntl.LOCK_EX):
+        with locked(self.folder / ".lock", wait=True):
             for stray in self.folder.glob("*.partial"):  # of a process that was killed: writers hold this lock
                 stray.unlink()
             if not path.exists():
@@ -220,7 +229,7 @@ def remove(folder: Path, context_id: str) -> None:
     Raises:
         ContextError: there is none of this id.
     """
-    with _locked(folder, fcntl.LOCK_EX):
+    with locked(folder / ".lock", wait=True):
         if context_id not in {path.stem for path in folder.glob("*.safetensors")}:
             raise ContextError(f"{folder}: no context {context_id!r}")
         (folder / f"{context_id}.safetensors").unlink()
@@ -262,10 +271,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ContextError(f"{path}: not a safetensors file, or cut short: {error}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, how: int) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, how)
-        yield

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from icl_ft_fast import encoding, statistics
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import Score, score
 from icl_ft_fast.tasks.task import Document, Question
+from icl_ft_fast.templates import render_chat
 
 ICL_TEMPLATE = "Documents:\n{documents}\n\nGiven these documents: {prompt}"
 CHAT_WITH_DOCUMENTS = "Documents:\n{documents}\n\nGiven these documents, complete the statement."
@@ -111,16 +113,17 @@ def answers(
     *,
     context: str = "",
     normalization: str = "sum",
+    store: ContextStore | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> list[Answer]:
-    """Score the questions after `context`; those without a known answer are scored and left out.
+    """Score the questions after `context`, from the store if there is one; those without a known answer are left out.
 
     Raises:
         ProtocolError: an unknown normalization.
         ScoreError: as score() does.
     """
-    results = score(model, questions, context=context, ledger=ledger, progress=progress)
+    results = score(model, questions, context=context, store=store, ledger=ledger, progress=progress)
     alone: Sequence[Score | None] = [None] * len(results)
     if normalization == "pmi":
         alone = score(model, [replace(question, prompt="") for question in questions], ledger=ledger, progress=progress)
@@ -222,7 +225,7 @@ def prompt_context(model: Model, documents: Sequence[Document], template: str = 
             raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")
         request = icl_context(documents, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
         turn = [{"role": "user", "content": request}]
-        return str(model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return render_chat(model.tokenizer, turn)
     text = check_template(template)
     return icl_context(documents, text) if documents else ""
 

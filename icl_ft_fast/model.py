@@ -7,10 +7,12 @@ on a small branching trie against plain forwards. Knows nothing of requests, que
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 
 from icl_ft_fast import ops, trie
 from icl_ft_fast.cache import KVStack
+from icl_ft_fast.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
+BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
@@ -41,6 +45,10 @@ UNSERVED = {
     "gptj": "an attention of its own without transformers' interface",
 }
 
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")  # of modules made before weights
+MAX_MODULES = 4096
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded or served; the message says why and what to do."""
@@ -58,6 +66,7 @@ class Rows:
         depth_k: int32 [S].
         stack: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+        invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
         plans: what the layers' attention shares, see ops.trie_attention.
     """
 
@@ -68,6 +77,7 @@ class Rows:
     depth_k: torch.Tensor
     stack: KVStack | None = None
     slots: torch.Tensor | None = None
+    invariant: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
@@ -84,12 +94,16 @@ def _trie_attention(
     icl_rows: Rows | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv]."""
+    """Transformers' attention contract: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, Dv].
+
+    What fills a block behind the rows neither attends nor is seen.
+    """
     if icl_rows is None:
         raise ModelError("its attention does not pass the trie on")
     if attention_mask is not None:  # transformers makes none for an attention without a mask of its own
         raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    num_rows = icl_rows.row_q.shape[0]
+    q, k, v = (t[0, :, :num_rows].transpose(0, 1) for t in (query, key, value))
     if icl_rows.stack is not None:
         layer, rows = module.layer_idx, icl_rows.end_k.shape[0]
         if icl_rows.slots is None:
@@ -99,8 +113,14 @@ def _trie_attention(
     out = ops.trie_attention(
         q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
         scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, plans=icl_rows.plans,
+        invariant=icl_rows.invariant,
     )  # fmt: skip
-    return out[None], None
+    return _filled(out, query.shape[2])[None], None
+
+
+def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same with rows of zeros behind it, `rows` in all."""
+    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -111,10 +131,13 @@ class Head:
     bias: torch.Tensor | None
     scale: float
     softcap: float | None
+    invariant: bool = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.invariant else [hidden]
+        products = [torch.nn.functional.linear(part, self.weight, self.bias) for part in parts]
+        logits = torch.cat(products)[: len(hidden)].float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
@@ -127,12 +150,16 @@ class Model:
         tokenizer: the transformers tokenizer.
         name: what load() was given.
         max_positions: the longest sequence the positions allow, in tokens.
+        invariant: whether a row's bits depend on its path alone, see load().
+        memory: what scoring may take.
     """
 
     network: Any
     tokenizer: Any
     name: str
     max_positions: int
+    invariant: bool = False
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +184,9 @@ class Model:
         """
         config = {name: value for name, value in self.network.config.to_dict().items() if name[0] != "_"}
         described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
+        if self.invariant:  # its contexts have the bits of these alone
+            described += [BLOCK_ROWS, torch.get_num_threads(), torch.__version__, torch.__config__.show()]
+        described += [self.memory.kv_dtype] if self.memory.kv_dtype else []
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -175,14 +205,49 @@ class Model:
         linear, config = self.network.get_output_embeddings(), self.network.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         bias = getattr(linear, "bias", None)
-        return Head(linear.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, bias, float(scale), softcap, self.invariant)
+
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """Bytes that weights and rows take, counted while a few rows are forwarded: exact for any architecture."""
+        most = min(64, self.max_positions)
+        stack, peaks = self.new_stack(most), []
+        for rows in (most, most // 2, most):  # the first also makes the stack
+            (chunk,) = trie.plan(trie.build_from_lists([([0] * rows, [0])]), rows).chunks
+            with torch.inference_mode():
+                peaks.append(live_bytes(functools.partial(self.forward_chunk, chunk, stack)))
+            stack.rows = 0
+        layers = stack.layers(most)
+        # The copy of a layer that is read, and, of an int8 one, the float32 that it is made from.
+        opened = max((k.nbytes + v.nbytes) * 4 // k.element_size() for k, v in layers.values())
+        return Footprint(
+            weight_bytes=sum(p.numel() * p.element_size() for p in self.network.parameters()),
+            row_bytes=(peaks[2] - peaks[1]) // (most - most // 2),
+            kv_row_bytes=stack.nbytes // most,
+            layers=len(layers),
+            open_row_bytes=0 if self.memory.kv_dtype is None else opened // most,
+            block_bytes=peaks[2] if self.invariant else 0,
+        )
+
+    def new_stack(self, capacity: int, folder: Path | None = None) -> KVStack:
+        """An empty stack that keeps rows as `memory` says, in files in `folder` if there is one."""
+        return KVStack(capacity, kv_dtype=self.memory.kept, folder=folder)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
+        if self.invariant and rows.stack is not None:
+            return torch.cat([self._forward(block) for block in _blocks(rows)])
+        return self._forward(rows)
+
+    def _forward(self, rows: Rows) -> torch.Tensor:
+        num_rows = len(rows.token)
+        size = BLOCK_ROWS if rows.invariant else num_rows
         output = self.body(
-            input_ids=rows.token[None], position_ids=rows.depth_q[None].long(), use_cache=False, icl_rows=rows
-        )
-        hidden: torch.Tensor = output.last_hidden_state[0]
+            input_ids=_filled(rows.token, size)[None], position_ids=_filled(rows.depth_q, size)[None].long(),
+            use_cache=False, icl_rows=rows,
+        )  # fmt: skip
+        hidden: torch.Tensor = output.last_hidden_state[0, :num_rows]
         return hidden
 
     def forward_chunk(self, chunk: trie.Chunk, stack: KVStack) -> torch.Tensor:
@@ -210,9 +275,19 @@ class Model:
         head = self.head
         logp, is_argmax, _ = ops.target_logprob(
             hidden, head.weight, row.to(hidden.device), target.to(hidden.device),
-            bias=head.bias, scale=head.scale, softcap=head.softcap,
+            bias=head.bias, scale=head.scale, softcap=head.softcap, invariant=head.invariant,
         )  # fmt: skip
         return logp, is_argmax
+
+
+def _blocks(rows: Rows) -> Iterator[Rows]:
+    """The same rows, so many at a time that every matrix product has the same shape: that decides how it is summed."""
+    for first in range(0, len(rows.row_q), BLOCK_ROWS):
+        part = slice(first, first + BLOCK_ROWS)
+        row_q = rows.row_q[part]
+        yield replace(
+            rows, token=rows.token[part], depth_q=rows.depth_q[part], row_q=row_q, slots=row_q.long(), invariant=True
+        )
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -228,6 +303,10 @@ def load(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
+    invariant: bool = False,
+    memory: int | str | None = None,
+    kv_dtype: str | None = None,
+    spill: str | Path | None = None,
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -239,18 +318,32 @@ def load(
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
-        self_check: compare a branching trie with plain forwards on the loaded weights.
+        self_check: compare a branching trie with plain forwards on the loaded weights; if invariant, try every place of
+            a block.
+        invariant: a request's score has the same bits whatever else is scored with it, in whatever order and chunks,
+            and whether its beginning was prefilled or saved, on one machine with one number of threads; see
+            docs/determinism.md. On the CPU only, and not for mixtures of experts.
+        memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
+            it holds and most of what is free.
+        kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
+        spill: folder for keys and values that do not fit the memory; None for the system's temporary one.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ModelError: no checkpoint, pickle weights, or a family whose results would differ from its own forward.
+        ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
+            that cannot be invariant.
     """
     import transformers
 
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    try:
+        limit = None if memory is None else parse_bytes(memory)
+        limits = Memory(limit, kv_dtype, None if spill is None else Path(spill))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     given = str(name)
     if name == SHIPPED:
         name = Path(__file__).parent / "shipped" / "model"
@@ -260,10 +353,15 @@ def load(
                 "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
             )
     _check_directory(Path(name))
+    for place in (name, tokenizer, adapter):
+        _check_files(Path(place or name))
     _register_attention()
     try:
         origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **origin)
+        for count in COUNTS:
+            if (getattr(config.get_text_config(), count, None) or 0) > MAX_MODULES:
+                raise ModelError(f"{name}: config.json: {count}: expected at most {MAX_MODULES:,}")
         _check_family(config)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -281,7 +379,18 @@ def load(
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     if adapter is not None:
         network = _merged(network, adapter)
-    return from_network(network, words, given, self_check=self_check)
+    for weight, values in network.named_parameters():
+        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
+            raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
+    return from_network(network, words, given, self_check=self_check, invariant=invariant, memory=limits)
+
+
+def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
+    """load(name, **loading), as another process did it that found this fingerprint; raises ModelError if it differs."""
+    model = load(name, **loading)
+    if model.fingerprint() != fingerprint:
+        raise ModelError(f"{name}: another model here than where the command was started")
+    return model
 
 
 def _merged(network: Any, adapter: str | Path) -> Any:
@@ -309,7 +418,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = True) -> Model:
+def from_network(
+    network: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    self_check: bool = True,
+    invariant: bool = False,
+    memory: Memory | None = None,
+) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
 
     Raises:
@@ -323,9 +440,13 @@ def from_network(network: Any, tokenizer: Any, name: str, *, self_check: bool = 
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config))
+    model = Model(network, tokenizer, name, _max_positions(network.config), invariant, memory or Memory())
+    if invariant:
+        _check_can_be_invariant(model)
     if self_check:
         _self_check(model)
+        if invariant:
+            _prove_invariant(model)
     return model
 
 
@@ -346,7 +467,7 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{path}: no checkpoint here: config.json is missing")
     try:
         json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from error
     if not list(path.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
@@ -356,6 +477,24 @@ def _check_directory(path: Path) -> None:
                 "convert the checkpoint to safetensors (save_pretrained writes it)"
             )
         raise ModelError(f"{path}: no checkpoint here: no *.safetensors file")
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a local directory whose reading would lead out of it, or to something else than safetensors."""
+    if not path.is_dir():
+        return
+    # In the hub's cache the files of snapshots/REVISION are links to the blobs beside it.
+    root = (path.parents[1] if path.parent.name == "snapshots" else path).resolve()
+    for file in path.rglob("*"):
+        if file.suffix in READ and not (file.is_file() and file.resolve().is_relative_to(root)):
+            raise ModelError(f"{file}: no file of this directory: a link out of it, or no file at all; copy it here")
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index}: not an index of shards: {error}") from error
+        if others := shards - {file.name for file in path.glob("*.safetensors")}:
+            raise ModelError(f"{index}: {others.pop()!r}: expected the name of a .safetensors file of this directory")
 
 
 def _check_family(config: Any) -> None:
@@ -453,3 +592,42 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """|a - b| / |b| of each row, float32."""
     distance: torch.Tensor = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)
     return distance
+
+
+def _check_can_be_invariant(model: Model) -> None:
+    """Refuse what is known not to be: a GPU's kernels, and experts, whose products have as many rows as chose them."""
+    if model.device.type != "cpu":
+        raise ModelError(
+            f"{model.name}: invariant: not on {model.device}: a GPU's kernels sum in an order that depends on what is "
+            "scored together; load it on the CPU, or without invariant"
+        )
+    for name, value in model.network.config.get_text_config().to_dict().items():
+        if "experts" in name and value:
+            raise ModelError(
+                f"{model.name}: invariant: not for a mixture of experts ({name} = {value}): how many rows an expert "
+                "multiplies depends on what is scored together; load it without invariant"
+            )
+
+
+@torch.inference_mode()
+def _prove_invariant(model: Model) -> None:
+    """Raise unless a row has the same bits at every place of a block, and whatever stands at the others.
+
+    A block is the same shapes each time; what is left is that kernels treat the ends of what they cut up differently.
+    """
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(model.vocabulary, (BLOCK_ROWS,), generator=generator)
+    row = torch.arange(BLOCK_ROWS, dtype=torch.int32)
+    depth = torch.full_like(row, 7)
+
+    def outputs(token: torch.Tensor) -> torch.Tensor:
+        hidden = model.forward(Rows(token, depth, row, row + 1, depth, KVStack(BLOCK_ROWS)))
+        return torch.cat([hidden.float(), model.head.logits(hidden)], 1)
+
+    mixed, moved, alike = outputs(token), outputs(token.roll(1)), outputs(token[:1].expand(BLOCK_ROWS))
+    if not torch.equal(moved.roll(-1, 0), mixed) or not torch.equal(alike, mixed[:1].expand_as(alike)):
+        raise ModelError(
+            f"{model.name}: invariant: with {torch.get_num_threads()} threads of torch {torch.__version__} a row's "
+            "bits depend on its place in a block or on its neighbours; try another number of threads "
+            "(OMP_NUM_THREADS), or load it without invariant"
+        )

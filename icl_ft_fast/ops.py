@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Literal, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,7 @@ from icl_ft_fast.reference import accumulator
 _DEVICES = ("cpu", "cuda")
 _PLANNED = ("cuda",)  # where attention's kernels walk over lists of tiles
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NATIVE = (torch.float32, torch.bfloat16)  # what the C++ knows: the dtypes that networks run in on a CPU
 _INTS = (torch.int32, torch.int64)
 _ISA = 0  # the instruction set native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
@@ -56,18 +58,26 @@ def _check_softcap(op: str, softcap: float | None) -> float:
     return softcap or 0.0
 
 
+def _check_invariant(op: str, tensor: Tensor) -> None:
+    if tensor.device.type == "cuda" or tensor.dtype not in _NATIVE:
+        raise NotImplementedError(
+            f"{op}: invariant expected False for {tensor.dtype} on {tensor.device}: only the CPU's C++, which serves "
+            "float32 and bfloat16, keeps a row's bits apart from what is beside it"
+        )
+
+
 # fmt: off
 @overload
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None,
+    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None, invariant: bool = False,
 ) -> Tensor: ...
 @overload
 def trie_attention(
     q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
     scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[True], plans: dict[Any, Any] | None = None,
+    return_lse: Literal[True], plans: dict[Any, Any] | None = None, invariant: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 # fmt: on
 def trie_attention(
@@ -85,6 +95,7 @@ def trie_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     plans: dict[Any, Any] | None = None,
+    invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
 
@@ -105,7 +116,7 @@ def trie_attention(
             reserved rows in a decode step.
         end_k: first stack row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
         depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
-        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window.
+        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window or if invariant.
         scale: factor of the scores, None for D**-0.5.
         window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
         softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
@@ -114,6 +125,9 @@ def trie_attention(
         plans: a dictionary, empty at first, that calls over the very same row_q, end_k, depth_q and depth_k share: a
             GPU's kernels keep in it which tiles they meet, so that a network's layers work that out once. None:
             every call does.
+        invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of its
+            path, in path order: not on where on the stack they lie, nor on what lies between them (which must be
+            finite), nor on the other queries.
 
     Returns:
         out: [T, H, Dv] in the dtype of q; 0 where a query sees no key.
@@ -123,16 +137,18 @@ def trie_attention(
     Raises:
         TypeError: a tensor's dtype is not the one expected.
         ValueError: a shape, device or option is not the one expected.
-        NotImplementedError: there is no implementation for the tensors' device.
+        NotImplementedError: there is no implementation for the tensors' device, or no invariant one for their dtype.
 
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device. Once differentiable in q, k, v and sinks, through out and lse; the backward recomputes
     the scores from lse and the rounded out. FLOPs, forward: at most 2 * T * S * H * (D + Dv), 2.5 times that backward.
     On a GPU, Triton serves all but float64, head sizes to 256; softmax weights and gradients of scores are rounded to
     16 bits before they meet 16-bit factors, and float32 products are made of six of bfloat16 on NVIDIA's.
-    On the CPU, C++ serves the forward of float32 and bfloat16. There a query's bits depend on its own q, on k, v and
-    where on the stack it stands, not on the queries beside it or the number of threads; and where the processor
-    multiplies bfloat16 itself, each softmax weight is rounded to it before it meets its value.
+    On the CPU, C++ serves float32 and bfloat16. There a query's bits, those of its gradient too, depend on its own q,
+    on k, v and where on the stack it stands, not on the queries beside it; no bit depends on the number of threads; and
+    where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before
+    they meet another factor, weights not if invariant. The backward holds a float for each element of the gradients of
+    q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
@@ -155,8 +171,10 @@ def trie_attention(
     over = (row_q, end_k, depth_q, depth_k)
     if plans is not None and any(a is not b for a, b in zip(plans.setdefault("over", over), over, strict=True)):
         raise ValueError(f"{op}: plans expected to be shared by calls over the very same row_q, end_k and depths")
+    if invariant:
+        _check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
-    options = (sinks, scale, window or 0, _check_softcap(op, softcap))
+    options = (sinks, scale, window or 0, _check_softcap(op, softcap), invariant)
     out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options, plans)
     return (out, lse) if return_lse else out
 
@@ -177,9 +195,9 @@ def _plan(
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap, plans = rest
+        *index, sinks, scale, window, softcap, invariant, plans = rest
         plan = _plan(plans, "forward", q, k, v, index, window)
-        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan)
+        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan, invariant)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
         ctx.options, ctx.plans = (scale, window, softcap), plans
         return out, lse
@@ -188,14 +206,13 @@ class _TrieAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks, *index = ctx.saved_tensors
-        delta = (grad_out.to(lse.dtype) * out).sum(-1) - grad_lse
         window = ctx.options[1]
         plans = [_plan(ctx.plans, kernel, q, k, v, index, window) for kernel in ("backward_q", "backward_kv")]
-        grads = torch.ops.icl_ft_fast.trie_attention_backward(
-            grad_out, q, k, v, lse, delta, *index, sinks, *ctx.options, *plans
+        *grads, delta = torch.ops.icl_ft_fast.trie_attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, *index, sinks, *ctx.options, *plans
         )
-        grad_sinks = None if sinks is None else -((sinks - lse).exp() * delta).sum(0)
-        return *grads, None, None, None, None, grad_sinks, None, None, None, None
+        grad_sinks = None if sinks is None else -((sinks - lse).exp() * (delta - grad_lse)).sum(0)
+        return *grads, None, None, None, None, grad_sinks, None, None, None, None, None
 
 
 def target_logprob(
@@ -208,6 +225,7 @@ def target_logprob(
     softcap: float | None = None,
     scale: float = 1.0,
     skip_below: float = 0.0,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of chosen next tokens under an output head whose logits are never held all at once.
 
@@ -232,6 +250,7 @@ def target_logprob(
             tokens that hold no target and no probability as large, and with them up to two thirds of its work. Cut
             Cross-Entropy (arXiv 2411.09009) takes 2**-12 for bfloat16, below which a probability is lost in a sum
             near 1; many such may matter together. The CPU leaves out nothing.
+        invariant: whether a row's bits must not depend on the number of rows.
 
     Returns:
         logp: natural-log probability of each target, [M], float32 (float64 for float64).
@@ -241,7 +260,7 @@ def target_logprob(
     Raises:
         TypeError: a tensor's dtype is not the one expected.
         ValueError: a shape, device or option is not the one expected.
-        NotImplementedError: there is no implementation for the tensors' device.
+        NotImplementedError: there is no implementation for the tensors' device, or no invariant one for their dtype.
 
     Numerics: worked out in float32 (float64 for float64) from the inputs as stored, autocast or not; deterministic;
     never waits for the device, so values are not checked: a row or target out of range has logp nan. Once
@@ -266,8 +285,10 @@ def target_logprob(
         raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
     if sizes["M"] and not sizes["R"]:
         raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
+    if invariant:
+        _check_invariant(op, hidden)
     logp, is_argmax, lse = _TargetLogprob.apply(
-        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), skip_below
+        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), invariant, skip_below
     )
     return logp, is_argmax, lse
 
@@ -275,8 +296,8 @@ def target_logprob(
 class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, scale, softcap, skip_below = rest
-        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap)
+        *tensors, scale, softcap, invariant, skip_below = rest
+        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap, invariant)
         ctx.save_for_backward(hidden, weight, *tensors, lse)
         ctx.options, ctx.skip_below = (scale, softcap), skip_below
         ctx.mark_non_differentiable(is_argmax)
@@ -298,6 +319,7 @@ class _TargetLogprob(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -311,8 +333,10 @@ def _fake_trie_attention_plan(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(new_size(), new_size(), dtype=torch.int32)
 
 
-def _fake_trie_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_trie_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_lse.new_empty(grad_lse.shape)
 
 
 def _fake_target_logprob(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,31 +353,31 @@ def _fake_target_logprob_backward(
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
 
 
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory for native code, which checks its dtype, shape and strides; bfloat16 as bits in int16."""
+    tensor = tensor.detach()
+    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def _cpu_target_logprob(
-    hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, bias: Tensor | None, scale: float, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """C++ for float32 and bfloat16; for float64, which exists to be exact, and float16 the definition serves."""
-    if hidden.dtype not in (torch.float32, torch.bfloat16):
+    if hidden.dtype not in _NATIVE:
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = _fake_target_logprob(hidden, weight, row)
-    row, target = row.contiguous(), target.contiguous()
     _C.target_logprob(
-        hidden.dtype == torch.bfloat16,
-        hidden.data_ptr(),
-        hidden.stride(),
-        weight.data_ptr(),
-        weight.stride(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.stride(0),
-        (*hidden.shape, len(weight), len(row)),
-        row.data_ptr(),
-        target.data_ptr(),
-        scale,
-        softcap,
-        _ISA,
-        torch.get_num_threads(),
-        *(x.data_ptr() for x in results),
-    )
+        _array(hidden), _array(weight), None if bias is None else _array(bias), _array(row.contiguous()),
+        _array(target.contiguous()), scale, softcap, invariant, _ISA, torch.get_num_threads(), *map(_array, results),
+    )  # fmt: skip
     return results
 
 
@@ -369,34 +393,33 @@ def _cpu_trie_attention(
     scale: float,
     window: int,
     softcap: float,
+    _no_plan: None = None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return reference.trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap)
+    index, options = (row_q, end_k, depth_q, depth_k), (scale, window, softcap)
+    if q.dtype not in _NATIVE:
+        return reference.trie_attention(q, k, v, *index, sinks, *options)
     out, lse = _fake_trie_attention(q, k, v)
-    index = [x.contiguous() for x in (row_q, end_k, depth_q, depth_k)]
-    sinks = None if sinks is None else sinks.contiguous()
-    _C.trie_attention(
-        *(x.data_ptr() for x in (q, k, v)),
-        q_shape=q.shape,
-        v_shape=v.shape,
-        q_strides=q.stride(),
-        k_strides=k.stride(),
-        v_strides=v.stride(),
-        bf16=q.dtype == torch.bfloat16,
-        row_q=index[0].data_ptr(),
-        end_k=index[1].data_ptr(),
-        depth_q=index[2].data_ptr(),
-        depth_k=index[3].data_ptr(),
-        sinks=0 if sinks is None else sinks.data_ptr(),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        isa=_ISA,
-    )
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    sink_array = None if sinks is None else _array(sinks.contiguous())
+    _C.trie_attention(*arrays, sink_array, *options, invariant, _ISA, _array(out), _array(lse))
     return out, lse
+
+
+def _cpu_trie_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The C++ kernel for the same two dtypes."""
+    if q.dtype not in _NATIVE:
+        return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
+    *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
+    grad_q, grad_k, grad_v, delta = grads = _fake_trie_attention_backward(grad_out, grad_lse, q, k, v)
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    given = [_array(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
+    made = [_array(x) for x in (delta, grad_q, grad_k, grad_v)]
+    _C.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
+    return grads
 
 
 def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -423,18 +446,18 @@ _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
 _register(
     "trie_attention",
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap,"
-    " Tensor? plan=None) -> (Tensor out, Tensor lse)",
+    " Tensor? plan=None, bool invariant=False) -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
     cpu=_cpu_trie_attention,
     cuda=_triton("trie_attention", "trie_attention"),
 )
 _register(
     "trie_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, {_TRIE}, Tensor? sinks,"
+    f"(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TRIE}, Tensor? sinks,"
     " float scale, int window, float softcap, Tensor? plan_q=None, Tensor? plan_kv=None)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor delta)",
     _fake_trie_attention_backward,
-    cpu=reference.trie_attention_backward,
+    cpu=_cpu_trie_attention_backward,
     cuda=_triton("trie_attention", "trie_attention_backward"),
 )
 _register(
@@ -445,8 +468,8 @@ _register(
 )
 _register(
     "target_logprob",
-    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap)"
-    " -> (Tensor logp, Tensor is_argmax, Tensor lse)",
+    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap,"
+    " bool invariant=False) -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
     cpu=_cpu_target_logprob,
     cuda=_triton("target_logprob", "target_logprob"),

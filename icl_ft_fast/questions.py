@@ -8,25 +8,23 @@ depends on, so that a run that was stopped, or one with more documents, does not
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from icl_ft_fast import encoding
+from icl_ft_fast.durable import Kept, digest
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.generate import RUNNING, Sampling, generate
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import score
 from icl_ft_fast.tasks.sentences import split_sentences
-from icl_ft_fast.tasks.task import Document, Question, TaskError, read_jsonl
+from icl_ft_fast.tasks.task import Document, Question
 
 TEMPLATE = (
     "Turn each statement into a question and its short answer.\n\n"
@@ -100,39 +98,16 @@ class _Draft:
     answer: str = ""
 
 
-class _Journal:
-    """Values by key, kept in a file of JSON lines that only grows; a last line that was cut short is taken off."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: dict[str, Any] = {}
-        if path.exists():
-            with path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-            for where, row in read_jsonl(path):
-                key, value = row.get("key"), row.get("value")
-                scores = isinstance(value, list) and [type(logp) for logp in value] == CHOICES * [float]
-                if not isinstance(key, str) or not (scores or isinstance(value, str)):
-                    raise TaskError(f"{where}: key, value: not what was written here; move the file away to begin anew")
-                self.values[key] = value
-
-    def fill(
-        self, items: dict[str, Item], work: Callable[[list[Item]], Iterable[Any]], name: str, progress: bool
-    ) -> None:
-        """Do the work that is not in the file yet, as much at a time as is decoded together, and append it."""
-        left = [key for key in items if key not in self.values]
-        with tqdm(total=len(left), desc=name, unit="question", disable=not progress, delay=1) as bar:
-            for first in range(0, len(left), RUNNING):
-                part = left[first : first + RUNNING]
-                done = dict(zip(part, work([items[key] for key in part]), strict=True))
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(
-                        json.dumps({"key": k, "value": v}, ensure_ascii=False) + "\n" for k, v in done.items()
-                    )
-                    file.flush()
-                    os.fsync(file.fileno())
-                self.values |= done
-                bar.update(len(part))
+def _fill(
+    known: Kept, items: dict[str, Item], work: Callable[[list[Item]], Iterable[Any]], name: str, progress: bool
+) -> None:
+    """Do the work that is not kept yet, as much at a time as is decoded together."""
+    left = [key for key in items if key not in known.values]
+    with tqdm(total=len(left), desc=name, unit="question", disable=not progress, delay=1) as bar:
+        for first in range(0, len(left), RUNNING):
+            part = left[first : first + RUNNING]
+            known.add(dict(zip(part, work([items[key] for key in part]), strict=True)))
+            bar.update(len(part))
 
 
 def write_questions(
@@ -156,10 +131,10 @@ def write_questions(
         The questions, in the order of the documents' sentences, a question's topic being its document.
 
     Raises:
-        TaskError: a journal that cannot be read.
+        DamagedError: a journal that was not written here.
     """
     settings = settings or Settings()
-    known, fingerprint = _Journal(journal), model.fingerprint()
+    known, fingerprint = Kept(journal), model.fingerprint()
     statements = list(_statements(documents, settings))
     dropped = dict.fromkeys(REASONS, 0)
 
@@ -171,7 +146,7 @@ def write_questions(
         sampling = Sampling(max_new_tokens=settings.max_new_tokens, stop=("\n\n", "\nStatement:"))
         return [written.text for written in generate(model, texts, sampling)]
 
-    known.fill({k: p for k, p, fits in zip(keys, prompts, fit, strict=True) if fits}, write, "writing", progress)
+    _fill(known, {k: p for k, p, fits in zip(keys, prompts, fit, strict=True) if fits}, write, "writing", progress)
     drafts: dict[tuple[str, str], _Draft] = {}
     for draft, key, fits in zip(statements, keys, fit, strict=True):
         text, answer = _parse(known.values[key]) if fits else ("", "")
@@ -192,7 +167,7 @@ def write_questions(
     def check(some: list[Question]) -> list[tuple[float, ...]]:
         return [result.logp for result in score(model, some)]
 
-    known.fill({k: q for k, q, fits in zip(keys, asked, fit, strict=True) if fits}, check, "checking", progress)
+    _fill(known, {k: q for k, q, fits in zip(keys, asked, fit, strict=True) if fits}, check, "checking", progress)
     rows = []
     for (draft, question), key, fits in zip(made, keys, fit, strict=True):
         logp = known.values[key] if fits else []
@@ -202,11 +177,6 @@ def write_questions(
             origin = {"template": digest(settings.template), "model": fingerprint, "logp": list(logp)}
             rows.append((question, {"document": draft.document.id, "sentence": draft.sentence, **origin}))
     return Questions(tuple(rows), len(statements), {reason: count for reason, count in dropped.items() if count})
-
-
-def digest(*parts: object) -> str:
-    """32 hex digits of the parts."""
-    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _fitting(model: Model, texts: Sequence[str], more: int) -> list[bool]:

@@ -112,11 +112,12 @@ def trie_attention(
 @_literal
 def trie_attention_backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     row_q: Tensor,
     end_k: Tensor,
     depth_q: Tensor,
@@ -125,15 +126,15 @@ def trie_attention_backward(
     scale: float,
     window: int,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, with delta = (grad_out * out).sum(-1) - grad_lse, [T, H], in the dtype of lse.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and delta = (grad_out * out).sum(-1), [T, H], in the dtype of lse.
 
-    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta). The probabilities are
+    probability = exp(score - lse) and grad_score = probability * (grad_out @ v.T - delta + grad_lse). Probabilities are
     normalised anew: against the lse of a forward that rounds scores otherwise they would not sum to 1.
     """
     (T, H, D), (S, G, Dv), dtype = q.shape, v.shape, lse.dtype
     grad_q, grad_k, grad_v = q.new_empty(T, H, D), lse.new_zeros(G, S, D), lse.new_zeros(G, S, Dv)
-    k, v = k.to(dtype), v.to(dtype)
+    k, v, delta = k.to(dtype), v.to(dtype), (grad_out.to(dtype) * out).sum(-1)
     for rows in _blocks(T, max(1, _SCORES * G // max(1, S * H))):
         hidden = _hidden(row_q[rows], end_k, depth_q[rows], depth_k, window)[:, None]
         for g in range(G):
@@ -145,13 +146,13 @@ def trie_attention_backward(
             weights, total, _ = _weights(seen, None if sinks is None else sinks[heads])
             p = weights.div_(total.clamp(min=1)[..., None]).flatten(0, 1)
             grad_v[g].addmm_(p.T, grad_block)
-            grad_scores = (grad_block @ v[:, g].T).sub_(delta[rows, heads].reshape(-1, 1)).mul_(p)
+            grad_scores = (grad_block @ v[:, g].T).sub_((delta - grad_lse)[rows, heads].reshape(-1, 1)).mul_(p)
             if softcap:
                 grad_scores *= 1 - (scores / softcap).square_()
             grad_k[g].addmm_(grad_scores.T, q_block)
             grad_q[rows, heads] = (grad_scores @ k[:, g]).mul_(scale).view(len(hidden), H // G, D).to(q.dtype)
     grad_k, grad_v = grad_k.transpose(0, 1).to(q.dtype), grad_v.transpose(0, 1).to(q.dtype)
-    return grad_q, grad_k.contiguous(), grad_v.contiguous()
+    return grad_q, grad_k.contiguous(), grad_v.contiguous(), delta
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
@@ -227,11 +228,11 @@ def target_logprob_backward(
     hidden, row, target = hidden.to(dtype), row.long(), target.long()
     share = grad_lse - torch.zeros_like(lse).index_add_(0, row, grad_logp)
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+    grad_weight = (weight.new_empty if R else weight.new_zeros)(weight.shape if need_weight else 0)
     grad_bias = weight.new_empty(V if need_weight and bias is not None else 0)
     for columns in _blocks(V, _LOGIT_COLUMNS):
         weight_block, bias_block = weight[columns].to(dtype), None if bias is None else bias[columns].to(dtype)
-        weight_sum = weight_block.new_zeros(weight_block.shape if need_weight else 0)
+        weight_sum = grad_weight[columns].to(dtype)  # in place where it is of that dtype
         bias_sum = lse.new_zeros(len(weight_block))
         for rows in _blocks(R, _LOGIT_ROWS):
             logits = _logits(hidden[rows], weight_block, bias_block, scale, softcap)
@@ -240,13 +241,15 @@ def target_logprob_backward(
             grad.view(-1).index_add_(0, index, torch.where(inside, grad_logp, 0))
             if softcap:
                 grad *= 1 - (logits / softcap).square_()
-            grad *= scale
-            grad_hidden[rows] += grad @ weight_block
+            if scale != 1:
+                grad *= scale
+            grad_hidden[rows].addmm_(grad, weight_block)
             if need_weight:
-                weight_sum += grad.T @ hidden[rows]
+                weight_sum.addmm_(grad.T, hidden[rows], beta=float(rows.start > 0))
+            if len(grad_bias):
                 bias_sum += grad.sum(0)
-        if need_weight:
-            grad_weight[columns] = weight_sum.to(weight.dtype)
+        if need_weight and weight.dtype != dtype:
+            grad_weight[columns] = weight_sum
         if len(grad_bias):
             grad_bias[columns] = bias_sum.to(weight.dtype)
     return grad_hidden.to(out_dtype), grad_weight, grad_bias

@@ -11,7 +11,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from icl_ft_fast.compare import ANSWERING, SCHEMA_VERSION, Run
 from icl_ft_fast.cost.prices import first_error
+from icl_ft_fast.durable import digest
 from icl_ft_fast.sweep import Sweep
+
+# Fields, at any depth, that two runs of one command fill differently: times, energies, resident memory, and what of
+# them decided how much was measured.
+MEASURED = frozenset(
+    ("setup_s", "query_s", "wall_s", "device_s", "joules", "activation_bytes", "sweep", "ceilings", "checksum")
+)
 
 
 class ResultsError(ValueError):
@@ -47,6 +54,7 @@ class Results:
         questions: by seed; empty where an old file does not tell.
         runs: every arm under every seed.
         load: the ledger of loading the model.
+        arguments: a digest of the command's; empty where there was none.
     """
 
     schema_version: int
@@ -60,19 +68,23 @@ class Results:
     weight_bytes: int = 0
     questions: tuple[AskedUnder, ...] = ()
     load: dict[str, Any] | None = None
+    arguments: str = ""
 
 
 def read_results(path: Path) -> Results:
     """Read a results.json of any schema version so far.
 
     Raises:
-        ResultsError: no UTF-8 JSON object, a newer schema, or a field that is missing or wrong.
+        ResultsError: no UTF-8 JSON object, a newer schema, a field that is missing or wrong, or another checksum.
         OSError: the file cannot be read.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
         raise ResultsError(f"{path}: not UTF-8 JSON: {error}") from error
+    checksum = found.pop("checksum", None) if isinstance(found, dict) else None
+    if checksum not in (None, digest(found)):
+        raise ResultsError(f"{path}: checksum: the file was changed after it was written; `compare` writes it anew")
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise ResultsError(f"{path}: schema_version: expected 1 to {SCHEMA_VERSION}, got {version!r}")
@@ -82,6 +94,13 @@ def read_results(path: Path) -> Results:
         raise ResultsError(f"{path}: {first_error(error)}") from error
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # an old file of another shape
         raise ResultsError(f"{path}: not a results file of schema {version}: {error!r}") from error
+
+
+def unmeasured(found: Any) -> Any:
+    """A results file's JSON less what is measured: the rest is the same, to the byte, whenever a command is run."""
+    if isinstance(found, dict):
+        return {name: unmeasured(value) for name, value in found.items() if name not in MEASURED}
+    return [unmeasured(value) for value in found] if isinstance(found, list) else found
 
 
 def parse_results(found: dict[str, Any]) -> Results:

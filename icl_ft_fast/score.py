@@ -7,7 +7,9 @@ The path of a request: encoding -> trie.build -> trie.plan -> Model.forward_chun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,13 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_ft_fast import encoding, trie
+from icl_ft_fast import encoding, memory, trie
 from icl_ft_fast.cache import Context, KVStack, common_tokens
 from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.flops import work_of
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
+
+_log = logging.getLogger(__name__)
 
 
 class ScoreError(ValueError):
@@ -81,7 +85,8 @@ def loglikelihood(
     Args:
         model: from load().
         requests: pairs; a continuation has at least one token, and so has a context of token ids.
-        chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        chunk_rows: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
+            rounding.
         shared_tokens: leading tokens that all requests have in common and that count as the ledger's phase "prefill";
             everything else forwarded is its phase "query".
         ledger: counts of this call are added to it.
@@ -93,7 +98,7 @@ def loglikelihood(
 
     Raises:
         ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
-            vocabulary does not have, or a request that does not begin with `start`.
+            vocabulary does not have, a request that does not begin with `start`, or too little memory.
     """
     encoded = _encode(model, requests)
     results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, start, shared_tokens))
@@ -132,7 +137,8 @@ def prefill(
         ledger: counts of this call are added to it.
 
     Raises:
-        ScoreError: no tokens, more than the model has positions, or one that its vocabulary does not have.
+        ScoreError: no tokens, more than the model has positions, one that its vocabulary does not have, or too little
+            memory.
 
     Memory: keys and values of every layer, and a hidden state, for each token.
     """
@@ -143,19 +149,27 @@ def prefill(
     check_fit(model, [(ids, ids[-1:])], ["context"])
     known = common_tokens(near.token, np.asarray(ids, np.int32)) if near else 0
     forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
-    plan = trie.plan(forest, chunk_rows, known=known)
-    stack = near.stack.copy(known, len(ids)) if near and known else KVStack(len(ids))
-    hidden = [near.hidden[:known]] if near and known else []
+    weight = model.head.weight
+    hidden = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    plan, stack = _fit(model, forest, chunk_rows, known=known, extra_bytes=hidden.nbytes)
+    if near and known:
+        hidden[:known] = near.hidden[:known]
+        near.stack.copy(known, stack)
     work = work_of(model)
-    with ledger.phase("prefill"):
-        for chunk in plan.chunks[len(hidden) :]:
-            hidden.append(model.forward_chunk(chunk, stack))
+
+    def forward(chunk: trie.Chunk) -> None:
+        if chunk.first_row >= known:
+            hidden[chunk.first_row : chunk.last_row] = model.forward_chunk(chunk, stack)
             ledger.ran(work, forest.depth[chunk.first_row : chunk.last_row], chunk.stack_rows, 0)
+
+    with ledger.phase("prefill"):
+        for _ in _by_chunk(plan, stack, forward):
+            pass
         ledger.request_tokens += len(ids)
         ledger.reused_rows += known
         ledger.forwarded_rows += len(ids) - known
-        ledger.kv_bytes += stack.capacity * work.kv_row_bytes
-    return Context(np.asarray(ids, np.int32), torch.cat(hidden), stack)
+        ledger.kv_bytes += stack.nbytes
+    return Context(np.asarray(ids, np.int32), hidden, stack)
 
 
 def stored_context(
@@ -211,7 +225,8 @@ def iter_token_logprobs(
     num_scored = len(forest.scored_token)
     logp, rank = torch.empty(num_scored), torch.empty(num_scored, dtype=torch.int64)
     top_logp, top_id = torch.empty(num_scored, top), torch.empty(num_scored, top, dtype=torch.int64)
-    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger or Ledger(), False, start):
+
+    def head(chunk: trie.Chunk, needed: torch.Tensor) -> None:
         for first in range(0, len(chunk.target_index), LOGIT_ROWS):
             block = slice(first, first + LOGIT_ROWS)
             where, row, target = (t[block].long() for t in (chunk.target_index, chunk.target_row, chunk.target_token))
@@ -222,6 +237,11 @@ def iter_token_logprobs(
             rank[where] = 1 + (logp_RV[row] > taken[:, None]).sum(-1)
             values, ids = logp_RV.topk(top)
             top_logp[where], top_id[where] = values[row], ids[row]
+
+    logit_bytes = 3 * 4 * LOGIT_ROWS * model.head.weight.shape[0]
+    for completed in _forward(
+        model, forest, chunk_rows, ledger or Ledger(), False, start, head, extra_bytes=logit_bytes
+    ):
         for r in completed:
             path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
             likeliest = zip(top_id[path].tolist(), top_logp[path].tolist(), strict=True)
@@ -255,54 +275,70 @@ def _scored(
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
     ledger = ledger or Ledger()
-    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
-    with ledger.phase("tokenise"):
-        encoded = encoding.encode_pairs(model.tokenizer, pairs)
-        shared_tokens = len(encoding.encode(model.tokenizer, [context.rstrip()])[0]) if context else 0
-    owner = [q for q, question in enumerate(questions) for _ in question.choices]
-    first = [0]
-    for question in questions:
-        if not question.choices:
-            raise ScoreError(f"question {question.id!r}: choices: expected at least one")
-        first.append(first[-1] + len(question.choices))
-    for r, (_, continuation) in enumerate(encoded):
-        question, choice = questions[owner[r]], r - first[owner[r]]
-        if not continuation:
-            raise ScoreError(
-                f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end of "
-                "the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
-            )
-    check_fit(model, encoded, [f"question {questions[q].id!r}" for q in owner])
-    waiting = [len(question.choices) for question in questions]
+    encoded, shared = encode_questions(model, questions, context, ledger)
+    owner = [q for q, its in enumerate(encoded) for _ in its]
+    first = [0, *itertools.accumulate(map(len, encoded))]
+    waiting = [len(its) for its in encoded]
     results: dict[int, LogLikelihood] = {}
     start = None
-    if store is not None and context.strip():
-        (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
-        for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
-            token = token[: encoding.common(token, ids)]
+    if store is not None and shared:
         with ledger.phase("context"):
             start = stored_context(
-                model, token, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
+                model, shared, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
             )
-    for r, result in _run(model, encoded, chunk_rows, ledger, progress, start, shared_tokens):
+    requests = [request for its in encoded for request in its]
+    for r, result in _run(model, requests, chunk_rows, ledger, progress, start, len(shared)):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
         if not waiting[q]:
-            mine = range(first[q], first[q + 1])
-            logp = tuple(results[i].logp for i in mine)
-            yield (
-                q,
-                Score(
-                    question_id=questions[q].id,
-                    logp=logp,
-                    num_tokens=tuple(len(encoded[i][1]) for i in mine),
-                    is_greedy=tuple(results.pop(i).is_greedy for i in mine),
-                    predicted=max(range(len(logp)), key=logp.__getitem__),
-                    answer=questions[q].answer,
-                    also_correct=questions[q].also_correct,
-                ),
-            )
+            yield q, score_of(questions[q], encoded[q], [results.pop(i) for i in range(first[q], first[q + 1])])
+
+
+def encode_questions(
+    model: Model, questions: Sequence[Question], context: str, ledger: Ledger
+) -> tuple[list[list[tuple[list[int], list[int]]]], list[int]]:
+    """Token ids of every question's choices after context + prompt, and the tokens of `context` that all begin with.
+
+    Raises:
+        ScoreError: as score() does.
+    """
+    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
+    with ledger.phase("tokenise"):
+        encoded = encoding.encode_pairs(model.tokenizer, pairs)
+        (shared,) = encoding.encode(model.tokenizer, [context.rstrip()]) if context.strip() else ([],)
+    requests = iter(encoded)
+    by_question = []
+    for question in questions:
+        if not question.choices:
+            raise ScoreError(f"question {question.id!r}: choices: expected at least one")
+        by_question.append([next(requests) for _ in question.choices])
+        for choice, (_, continuation) in enumerate(by_question[-1]):
+            if not continuation:
+                raise ScoreError(
+                    f"question {question.id!r}: choices[{choice}]: no token of its own: empty, or merged into the end "
+                    "of the prompt by the tokenizer (begin the choice with a space or end the prompt before one)"
+                )
+    check_fit(model, encoded, [f"question {question.id!r}" for question in questions for _ in question.choices])
+    for ids in {id(ids): ids for ids, _ in encoded}.values():  # less what a token that spans its end changes
+        shared = shared[: encoding.common(shared, ids)]
+    return by_question, shared
+
+
+def score_of(
+    question: Question, encoded: Sequence[tuple[list[int], list[int]]], results: Sequence[LogLikelihood]
+) -> Score:
+    """The score of a question whose choices, as encode_questions() made them, have these results."""
+    logp = tuple(result.logp for result in results)
+    return Score(
+        question_id=question.id,
+        logp=logp,
+        num_tokens=tuple(len(continuation) for _, continuation in encoded),
+        is_greedy=tuple(result.is_greedy for result in results),
+        predicted=max(range(len(logp)), key=logp.__getitem__),
+        answer=question.answer,
+        also_correct=question.also_correct,
+    )
 
 
 def score(
@@ -321,7 +357,8 @@ def score(
         model: from load().
         questions: prompts and choices; choices are not shown to the model.
         context: text before every prompt, forwarded once.
-        chunk_rows: rows forwarded at a time; results do not depend on it beyond rounding.
+        chunk_rows: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
+            rounding.
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
         store: of saved contexts; `context` is taken from it, or forwarded and saved there.
@@ -330,7 +367,7 @@ def score(
         One Score a question, in the order given.
 
     Raises:
-        ScoreError: a choice without a token of its own, or more tokens than the model has positions.
+        ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
     """
     scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress, store))
     return [scores[q] for q in range(len(questions))]
@@ -359,11 +396,11 @@ def _encode(model: Model, requests: Sequence[TokenRequest | tuple[str, str]]) ->
 def check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], names: Sequence[str]) -> None:
     """Raise unless the model has a position for every forwarded token and every id in its vocabulary."""
     num_tokens = min(model.vocabulary, model.head.weight.shape[0])
-    checked: Sequence[int] = ()
+    checked: dict[int, Sequence[int]] = {}  # contexts by identity, theirs as long as they are kept here
     # The last token needs no position of its own: it is predicted, never forwarded.
     for (context, continuation), name in zip(encoded, names, strict=True):
-        ids = continuation if context is checked else [*context, *continuation]
-        checked = context
+        ids = continuation if id(context) in checked else [*context, *continuation]
+        checked[id(context)] = context
         for token_id in (min(ids), max(ids)):
             if not 0 <= token_id < num_tokens:
                 raise ScoreError(f"{name}: token id {token_id}: the model's vocabulary has {num_tokens} tokens")
@@ -389,12 +426,14 @@ def _run(
     forest = trie.build_from_lists(requests)
     logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
     is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
-    for chunk, needed, completed in _forward(model, forest, chunk_rows, ledger, progress, start, shared_tokens):
+
+    def head(chunk: trie.Chunk, needed: torch.Tensor) -> None:
         if len(needed):
-            with ledger.phase("query"):
-                values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
-                logp[chunk.target_index] = values.double().cpu()
-                is_argmax[chunk.target_index] = flags.cpu()
+            values, flags = model.target_logprob(needed, chunk.target_row, chunk.target_token)
+            logp[chunk.target_index] = values.double().cpu()
+            is_argmax[chunk.target_index] = flags.cpu()
+
+    for completed in _forward(model, forest, chunk_rows, ledger, progress, start, head, shared_tokens):
         for r in completed:
             path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
             yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
@@ -407,47 +446,92 @@ def _forward(
     ledger: Ledger,
     progress: bool,
     start: Context | None,
+    head: Callable[[trie.Chunk, torch.Tensor], None],
     shared_tokens: int = 0,
-) -> Iterator[tuple[trie.Chunk, torch.Tensor, list[int]]]:
-    """Yield each chunk, the hidden states of its head rows, and the requests that it completes."""
+    extra_bytes: int = 0,
+) -> Iterator[list[int]]:
+    """Call `head` with each chunk and the hidden states of its head rows, and yield the requests that it completes."""
     known = 0 if start is None else min(len(start.token), len(forest.token))
     if start is not None and known:
         begins = torch.from_numpy(start.token[:known]).equal(forest.token[:known])
         if not begins or not (forest.end[:known] == len(forest.token)).all():
             raise ScoreError("start: not every request begins with its tokens")
     shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
-    plan = trie.plan(forest, chunk_rows, known=known, cut=shared_rows)
-    stack, work = KVStack(plan.capacity) if start is None else start.open(plan.capacity), work_of(model)
+    plan, stack = _fit(model, forest, chunk_rows, start, known, shared_rows, extra_bytes)
+    work = work_of(model)
     with ledger.phase("query"):
         ledger.request_tokens += forest.request_tokens
         ledger.reused_rows += known
+
+    def run(chunk: trie.Chunk) -> None:
+        with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else "query"):
+            if start is not None and chunk.first_row < known:
+                hidden = start.hidden[chunk.first_row : chunk.last_row]
+                ledger.flops += len(chunk.head_rows) * work.head_flops
+            else:
+                hidden = model.forward_chunk(chunk, stack)
+                if chunk.first_row == known:
+                    ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
+                depth = forest.depth[chunk.first_row : chunk.last_row]
+                ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
+                ledger.forwarded_rows += len(chunk.token)
+            ledger.head_rows += len(chunk.head_rows)
+            ledger.scored_tokens += len(chunk.target_index)
+        with ledger.phase("query"):
+            head(chunk, hidden[chunk.head_rows.to(hidden.device)])
+
+    # Along a path rows ascend, so a request is complete with the chunk that has its last scored node's row.
+    last_row = forest.scored_row.numpy()[forest.path.numpy()[forest.path_offset.numpy()[1:] - 1]]
+    order = np.argsort(last_row, kind="stable")
+    num_done = 0
     with tqdm(total=len(forest.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
-        for chunk, completed in zip(plan.chunks, _requests_by_chunk(forest, plan), strict=True):
-            with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else "query"):
-                if start is not None and chunk.first_row < known:
-                    hidden = start.hidden
-                    ledger.flops += len(chunk.head_rows) * work.head_flops
-                else:
-                    if chunk.first_row == known:
-                        ledger.kv_bytes += plan.capacity * work.kv_row_bytes
-                    hidden = model.forward_chunk(chunk, stack)
-                    depth = forest.depth[chunk.first_row : chunk.last_row]
-                    ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
-                    ledger.forwarded_rows += len(chunk.token)
-                    bar.update(len(chunk.token))
-                ledger.head_rows += len(chunk.head_rows)
-                ledger.scored_tokens += len(chunk.target_index)
-            yield chunk, hidden[chunk.head_rows.to(hidden.device)], completed
+        for chunk in _by_chunk(plan, stack, run):
+            bar.update(max(0, chunk.last_row - max(known, chunk.first_row)))
+            completed = order[num_done : np.searchsorted(last_row, chunk.last_row, sorter=order)]
+            num_done += len(completed)
+            yield sorted(completed.tolist())
 
 
-def _requests_by_chunk(forest: trie.Trie, plan: trie.Plan) -> list[list[int]]:
-    """For each chunk, the requests whose last scored node it computes, in request order."""
-    chunk_of_node = torch.empty(len(forest.scored_token), dtype=torch.int64)
-    for c, chunk in enumerate(plan.chunks):
-        chunk_of_node[chunk.target_index] = c
-    # Along a path rows ascend, so the last node's chunk is the request's.
-    last = chunk_of_node[forest.path[forest.path_offset[1:] - 1]]
-    by_chunk: list[list[int]] = [[] for _ in plan.chunks]
-    for r, c in enumerate(last.tolist()):
-        by_chunk[c].append(r)
-    return by_chunk
+def _fit(
+    model: Model,
+    forest: trie.Trie,
+    chunk_rows: int,
+    start: Context | None = None,
+    known: int = 0,
+    cut: int = 0,
+    extra_bytes: int = 0,
+) -> tuple[trie.Plan, KVStack]:
+    """The plan that fits the model's memory, and its stack, on which `start` is already; raises ScoreError."""
+    room = start.stack.capacity if start is not None and start.stack.kv_dtype == model.memory.kept else 0
+    results_bytes = 16 * len(forest.scored_token) + 160 * len(forest.path_offset)  # the caller's, mostly
+    try:
+        plan, need = memory.fit(
+            forest, chunk_rows, model.memory, model.footprint, model.device, known=known, cut=cut,
+            room=room, extra_bytes=extra_bytes + results_bytes,
+        )  # fmt: skip
+    except memory.BudgetError as error:
+        raise ScoreError(str(error)) from error
+    stack = model.new_stack(plan.capacity, need.folder if need.spilled_bytes else None)
+    return plan, stack if start is None else start.open(stack)
+
+
+def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]) -> Iterator[trie.Chunk]:
+    """Run chunks in turn, each yielded when it is done; one that memory runs out on, and all after it, in halves."""
+    k = 0
+    while k < len(plan.chunks):
+        chunk = plan.chunks[k]
+        rows = chunk.last_row - chunk.first_row
+        try:
+            run(chunk)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_exhausted(error) or rows == 1 or stack.rows < 0:  # nothing to halve, or the stack is lost
+                raise
+            _log.warning(
+                "memory: ran out with %d rows at a time: going on with %d (%s)", rows, (rows + 1) // 2, str(error)
+            )
+        else:
+            yield chunk
+            k += 1
+            continue
+        stack.rows = chunk.stack_rows  # what the chunk has added is forgotten
+        plan, k = plan.halved(k), 0

@@ -126,7 +126,7 @@ def sweep(
         if length:
             with ledger.phase("context"):
                 loaded = load_context(path, model, fingerprint=fingerprint)
-                loaded.open(length + longest)
+                loaded.open(model.new_stack(length + longest))
             with ledger.phase("save"):
                 save_context(path, model, loaded, fingerprint=fingerprint)
 

@@ -58,6 +58,9 @@ def build(
     tokens: Tensor | NDArray[np.int32],
     offsets: Tensor | NDArray[np.int64],
     context_lengths: Tensor | NDArray[np.int64],
+    *,
+    heads: tuple[Tensor | NDArray[np.int32], Tensor | NDArray[np.int64]] | None = None,
+    head: Tensor | NDArray[np.int32] | None = None,
 ) -> Trie:
     """Merge R requests into one trie.
 
@@ -66,6 +69,8 @@ def build(
         offsets: request r is tokens[offsets[r]:offsets[r + 1]]; int64 [R + 1], from 0 to the total length.
         context_lengths: leading tokens of each request that are context, the rest being continuation; int64 [R],
             1 <= context_lengths[r] < length of request r.
+        heads: beginnings that many requests share: their tokens and offsets, as above.
+        head: which of them request r begins with, int32 [R]; `tokens` then holds what follows it.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or values, or there are 2^31 distinct prefixes.
@@ -74,32 +79,49 @@ def build(
     memory is about 40 bytes a request and 8 a node beside the result. Equal requests, and requests that are a prefix of
     others, are welcome; R may be 0.
     """
+    if (heads is None) != (head is None):
+        raise ValueError("head: expected with heads, and only then")
+    head_tokens, head_offsets = heads or (np.zeros(0, np.int32), np.zeros(1, np.int64))
+    head_tokens = _vector("head_tokens", head_tokens, np.int32)
     arrays = _C.trie_build(
         _vector("tokens", tokens, np.int32),
         _vector("offsets", offsets, np.int64),
         _vector("context_lengths", context_lengths, np.int64),
+        head_tokens,
+        _vector("head_offsets", head_offsets, np.int64),
+        None if head is None else _vector("head", head, np.int32),
     )
-    return Trie(request_tokens=len(tokens), **{name: torch.from_numpy(values) for name, values in arrays.items()})
+    of_heads = 0 if head is None else int(np.diff(np.asarray(head_offsets))[np.asarray(head)].sum())
+    return Trie(
+        request_tokens=len(tokens) + of_heads,
+        **{name: torch.from_numpy(values) for name, values in arrays.items()},
+    )
 
 
 def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
     """Merge requests given as (context ids, continuation ids), neither empty; see `build`.
 
-    A context that is the same object as the one before it is converted only once.
+    A context that is one object for many requests is read, compared and kept once.
     """
-    tokens, offsets, context_lengths = array("i"), [0], []
-    previous, context = None, array("i")
-    for r, (context_ids, continuation_ids) in enumerate(requests):
+    tokens, offsets, head = array("i"), array("q", [0]), array("i")
+    head_tokens, head_offsets = array("i"), array("q", [0])
+    contexts: dict[int, tuple[int, Sequence[int]]] = {}  # by identity, which is theirs as long as they are kept here
+    for r, (context, continuation) in enumerate(requests):
         try:
-            if context_ids is not previous:
-                previous, context = context_ids, array("i", context_ids)
-            tokens.extend(context)
-            tokens.extend(array("i", continuation_ids))
+            if id(context) not in contexts:
+                contexts[id(context)] = len(contexts), context
+                head_tokens.extend(array("i", context))
+                head_offsets.append(len(head_tokens))
+            tokens.extend(array("i", continuation))
         except OverflowError as error:
             raise ValueError(f"requests: expected token ids below 2^31 (request {r})") from error
         offsets.append(len(tokens))
-        context_lengths.append(len(context))
-    return build(np.asarray(tokens), np.asarray(offsets, np.int64), np.asarray(context_lengths, np.int64))
+        head.append(contexts[id(context)][0])
+    lengths = np.diff(np.asarray(head_offsets))
+    return build(
+        np.asarray(tokens), np.asarray(offsets), lengths[np.asarray(head)],
+        heads=(np.asarray(head_tokens), np.asarray(head_offsets)), head=np.asarray(head),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +200,16 @@ class Plan:
     chunks: tuple[Chunk, ...]
     capacity: int
 
+    def halved(self, k: int) -> "Plan":
+        """The plan from chunk k on, with no chunk longer than half of that one; the capacity suffices as it is.
+
+        It begins with the stack as chunk k finds it: compacted, its own rows not yet there.
+        """
+        first = self.chunks[k]
+        most = (first.last_row - first.first_row + 1) // 2
+        edges = [row for chunk in self.chunks[k:] for row in range(chunk.first_row, chunk.last_row, most)]
+        return Plan(_chunks(first._trie, [*edges, self.chunks[-1].last_row], first.first_row), self.capacity)
+
 
 def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
@@ -186,19 +218,37 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     own, and no chunk goes over row `cut`. The KV stack of a chunk is never longer than its rows plus the longest path,
     whatever the size of the trie.
     """
+    edges = _edges(trie, max_rows, known, cut)
+    return Plan(_chunks(trie, edges, 0), extent(trie, max_rows, known=known, cut=cut)[1])
+
+
+def extent(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> tuple[int, int]:
+    """The most rows that the same plan() forwards at a time, and its capacity."""
+    edges = np.asarray(_edges(trie, max_rows, known, cut))
+    rows = np.diff(edges)
+    on_stack = trie.depth.numpy()[edges[:-1]] + rows
+    return int(rows[bool(known) :].max(initial=0)), int(on_stack.max(initial=0))
+
+
+def _edges(trie: Trie, max_rows: int, known: int, cut: int) -> list[int]:
+    """The first row of each chunk, and the number of rows."""
     if max_rows < 1:
         raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
     num_rows = len(trie.token)
-    # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
-    # several times faster than torch's on such nearly sorted values.
-    scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
-    scored_row = trie.scored_row[scored]
-    edges = [
+    return [
         *([0] if known else []),
         *range(known, cut, max_rows),
         *range(max(known, cut), num_rows, max_rows),
         num_rows,
     ]
+
+
+def _chunks(trie: Trie, edges: list[int], previous_row: int) -> tuple[Chunk, ...]:
+    """The chunks between the edges; `previous_row` begins the chunk whose stack the first one finds."""
+    # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
+    # several times faster than torch's on such nearly sorted values.
+    scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
+    scored_row = trie.scored_row[scored]
     cuts = torch.searchsorted(scored_row, torch.tensor(edges, dtype=torch.int32)).tolist()
     chunks = []
     for k, first_row in enumerate(edges[:-1]):
@@ -212,11 +262,11 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
             target_row=inverse.int(),
             target_token=trie.scored_token[index],
             target_index=index,
-            _previous_row=edges[max(k - 1, 0)],
+            _previous_row=edges[k - 1] if k else previous_row,
             _trie=trie,
         )
         chunks.append(chunk)
-    return Plan(tuple(chunks), max((c.stack_rows + len(c.token) for c in chunks), default=0))
+    return tuple(chunks)
 
 
 def _vector(name: str, values: Any, dtype: type[np.generic]) -> NDArray[Any]:

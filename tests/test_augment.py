@@ -26,7 +26,10 @@ from icl_ft_fast.augment.steps import (
     without_duplicates,
     without_near_duplicates,
 )
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.durable import Kept
 from icl_ft_fast.generate import Sampling, generate
+from icl_ft_fast.results import unmeasured
 from icl_ft_fast.score import loglikelihood
 from icl_ft_fast.tasks.comparisons import find
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -37,7 +40,7 @@ from icl_ft_fast.tasks.task import Document
 class Scripted:
     """A generator that answers in order with the texts given to it."""
 
-    fingerprint = "scripted"
+    fingerprint, together = "scripted", None
 
     def __init__(self, *texts):
         self.texts, self.asked = texts, []
@@ -170,6 +173,38 @@ def test_every_line_is_kept_or_counted(text):
 @pytest.mark.parametrize("strategy", LABELS)
 def test_no_documents(llama, strategy):
     assert augment_by_model(llama, [], strategy).rows == ()
+
+
+def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch):
+    documents = [Document(f"d{n}", f"the cat {n}") for n in range(5)]
+    monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
+    monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
+    monkeypatch.setattr(Engine, "together", 2)
+    kept, ledgers = Kept(None), [Ledger(), Ledger()]
+    first = augment_by_model(llama, documents, kept=kept, key="a", ledger=ledgers[0])
+    assert [row.source_id for row in first.rows] == [document.id for document in documents]
+    assert first.dropped == {"unanswered": 0, "unparsed": 5, "repeats": 0}
+    assert ledgers[0].phases.keys() == {"filter", "generate"}
+    assert len(kept.values) == 3
+    kept.values.popitem()  # the last call was killed
+    monkeypatch.setattr(Engine, "answer", counted := Counted(Engine.answer))
+    assert augment_by_model(llama, documents, kept=kept, key="a", ledger=ledgers[1]) == first
+    assert counted.asks == 1
+    assert unmeasured(ledgers[1].as_dict()) == unmeasured(ledgers[0].as_dict())
+
+
+class Counted:
+    """Engine.answer, and how many asks it was given."""
+
+    def __init__(self, answer):
+        self.answer, self.asks = answer, 0
+
+    def __get__(self, engine, _):
+        def answer(asks):
+            self.asks += len(asks)
+            return self.answer(engine, asks)
+
+        return answer
 
 
 def test_a_model_shows_and_asks_about_what_fits_its_positions(llama):

@@ -19,6 +19,7 @@ from icl_ft_fast.augment.generators import Endpoint, Recorded, Written
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.augment.run import Price, Run
 from icl_ft_fast.cli import main
+from icl_ft_fast.durable import DamagedError, Journal
 from icl_ft_fast.generate import Sampling
 from icl_ft_fast.tasks.task import Document, TaskError
 
@@ -40,9 +41,8 @@ class Mortal(Echo):
             asked.append(i)
             if len(asked) == last:
                 if torn:
-                    shard = run.store._shard
-                    shard.write(b'{{"key": "half')
-                    shard.flush()
+                    with run.store._shard.path.open("ab") as shard:
+                        shard.write(b'{{"key": "half')
                 os.kill(os.getpid(), signal.SIGKILL)
             yield i, written
 
@@ -53,6 +53,8 @@ run.collect()
 
 class Echo:
     """Answers with a line that holds the prompt's last word but one and the seed."""
+
+    together = None
 
     def __init__(self, fingerprint="echo"):
         self.fingerprint, self.asked = fingerprint, 0
@@ -74,7 +76,7 @@ def run_of(folder, generator, template="{{ document }}", samples=2, **how):
 def lines(folder):
     """Every whole line of every shard."""
     raw = [line for path in sorted(folder.rglob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
-    return [json.loads(line) for line in raw if line.endswith(b"\n")]
+    return [json.loads(line)["row"] for line in raw if line.endswith(b"\n")]
 
 
 def without_time(rows):
@@ -133,6 +135,10 @@ def test_a_shard_that_something_else_wrote_to_is_refused(tmp_path):
     run_of(tmp_path, Echo()).collect()
     (path,) = tmp_path.rglob("*.jsonl")
     path.write_bytes(b'{"key": 1}\n' + path.read_bytes())
+    with pytest.raises(DamagedError, match=r"00000\.jsonl:1: damaged, or not written by icl-ft-fast"):
+        run_of(tmp_path, Echo())
+    path.unlink()
+    Journal(path).append({"key": 1})
     with pytest.raises(AugmentError, match=r"00000\.jsonl:1: not an answer: .*; move the file away$"):
         run_of(tmp_path, Echo())
 
@@ -303,7 +309,15 @@ def test_the_command_by_rule_reports_what_the_rows_give_away(task, tmp_path, cap
     assert report["questions_contained"] == {"test": 1}
     assert report["dropped"] == dict.fromkeys(("unparsed", "repeats", "length", "duplicates", "near_duplicates"), 0)
     assert "answers found in the rows, split test: 1 of the questions" in capsys.readouterr().out
-    assert main(["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]) == 2
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    arguments = ["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]
+    assert main(arguments) == 0  # what a kill between the two files, or after them, would lead to
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    for lost in ("none", "report.json"):
+        (out / lost).unlink(missing_ok=True)
+        capsys.readouterr()
+        assert main([*arguments, "--words", "3-9"]) == 2
+        assert "exists already; choose another or give --overwrite" in capsys.readouterr().err
 
 
 def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, llama_directory):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from benchmarks import peers, readme, score, timing, trie_attention
+from benchmarks import invariant, peers, readme, score, timing, trie_attention
 from icl_ft_fast import ops, trie
 
 ATTENTION = trie_attention.cases(quick=True)
@@ -43,7 +43,7 @@ def test_trie_build(benchmark):
 
 def test_the_end_to_end_suite_runs_and_gates(monkeypatch, capsys):
     monkeypatch.setattr(score, "SIZES", {"tiny": TINY})
-    monkeypatch.setattr(score, "_article", lambda *_: _article(score.simple_reversals(0, num_facts=30, num_articles=1)))
+    monkeypatch.setattr(score, "article", lambda *_: _article(score.simple_reversals(0, num_facts=30, num_articles=1)))
     rows = score.run(quick=True)
     assert {row.variant for row in rows} == {"icl_ft_fast", "encode, plan", "floor", "KV loop (12)"}
     assert len(rows) == 4 * len(score.DTYPES)
@@ -51,6 +51,18 @@ def test_the_end_to_end_suite_runs_and_gates(monkeypatch, capsys):
     monkeypatch.setattr(score, "_kv_loop", lambda case, n: peers.Sample(0.0, [1.0], [[-1.0] * len(case.choices[0])]))
     with pytest.raises(AssertionError, match="log-likelihoods differ"):
         score.run(quick=True)
+
+
+def test_the_suite_of_invariant_scores_runs_and_gates(monkeypatch):
+    monkeypatch.setattr(invariant, "SIZES", {"tiny": TINY})
+    monkeypatch.setattr(
+        invariant, "article", lambda *_: _article(score.simple_reversals(0, num_facts=5, num_articles=1))
+    )
+    rows = invariant.run(quick=True)
+    assert [row.variant for row in rows] == ["as usual", "invariant"] * len(score.DTYPES)
+    monkeypatch.setattr(invariant, "TOLERANCE", dict.fromkeys(score.DTYPES, 0.0))
+    with pytest.raises(AssertionError, match=r"invariant, .* as usual"):
+        invariant.run(quick=True)
 
 
 def _article(task):

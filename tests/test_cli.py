@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.utils import logging
 
 from icl_ft_fast import cli, integrations
@@ -18,7 +19,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.encoding import vocabulary_words
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.score import iter_scores, score
+from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -122,9 +123,9 @@ def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
 
     def spy(*arguments, chunk_rows, **options):
         budgets.append(chunk_rows)
-        return iter_scores(*arguments, chunk_rows=chunk_rows, **options)
+        return loglikelihood(*arguments, chunk_rows=chunk_rows, **options)
 
-    monkeypatch.setattr(cli.score, "iter_scores", spy)
+    monkeypatch.setattr(cli.score.shards, "loglikelihood", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
     code, (line,), errors = run(files.score("--chunk-rows", 1))
     assert (code, errors) == (0, [])
@@ -257,7 +258,24 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(cli.compare.compare, "write_results", full)
-    assert refused(files.compare()) == f"{files.folder / 'run' / 'results.json'}: No space left on device"
+    path, then = files.folder / "run" / "results.json", "free some space and run the same command again"
+    assert refused(files.compare()) == f"{path}: No space left on device; {then}"
+
+
+def test_an_interruption_is_one_line_and_leaves_no_lock(files, run, monkeypatch):
+    def interrupted(_):
+        assert (files.folder / "run" / ".lock").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.compare, "load_model", interrupted)
+    assert run(files.compare()) == (130, [], ["icl-ft-fast compare: interrupted"])
+    assert not (files.folder / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("minutes", ["-1", "nan"])
+def test_minutes_between_checkpoints(files, refused, minutes):
+    arguments = files.compare(checkpoint_minutes=minutes)
+    assert refused(arguments) == f"--checkpoint-minutes: expected 0 or more, got {float(minutes)}"
 
 
 @pytest.fixture
@@ -324,6 +342,32 @@ def test_no_directory_at_all(files, refused):
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
     monkeypatch.setattr(cli.options, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert refused(files.compare(**{option: value})) == message
+
+
+def test_a_device_that_is_not_there_is_refused_and_the_default_is_the_one_there_is(files, refused, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli.options, "load", lambda *_, device, **__: given.append(device) or 1 / 0)
+    score = files.score()
+    for device, message in (
+        ("cuda", "cuda: torch finds no such device here"),
+        ("cuda:99", "cuda:99: torch finds no such device here"),
+        ("meta", "meta: torch finds no such device here"),
+        ("gpu", "'gpu' is no torch device"),
+    ):
+        if device != "cuda" or not torch.cuda.is_available():
+            assert refused([*score, "--device", device]) == f"--device: {message}"
+    assert not given
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: 2 * there)
+        for more in ([], ["--device", "auto"]):
+            with pytest.raises(ZeroDivisionError):
+                main([*score, *more])
+            assert given.pop() == expected
+    with pytest.raises(ZeroDivisionError):
+        main([*score, "--device", "cuda:1"])
+    assert given.pop() == "cuda:1"
+    assert refused([*score, "--device", "cuda:2"]) == "--device: cuda:2: torch finds no such device here"
 
 
 def test_more_facts_than_words(files, refused):
@@ -491,8 +535,13 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     assert {point["context_tokens"] for point in results["sweep"]["points"]} >= {0, results["sweep"]["context_tokens"]}
     assert results["load"]["phases"]["load"]["wall_s"] > 0
     assert results["machine"]["ceilings"]["flops_per_s"] > 0
+    before = path.read_bytes()
+    assert run(arguments)[0] == 0  # all is kept
+    assert path.read_bytes() == before
+    arguments[arguments.index("--batch-size") + 1] = "3"
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"]["finetune"]["batch_size"] == 3
 
 
 def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run):

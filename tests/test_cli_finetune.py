@@ -1,6 +1,7 @@
 """`icl-ft-fast finetune`: TRL's names from a YAML file and the command line, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -42,9 +43,12 @@ def test_options_from_yaml_and_the_command_line(data, llama_directory, tmp_path,
     assert capsys.readouterr().out == f"3 steps, last loss {losses[-1]:.4f}. Written to {out}\n"
     load(llama_directory, adapter=out)
     again = ("--config", config, "--output_dir", out, "--max_steps", 3, "--seed", 5, "--quiet")
-    assert run(*again) == 2
+    assert run(*again) == 0
+    assert capsys.readouterr().out == f"3 steps, last loss {losses[-1]:.4f}. Written to {out}\n"
+    assert run(*again, "--resume_from_checkpoint", "false") == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert run(*again, "--resume_from_checkpoint") == 0
+    assert run(*again[:-2], 6) == 2
+    assert "checkpoint-3: cannot be resumed: seed was 5, now 6" in capsys.readouterr().err
 
 
 def test_validation_epochs_and_a_teacher(data, llama_directory, tmp_path):
@@ -96,3 +100,16 @@ def test_what_is_refused(arguments, message, data, llama_directory, tmp_path, mo
 def test_what_is_needed(capsys):
     assert run("--output_dir", "x") == 2
     assert capsys.readouterr().err == "icl-ft-fast finetune: --model_name_or_path: needed, here or in --config\n"
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_chat_template_that_fails_ends_in_one_line(template, llama_directory, tmp_path, capsys):
+    shutil.copytree(llama_directory, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]}) + "\n"
+    )
+    needed = ("--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "chats.jsonl")
+    assert run(*needed, "--output_dir", tmp_path / "out", "--max_steps", 1) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("icl-ft-fast finetune: chat template: ")

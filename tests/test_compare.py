@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ from rich.console import Console
 from icl_ft_fast import compare, encoding, sweep
 from icl_ft_fast.augment import augment_rules
 from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost.amortise import break_even
 from icl_ft_fast.cost.machine import fingerprint
+from icl_ft_fast.durable import Kept
 from icl_ft_fast.evaluate import (
     NORMALIZATIONS,
     Accuracy,
@@ -34,9 +36,10 @@ from icl_ft_fast.evaluate import (
     select_documents,
 )
 from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.model import load
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
-from icl_ft_fast.results import Results, read_results
+from icl_ft_fast.results import Results, read_results, unmeasured
 from icl_ft_fast.score import prefill, score
 from icl_ft_fast.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -127,7 +130,11 @@ def test_the_plain_arms(llama):
 
 def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     # the tiny model has no room for the prompt that asks for augmentations
-    monkeypatch.setattr(compare.augment, "augment_by_model", lambda _, documents, *__, **___: augment_rules(documents))
+    def by_rule(_, documents, *__, ledger, **___):
+        with ledger.phase("filter"):
+            return augment_rules(documents)
+
+    monkeypatch.setattr(compare.augment, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
@@ -141,6 +148,72 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     assert distilled.counts["phases"].keys() == {"filter", "teach", "train", "tokenise", "query"}
     paid = [p["wall_s"] for name, p in distilled.counts["phases"].items() if name in ("filter", "teach", "train")]
     assert distilled.setup_s == pytest.approx(sum(paid))  # the teacher's reading is paid once
+
+
+def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypatch):
+    settings, path = replace(SETTINGS, arms=("base", "icl"), seeds=(3,)), tmp_path / "kept.jsonl"
+    first = compare.compare(llama, task_of_seed, settings, kept=Kept(path))
+    costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path))
+    run, done = compare._run, []
+
+    def running(*arguments):
+        done.append(arguments[2])
+        return run(*arguments)
+
+    monkeypatch.setattr(compare, "_run", running)
+    assert compare.compare(llama, task_of_seed, settings, kept=Kept(path)) == first
+    assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path)) == costs
+    assert done == []
+    more = replace(settings, arms=("ft", "icl", "base"))
+    assert compare.compare(llama, task_of_seed, more, kept=Kept(path))[1:] == first[::-1]
+    assert done == ["ft"]
+    task = task_of_seed(3)
+    another = replace(task, questions=(*task.questions[:-1], replace(task.questions[-1], prompt="other")))
+    others = [
+        (llama, task_of_seed, replace(settings, seeds=(4,))),
+        (llama, task_of_seed, replace(settings, normalization="byte")),
+        (llama, lambda _: another, settings),
+        (load(llama_directory, dtype="bfloat16"), task_of_seed, settings),
+    ]
+    for other in others:
+        done.clear()
+        compare.compare(*other, kept=Kept(path))
+        assert done == ["base", "icl"]
+
+
+def test_a_store_saves_reading_the_context_and_changes_no_answer(llama, tmp_path):
+    def run(seeds, store):
+        return compare.compare(llama, task_of_seed, replace(SETTINGS, arms=("icl",), seeds=seeds), store=store)
+
+    run((0,), ContextStore(tmp_path / "a", llama, 10**9))
+    (file,) = (tmp_path / "a").glob("*.safetensors")
+    store = ContextStore(tmp_path / "b", llama, int(1.5 * file.stat().st_size))  # room for one
+    plain, read, mapped = run((0, 7), None), run((0, 7), store), run((7,), store)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 1
+    for found, expected in zip([*read, *mapped], [*plain, plain[1]], strict=True):
+        assert found.accuracy == expected.accuracy
+        for answer, other in zip(found.answers, expected.answers, strict=True):
+            assert answer.probability == pytest.approx(other.probability, rel=0, abs=1e-5)
+    assert all(found.counts["phases"].keys() == {"tokenise", "context", "prefill", "query"} for found in read)
+    (found,) = mapped
+    assert found.counts["phases"].keys() == {"tokenise", "context", "query"}
+    assert found.counts["forwarded_rows"] == read[1].counts["phases"]["query"]["forwarded_rows"]
+    assert (
+        found.counts["forwarded_rows"] + found.counts["phases"]["query"]["reused_rows"]
+        == (read[1].counts["forwarded_rows"])
+    )
+
+
+def test_what_a_kill_left_in_the_store_is_not_counted_as_found(llama, tmp_path):
+    settings, store = replace(SETTINGS, arms=("icl",), seeds=(0,)), ContextStore(tmp_path / "store", llama, 10**9)
+    whole = compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "a"), store=store)[0]
+    store = ContextStore(tmp_path / "another", llama, 10**9)
+    compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "b"), store=store)
+    lines = (tmp_path / "b").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2  # how much the store held, then the run
+    (tmp_path / "b").write_bytes(lines[0])
+    resumed = compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "b"), store=store)[0]
+    assert unmeasured(asdict(resumed)) == unmeasured(asdict(whole))
 
 
 def test_an_unknown_arm(llama):
@@ -159,7 +232,7 @@ def test_results_json(llama, runs, tmp_path):
         raise AssertionError(f"{name} is not JSON")
 
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
-    assert results.keys() == {field.name for field in fields(Results)}
+    assert results.keys() == {field.name for field in fields(Results)} | {"checksum"}
     assert (results["schema_version"], results["task"], results["model"]) == (
         3,
         "a task",

@@ -1,22 +1,27 @@
 """A run's files: what TRL's users find, exact resumption, and what is left after every way of dying."""
 
+import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import AutoTokenizer, TrainerState
 
+from icl_ft_fast import durable
+from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
+from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
-from icl_ft_fast.model import load
+from icl_ft_fast.model import from_network, load
+from icl_ft_fast.results import unmeasured
 from icl_ft_fast.score import loglikelihood
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
@@ -36,12 +41,14 @@ def equal(a, b):
 
 
 def files(folder):
-    """Everything below a folder but the clock."""
+    """Everything below a folder but the clock, and the checksums, which differ as it does."""
     read = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS"):
         content = path.read_bytes()
         if path.name == "metrics.jsonl":
             content = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in content.splitlines()]
+        elif path.name == "progress.json":
+            content = unmeasured(json.loads(content))
         elif path.suffix == ".json":
             content = content.replace(str(folder).encode(), b"")
         read[str(path.relative_to(folder))] = content
@@ -117,7 +124,7 @@ def test_resumed_is_uninterrupted_to_the_bit(kind, llama, llama_directory, tmp_p
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_only_the_same_run_is_resumed(llama, tmp_path):
+def test_only_the_same_run_is_resumed(llama, llama_directory, tmp_path):
     finetune(llama, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path)
     before = files(tmp_path)
     with pytest.raises(FinetuneError, match="holds a run already; resume it or choose another folder"):
@@ -126,10 +133,53 @@ def test_only_the_same_run_is_resumed(llama, tmp_path):
         finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
     with pytest.raises(FinetuneError, match=r"cannot be resumed: examples was"):
         finetune(llama, TEXTS[:5], replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
+    another = load(llama_directory, dtype="bfloat16")
+    with pytest.raises(FinetuneError, match=r"cannot be resumed: model was"):
+        finetune(another, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
     assert files(tmp_path) == before
     for arguments in ({"validation": HELD}, {"resume": True}):
         with pytest.raises(FinetuneError, match=r"^output_dir: needed for"):
             finetune(llama, TEXTS, SETTINGS, **arguments)
+
+
+def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+    last = tmp_path / "checkpoint-6"
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        for damage in (whole[:-3], whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], b"something else", None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            with pytest.raises(FinetuneError, match=r"damaged, lost, or not of the checkpoint; remove .*-6 to resume"):
+                RunFolder(tmp_path, {}, resume=True, is_writer=True).restore()
+        path.write_bytes(whole)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=last, check=True)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text()
+    for damage in (lines[: len(lines) // 2], "x" + lines, '{"epoch": 1}\n'):
+        metrics.write_text(damage)
+        with pytest.raises(FinetuneError, match=r"metrics\.jsonl: damaged, or another's: expected a line for each"):
+            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+        assert metrics.read_text() == damage
+    metrics.write_text(lines)
+    shutil.rmtree(last)
+    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+    assert last.exists()
+
+
+def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_path, monkeypatch):
+    def count(**where):
+        ledger = Ledger()
+        tuned = finetune(llama, TEXTS, SETTINGS, teacher_context="the cat", ledger=ledger, **where)
+        return tuned.losses, unmeasured(ledger.as_dict())
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, lambda: (_ for _ in ()).throw(KeyError("dies")))
+        with pytest.raises(KeyError, match="dies"):
+            count(output_dir=tmp_path, resume=True, checkpoint_s=0.0)
+    assert count(output_dir=tmp_path, resume=True, checkpoint_s=1e9) == count()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint-3"}
+    with pytest.raises(FinetuneError, match=r"^checkpoint_s: needs output_dir"):
+        finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -183,7 +233,7 @@ def test_a_loss_or_gradient_that_is_not_finite(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", range(0, 14, 2))
 def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
     """The failing-th sync of a file finds no space: whole checkpoints stay, nothing half-written remains."""
-    real, calls = checkpoint_module._sync, []
+    real, calls = durable.sync, []
 
     def sync(path):
         calls.append(path)
@@ -192,7 +242,8 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_sync", sync)
+        for module in (durable, checkpoint_module):
+            patch.setattr(module, "sync", sync)
         with pytest.raises(FinetuneError, match=r"cannot be written: No space left on device"):
             finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path)
     assert not list(tmp_path.glob(".*"))
@@ -200,66 +251,6 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         load(folder)
     again = finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path, resume=True)
     assert again.losses == finetune(llama, TEXTS, replace(SETTINGS, steps=4)).losses
-
-
-KILLED = """
-import os, random, shutil, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.model import load
-import transformers
-transformers.utils.logging.disable_progress_bar()
-model, out = load(sys.argv[1], self_check=False), Path(sys.argv[2])
-texts = [f"the cat sat on mat {n} who knows why" for n in range(6)]
-settings = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=1, eval_steps=2, save_total_limit=2)
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree"}
-
-def train(folder, dies_at):
-    '''In a child that is killed at its dies_at-th access to the run's files; the number of accesses it made.'''
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        count = len(os.read(reader, 1 << 20)) if os.waitpid(child, 0)[1] == 0 else None
-        os.close(reader)
-        return count
-    seen = [0]
-    def hook(event, arguments):
-        if event in EVENTS and str(folder) in str(arguments[0]):
-            seen[0] += 1
-            if seen[0] == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    finetune(model, texts, settings, validation=texts[:2], output_dir=folder, resume=True)
-    os.write(writer, b"x" * seen[0])
-    os._exit(0)
-
-accesses = train(out / "whole", 0)
-assert accesses > 50, accesses
-rng, cut, deaths = random.Random(0), out / "cut", 0
-for place in sorted(rng.sample(range(1, accesses), 4)):
-    shutil.rmtree(cut, ignore_errors=True)
-    for dies_at in (place, rng.randrange(1, accesses)):  # killed, resumed, and perhaps killed again
-        deaths += train(cut, dies_at) is None
-        for folder in cut.glob("checkpoint-*"):
-            load(folder, self_check=False)
-    assert train(cut, 0) is not None
-    for file in (out / "whole").rglob("*.safetensors"):
-        assert file.read_bytes() == (cut / file.relative_to(out / "whole")).read_bytes(), (place, file)
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == 4
-    assert not list(cut.glob(".*"))
-print(deaths)
-"""
-
-
-def test_killed_at_any_access_to_a_file(llama_directory, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, llama_directory, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) >= 4
 
 
 def test_bfloat16_weights_are_rounded_from_float32_copies(llama_directory, monkeypatch):
@@ -318,3 +309,18 @@ def test_trackers_only_when_installed(llama, tmp_path, monkeypatch):
     assert [step for step, *_ in logged[:-1]] == [2, 4, 6]
     assert "loss" in logged[0]
     assert logged[-1] == "closed"
+
+
+def test_a_tokenizer_with_several_chat_templates_keeps_them_all(llama, tmp_path):
+    tokenizer = copy.deepcopy(llama.tokenizer)
+    tokenizer.chat_template = {
+        "default": "{{ messages }}",
+        "tool_use": "{{ tools }}",
+    }  # written to a folder of their own
+    model = from_network(llama.network, tokenizer, "llama", self_check=False)
+    finetune(model, TEXTS, replace(SETTINGS, steps=2, save_steps=1), output_dir=tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    assert (tmp_path / "checkpoint-1" / "additional_chat_templates" / "tool_use.jinja").exists()
+    (tmp_path / "checkpoint-2" / "additional_chat_templates" / "tool_use.jinja").write_text("", encoding="utf-8")
+    with pytest.raises(FinetuneError, match=r"tool_use\.jinja: damaged, lost"):
+        finetune(model, TEXTS, replace(SETTINGS, steps=3, save_steps=1), output_dir=tmp_path, resume=True)

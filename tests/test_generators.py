@@ -274,7 +274,7 @@ def test_semantic_structure_is_proved_by_chaining_forward(seed, arguments):
 
 
 def test_the_fewest_categories_have_enough_properties():
-    for seed in range(60):  # a chain of them may have inherited nearly all
+    for seed in (116, 369):  # whose chains inherit nearly all that there are
         assert semantic_structure(seed, num_categories=12, num_articles=12, num_questions=1).questions
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import sentences
+from hypothesis import given
+from hypothesis import strategies as st
 
 lm_eval = pytest.importorskip("lm_eval", reason="comes with the extra lm-eval, which `make test` installs")
 
@@ -22,8 +24,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from icl_ft_fast import cli, encoding
+from icl_ft_fast.contexts import read_header
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import GenerateError, Sampling, generate
+from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.model import load
@@ -490,6 +494,45 @@ def test_a_file_that_another_kind_of_model_filled_is_refused(llama, theirs, tmp_
         theirs.set_cache_hook(CacheHook(None))
     with pytest.raises(ValueError, match=r"^use_cache: "):
         CachingLM(ours(llama), path)
+
+
+# Saved contexts
+
+
+def test_a_second_run_maps_the_worked_examples_that_the_first_one_saved(llama, llama_directory, tmp_path):
+    examples = [" ".join(sentences(12, seed=seed)) + "\n" for seed in (5, 6)]
+    asked = [(examples[n % 2] + context, continuation) for n, (context, continuation) in enumerate(texts(16))]
+    alone = sentences(1, seed=7)[0] * 12
+    asked += [(alone, " the cat"), (alone, " why"), ("the cat", " sat")]
+    plain = ours(llama)
+    expected = plain.loglikelihood(instances("loglikelihood", asked))
+    results, runs = [], []
+    for folder in ("store", "store", "other"):
+        if folder == "store":
+            lm = ours(llama, store=str(tmp_path / "store"), store_limit=0.5)
+        else:
+            lm = IclFtFastLM.create_from_arg_string(f"pretrained={llama_directory},store={tmp_path / 'store'}")
+        results.append(lm.loglikelihood(instances("loglikelihood", asked)))
+        runs.append(lm.ledger.forwarded_rows)
+    assert_same(results[0], expected)
+    assert results[0] == results[1] == results[2]
+    saved = [read_header(path).num_tokens for path in (tmp_path / "store").glob("*.safetensors")]
+    assert len(saved) == 2
+    assert min(saved) > 64
+    assert runs[0] - runs[1] == sum(saved)
+    assert runs[1] == runs[2]
+    assert runs[0] <= plain.ledger.forwarded_rows + 2
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 70)), max_size=8))
+def test_beginnings_hold_each_request_once_and_begin_it(rows):
+    pairs = [([*ids, *[7] * number, *ids], [1]) for ids, number in rows]
+    groups = beginnings(pairs)
+    assert sorted(member for members, _ in groups for member in members) == list(range(len(pairs)))
+    for members, token in groups:
+        assert not token or len(token) >= 64
+        assert not token or len({tuple(pairs[member][0]) for member in members}) > 1
+        assert all(pairs[member][0][: len(token)] == token for member in members)
 
 
 # Arguments

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from close import assert_close
+from conftest import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -408,6 +410,93 @@ def missing_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def spoilt_header(folder, header=lambda header: header, length=None):
+    """Another header before the same tensors, or a length of one that is not there."""
+    whole = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    text = json.dumps(header(json.loads(whole[8:end]))).encode()
+    length = len(text) if length is None else length
+    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + text + whole[end:])
+
+
+def oversized_header(folder):
+    spoilt_header(folder, length=2**40)
+
+
+def overlapping_tensors(folder):
+    first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    spoilt_header(folder, lambda header: header | {first: header[second]})
+
+
+def tensors_beyond_the_file(folder):
+    name = "model.embed_tokens.weight"
+    spoilt_header(folder, lambda header: header | {name: header[name] | {"shape": [2**40, 32]}})
+
+
+def one_value_not_finite(value):
+    def spoil(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"][VOCABULARY - 1, 3] = value  # a token that the self-check does not draw
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def nested(file):
+    return lambda folder: (folder / file).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
+def of_config(**fields):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return spoil
+
+
+def a_huge_number(folder):
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": ' + "9" * 100_000 + "}")
+
+
+def sharded(shard):
+    """An index that sends one of the tensors elsewhere, where there is what was to be read."""
+
+    def spoil(folder):
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        shutil.copy(folder / "model-1.safetensors", folder.parent / "outside.safetensors")
+        torch.save(load_file(folder / "model-1.safetensors"), folder / "shard.bin")
+        names = dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")
+        names["model.norm.weight"] = shard if isinstance(shard, int) else shard.format(outside=folder.parent)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+    return spoil
+
+
+def broken_index(folder):
+    sharded("model-1.safetensors")(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+
+
+def linked(file):
+    def spoil(folder):
+        (folder / file).rename(folder.parent / "elsewhere")
+        (folder / file).symlink_to(folder.parent / "elsewhere")
+
+    return spoil
+
+
+def weights_that_are_a_pipe(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def tokenizer_s_own_code(folder):
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "code.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+
+
 def no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -434,6 +523,28 @@ def broken_tokenizer(folder):
         (no_weights, r"no checkpoint here: no \*\.safetensors file"),
         (truncated_weights, "cannot be loaded as a causal language model: .*header"),
         (missing_tensor, r"lacks 1 of the network's tensors, model\.layers\.1\.mlp\.up_proj\.weight first"),
+        (oversized_header, "cannot be loaded as a causal language model: .*header too large"),
+        (overlapping_tensors, "cannot be loaded as a causal language model: .*invalid offset"),
+        (tensors_beyond_the_file, "cannot be loaded as a causal language model: .*header"),
+        (one_value_not_finite(float("nan")), r"model\.embed_tokens\.weight: has values that are not finite"),
+        (one_value_not_finite(float("-inf")), r"model\.embed_tokens\.weight: has values that are not finite"),
+        (nested("config.json"), "config.json: not valid JSON: maximum recursion depth"),
+        (nested("tokenizer.json"), "cannot be loaded as a causal language model: "),
+        (nested("generation_config.json"), "cannot be loaded as a causal language model: "),
+        (a_huge_number, "config.json: not valid JSON: "),
+        (of_config(vocab_size=10**12), "cannot be loaded as a causal language model: "),
+        (of_config(intermediate_size=10**12), "cannot be loaded as a causal language model: "),
+        (of_config(num_hidden_layers=10**9), "config.json: num_hidden_layers: expected at most 4,096"),
+        (of_config(num_attention_heads=0), "cannot be loaded as a causal language model: "),
+        (sharded("../outside.safetensors"), r"index.json: '\.\./outside\.safetensors': expected the name of a .saf"),
+        (sharded("{outside}/outside.safetensors"), r"index.json: '/.*outside\.safetensors': expected the name of a"),
+        (sharded("shard.bin"), r"index.json: 'shard\.bin': expected the name of a .safetensors file of this directory"),
+        (sharded(7), r"index.json: 7: expected the name of a .safetensors file of this directory"),
+        (broken_index, r"index.json: not an index of shards: "),
+        (linked("model.safetensors"), r"model\.safetensors: no file of this directory: a link out of it"),
+        (linked("tokenizer.json"), r"tokenizer\.json: no file of this directory: a link out of it"),
+        (weights_that_are_a_pipe, r"model\.safetensors: no file of this directory"),
+        (tokenizer_s_own_code, "cannot be loaded as a causal language model: .*custom code"),
         (no_tokenizer, "cannot be loaded as a causal language model: .*tokenizer"),
         (broken_tokenizer, "cannot be loaded as a causal language model: "),
     ],
@@ -444,6 +555,27 @@ def test_a_spoilt_checkpoint_is_refused_by_name(spoil, message, llama_directory,
     with pytest.raises(ModelError, match=f"spoilt.*{message}") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_shards_and_the_hub_s_links_are_no_reason_to_refuse(llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "good")
+    sharded("model-1.safetensors")(folder)
+    assert load(folder).num_parameters
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in llama_directory.iterdir():
+        shutil.copy(file, blobs)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert load(snapshot).num_parameters
+
+
+def test_another_tokenizer_s_and_an_adapter_s_links_are_refused_too(llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "other")
+    linked("tokenizer.json")(folder)
+    for place in ("tokenizer", "adapter"):
+        with pytest.raises(ModelError, match=r"other/tokenizer\.json: no file of this directory"):
+            load(llama_directory, **{place: folder})
 
 
 def test_code_beside_a_family_that_transformers_knows_is_not_run(llama_directory, tmp_path):

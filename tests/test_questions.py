@@ -8,11 +8,12 @@ import pytest
 
 from icl_ft_fast import cli, questions
 from icl_ft_fast.cli import main
+from icl_ft_fast.durable import DamagedError, digest
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.generate import Generation
 from icl_ft_fast.questions import Settings, write_questions
-from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_questions, write_jsonl
+from icl_ft_fast.tasks.task import Document, Question, Task, read_questions, write_jsonl
 
 TEMPLATE = "{statement}\n"
 WHO = {"the cat": "w", "that mat": "x", "who knows": "y", "why that": "z"}
@@ -40,7 +41,7 @@ def writer(llama):
 def test_a_model_writes_questions_that_it_can_answer(writer, tmp_path):
     found = write_questions(writer, DOCUMENTS, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
     assert (found.statements, found.dropped) == (len(DOCUMENTS), {})
-    template, model = questions.digest(TEMPLATE), writer.fingerprint()
+    template, model = digest(TEMPLATE), writer.fingerprint()
     answers = {document.id: question_about(document)[2] for document in DOCUMENTS}
     for (question, origin), document in zip(found.rows, DOCUMENTS, strict=True):
         sentence, asked, answer = question_about(document)
@@ -85,7 +86,7 @@ def test_what_is_dropped_is_counted(llama, tmp_path, monkeypatch):
     assert "d0" not in kept  # its document does not fit the context
     assert found.dropped.pop("not supported", 0) + len(kept) == 5
     assert found.dropped == {"too long": 2, "without question and answer": 3, "repeated": 1}
-    rows = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    rows = [json.loads(line)["row"] for line in (tmp_path / "journal").read_text().splitlines()]
     checks = {row["key"]: row["value"] for row in rows if isinstance(row["value"], list)}
     best = [max(range(4), key=logp.__getitem__) for logp in checks.values()]
     assert len(checks) == 5
@@ -138,7 +139,7 @@ def test_a_run_that_was_stopped_goes_on_and_a_torn_line_is_written_again(llama, 
     assert write_questions(llama, documents, journal, settings) == whole
     assert len(script.prompts) == 151
     write_jsonl(journal, [{"key": "a", "value": [1.0]}])
-    with pytest.raises(TaskError, match=r"journal:1: key, value: not what was written here"):
+    with pytest.raises(DamagedError, match=r"journal:1: damaged, or not written by icl-ft-fast; move the file away"):
         write_questions(llama, documents, journal, settings)
 
 

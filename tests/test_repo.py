@@ -25,17 +25,23 @@ LAYERS = {
     "reference": 0,
     "kernels": 0,
     "_C": 0,
+    "durable": 0,
+    "executors": 0.5,
     "ops": 0.5,
     "trie": 1,
     "cache": 1,
+    "memory": 1,
     "model": 1,
     "encoding": 1,
+    "templates": 1,
+    "printable": 1,
     "contexts": 1.5,
     "statistics": 1,
     "tasks": 1,
     "cost": 2,
     "score": 2,
     "generate": 2,
+    "shards": 2.5,
     "augment": 3,
     "finetune": 3,
     "evaluate": 3,
@@ -54,6 +60,8 @@ LAYERS = {
 SAME_LAYER = {
     ("model", "trie"),
     ("model", "cache"),
+    ("model", "memory"),
+    ("memory", "trie"),
     ("score", "cost"),
     ("generate", "cost"),
     ("cli", "integrations"),
@@ -62,7 +70,7 @@ SAME_LAYER = {
     for folder in ("tasks", "shipped", "kernels", "integrations", "cli", "augment", "finetune", "cost", "report")
 }
 IMPORTS_NATIVE = {"ops", "trie", "cache"}
-BUDGET = 11_500  # code lines of the package and of csrc
+BUDGET = 13_600
 
 
 def part(module):

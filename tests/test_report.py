@@ -101,6 +101,15 @@ def test_hostile_texts_stay_texts():
         assert not any(name.startswith("on") for name in attributes)
 
 
+def test_what_acts_in_a_text_is_spelt_out():
+    acting = "\x1b[31m\x00\x07\x9b \u202egnp.exe\u2066 \u200f\ud800"
+    text = page.render([Derived(results_of(20, acting), acting)], 100.0)
+    assert not set(text) & (set(acting) - set("[31m gnp.exe"))
+    assert r"\x1b[31m\x00\x07\x9b \u202egnp.exe\u2066 \u200f\ud800" in text
+    (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text)
+    assert json.loads(data)["rows"][0]["prompt"].startswith(r"\x1b[31m\x00")
+
+
 def test_nothing_comes_from_elsewhere(study):
     text = page.render([study], 100.0)
     parser = Tags()

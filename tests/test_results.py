@@ -3,13 +3,15 @@
 import copy
 import json
 import math
+import random
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from icl_ft_fast.compare import write_results
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.results import Results, ResultsError, read_results
+from icl_ft_fast.results import Results, ResultsError, read_results, unmeasured
 
 
 def run_of(arm, **more):
@@ -104,6 +106,34 @@ def test_a_file_that_is_not_utf_8(tmp_path):
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ResultsError, match="not UTF-8 JSON"):
         read_results(path)
+
+
+def test_every_flipped_bit_and_cut_is_named_or_changes_nothing(tmp_path):
+    path, named = tmp_path / "results.json", 0
+    write_results(path, copy.deepcopy(NEW))
+    whole, expected = path.read_bytes(), read_results(path)
+    for place in random.Random(0).sample(range(8 * len(whole)), 300):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_results(path) == expected  # white space, or the name of the checksum's own field
+        except ResultsError as error:
+            named += str(error).startswith(f"{path}: ")
+    assert named > 200
+    for length in random.Random(1).sample(range(len(whole) - 1), 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ResultsError, match=f"^{path}: not UTF-8 JSON"):
+            read_results(path)
+
+
+def test_what_is_left_when_measurements_go():
+    found = unmeasured(NEW)
+    (run,) = found["runs"]
+    assert not {"setup_s", "query_s"} & run.keys()
+    assert run["counts"] == {"phases": {"query": {"how": {}}}}
+    assert run["answers"] == [ANSWER]
+    assert "sweep" not in found
 
 
 NEW = {

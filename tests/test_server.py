@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from icl_ft_fast import cli, encoding
 from icl_ft_fast.cli.serve import KEY_VARIABLE
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
@@ -171,6 +172,33 @@ def test_a_context_beyond_the_budget_is_not_kept_and_scores_the_same(llama):
         assert len(engine.contexts) == 0
 
 
+def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
+    store = ContextStore(tmp_path, llama, 10**9)
+    (context,) = encoding.encode(llama.tokenizer, [CONTEXT])
+    answers, forwarded, cached = [], [], []
+    for _ in range(2):
+        with serving(llama, store=store) as (port, engine):
+            status, answer = ask(port)
+            assert status == 200
+        answers.append(answer["scores"])
+        forwarded.append(engine.ledger.forwarded_rows)
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert answers[0] == answers[1]
+    assert_scores(llama, {"scores": answers[0]}, " who")
+    assert len(context) - 1 <= forwarded[0] - forwarded[1] == cached[1] <= len(context)
+    assert cached[0] == 0
+    assert not caplog.records
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with serving(llama, store=store) as (port, engine):
+        assert ask(port)[1]["scores"] == answers[0]
+        assert engine.ledger.forwarded_rows == forwarded[0]
+    assert f"{file}: damaged" in caplog.text
+    with serving(llama, store=ContextStore(tmp_path / "small", llama, 1000)) as (port, _):
+        assert ask(port)[1]["scores"] == answers[0]
+    assert "is over the limit of 0 MB" in caplog.text
+
+
 def test_completions_through_the_client(client, llama):
     expected = [one.text for one in generate(llama, ["the cat", "who"], Sampling(max_new_tokens=6))]
     got = client.completions.create(model="tiny", prompt=["the cat", "who"], max_tokens=6, temperature=0)
@@ -310,6 +338,41 @@ def test_what_cannot_be_followed_is_refused_and_named(change, message, live):
         "invalid_request_error",
         {"message", "type", "param", "code"},
     )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+        b'{"model": "tiny", "prompt": "the", "max_tokens": ' + b"9" * 50_000 + b"}",
+        b'{"model": "tiny", "prompt": [' + b"9" * 5_000 + b"]}",
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "the", "seed": 1e999}',
+        b"\xff\xfe",
+        b"",
+    ],
+    ids=["nested", "number", "token", "half a pair", "infinity", "not UTF-8", "nothing"],
+)
+def test_documents_that_break_a_parser_are_refused(body, live):
+    status, answer = call(live[0], "POST", "/v1/completions", body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert call(live[0], "GET", "/v1/models")[0] == 200
+
+
+def test_a_chat_template_without_end_is_cut_off(llama):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    reaching = "{{ messages.__class__.__mro__ }}"
+    for template, told in ((endless, "not done after"), (reaching, "access to attribute '__class__'")):
+        before, llama.tokenizer.chat_template = llama.tokenizer.chat_template, template
+        try:
+            with serving(llama) as (port, _):
+                asked = {"model": "tiny", "messages": [{"role": "user", "content": "who"}]}
+                status, answer = call(port, "POST", "/v1/chat/completions", asked)
+                assert (status, told in answer["error"]["message"]) == (400, True), answer
+                assert call(port, "POST", "/tokenize", {"prompt": "the cat"})[0] == 200
+        finally:
+            llama.tokenizer.chat_template = before
 
 
 def test_other_refusals(live, client):
@@ -508,7 +571,8 @@ def test_the_command_serves(llama_directory, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(uvicorn, "run", run)
     command = ["serve", str(llama_directory), "--name", "mine", "--key-file", str(tmp_path / "key")]
-    assert cli.main([*command, "--host", "0.0.0.0"]) == 0
+    assert cli.main([*command, "--host", "0.0.0.0", "--store", str(tmp_path / "store"), "--store-limit", "0.5"]) == 0
+    assert (tmp_path / "store").is_dir()
     assert asked["models"][1]["data"][0]["id"] == "mine"
     assert "no key is set" not in capsys.readouterr().err
     monkeypatch.delenv(KEY_VARIABLE, raising=False)

@@ -218,6 +218,21 @@ def test_results_repeat_to_the_bit_whatever_the_threads(R: int, dtype: torch.dty
         assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("E", [33, 300])
+def test_an_invariant_row_has_the_same_bits_in_any_company(E: int, dtype: torch.dtype, isa: str) -> None:
+    generator = torch.Generator().manual_seed(E)
+    hidden, weight = (torch.randn(n, E, generator=generator).to(dtype) for n in (600, 300))
+    target = torch.randint(300, (600,), generator=generator)
+
+    def results(rows: Tensor) -> tuple[Tensor, ...]:
+        return target_logprob(hidden[rows], weight, torch.arange(len(rows)), target[rows], softcap=20, invariant=True)
+
+    whole = results(torch.arange(600))
+    for rows in (torch.tensor([599]), torch.tensor([5, 77, 1]), torch.arange(4, 590, 11), torch.arange(599, -1, -1)):
+        assert all(torch.equal(some, every[rows]) for some, every in zip(results(rows), whole, strict=True))
+
+
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_memory_is_bounded(bfloat16: bool, contiguous: bool, isa: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.timing import peak_bytes
 from icl_ft_fast import _C, trie
 
 TOKEN = st.sampled_from([0, 1, 7, 2**31 - 1])
@@ -143,6 +144,50 @@ def test_interleaved_contexts_are_shared():
     built = trie.build_from_lists(requests)
     assert (len(built.node_token), len(built.token), len(built.scored_token)) == (3 * 300 + 2 * 99, 900 + 99, 2 * 99)
     assert built.request_tokens == 99 * 302
+
+
+def test_memory_grows_with_distinct_tokens_not_with_requests():
+    context = list(range(4000))
+    requests = [(context, [5000 + r % 7, r]) for r in range(20_000)]
+    taken = peak_bytes(lambda: trie.build_from_lists(requests))
+    assert taken is not None
+    assert taken < 30e6  # end to end they are 320 MB
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_beginnings_given_apart_change_nothing(data):
+    requests = data.draw(REQUESTS)
+    tokens, offsets, contexts = pack(requests)
+    cuts = [data.draw(st.integers(0, len(c + t))) for c, t in requests]  # anywhere in a request, or at its ends
+    heads = data.draw(st.permutations(sorted({(c + t)[:n] for (c, t), n in zip(requests, cuts, strict=True)})))
+    head = np.asarray([heads.index((c + t)[:n]) for (c, t), n in zip(requests, cuts, strict=True)], np.int32)
+    tails = [(c + t)[n:] for (c, t), n in zip(requests, cuts, strict=True)]
+
+    def laid(parts):
+        return np.asarray([x for part in parts for x in part], np.int32), np.cumsum([0] + [len(part) for part in parts])
+
+    apart = trie.build(*laid(tails), contexts, heads=laid(heads), head=head)
+    assert contents(apart) == contents(trie.build(tokens, offsets, contexts))
+
+
+def test_bad_beginnings_are_named():
+    tokens, offsets, contexts = pack([((1, 2), (3,)), ((1,), (4,))])
+    good = np.asarray([7, 8, 9], np.int32), np.asarray([0, 1, 3])
+    for heads, head, error, message in [
+        (good, [0, 2], ValueError, r"^head: expected 0 <= head < 2 \(request 1\), got 2"),
+        (good, [-1, 0], ValueError, "^head: expected"),
+        (good, [0], ValueError, "^offsets: expected one more value than head, 2, got 3"),
+        ((good[0], np.asarray([0, 4, 3])), [0, 0], ValueError, r"^head_offsets: expected ascending .* \(head 0\)"),
+        ((good[0], np.asarray([0, 2])), [0, 0], ValueError, "^head_offsets: expected the number of tokens last"),
+        ((good[0], np.asarray([], np.int64)), [0, 0], ValueError, "^head_offsets: expected"),
+        ((good[0].astype(np.int64), good[1]), [0, 0], TypeError, "^head_tokens: expected"),
+        ((np.asarray([7, 8, -9], np.int32), good[1]), [1, 1], ValueError, "^tokens: expected"),
+    ]:
+        with pytest.raises(error, match=message):
+            trie.build(tokens, offsets, contexts, heads=heads, head=np.asarray(head, np.int32))
+    with pytest.raises(ValueError, match=r"^head: expected with heads"):
+        trie.build(tokens, offsets, contexts, heads=good)
 
 
 def test_one_long_request():

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
 from icl_ft_fast import encoding
 from icl_ft_fast.augment.prompts import Ask, AugmentError
 from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.task import read_jsonl, text_field
+from icl_ft_fast.templates import render_chat
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 CHARACTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not here: rather too many tokens than too few
@@ -34,6 +35,13 @@ class Written:
 
 class Generator(Protocol):
     """What answers prompts."""
+
+    @property
+    def together(self) -> int | None:
+        """Prompts a call, always the same ones, where an answer's last bits depend on what is decoded beside it.
+
+        Where the answer to one of them is missing, all are asked. None: those that are missing are asked, all at once.
+        """
 
     @property
     def fingerprint(self) -> str:
@@ -57,6 +65,7 @@ class Engine:
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
+    together: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
         if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):
@@ -84,7 +93,7 @@ class Engine:
         if not self.is_chat:
             return prompt
         turn = [{"role": "user", "content": prompt}]
-        return str(self.model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return render_chat(self.model.tokenizer, turn)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Endpoint:
         timeout_s: of one request.
     """
 
+    together: ClassVar[int | None] = None
     url: str
     model: str
     is_chat: bool = True
@@ -180,6 +190,8 @@ class Recorded:
     Raises:
         TaskError: a file that is not such.
     """
+
+    together: ClassVar[int | None] = None
 
     def __init__(self, path: Path) -> None:
         self.texts: dict[str, list[str]] = {}

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document
+from icl_ft_fast.templates import bounded
 
 # By strategy, the labels of the lines of an answer; a question's text is joined with the answer's that follows it.
 LABELS = {
@@ -114,7 +115,8 @@ class Prompting:
                 ask_id = document.id + (f"#{number}" if len(parts) > 1 else "")
                 ids = tuple(dict.fromkeys((document.id, *(other.id for other in shown))))
                 try:
-                    prompt = template.render(document=part, documents=texts)
+                    with bounded():
+                        prompt = template.render(document=part, documents=texts)
                 except TemplateError as error:
                     raise AugmentError(f"template: {self.name}: document {document.id!r}: {error}") from error
                 made.append(Ask(ask_id, ids, part, prompt))

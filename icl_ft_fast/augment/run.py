@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -15,9 +17,13 @@ from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, Ask, Prompting, fitting
 from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.durable import Kept, digest
+from icl_ft_fast.executors import Executor, Task, Worker
 from icl_ft_fast.generate import Sampling
-from icl_ft_fast.model import Model
+from icl_ft_fast.model import Model, load_same
 from icl_ft_fast.tasks.task import Document
+
+Job: TypeAlias = tuple[Ask, Sampling]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,31 @@ class Estimate:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """A worker that answers lists of jobs."""
+
+    generator: Generator
+
+    def __call__(self, jobs: Sequence[Job]) -> list[tuple[int, dict[str, Any]]]:
+        """(index, fields of what was written) of each answer."""
+        return [(i, asdict(written)) for i, written in self.generator.answer(jobs)]
+
+
+@dataclass(frozen=True)
+class AnsweringElsewhere:
+    """Makes an Answering in another process, by the model that load_same() gives there."""
+
+    name: str
+    loading: dict[str, Any]
+    fingerprint: str
+    is_chat: bool
+
+    def __call__(self) -> Answering:
+        """Load, check, make."""
+        return Answering(Engine(load_same(self.name, self.loading, self.fingerprint), self.is_chat))
+
+
 class Run:
     """Prompts, their sampling, who answers them and where answers are kept.
 
@@ -60,7 +91,7 @@ class Run:
         self, prompting: Prompting, asks: Sequence[Ask], generator: Generator, sampling: Sampling, samples: int = 1,
         folder: Path | None = None,
     ) -> None:  # fmt: skip
-        self.prompting, self.generator = prompting, generator
+        self.prompting, self.generator, self.folder = prompting, generator, folder
         self.jobs = [
             (replace(ask, sample=n), replace(sampling, seed=sampling.seed + n)) for ask in asks for n in range(samples)
         ]
@@ -71,7 +102,7 @@ class Run:
         }  # fmt: skip
         self.store = Store(folder, self.identity)
 
-    def missing(self) -> list[tuple[str, tuple[Ask, Sampling]]]:
+    def missing(self) -> list[tuple[str, Job]]:
         """(key, job) of the answers that are not stored."""
         return [(key, job) for job in self.jobs if (key := _key(*job)) not in self.store.answers]
 
@@ -107,24 +138,64 @@ class Run:
         """
         price, missing = price or Price(), self.missing()[:limit]
         with tqdm(total=len(missing), desc="augmenting", unit="answer", disable=not progress, delay=1) as bar:
-            try:
-                while missing:
-                    spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
-                    count = 0
-                    for _, (ask, sampling) in missing:
-                        spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
-                        if max_usd is not None and spent > max_usd:
-                            break
-                        count += 1
-                    batch, missing = missing[:count], missing[count:]
-                    if not batch:
-                        return
-                    for i, written in self.generator.answer([job for _, job in batch]):
-                        key, (_, sampling) = batch[i]
-                        self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
-                        bar.update()
-            finally:
-                self.store.close()
+            while missing:
+                spent = sum(price.of(a.prompt_tokens, a.completion_tokens) for a in self.store.answers.values())
+                count = 0
+                for _, (ask, sampling) in missing:
+                    spent += price.of(self.generator.prompt_tokens(ask.prompt), sampling.max_new_tokens)
+                    if max_usd is not None and spent > max_usd:
+                        break
+                    count += 1
+                batch, missing = missing[:count], missing[count:]
+                if not batch:
+                    return
+                for jobs in self._together(batch):
+                    for i, written in self.generator.answer([job for _, job in jobs]):
+                        key, (_, sampling) = jobs[i]
+                        if key not in self.store.answers:
+                            self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **asdict(written)))
+                            bar.update()
+
+    def collect_by(self, executor: Executor, start: Callable[[], Worker]) -> bool:
+        """Ask for all answers that are missing where an executor's workers are, in the same calls as collect() makes.
+
+        Args:
+            executor: who does it.
+            start: makes an Answering of this run's generator.
+
+        Returns:
+            Whether this process is the one that goes on, with all answers.
+        """
+        size = self.generator.together or 1
+        tasks, done = [], set()
+        for first in range(0, len(self.jobs), size):
+            jobs = self.jobs[first : first + size]
+            keys = [_key(*job) for job in jobs]
+            tasks.append(Task(digest(keys), jobs, len(jobs), str(first)))
+            if all(key in self.store.answers for key in keys):
+                done.add(tasks[-1].name)
+        for task, answers in executor.run(start, tasks, done):
+            for i, written in answers:
+                ask, sampling = task.work[i]
+                if (key := _key(ask, sampling)) not in self.store.answers:
+                    self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **written))
+        if not executor.is_last():
+            return False
+        self.store = Store(self.folder, self.identity)
+        return True
+
+    def _together(self, batch: list[tuple[str, Job]]) -> Iterator[list[tuple[str, Job]]]:
+        """The batch in calls of the generator; where rounding depends on company, with what is stored of each call."""
+        size = self.generator.together
+        if size is None:
+            yield batch
+            return
+        asked = {key for key, _ in batch}
+        keyed = [(_key(*job), job) for job in self.jobs]
+        for first in range(0, len(keyed), size):
+            block = keyed[first : first + size]
+            if any(key in asked for key, _ in block):
+                yield [(key, job) for key, job in block if key in asked or key in self.store.answers]
 
     def read(self) -> Augmented:
         """The rows of the stored answers, in the order of the prompts; prompts without an answer are counted."""
@@ -192,6 +263,8 @@ def augment_by_model(
     strategy: str = "local",
     *,
     seed: int = 0,
+    kept: Kept | None = None,
+    key: str = "",
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Augmented:
@@ -202,16 +275,33 @@ def augment_by_model(
         documents: to augment.
         strategy: a key of LABELS.
         seed: global: of the documents in context, where not all fit.
-        ledger: counts the work, as phase "generate".
+        kept: where the rows of a call of the engine are looked up and put, with what they cost.
+        key: of the model, under which they are together with their prompts and sampling.
+        ledger: counts the work, as phases "generate" and "filter"; between phases.
         progress: show a bar of answers.
 
     Raises:
         AugmentError: an unknown strategy.
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    prompting, engine = Prompting.of(strategy), Engine(model, ledger=ledger)
+    prompting, kept, ledger = Prompting.of(strategy), kept or Kept(None), ledger or Ledger()
     sampling = Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
-    asks, _ = prompts(prompting, documents, engine, sampling.max_new_tokens, seed=seed)
-    run = Run(prompting, asks, engine, sampling)
-    run.collect(progress=progress)
-    return run.read()
+    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    rows: list[Augmentation] = []
+    dropped: dict[str, int] = {}
+
+    def write(part: Sequence[Ask], counts: Ledger) -> dict[str, Any]:
+        with counts.phase("filter"):  # all but the phase "generate" within it
+            run = Run(prompting, part, Engine(model, ledger=counts), sampling)
+            run.collect(progress=progress)
+            made = run.read()
+        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": counts.as_dict()}
+
+    for first in range(0, len(asks), Engine.together):
+        part = asks[first : first + Engine.together]
+        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in part])
+        made = kept.once(name, partial(write, part, Ledger(meter=ledger.meter)))
+        rows += (Augmentation(**row) for row in made["rows"])
+        dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
+        ledger.include(made["counts"])
+    return Augmented(tuple(rows), dropped)

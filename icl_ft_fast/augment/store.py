@@ -1,20 +1,21 @@
 """Answers on disk: append-only shards under a name made of what they depend on, so nothing stale is ever read.
 
 `folder/NAME/manifest.json` says what NAME stands for; each process that writes adds a shard of its own beside it, a
-line an answer, flushed to the disk before the next. A line without its end was cut off by a kill and is not read.
+line an answer, on the disk before the next. A line without its end was cut off by a kill and is not read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from icl_ft_fast.augment.prompts import AugmentError
+from icl_ft_fast.durable import Journal, locked, replacing, sync
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Store:
         identity: what they depend on, as JSON.
 
     Raises:
-        AugmentError: a shard that something else has written to.
+        AugmentError, DamagedError: a shard that something else has written to.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -55,15 +56,14 @@ class Store:
         self.answers: dict[str, Answer] = {}
         self.name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = folder and folder / self.name
-        self._shard: BinaryIO | None = None
+        self._shard: Journal | None = None
         for path in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
-            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                if line.endswith(b"\n"):
-                    try:
-                        answer = Answer(**json.loads(line))
-                    except (ValueError, TypeError) as error:
-                        raise AugmentError(f"{path}:{number}: not an answer: {error}; move the file away") from error
-                    self.answers.setdefault(answer.key, answer)
+            for number, row in enumerate(Journal(path).rows, 1):
+                try:
+                    answer = Answer(**row)
+                except TypeError as error:
+                    raise AugmentError(f"{path}:{number}: not an answer: {error}; move the file away") from error
+                self.answers.setdefault(answer.key, answer)
 
     def append(self, answer: Answer) -> None:
         """Write an answer down; it is safe when this returns."""
@@ -72,23 +72,14 @@ class Store:
             return
         if self._shard is None:
             self._shard = self._new_shard(self._folder)
-        self._shard.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
-        self._shard.flush()
-        os.fsync(self._shard.fileno())
+        self._shard.append(asdict(answer))
 
-    def close(self) -> None:
-        """Close the shard, if there is one."""
-        if self._shard is not None:
-            self._shard.close()
-
-    def _new_shard(self, folder: Path) -> BinaryIO:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"manifest.{os.getpid()}.partial"
-        partial.write_text(json.dumps(self.identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "manifest.json")
-        number = len(list(folder.glob("*.jsonl")))
-        while True:
-            try:
-                return (folder / f"{number:05}.jsonl").open("xb")
-            except FileExistsError:  # another process was quicker
-                number += 1
+    def _new_shard(self, folder: Path) -> Journal:
+        with locked(folder / ".lock", wait=True):
+            with replacing(folder / "manifest.json") as partial:
+                partial.write_text(json.dumps(self.identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            shards = (folder / f"{number:05}.jsonl" for number in itertools.count())
+            shard = next(path for path in shards if not path.exists())
+            shard.touch()
+            sync(folder)
+        return Journal(shard)

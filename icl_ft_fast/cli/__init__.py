@@ -1,6 +1,6 @@
 """The command line, a module a command: `icl-ft-fast --help` lists them.
 
-Bad input ends in one line on stderr and exit code 2, an interrupted training run in one line and exit code 130.
+Bad input and a full disk end in one line on stderr and exit code 2, an interruption in one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -8,17 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from errno import EDQUOT, ENOSPC
 from typing import Any
+
+from jinja2 import TemplateError
 
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.contexts import ContextError
 from icl_ft_fast.cost.prices import PriceError
+from icl_ft_fast.durable import DamagedError, LockedError
 from icl_ft_fast.evaluate import ProtocolError
+from icl_ft_fast.executors import ExecutorError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
 from icl_ft_fast.generate import GenerateError
 from icl_ft_fast.model import ModelError
+from icl_ft_fast.printable import printable
 from icl_ft_fast.results import ResultsError
 from icl_ft_fast.score import ScoreError
 from icl_ft_fast.tasks.task import TaskError
@@ -26,25 +32,32 @@ from icl_ft_fast.tasks.task import TaskError
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
 BAD_INPUT = (
     UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
-    ContextError, PriceError, ResultsError,
+    ContextError, PriceError, ResultsError, LockedError, DamagedError, ExecutorError,
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 for a training run that was interrupted."""
+    """Run a command; returns the exit code: 0, 2 for bad input or files that fail, 130 when it was interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
-    options.rest = given[len(ours) :]
+    options.given, options.rest = given, given[len(ours) :]
     try:
         options.run(options)
     except BAD_INPUT as error:
-        print(f"icl-ft-fast {options.command}: {error}", file=sys.stderr)
+        print(printable(f"icl-ft-fast {options.command}: {error}"), file=sys.stderr)
         return 130 if isinstance(error, InterruptedRunError) else 2
+    except TemplateError as error:
+        print(printable(f"icl-ft-fast {options.command}: chat template: {error}"), file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"icl-ft-fast {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        full = "; free some space and run the same command again" if error.errno in (ENOSPC, EDQUOT) else ""
+        print(printable(f"icl-ft-fast {options.command}: {where}{error.strerror or error}{full}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"icl-ft-fast {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from icl_ft_fast.augment import steps
 from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
 from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, Prompting
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Estimate, Price, Run, prompts
+from icl_ft_fast.augment.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
+    add_executor_options,
     add_model_options,
     add_output_options,
-    check_new,
+    alone,
+    arguments_digest,
     command,
+    executor_of,
     load_model,
+    loading,
     positive,
 )
 from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.executors import Executor, InProcess, Ray
 from icl_ft_fast.generate import Sampling
+from icl_ft_fast.printable import printable
 from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
@@ -62,17 +70,31 @@ def add(commands: Commands) -> None:
     parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
     parser.add_argument("--dry-run", action="store_true", help="say what would be asked for and what it may cost")
     parser.add_argument("--out", type=Path, required=True, help="folder for answers/, rows.jsonl and report.json")
+    add_executor_options(parser)
     add_output_options(parser)
 
 
 def _augment(options: argparse.Namespace) -> None:
     if options.dry_run and options.strategy in RULES:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
-    for name in ("rows.jsonl", "report.json"):
-        check_new(options.out / name, options.overwrite or options.dry_run)
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy that asks --model here")
+    executor = executor_of(options)
+    if not isinstance(executor, InProcess) and (
+        options.strategy in RULES or options.endpoint or options.recorded or options.limit or options.max_cost
+    ):
+        raise UsageError("--executor: several workers ask --model here, for all answers: no --limit, no --max-cost")
     task = task_of_seed(options)[0](options.seed)
+    if options.dry_run:
+        print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
+        return
+    has_report = (options.out / "report.json").exists()  # it is written first, and says of which arguments
+    names = ["report.json"] if has_report else ["report.json", "rows.jsonl"]
+    with alone(options, *names) if executor.rank == 0 else nullcontext():
+        _write(options, task, executor)
+
+
+def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     model = None
     if options.strategy in RULES:
         written = RULES[options.strategy](task.documents)
@@ -80,13 +102,15 @@ def _augment(options: argparse.Namespace) -> None:
         generator = _generator(options)
         model = generator.model if isinstance(generator, Engine) else None
         run = _run(options, task, generator)
-        estimate = run.estimate(options.price, options.limit)
-        if options.dry_run:
-            print(_told(estimate))
-            return
-        run.collect(
-            price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
-        )  # fmt: skip
+        if isinstance(executor, InProcess):
+            run.collect(
+                price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
+            )  # fmt: skip
+        else:
+            fingerprint = model.fingerprint() if model else ""
+            elsewhere = AnsweringElsewhere(options.model, loading(options), fingerprint, options.chat)
+            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Answering, generator)):
+                return
         written = run.read()
     rows, dropped = list(written.rows), dict(written.dropped)
 
@@ -107,16 +131,15 @@ def _augment(options: argparse.Namespace) -> None:
         keep("inconsistent", kept)
     contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
-    options.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
     write_jsonl(options.out / "rows.jsonl", (
         {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
         for number, row in enumerate(rows)
     ))  # fmt: skip
-    write_jsonl(options.out / "report.json", [report])
     steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
     print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
     for split, ids in contained.items():
-        print(f"answers found in the rows, split {split}: {len(ids)} of the questions")
+        print(f"answers found in the rows, split {printable(split)}: {len(ids)} of the questions")
 
 
 def _generator(options: argparse.Namespace) -> Generator:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -14,23 +16,29 @@ from icl_ft_fast import compare
 from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
+    Terminal,
     UsageError,
     add_json_option,
+    add_memory_options,
     add_model_options,
     add_output_options,
+    add_store_options,
+    alone,
     amount,
-    check_new,
+    arguments_digest,
     command,
     load_model,
+    open_store,
     positive,
     show_progress,
 )
 from icl_ft_fast.cli.task import add_task_options, task_of_seed
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.amortise import decide
-from icl_ft_fast.cost.machine import ceilings
+from icl_ft_fast.cost.machine import Ceilings, ceilings
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
+from icl_ft_fast.durable import Kept, digest
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
@@ -38,6 +46,7 @@ from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.results import parse_results
 from icl_ft_fast.tasks.sentences import SPLITTINGS
+from icl_ft_fast.tasks.task import Task
 
 DEMO_FACTS = 40
 DEMO_LEARNING_RATE = 1e-3
@@ -50,7 +59,7 @@ def add(commands: Commands) -> None:
     _add_comparison_options(
         demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
     )
-    demo.set_defaults(model=SHIPPED, dtype="float32", task="simple-reversals", preset="small", data=None)
+    demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=())
 
     comparison = command(
@@ -60,6 +69,7 @@ def add(commands: Commands) -> None:
         "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
     )  # fmt: skip
     add_model_options(comparison)
+    add_memory_options(comparison)
     add_task_options(comparison)
     comparison.add_argument(
         "--task-seed", type=int, metavar="SEED",
@@ -104,7 +114,16 @@ def _add_comparison_options(
     parser.add_argument(
         "--strategy", choices=LABELS, help="of augmentation by the model (default: the preset's, or local)"
     )
-    parser.add_argument("--out", type=Path, default=out, help="folder for results.json (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=out,
+        help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
+        "docs/durability.md (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=compare.CHECKPOINT_S / 60, metavar="M",
+        help="of training between checkpoints in --out (default: %(default)s)",
+    )  # fmt: skip
+    add_store_options(parser)
     parser.add_argument(
         "--measure-seconds", type=amount, default=30.0, help="limit of measuring query costs (default: %(default)s)"
     )
@@ -161,14 +180,14 @@ def reuse_of(options: argparse.Namespace) -> float:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    options.trust_remote_code = False
+    options.trust_remote_code = options.invariant = False
     if not options.json:
         _describe_demo(options)
     _compare(options)
 
 
 def _describe_demo(options: argparse.Namespace) -> None:
-    Console().print(
+    Terminal().print(
         f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
         "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
         highlight=False,
@@ -193,27 +212,14 @@ def _compare(options: argparse.Namespace) -> None:
             splitting=options.splitting or preset.splitting,
         ),
     )
-    results = None if options.out is None else options.out / "results.json"
-    if results is not None:
-        check_new(results, options.overwrite)
-    prices, load = prices_of(options), Ledger(meter=Meter("cpu"))
-    with load.phase("load"):
-        model = load_model(options)
-    runs: list[compare.Run] = []
-
-    def keep(run: compare.Run) -> None:
-        runs.append(run)
-        if results is not None:
-            compare.write_results(results, compare.as_json(model, options.task, settings, runs))
-
-    compare.compare(model, make_task, settings, progress=show_progress(options), on_run=keep)
-    costs = compare.measure(
-        model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, progress=show_progress(options)
-    )
-    measured = ceilings(model.device, model.network.dtype)
-    found = compare.as_json(model, options.task, settings, runs, costs=costs, load=load, ceilings=measured)
-    if results is not None:
-        compare.write_results(results, found)
+    prices = prices_of(options)
+    if not options.checkpoint_minutes >= 0:
+        raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
+    if options.out is None:
+        found = _study(options, make_task, settings)
+    else:
+        with alone(options, "results.json"):
+            found = _study(options, make_task, settings)
     name = options.task if options.out is None else options.out.name
     study = Derived(parse_results(found), name, prices, reuse_of(options), options.together)
     if options.json:
@@ -223,11 +229,43 @@ def _compare(options: argparse.Namespace) -> None:
             )
         )
         return
-    console = Console()
+    console = Terminal()
     table.print_study(study, console, options.within)
     print_decision(study, options, console)
-    if results is not None:
-        print(f"\nWritten to {results}")
+    if options.out is not None:
+        print(f"\nWritten to {options.out / 'results.json'}")
+
+
+def _study(options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings) -> dict[str, Any]:
+    """Run what is not kept yet; returns what results.json holds."""
+    out, progress, load = options.out, show_progress(options), Ledger(meter=Meter("cpu"))
+    kept = Kept(None if out is None else out / "kept.jsonl")
+    before, arguments, runs = len(kept.values), arguments_digest(options), list[compare.Run]()
+    with load.phase("load"):
+        model = load_model(options)
+
+    def keep(run: compare.Run) -> None:
+        runs.append(run)
+        if out is not None and len(kept.values) > before:  # while all is kept, results.json may be the whole one
+            found = compare.as_json(model, options.task, settings, runs, arguments=arguments)
+            compare.write_results(out / "results.json", found)
+
+    compare.compare(
+        model, make_task, settings, kept=kept, checkpoints=None if out is None else out / "checkpoints",
+        checkpoint_s=60 * options.checkpoint_minutes, store=open_store(options, model), progress=progress, on_run=keep,
+    )  # fmt: skip
+    costs = compare.measure(
+        model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, kept=kept, progress=progress
+    )
+    key = compare.study_key(model, settings)
+    measured = kept.once(digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype)))
+    found = compare.as_json(
+        model, options.task, settings, runs, costs=costs, load=kept.once(digest(key, "load"), load.as_dict),
+        ceilings=Ceilings(**measured), arguments=arguments,
+    )  # fmt: skip
+    if out is not None:
+        compare.write_results(out / "results.json", found)
+    return found
 
 
 def _template(name: str) -> str:

@@ -7,11 +7,19 @@ import time
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from icl_ft_fast import contexts, encoding
-from icl_ft_fast.cli.options import Commands, UsageError, add_model_options, command, load_model
+from icl_ft_fast.cli.options import (
+    Commands,
+    Terminal,
+    UsageError,
+    add_memory_options,
+    add_model_options,
+    amount,
+    command,
+    load_model,
+)
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.score import stored_context
 from icl_ft_fast.tasks.task import read_documents
@@ -29,9 +37,10 @@ def add(commands: Commands) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     save = actions.add_parser("save", help="read documents with a model and keep what it made of them")
     add_model_options(save)
+    add_memory_options(save)
     save.add_argument("--documents", type=Path, required=True, help="JSON lines with id, text")
     save.add_argument("--label", default="", help="shown by list (default: the file of documents)")
-    save.add_argument("--limit", type=float, default=20, metavar="GB", help="of all contexts (default: %(default)s)")
+    save.add_argument("--limit", type=amount, default=20, metavar="GB", help="of all contexts (default: %(default)s)")
     listing = actions.add_parser("list", help="what there is, the last used first")
     check = actions.add_parser("verify", help="read every file and hold it against its checksum")
     remove = actions.add_parser("remove", help="delete contexts")
@@ -69,7 +78,7 @@ def _list(options: argparse.Namespace) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(context.used))
         size = f"{context.num_bytes / 1e6:,.1f}"
         table.add_row(context.id[:8], f"{context.num_tokens:,}", size, used, Path(context.model).name, context.label)
-    Console(markup=False).print(table)
+    Terminal(markup=False).print(table)
     print(f"{len(saved)} contexts, {sum(context.num_bytes for context in saved) / 1e6:,.1f} MB")
 
 

@@ -7,11 +7,9 @@ import importlib.util
 import json
 from dataclasses import asdict
 
-import torch
-from rich.console import Console
 from rich.table import Table
 
-from icl_ft_fast.cli.options import Commands, UsageError, add_json_option, command
+from icl_ft_fast.cli.options import Commands, Terminal, add_device_option, add_json_option, command, device_of
 from icl_ft_fast.cost.machine import ceilings, fingerprint
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.model import DTYPES
@@ -25,17 +23,12 @@ def add(commands: Commands) -> None:
         commands, "doctor", _doctor, "this machine: its ceilings, its meters, what is installed",
         "icl-ft-fast doctor\nicl-ft-fast doctor --device cuda --json",
     )  # fmt: skip
-    doctor.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    add_device_option(doctor)
     add_json_option(doctor)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UsageError(f"--device: {options.device!r} is no torch device") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device: {options.device}: torch finds no such device here")
+    device = device_of(options)
     machine, reading = fingerprint(device), Meter(device).read()
     measured = [asdict(ceilings(device, dtype)) for dtype in DTYPES.values()]
     extras = {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()}
@@ -56,4 +49,4 @@ def _doctor(options: argparse.Namespace) -> None:
     table.add_row("energy counter", energy)
     for name, there in extras.items():
         table.add_row(name, "installed" if there else "not installed")
-    Console().print(table)
+    Terminal().print(table)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.cli.options import Commands, UsageError, command
+from icl_ft_fast.durable import locked
 from icl_ft_fast.evaluate import prompt_context
 from icl_ft_fast.finetune import (
     FinetuneSettings,
@@ -40,7 +42,7 @@ RUN: dict[str, tuple[Callable[[str], Any], str]] = {
     "output_dir": (Path, "checkpoints, metrics.jsonl and the final model; needed"),
     "validation_file": (Path, "examples whose loss picks the best checkpoint"),
     "validation_split": (float, "in place of a file: this fraction of train_file"),
-    "resume_from_checkpoint": (_boolean, "continue the run in output_dir (false)"),
+    "resume_from_checkpoint": (_boolean, "continue the run in output_dir, if it was started like this one (true)"),
     "num_train_epochs": (float, "in place of max_steps"),
     "bf16": (_boolean, "bfloat16 weights, trained through float32 copies (false)"),
     "seed": (int, "of order, adapters and dropout (0)"),
@@ -135,10 +137,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UsageError(f"--config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise UsageError(f"--config: {path}: expected `option: value` lines")
+    for name, value in read.items():  # aliases within aliases would be longer than memory once written out
+        if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config: {path}: {name}: expected a value or a list of values")
     return {str(name): value for name, value in read.items() if value is not None}
 
 
@@ -160,7 +165,8 @@ def _finetune(options: argparse.Namespace) -> None:
         raise UsageError("--teacher: expected icl, together with --teacher_documents")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with distributed.joined():
+    out = given["output_dir"]
+    with distributed.joined(), locked(out / ".lock") if distributed.place()[0] == 0 else nullcontext():
         model = load(
             given["model_name_or_path"], dtype="bfloat16" if given.get("bf16") else "float32",
             device=distributed.device(), trust_remote_code=given.get("trust_remote_code", False),
@@ -170,11 +176,11 @@ def _finetune(options: argparse.Namespace) -> None:
             context = prompt_context(model, read_documents(given["teacher_documents"]))
         tuned = finetune(
             model, examples, settings, seed=seed, validation=validation, teacher_context=context,
-            output_dir=given["output_dir"], resume=given.get("resume_from_checkpoint", False), in_place=context is None,
+            output_dir=out, resume=given.get("resume_from_checkpoint", True), in_place=context is None,
             progress=not given.get("quiet", False),
         )  # fmt: skip
         if distributed.place()[0] == 0:
-            print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {given['output_dir']}")
+            print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
 
 
 def _settings(given: dict[str, Any], num_examples: int) -> FinetuneSettings:

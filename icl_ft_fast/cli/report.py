@@ -7,10 +7,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from icl_ft_fast.cli.compare import add_decision_options, prices_of, print_decision, reuse_of
-from icl_ft_fast.cli.options import Commands, UsageError, add_json_option, check_new, command
+from icl_ft_fast.cli.options import Commands, Terminal, UsageError, add_json_option, check_new, command
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 
@@ -46,7 +44,7 @@ def _report(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([study.summary(queries, options.within) for study in studies]))
     elif options.out is None and options.charts is None:
-        console = Console()
+        console = Terminal()
         for study in studies:
             console.print(f"{study.name}:", highlight=False, markup=False)
             table.print_study(study, console, options.within)

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import shutil
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from icl_ft_fast import shards
 from icl_ft_fast.cli.options import (
     Commands,
+    add_executor_options,
     add_json_option,
+    add_memory_options,
     add_model_options,
     add_output_options,
+    add_store_options,
     check_new,
     command,
+    executor_of,
     load_model,
+    loading,
     positive,
     show_progress,
 )
-from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import work_of
+from icl_ft_fast.durable import replacing
 from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.executors import Ray, run_kept
 from icl_ft_fast.model import CHUNK_ROWS
-from icl_ft_fast.score import iter_scores
+from icl_ft_fast.score import Score, encode_questions, score_of
 from icl_ft_fast.tasks.task import read_documents, read_questions
 
 
@@ -42,49 +52,68 @@ def add(commands: Commands) -> None:
         "--chunk-rows", type=positive, default=CHUNK_ROWS, help="rows a forward (default: %(default)s)"
     )
     scoring.add_argument(
-        "--out", type=Path, required=True, help="JSON lines, one a question, written as they are ready"
-    )
+        "--out", type=Path, required=True,
+        help="JSON lines, one a question; until all are there, what is ready is in OUT.shards/, from which the same "
+        "command goes on after a kill",
+    )  # fmt: skip
     scoring.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder of saved contexts to take the documents' from"
-    )
-    scoring.add_argument(
-        "--store-limit", type=float, default=20, metavar="GB", help="of all contexts there (default: %(default)s)"
-    )
+        "--shard-rows", type=positive, default=shards.SHARD_ROWS,
+        help="rows of an average shard, what a worker loses at most when it is killed (default: %(default)s)",
+    )  # fmt: skip
+    add_executor_options(scoring)
+    add_store_options(scoring)
     add_json_option(scoring)
+    add_memory_options(scoring)
     add_output_options(scoring)
 
 
 def _score(options: argparse.Namespace) -> None:
-    check_new(options.out, options.overwrite)
+    parts = options.out.with_name(options.out.name + ".shards")
+    check_new(options.out, options.overwrite or any(parts.glob("*.jsonl")))  # a run that was killed at its very end
     questions = read_questions(options.questions)
     context = icl_context(read_documents(options.documents)) if options.documents else ""
-    model = load_model(options)
-    ledger = Ledger()
-    store = None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
-    scores = iter_scores(
-        model, questions, context=context, chunk_rows=options.chunk_rows, ledger=ledger, store=store,
-        progress=show_progress(options),
+    executor, began = executor_of(options), time.perf_counter()
+    model, ledger = load_model(options), Ledger()
+    encoded, shared = encode_questions(model, questions, context, ledger)
+    requests, work, how = [request for its in encoded for request in its], work_of(model), loading(options)
+    cuts = shards.cut(requests, work, shard_rows=options.shard_rows, stem_tokens=len(shared))
+    identity = {"model": model.fingerprint(), "chunk_rows": options.chunk_rows, "loading": repr(how)}
+    tasks = shards.tasks_of(requests, cuts, work, identity)
+    elsewhere = shards.ScorerElsewhere(
+        options.model, how, identity["model"], options.chunk_rows, options.store if shared else None,
+        int(options.store_limit * 1e9),
     )  # fmt: skip
-    correct = known = 0
-    with ledger.phase("score"):
-        first = next(scores)  # requests that cannot be scored are refused here, before the output is touched
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", encoding="utf-8") as file:
-            for result in itertools.chain([first], scores):
-                file.write(json.dumps(asdict(result)) + "\n")
-                file.flush()
-                known += result.answer is not None
-                correct += bool(result.is_correct)
-    seconds = sum(ledger.seconds.values())
+    start = elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
+    progress = "scoring" if show_progress(options) else ""
+    with run_kept(executor, start, tasks, parts, progress=progress) as results:
+        if results is None:
+            return
+        for result in results:
+            ledger.include(result["ledger"])
+        found = iter(shards.in_order(cuts, results))
+        scores = [score_of(q, its, [next(found) for _ in its]) for q, its in zip(questions, encoded, strict=True)]
+        lines = "".join(json.dumps(asdict(score)) + "\n" for score in scores).encode()
+        if not options.out.is_file() or options.out.read_bytes() != lines:
+            check_new(options.out, options.overwrite)
+            with replacing(options.out) as path:
+                path.write_bytes(lines)
+        shutil.rmtree(parts)
+    _tell(options, scores, ledger, time.perf_counter() - began)
+
+
+def _tell(options: argparse.Namespace, scores: list[Score], ledger: Ledger, seconds: float) -> None:
+    known = sum(score.answer is not None for score in scores)
+    correct = sum(score.is_correct is True for score in scores)
     if options.json:
         known_correct = {"known": known, "correct": correct}
-        print(json.dumps({"questions": len(questions), **known_correct, "out": str(options.out), **ledger.as_dict()}))
+        print(json.dumps({"questions": len(scores), **known_correct, "out": str(options.out), **ledger.as_dict()}))
         return
+    taken = ledger.phases["prefill"].reused_rows if "prefill" in ledger.phases else 0
     accuracy = f", {correct} of {known} correct" if known else ""
     print(
-        f"{len(questions)} questions in {seconds:.1f} s{accuracy}: "
+        f"{len(scores)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
-        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}), "
-        f"{f'{ledger.reused_rows:,} taken from {options.store}, ' if store else ''}"
+        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / max(1, ledger.forwarded_rows):.0f}), "
+        f"{f'{taken:,} taken from {options.store}, ' if options.store else ''}"
         f"{ledger.head_rows:,} through the head. Written to {options.out}"
     )

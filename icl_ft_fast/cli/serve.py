@@ -7,7 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-from icl_ft_fast.cli.options import Commands, UsageError, add_model_options, command, load_model, positive
+from icl_ft_fast.cli.options import (
+    Commands,
+    UsageError,
+    add_memory_options,
+    add_model_options,
+    add_store_options,
+    command,
+    load_model,
+    open_store,
+    positive,
+)
 
 KEY_VARIABLE = "ICL_FT_FAST_API_KEY"
 
@@ -20,6 +30,8 @@ def add(commands: Commands) -> None:
         f"{KEY_VARIABLE}=$(cat key) icl-ft-fast serve DIR --host 0.0.0.0 --context-memory 8000",
     )  # fmt: skip
     add_model_options(serving, positional=True)
+    add_store_options(serving)
+    add_memory_options(serving)
     serving.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serving.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
@@ -52,7 +64,11 @@ def _serve(options: argparse.Namespace) -> None:
     name = options.name or Path(options.model).name or options.model
     if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
-    engine = Engine(load_model(options), context_bytes=options.context_memory * 10**6, max_waiting=options.max_waiting)
+    model = load_model(options)
+    engine = Engine(
+        model, context_bytes=options.context_memory * 10**6, max_waiting=options.max_waiting,
+        store=open_store(options, model),
+    )  # fmt: skip
     limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
     app = make_app(engine, name, key=key, limits=limits)
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)

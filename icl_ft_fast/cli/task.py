@@ -18,6 +18,7 @@ from icl_ft_fast.cli.options import (
     load_model,
     positive,
 )
+from icl_ft_fast.printable import printable
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
 from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
@@ -149,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
     print(f"documents that repeat another: {_named(found.same_documents)}")
     print(f"questions that repeat another: {_named(found.same_questions)}")
     for split, leaked in found.leaked.items():
-        print(f"answers found in the documents, split {split}, of {found.answered[split]}: {_named(leaked)}")
+        print(f"answers found in the documents, split {printable(split)}, of {found.answered[split]}: {_named(leaked)}")
     print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
     for number, counts in found.positions.items():
         print(f"position of the answer among {number} choices: {', '.join(map(str, counts))}")
@@ -157,7 +158,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _named(ids: Sequence[str]) -> str:
     """How many, and the first few."""
-    return f"{len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else "none"
+    return f"{len(ids)} ({printable(', '.join(ids[:3]))}{', ...' if len(ids) > 3 else ''})" if ids else "none"
 
 
 def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Preset]:

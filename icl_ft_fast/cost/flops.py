@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from icl_ft_fast.model import Model
@@ -39,6 +41,12 @@ class Work:
         pairs = {window: int((seen if window is None else seen.clamp(max=window)).sum()) for window in windows}
         attention = sum(pairs[window] * flops for window, flops in self.attention)
         return len(seen) * self.row_flops + head_rows * self.head_flops + attention
+
+    def path_flops(self, rows: int) -> NDArray[np.float64]:
+        """FLOPs of the first 0, 1, ..., `rows` rows of a sequence, [rows + 1], without the head."""
+        seen = np.arange(1, rows + 1, dtype=np.float64)
+        each = self.row_flops + sum(flops * np.minimum(seen, window or rows) for window, flops in self.attention)
+        return np.concatenate([[0.0], np.cumsum(each)])
 
 
 def work_of(model: Model) -> Work:

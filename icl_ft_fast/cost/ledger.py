@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -95,8 +95,8 @@ class Ledger:
         return {name: phase.wall_s for name, phase in self.phases.items()}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Book what the block does under `name`; a phase inside another interrupts it."""
+    def phase(self, name: str | None) -> Iterator[None]:
+        """Book what the block does under `name`, or under no phase; a phase inside another interrupts it."""
         outer = self._open
         self._switch(name)
         try:
@@ -121,6 +121,17 @@ class Ledger:
         """Plain values for JSON: totals, and each phase with how its figures came about."""
         totals = {name: getattr(self, name) for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes")}
         return totals | {"phases": {name: asdict(phase) | {"how": phase.how()} for name, phase in self.phases.items()}}
+
+    def include(self, told: Mapping[str, Any]) -> None:
+        """Add what as_dict() told of another ledger, of another process perhaps; outside of every phase."""
+        for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes"):
+            setattr(self, name, getattr(self, name) + told[name])
+        for name, its in told["phases"].items():
+            phase = self.phases.setdefault(name, Phase())
+            for f in fields(Phase):
+                mine, theirs = getattr(phase, f.name), its[f.name]
+                both = max(mine or 0, theirs or 0) if f.name == "activation_bytes" else (mine or 0) + (theirs or 0)
+                setattr(phase, f.name, both if mine is not None or theirs is not None else None)
 
     def _switch(self, name: str | None) -> None:
         """Close the open phase's account and open another's."""

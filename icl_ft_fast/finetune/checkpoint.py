@@ -2,7 +2,8 @@
 
     output_dir/metrics.jsonl          a line a step, always
     output_dir/checkpoint-N/          the model (or adapter) after step N with its tokenizer; trainer_state.json;
-                                      optimizer.safetensors; run.json, what the run was started with
+                                      optimizer.safetensors; run.json, what the run was started with; progress.json,
+                                      its losses and what it has cost; SHA256SUMS of all of them
     output_dir/                       at the end: the files of the best checkpoint, or of the last one
 
 There is no generator to save: order, adapters' first weights and dropout follow from the seed and the step. A folder is
@@ -11,12 +12,13 @@ written under a hidden name, synced, and renamed; what a killed process leaves u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from icl_ft_fast.durable import replacing, sync
 from icl_ft_fast.finetune.settings import FinetuneError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = {"trainer_state.json", "optimizer.safetensors", "run.json"}
+_STATE = {"trainer_state.json", "optimizer.safetensors", "run.json", "progress.json", "SHA256SUMS"}
 
 
 @dataclass
 class Progress:
-    """How far a run is: what trainer_state.json holds.
+    """How far a run is.
 
     Attributes:
         step: steps done.
         losses: mean loss per target token of each.
-        log: log_history; evaluations have an "eval_loss".
+        log: log_history of trainer_state.json; evaluations have an "eval_loss".
+        counts: what Ledger.as_dict() tells of the run so far, in all its processes.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def evaluations(self) -> list[tuple[float, int]]:
@@ -94,10 +99,11 @@ class RunFolder:
         """The progress of the last checkpoint, all later metrics forgotten; step 0 if there is none.
 
         Raises:
-            FinetuneError: it was made with other examples or settings.
+            FinetuneError: it was made with other examples or settings, or is damaged, or metrics.jsonl is.
         """
-        step = max(self.steps(), default=0)
+        step, done = max(self.steps(), default=0), Progress()
         if step:
+            _check(self.folder(step))
             before = json.loads((self.folder(step) / "run.json").read_text(encoding="utf-8"))
             changed = [name for name in self.origin if before.get(name) != self.origin[name]]
             if changed:
@@ -107,15 +113,20 @@ class RunFolder:
                     "the run was started with"
                 )
             log = json.loads((self.folder(step) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            done = Progress(step, log=log, **json.loads((self.folder(step) / "progress.json").read_text()))
         assert self.path is not None
         metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines()[:step] if metrics.exists() else []
+        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+        steps = [_step_of(line) for line in lines[: max(step, 1)]]
+        if len(lines) < step or steps != list(range(1, len(steps) + 1)):
+            raise FinetuneError(
+                f"{metrics}: damaged, or another's: expected a line for each of {step} steps; restore it or choose "
+                "another output_dir"
+            )
         if self.is_writer:
-            with _told(metrics, "written"):
-                partial = metrics.with_name(".metrics.jsonl.partial")
-                partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                os.replace(partial, metrics)
-        return Progress(step, [json.loads(line)["loss"] for line in lines], log if step else [])
+            with _told(metrics, "written"), replacing(metrics) as partial:
+                partial.write_bytes(b"".join(line + b"\n" for line in lines[:step]))
+        return done
 
     def append_metrics(self, entry: dict[str, float]) -> None:
         """Add a line to metrics.jsonl."""
@@ -155,12 +166,16 @@ class RunFolder:
                 partial.mkdir()
                 write_model(partial)
                 save_file(state, partial / "optimizer.safetensors")
-                for name, content in (("trainer_state.json", described), ("run.json", self.origin)):
+                told = {"losses": progress.losses, "counts": progress.counts}
+                contents = {"trainer_state.json": described, "run.json": self.origin, "progress.json": told}
+                for name, content in contents.items():
                     (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                for file in (*partial.iterdir(), partial, self.path / "metrics.jsonl"):
-                    _sync(file)
+                sums = "".join(f"{_sha256(file)}  {file.relative_to(partial)}\n" for file in _files(partial))
+                (partial / "SHA256SUMS").write_text(sums, encoding="utf-8")
+                for file in (*partial.rglob("*"), partial, self.path / "metrics.jsonl"):
+                    sync(file)
                 os.rename(partial, target)
-                _sync(self.path)
+                sync(self.path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -177,16 +192,45 @@ class RunFolder:
         """Copy the model of a checkpoint into output_dir, weights last."""
         if self.path is None or not self.is_writer:
             return
-        files = [file for file in self.folder(step).iterdir() if file.name not in _STATE]
+        files = [file for file in _files(self.folder(step)) if file.name not in _STATE]
         with _told(self.path, "written", step):
             for file in sorted(files, key=lambda file: (file.suffix == ".safetensors", file.name)):
-                partial = self.path / f".{file.name}.partial"
-                try:
+                target = self.path / file.relative_to(self.folder(step))
+                target.parent.mkdir(exist_ok=True)
+                with replacing(target) as partial:
                     shutil.copyfile(file, partial)
-                    _sync(partial)
-                    os.replace(partial, self.path / file.name)
-                finally:
-                    partial.unlink(missing_ok=True)
+
+
+def _check(folder: Path) -> None:
+    """Raise FinetuneError unless every file of a checkpoint is as it was written."""
+    listed, sums = folder / "SHA256SUMS", {}
+    with suppress(OSError, ValueError):
+        sums = dict(line.split("  ", 1)[::-1] for line in listed.read_text(encoding="utf-8").splitlines())
+    found = {str(file.relative_to(folder)): _sha256(file) for file in _files(folder) if file != listed}
+    for name in sorted(found.keys() | sums.keys()):
+        if found.get(name) != sums.get(name):
+            raise FinetuneError(
+                f"{folder / name}: damaged, lost, or not of the checkpoint; remove {folder} to resume from what was "
+                "before it"
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    """All below it: a tokenizer with several chat templates has a folder of them."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step_of(line: bytes) -> object:
+    """The step that a line of metrics.jsonl is of; None if it is no such line."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -204,12 +248,3 @@ def _told(path: Path, done: str, last: int | None = None) -> Any:
         reason = getattr(error, "strerror", None) or error
         whole = "" if last is None else f"; checkpoint-{last} is whole and can be resumed"
         raise FinetuneError(f"{path}: cannot be {done}: {reason}{whole}") from error
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

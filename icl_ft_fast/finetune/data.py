@@ -16,6 +16,7 @@ from icl_ft_fast import encoding
 from icl_ft_fast.finetune.settings import FinetuneError
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
+from icl_ft_fast.templates import render_chat
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
 Span = tuple[int, int]  # characters [first, last)
@@ -193,7 +194,7 @@ def _chat(tokenizer: Any, example: Example, name: str, completion_only: bool) ->
     messages = [{"role": role, "content": content} for role, content in example.turns]
 
     def render(n: int, ask: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask))
+        return render_chat(tokenizer, messages[:n], add_generation_prompt=ask)
 
     whole, spans = render(len(messages), False), []
     for m in range(example.context_turns, len(messages) if completion_only else 0):

@@ -55,6 +55,7 @@ def finetune(
     teacher_context: str | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    checkpoint_s: float | None = None,
     in_place: bool = False,
     ledger: Ledger | None = None,
     progress: bool = False,
@@ -70,8 +71,10 @@ def finetune(
         teacher_context: learn what the model says next with this before each example (KL), not the examples' tokens.
         output_dir: where checkpoints and metrics go, see checkpoint.py; None writes nothing.
         resume: continue from the last checkpoint in output_dir, if there is one, as if there had been no pause.
+        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, in its place, and none at
+            the end: for who resumes from output_dir but takes the model from here. One process, no validation.
         in_place: train the model itself, which saves the memory of a copy.
-        ledger: counts of this call are added to it.
+        ledger: the run's counts are added to it, those of a process that it was resumed from too; checkpoints are none.
         progress: show a bar of steps with the loss.
 
     Returns:
@@ -98,19 +101,25 @@ def finetune(
     if in_place and teacher_context is not None:
         raise FinetuneError("in_place: a teacher must stay as it is")
     rank, processes = distributed.place()
+    if checkpoint_s is not None and (path is None or held or settings.fsdp or processes > 1):
+        raise FinetuneError("checkpoint_s: needs output_dir, and goes with neither validation nor several processes")
     origin = {"seed": seed, "teacher_context": teacher_context, "examples": _digest([*examples, *held])}
+    origin["model"] = "" if path is None else model.fingerprint()
     run = RunFolder(path, asdict(settings) | origin | {"processes": processes}, resume=resume, is_writer=rank == 0)
-    done = run.restore() if resume else Progress()
+    done, counts = run.restore() if resume else Progress(), Ledger(meter=ledger.meter)
 
     teacher = None
     if teacher_context is not None:
-        with ledger.phase("teach"):
-            teacher = read_in_context(model, [*examples, *held], teacher_context, ledger=ledger)
+        with counts.phase("teach"):
+            teacher = read_in_context(model, [*examples, *held], teacher_context, ledger=counts)
+    if done.step:  # which has counted the teacher's reading already
+        counts = Ledger(meter=ledger.meter)
+        counts.include(done.counts)
     network = model.network if in_place else copy.deepcopy(model.network)
     adapted = None if settings.lora is None else lora.inject(network, settings.lora, seed)
     if done.step:
         _load(network, adapted, run.folder(done.step))
-    tuned = from_network(network, model.tokenizer, model.name, self_check=False)
+    tuned = from_network(network, model.tokenizer, model.name, self_check=False, memory=model.memory)
     objective = Objective(tuned, teacher)
     wrapped = distributed.wrap(objective, network, fsdp=settings.fsdp)
     optimizer = Optimizer(network, settings)
@@ -118,8 +127,12 @@ def finetune(
         optimizer.load(read_state(run.folder(done.step)))
     trackers = Trackers(settings.report_to if rank == 0 else (), path, run.origin)
 
+    saved = time.perf_counter()
+
     def save() -> None:
         """Write a checkpoint; every process takes part, one writes."""
+        nonlocal saved
+        done.counts = counts.as_dict()
         weights, state = distributed.whole_weights(network), optimizer.state()
         run.save(
             done, state, partial(_write_model, network, adapted, model.tokenizer, weights),
@@ -127,8 +140,9 @@ def finetune(
             eval_steps=settings.eval_steps, save_steps=settings.save_steps or 0,
             epoch=done.step * per_step / len(examples),
         )  # fmt: skip
-        run.prune(settings.save_total_limit, done.best and done.best[1])
+        run.prune(settings.save_total_limit if checkpoint_s is None else 1, done.best and done.best[1])
         distributed.wait()
+        saved = time.perf_counter()
 
     per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
     stream = itertools.islice(
@@ -140,13 +154,13 @@ def finetune(
     )  # fmt: skip
     work = work_of(model)
     with (
-        ledger.phase("train"), bar, _asked_to_end(path is not None) as asked, _recomputed(network, settings),
+        counts.phase("train"), bar, _asked_to_end(path is not None) as asked, _recomputed(network, settings),
         _named(run, done),
     ):  # fmt: skip
         while done.step < settings.steps and not _is_over(done, settings):
             start = time.perf_counter()
             loss, norm, num_targets = _step(wrapped, optimizer, examples, list(itertools.islice(stream, per_step)),
-                                            settings, seed, done.step, ledger, work)  # fmt: skip
+                                            settings, seed, done.step, counts, work)  # fmt: skip
             rate = settings.rate(done.step)
             loss, stop = distributed.totals([loss, asked.is_set()], model.device)
             if not math.isfinite(loss + norm):
@@ -169,15 +183,21 @@ def finetune(
             else:
                 is_best = False
             due = settings.save_steps is not None and done.step % settings.save_steps == 0
-            if path is not None and (due or is_best or is_last or stop or _is_over(done, settings)):
-                save()
+            due = due or is_best or is_last or _is_over(done, settings)
+            if checkpoint_s is not None:
+                due = time.perf_counter() - saved >= checkpoint_s
+            if path is not None and (due or stop):
+                with counts.phase(None):
+                    save()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if stop and not is_last:
                 raise InterruptedRunError(f"interrupted after step {done.step}{_resumable(run)}")
+    ledger.include(counts.as_dict())
     trackers.close()
     chosen = done.step if done.best is None else done.best[1]
-    run.finish(chosen)
+    if checkpoint_s is None:
+        run.finish(chosen)
     if settings.fsdp:
         network = _read(network, run.folder(chosen))
     elif chosen != done.step:
@@ -185,7 +205,10 @@ def finetune(
     if adapted is not None:
         network = adapted.merge_and_unload(safe_merge=True)
     network.requires_grad_(True)
-    return Finetuned(from_network(network, model.tokenizer, model.name, self_check=False), tuple(done.losses))
+    trained = from_network(
+        network, model.tokenizer, model.name, self_check=False, invariant=model.invariant, memory=model.memory
+    )
+    return Finetuned(trained, tuple(done.losses))
 
 
 class Objective(torch.nn.Module):

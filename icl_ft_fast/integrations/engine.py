@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icl_ft_fast import encoding
 from icl_ft_fast.cache import Context, ContextCache, common_tokens
+from icl_ft_fast.contexts import ContextError, ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
 from icl_ft_fast.model import CHUNK_ROWS, Model
 from icl_ft_fast.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 
-WORTH_TOKENS = 64  # a beginning is kept from so many new tokens on
 REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered
 BATCH_CHARACTERS = 16_000_000  # of all choices with what comes before each; bounds the memory that encoding takes
 
+_log = logging.getLogger(__name__)
+
 Pair: TypeAlias = tuple[list[int], list[int]]
+Result = TypeVar("Result")
 
 
 class EngineBusyError(RuntimeError):
@@ -117,6 +122,7 @@ class Engine:
         model: used by no other thread meanwhile.
         context_bytes: budget of the kept contexts; one more may be at work beyond it. 0 keeps none.
         max_waiting: questions that may wait.
+        store: of saved contexts: what is to stay prefilled is taken from it, or saved there.
         merge: whether what waits together is scored together; False is for comparison.
         chunk_rows: rows forwarded at a time.
 
@@ -129,11 +135,13 @@ class Engine:
         *,
         context_bytes: int,
         max_waiting: int = 256,
+        store: ContextStore | None = None,
         merge: bool = True,
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self.model, self.max_waiting, self.merge, self.chunk_rows = model, max_waiting, merge, chunk_rows
         self.ledger, self.contexts = Ledger(), ContextCache(context_bytes)
+        self.store = store
         self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
         self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
         self._declared = functools.lru_cache(64)(self._encode_context)
@@ -291,13 +299,33 @@ class Engine:
         known.append(self._declared(asked.context) if isinstance(asked, Choices) and asked.context else None)
         shared = max((common_tokens(token, unit.token) for token in known if token is not None), default=0)
         if shared - found >= WORTH_TOKENS and shared < self._too_long:
-            near = self.contexts.find(unit.token, whole=False)
-            ids = unit.token[:shared].tolist()
-            start = prefill(self.model, ids, near=near, chunk_rows=self.chunk_rows, ledger=self.ledger)
+            forwarded = self.ledger.forwarded_rows
+            start = self._prefilled(unit.token[:shared])
+            if self.ledger.forwarded_rows == forwarded:
+                unit.job.answer.reused_tokens += shared - found
             if start.nbytes > self.contexts.max_bytes:
                 self._too_long = shared
             self.contexts.add(start)
         return start
+
+    def _prefilled(self, token: NDArray[np.int32]) -> Context:
+        """The context of these tokens: mapped from the store, or forwarded and, if there is a store, saved there."""
+        ids = token.tolist()
+        saved = self._in_store(lambda store: store.find(ids, like=prefill(self.model, ids[:1])))
+        if saved is not None and len(saved.token) == len(ids):
+            return saved
+        near = saved or self.contexts.find(token, whole=False)
+        made = prefill(self.model, ids, near=near, chunk_rows=self.chunk_rows, ledger=self.ledger)
+        self._in_store(lambda store: store.add(made))
+        return made
+
+    def _in_store(self, use: Callable[[ContextStore], Result]) -> Result | None:
+        """What the store gives; a damaged file or a full disk is logged, and no reason to refuse a client."""
+        try:
+            return None if self.store is None else use(self.store)
+        except (ContextError, OSError) as error:
+            _log.error("the store of contexts could not be used: %s", error)
+            return None
 
 
 def _units(job: _Job) -> list[_Unit]:

@@ -25,6 +25,7 @@ from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import load
 from icl_ft_fast.score import LogLikelihood, Score, iter_loglikelihood
 from icl_ft_fast.tasks.task import Question
+from icl_ft_fast.templates import render_chat
 
 MAX_TOKENS = 256
 TOGETHER = 1000  # samples that Inspect may run at a time
@@ -114,8 +115,7 @@ class IclFtFastAPI(ModelAPI):
         if not tokenizer.chat_template:
             return "\n\n".join(message.text for message in messages)
         spoken = [{"role": message.role, "content": message.text} for message in messages]
-        text: str = tokenizer.apply_chat_template(spoken, tokenize=False, add_generation_prompt=True)
-        return text
+        return render_chat(tokenizer, spoken)
 
     async def score_choices(self, name: str, prompt: str, choices: list[str]) -> Score:
         """Log-likelihoods of choices after a prompt; `name` is what errors call them.

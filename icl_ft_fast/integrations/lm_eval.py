@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast import encoding
+from icl_ft_fast.contexts import ContextStore
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.generate import iter_generations
+from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.model import CHUNK_ROWS, Model, load
-from icl_ft_fast.score import iter_loglikelihood
+from icl_ft_fast.score import LogLikelihood, iter_loglikelihood, stored_context
+from icl_ft_fast.templates import render_chat
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class IclFtFastLM(TemplateLM):
     """The engine behind the harness's three request types.
 
     Args:
-        pretrained: checkpoint directory, hub id, "shipped", or a loaded Model, which excludes the next seven.
+        pretrained: checkpoint directory, hub id, "shipped", or a loaded Model, which excludes all up to spill.
         tokenizer: directory or hub id of another tokenizer.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or auto (the checkpoint's own), which is the default.
@@ -50,6 +53,7 @@ class IclFtFastLM(TemplateLM):
             none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
         trust_remote_code: let the checkpoint's own Python code run.
+        memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
             chunk_rows.
         chunk_rows: rows forwarded at a time.
@@ -64,6 +68,9 @@ class IclFtFastLM(TemplateLM):
         prefix_token_id: stands for an empty context; default BOS, else EOS.
         chat_template_args: passed to the chat template.
         enable_thinking: passed to the chat template; needs think_end_token and generative tasks.
+        store: folder of saved contexts: of a beginning that several contexts of a call have in common, see
+            integrations/beginnings.py, what the model made is taken from there, or saved there.
+        store_limit: GB of all contexts there, beyond which the least recently used go.
         think_end_token: token or token id; what is generated up to its last occurrence is cut off.
 
     Raises:
@@ -84,6 +91,9 @@ class IclFtFastLM(TemplateLM):
         device: str | None = None,
         peft: str | None = None,
         trust_remote_code: bool | None = None,
+        memory: int | str | None = None,
+        kv_dtype: str | None = None,
+        spill: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         chunk_rows: int = CHUNK_ROWS,
@@ -95,6 +105,8 @@ class IclFtFastLM(TemplateLM):
         chat_template_args: dict[str, Any] | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
+        store: str | Path | None = None,
+        store_limit: float = 20,
     ) -> None:
         super().__init__()
         if boundary not in BOUNDARIES:
@@ -103,7 +115,7 @@ class IclFtFastLM(TemplateLM):
             raise ValueError("enable_thinking: needs think_end_token, to tell the answer from the reasoning")
         options = {
             "tokenizer": tokenizer, "revision": revision, "dtype": dtype, "device": device, "adapter": peft,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": trust_remote_code, "memory": memory, "kv_dtype": kv_dtype, "spill": spill,
         }  # fmt: skip
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(pretrained, Model) and given:
@@ -126,6 +138,7 @@ class IclFtFastLM(TemplateLM):
             self.chat_template_args["enable_thinking"] = enable_thinking
         is_id = isinstance(think_end_token, str) and think_end_token.isdecimal()
         self.think_end_token = int(think_end_token) if think_end_token and is_id else think_end_token
+        self._store = None if store is None else ContextStore(Path(store), self.model, int(store_limit * 1e9))
         self.ledger = Ledger()
         self._others: Counter[str] = Counter()  # what the other processes had counted when all last met
 
@@ -158,11 +171,10 @@ class IclFtFastLM(TemplateLM):
         """The prompt of a conversation; without its system message where the template takes none, as hf does it."""
 
         def render(messages: list[dict[str, str]]) -> str:
-            prompt: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt,
+            return render_chat(
+                self.tokenizer, messages, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.chat_template_args,
             )  # fmt: skip
-            return prompt
 
         try:
             return render(chat_history)
@@ -214,9 +226,9 @@ class IclFtFastLM(TemplateLM):
         fitting = self._window.fit_pairs(names, [(context, continuation) for _, context, continuation in requests])
         place, results = list(fitting), [(-math.inf, False)] * len(requests)
         for i, result in self._scores(list(fitting.values()), disable_tqdm):
-            texts, results[place[i]] = requests[place[i]][0], tuple(result)
+            texts, results[place[i]] = requests[place[i]][0], (result.logp, result.is_greedy)
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, tuple(result))
+                self.cache_hook.add_partial("loglikelihood", texts, results[place[i]])
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -287,10 +299,20 @@ class IclFtFastLM(TemplateLM):
         over = {f"over_length_{name}": count for name, count in self._window.over.items()}
         return Counter(over | {name: count for name, count in self.ledger.as_dict().items() if name != "phases"})
 
-    def _scores(self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool) -> Any:
-        return iter_loglikelihood(
-            self.model, pairs, chunk_rows=self.chunk_rows, ledger=self.ledger, progress=not disable_tqdm
-        )
+    def _scores(
+        self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> Iterator[tuple[int, LogLikelihood]]:
+        """(index of the pair, result) as they are done; those that begin alike start from the store."""
+        groups = [(list(range(len(pairs))), list[int]())] if self._store is None else beginnings(pairs)
+        for members, token in groups:
+            start = None
+            if self._store is not None and token:
+                start = stored_context(self.model, token, self._store, chunk_rows=self.chunk_rows, ledger=self.ledger)
+            done = iter_loglikelihood(
+                self.model, [pairs[m] for m in members], chunk_rows=self.chunk_rows, ledger=self.ledger,
+                progress=not disable_tqdm, start=start,
+            )  # fmt: skip
+            yield from ((members[i], result) for i, result in done)
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
         """The answer in what was written: after the reasoning, before the first stop string."""

@@ -49,6 +49,7 @@ from icl_ft_fast.integrations.protocol import (
     usage,
 )
 from icl_ft_fast.score import ScoreError
+from icl_ft_fast.templates import render_chat
 
 STATUS = {EngineBusyError: 429, EngineClosedError: 503, ScoreError: 400, GenerateError: 400}
 
@@ -270,7 +271,7 @@ class _Service:
             text = content if isinstance(content, str) else "".join(part.text for part in content)
             turns.append({"role": message.role, "content": text})
         try:
-            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            prompt = render_chat(self.tokenizer, turns)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RefusedError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
         return self._encode([prompt], True)[0]

@@ -476,11 +476,12 @@ def trie_attention(
 
 def trie_attention_backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     row_q: Tensor,
     end_k: Tensor,
     depth_q: Tensor,
@@ -491,23 +492,24 @@ def trie_attention_backward(
     softcap: float,
     plan_q: Tensor | None = None,
     plan_kv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, with delta = (grad_out * out).sum(-1) - grad_lse, [T, H]; lse has the sinks in it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and delta = (grad_out * out).sum(-1), [T, H]; lse has the sinks in it."""
     contiguous = torch.contiguous_format
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
     if not lse.numel() or not len(k):
-        return grad_q, grad_k, grad_v
+        return grad_q, grad_k, grad_v, delta
     with torch.cuda.device_of(q):
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
         grad_out = _lines(grad_out)
         common |= {"grad_out": grad_out, "grad_stride_t": grad_out.stride(0), "grad_stride_h": grad_out.stride(1)}
-        common |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
+        common |= {"lse": lse.contiguous(), "delta": (delta - grad_lse).contiguous()}
         tiles, planned = _planned("backward_q", common, plan_q)
         _backward_q[(tiles, k.shape[1])](**common, **planned, grad_q=grad_q)
         tiles, planned = _planned("backward_kv", common, plan_kv)
         for wanted in _wanted(common):
             _backward_kv[(tiles, k.shape[1])](**common, **planned, grad_k=grad_k, grad_v=grad_v, **wanted)
-    return grad_q, grad_k, grad_v
+    return grad_q, grad_k, grad_v, delta
 
 
 def met_tiles(common: dict[str, Any], queries: int, keys: int) -> tuple[Tensor, Tensor]:

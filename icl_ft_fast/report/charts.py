@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from icl_ft_fast.printable import printable
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count
 
@@ -264,5 +265,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _wrap(text: str, width: int = 16) -> str:
+    text = printable(text)
     shown = text if len(text) <= 2 * width else text[: 2 * width - 1] + "…"
     return shown if len(shown) <= width else f"{shown[:width]}\n{shown[width:]}"

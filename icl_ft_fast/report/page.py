@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean, median
@@ -12,6 +13,7 @@ import markupsafe
 
 from icl_ft_fast.cost.amortise import decide
 from icl_ft_fast.cost.ledger import HOW
+from icl_ft_fast.printable import printable
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count, decision_text
@@ -39,10 +41,21 @@ def fragment(study: Derived) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("icl_ft_fast.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+        loader=jinja2.PackageLoader("icl_ft_fast.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        finalize=_told,
+    )  # fmt: skip
+    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_told(value), **options)
     environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
     return environment
+
+
+def _told(value: Any) -> Any:
+    """A value with every text in it made printable(); texts that are markup already stay so."""
+    if isinstance(value, str):
+        return type(value)(printable(value))
+    if isinstance(value, dict):
+        return {_told(name): _told(each) for name, each in value.items()}
+    return [_told(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _part(study: Derived, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:

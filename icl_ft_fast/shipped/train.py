@@ -11,7 +11,6 @@ import bisect
 import itertools
 import json
 import math
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_ft_fast import evaluate
+from icl_ft_fast.durable import replacing
 from icl_ft_fast.evaluate import icl_context, select_documents
 from icl_ft_fast.model import load
 from icl_ft_fast.shipped import corpus
@@ -142,13 +142,9 @@ class Run:
         for o, optimizer in enumerate(self.optimizers):
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{o}.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        partial = path.with_suffix(".partial")
-        save_file(
-            {k: t.contiguous() for k, t in tensors.items()},
-            partial,
-            metadata={"step": str(self.step), "tokens": str(self.tokens)},
-        )
-        os.replace(partial, path)
+        metadata = {"step": str(self.step), "tokens": str(self.tokens)}
+        with replacing(path) as partial:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""

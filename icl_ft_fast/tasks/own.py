@@ -85,6 +85,8 @@ def iter_documents(paths: Sequence[str | Path], form: Format | None = None) -> I
 def _of_path(path: Path, form: Format) -> Iterator[tuple[str, Document]]:
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()):
+            if not file.resolve().is_relative_to(path.resolve()):
+                raise TaskError(f"{file}: a link out of {path}; name what it leads to, or copy it")
             yield from _of_file(file, str(file.relative_to(path)), form)
     else:
         yield from _of_file(path, path.name, form)

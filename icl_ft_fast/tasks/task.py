@@ -8,12 +8,16 @@ fields are ignored.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, AnyStr, TypeVar
+
+from icl_ft_fast.durable import replacing
+
+LINE = 2**28  # bytes, or characters in other encodings than UTF-8: a line is shorter
 
 
 class TaskError(ValueError):
@@ -106,8 +110,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]
     try:
         if encoding == "utf-8":
             with path.open("rb") as file:
-                for number, raw in enumerate(file, 1):
-                    where = f"{path}:{number}"
+                for where, raw in _lines(path, file):
                     try:
                         yield where, raw.decode("utf-8")
                     except UnicodeDecodeError as error:
@@ -116,12 +119,22 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]
                         raise TaskError(f"{where}: not UTF-8 text ({place}; cp1252 reads {other!r} there)") from error
         else:
             with path.open(encoding=encoding, newline="") as text:
-                for number, line in enumerate(text, 1):
-                    yield f"{path}:{number}", line
+                yield from _lines(path, text)
     except UnicodeError as error:
         raise TaskError(f"{path}:{_broken_line(path, encoding)}: not {encoding} text: {error}") from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lines(path: Path, file: IO[AnyStr]) -> Iterator[tuple[str, AnyStr]]:
+    """("file:line", line) of each line; one that never ends is refused before it has filled the memory."""
+    for number in itertools.count(1):
+        line = file.readline(LINE)
+        if len(line) == LINE:
+            raise TaskError(f"{path}:{number}: a line of {LINE:,} bytes or more")
+        if not line:
+            return
+        yield f"{path}:{number}", line
 
 
 def _broken_line(path: Path, encoding: str) -> int:
@@ -159,15 +172,8 @@ def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one object a line, replace `path` atomically and return how many; nothing is left if the rows fail."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            count = sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return count
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        return sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
 
 
 Row = TypeVar("Row", Document, Question)

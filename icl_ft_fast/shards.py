@@ -1,0 +1,220 @@
+"""Log-likelihood requests cut into shards that any worker can score, whatever the others do.
+
+A shard is a few thousand rows of the requests' trie and what lies above them, its stem, which all shards below the same
+node share: a worker forwards a stem once and scores shard after shard behind it. What is in a shard follows from the
+requests alone, never from the number of workers, so that its results are the same to the bit wherever it is scored with
+the same number of threads on a machine of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icl_ft_fast import trie
+from icl_ft_fast.cache import Context
+from icl_ft_fast.contexts import ContextStore
+from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.flops import Work
+from icl_ft_fast.durable import digest
+from icl_ft_fast.executors import Task
+from icl_ft_fast.model import CHUNK_ROWS, Model, load_same
+from icl_ft_fast.score import LogLikelihood, loglikelihood, prefill, stored_context
+
+SHARD_ROWS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
+Request = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Requests that begin with `stem`, token ids; of each its other tokens, and how many of all are its context."""
+
+    stem: tuple[int, ...]
+    rest: tuple[tuple[int, ...], ...]
+    context_lengths: tuple[int, ...]
+
+    @property
+    def requests(self) -> list[Request]:
+        """As score.loglikelihood() takes them."""
+        whole = ([*self.stem, *rest] for rest in self.rest)
+        return [(ids[:n], ids[n:]) for ids, n in zip(whole, self.context_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Requests of a shard, by index in the order of the trie; the tokens of its stem; FLOPs below the stem."""
+
+    members: tuple[int, ...]
+    stem_tokens: int
+    flops: int
+
+
+def cut(requests: Sequence[Request], work: Work, *, shard_rows: int = SHARD_ROWS, stem_tokens: int = 0) -> list[Cut]:
+    """Cut requests into shards of about `shard_rows` average rows' FLOPs each.
+
+    From its leaves up, a node of the trie under which more than a shard's work is left becomes the stem of so many
+    shards of nearly equal work; a child is never divided unless it was itself such a node.
+
+    Args:
+        requests: (context ids, continuation ids), neither empty.
+        work: of the network.
+        shard_rows: see above.
+        stem_tokens: tokens that all requests begin with and that are the last stem; 0 for all that they have in common.
+
+    Time is that of trie.build() and a few microseconds a request.
+    """
+    if not requests:
+        return []
+    forest = trie.build_from_lists(requests)
+    last = forest.path.numpy()[forest.path_offset.numpy()[1:] - 1]
+    lengths = np.array([len(context) for context, _ in requests])
+    order = np.lexsort((lengths, last))
+    leaf, depth = forest.scored_row.numpy()[last[order]].astype(np.int64), forest.depth.numpy()
+    rows = depth[leaf].astype(np.int64) + 1
+    shared = _shared_rows(leaf, depth)
+    new_heads = np.maximum(0, rows - np.maximum(lengths[order] - 1, np.concatenate([[0], shared])))
+    flops = work.path_flops(int(rows.max()))
+    goal = shard_rows * flops[-1] / rows.max()
+
+    found: list[Cut] = []
+    common = int(shared.min()) if len(shared) else int(rows[0])
+    open_nodes = [_Node(min(stem_tokens or common, common))]
+    for k, r in enumerate(order):
+        fork = max(open_nodes[0].depth, int(shared[k - 1]) if k else 0)
+        while (node := open_nodes[-1]).depth > fork:
+            open_nodes.pop()
+            if open_nodes[-1].depth < fork:
+                open_nodes.append(_Node(fork))
+            _close(node, open_nodes[-1], flops, goal, found)
+        if rows[k] > open_nodes[-1].depth:
+            open_nodes.append(_Node(int(rows[k])))
+        open_nodes[-1].parts.append(([int(r)], float(new_heads[k]) * work.head_flops))
+    while len(open_nodes) > 1:
+        _close(open_nodes.pop(), open_nodes[-1], flops, goal, found)
+    found += _packed(open_nodes[0], goal)
+    place = {int(r): k for k, r in enumerate(order)}
+    return sorted(found, key=lambda one: place[one.members[0]])
+
+
+@dataclass
+class _Node:
+    """A node of the trie, `depth` tokens down: what hangs below it and is in no shard yet, requests and FLOPs."""
+
+    depth: int
+    parts: list[tuple[list[int], float]] = field(default_factory=list)
+
+
+def _close(node: _Node, above: _Node, flops: NDArray[np.float64], goal: float, found: list[Cut]) -> None:
+    """Make shards of what hangs below a node, or hand it to the node above as one part."""
+    below = sum(cost for _, cost in node.parts)
+    if below > goal:
+        found += _packed(node, goal)
+    elif node.parts:
+        members = node.parts[0][0]
+        for more, _ in node.parts[1:]:
+            members += more
+        above.parts.append((members, below + float(flops[node.depth] - flops[above.depth])))
+
+
+def _packed(node: _Node, goal: float) -> Iterator[Cut]:
+    """The parts below a node in as many shards as their work asks for, each part whole, in their order."""
+    total = sum(cost for _, cost in node.parts) or 1.0
+    count = max(1, -int(-total // goal))
+    bins: dict[int, list[tuple[list[int], float]]] = {}
+    before = 0.0
+    for part in node.parts:
+        bins.setdefault(min(count - 1, int((before + part[1] / 2) / total * count)), []).append(part)
+        before += part[1]
+    for parts in bins.values():
+        yield Cut(tuple(r for its, _ in parts for r in its), node.depth, int(sum(cost for _, cost in parts)))
+
+
+def _shared_rows(leaf: NDArray[np.int64], depth: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Rows that each request but the first has in common with the one before it, from their last rows in trie order."""
+    before, after = leaf[:-1], leaf[1:]
+    # All rows from one to the other are visited on the way: the shallowest is a child of the last that both have.
+    edges = np.stack([before + 1, np.maximum(before, after) + 1], 1).ravel()
+    shallowest = np.minimum.reduceat(np.append(depth, 0), edges)[::2] if len(edges) else np.empty(0)
+    return np.where(after > before, shallowest, depth[after] + 1).astype(np.int64)
+
+
+def tasks_of(requests: Sequence[Request], cuts: Sequence[Cut], work: Work, identity: dict[str, Any]) -> list[Task]:
+    """A task for each shard, named by `identity` (what else its results depend on) and its token ids."""
+    start_flops = work.path_flops(max((one.stem_tokens for one in cuts), default=0))
+    tasks = []
+    for one in cuts:
+        whole = [(*requests[r][0], *requests[r][1]) for r in one.members]
+        lengths = tuple(len(requests[r][0]) for r in one.members)
+        shard = Shard(whole[0][: one.stem_tokens], tuple(ids[one.stem_tokens :] for ids in whole), lengths)
+        name = digest(sorted(identity.items()), shard.stem, shard.rest, shard.context_lengths)
+        tasks.append(Task(name, shard, one.flops, digest(shard.stem), int(start_flops[one.stem_tokens])))
+    return tasks
+
+
+def in_order(cuts: Sequence[Cut], results: Sequence[dict[str, Any]]) -> list[LogLikelihood]:
+    """Log-likelihoods in the order of the requests, from each shard's results."""
+    by_request = {
+        r: LogLikelihood(*found)
+        for one, result in zip(cuts, results, strict=True)
+        for r, found in zip(one.members, result["logp_is_greedy"], strict=True)
+    }
+    return [by_request[r] for r in range(len(by_request))]
+
+
+class Scorer:
+    """A worker that scores shards, and keeps the stem of the last one.
+
+    Args:
+        model: from load().
+        chunk_rows: see score.loglikelihood().
+        store: stems are taken from it, or forwarded and saved there.
+    """
+
+    def __init__(self, model: Model, chunk_rows: int = CHUNK_ROWS, store: ContextStore | None = None) -> None:
+        self.model, self.chunk_rows, self.store = model, chunk_rows, store
+        self._stem: tuple[tuple[int, ...], Context | None] = (), None
+
+    def __call__(self, shard: Shard) -> dict[str, Any]:
+        """Results in the order of the shard's requests, and the ledger of what it took."""
+        ledger = Ledger()
+        if shard.stem != self._stem[0]:
+            self._stem = (), None  # freed before the next is made
+            options: dict[str, Any] = {"chunk_rows": self.chunk_rows, "ledger": ledger}
+            with ledger.phase("prefill"):
+                if self.store is None:
+                    context = prefill(self.model, shard.stem, **options)
+                else:
+                    label = " ".join(self.model.tokenizer.decode(shard.stem[:60]).split())[:60]
+                    context = stored_context(self.model, shard.stem, self.store, label=label, **options)
+                ledger.request_tokens = 0  # the stem's are counted with each request
+            self._stem = shard.stem, context
+        results = loglikelihood(
+            self.model, shard.requests, chunk_rows=self.chunk_rows, ledger=ledger, start=self._stem[1]
+        )
+        return {"logp_is_greedy": results, "ledger": ledger.as_dict()}
+
+
+@dataclass(frozen=True)
+class ScorerElsewhere:
+    """Makes a Scorer in another process, perhaps on another machine, of the model that load_same() gives there."""
+
+    name: str
+    loading: dict[str, Any]
+    fingerprint: str
+    chunk_rows: int
+    store: Path | None
+    store_bytes: int
+
+    def __call__(self) -> Scorer:
+        """Load, check, make."""
+        return self.of(load_same(self.name, self.loading, self.fingerprint))
+
+    def of(self, model: Model) -> Scorer:
+        """A Scorer of a model that is loaded already."""
+        store = None if self.store is None else ContextStore(self.store, model, self.store_bytes)
+        return Scorer(model, self.chunk_rows, store)

@@ -1,0 +1,519 @@
+"""Executors: one process, torchrun's ranks and Ray's actors write the same bytes, however often they are killed."""
+
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import scaling
+from icl_ft_fast import cli, shards
+from icl_ft_fast.augment.generators import Engine
+from icl_ft_fast.cli import main
+from icl_ft_fast.durable import DamagedError, LockedError, locked
+from icl_ft_fast.executors import InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.tasks.task import write_jsonl
+
+TESTS = Path(__file__).parent
+RNG = random.Random(0)
+WORDS = "the cat sat on that mat who knows why".split()
+
+
+def text(words):
+    return " ".join(RNG.choices(WORDS, k=words))
+
+
+CONTEXTS = [text(40), text(40)]
+QUESTIONS = [
+    {"id": f"{c}.{n}", "prompt": f"{context} {text(4)}", "choices": [" " + text(2), " " + text(3)], "answer": 0}
+    for n in range(12)
+    for c, context in enumerate(CONTEXTS)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that are started here: sums may be rounded otherwise among more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def case(llama_directory, tmp_path_factory):
+    """A function from an output to the command that writes it, and the bytes that one process writes."""
+    folder = tmp_path_factory.mktemp("case")
+    write_jsonl(folder / "questions.jsonl", QUESTIONS)
+    files = ["--model", str(llama_directory), "--questions", str(folder / "questions.jsonl")]
+
+    def command(out, *more):
+        return ["score", "--quiet", "--shard-rows", "16", *files, "--out", str(out), *more]
+
+    assert main(command(folder / "whole.jsonl")) == 0
+    return command, (folder / "whole.jsonl").read_bytes()
+
+
+def run(command, **environment):
+    """Run a command in a process of one thread; its exit code and what it said."""
+    told = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"} | environment
+    told["RAY_worker_niceness"] = "0"  # Ray's own choice would starve its workers on a busy machine
+    done = subprocess.run(list(map(str, command)), env=told, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def rows_in(folder):
+    """Lines of all files of results."""
+    return [json.loads(line)["row"] for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+# Pulling ----------------------------------------------------------------------------------------------------------
+
+
+def tasks_in(*sizes, start_flops=5):
+    return [Task(f"{g}.{n}", n, 10, str(g), start_flops) for g, size in enumerate(sizes) for n in range(size)]
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 6), max_size=6), workers=st.integers(1, 5), seed=st.integers(0, 99),
+       start_flops=st.sampled_from([0, 15, 10**9]))  # fmt: skip
+def test_every_task_is_pulled_once_in_whatever_order_workers_come(sizes, workers, seed, start_flops):
+    tasks, counters, rng = tasks_in(*sizes, start_flops=start_flops), Counter(), random.Random(seed)
+
+    def take(group, n):
+        counters[group] += n
+        return counters[group] - n
+
+    waiting, pulled = [pull(tasks, w, workers, take) for w in range(workers)], []
+    while waiting:
+        one = rng.choice(waiting)
+        if (i := next(one, None)) is None:
+            waiting.remove(one)
+        else:
+            pulled.append(i)
+    assert sorted(pulled) == list(range(len(tasks)))
+
+
+def test_workers_begin_apart_and_help_where_it_pays():
+    def begun(sizes, workers, start_flops, flops=()):
+        tasks, counters = tasks_in(*sizes, start_flops=start_flops), Counter()
+        tasks = [replace(task, flops=own) for task, own in zip(tasks, flops or [10] * len(tasks), strict=True)]
+
+        def take(group, n):
+            counters[group] += n
+            return counters[group] - n
+
+        order = [pull(tasks, w, workers, take) for w in range(workers)]
+        turns = [[tasks[i].group for one in order if (i := next(one, None)) is not None] for _ in range(len(tasks))]
+        return [turn for turn in turns if turn]
+
+    assert begun((3, 3), 2, 5) == [["0", "1"]] * 3
+    assert begun((2, 2), 2, 5, (11, 10, 10, 10)) == begun((2, 2), 2, 5, (10, 10, 10, 11)) == [["0", "1"]] * 2
+    assert begun((2, 2), 4, 5) == [["0", "0", "1", "1"]]
+    assert begun((2, 6), 2, 5) == [["0", "1"], ["0", "1"], ["1", "1"], ["1", "1"]]
+    assert begun((1, 4), 2, 100) == [["0", "1"], ["1"], ["1"], ["1"]]  # what is left is less than a start
+
+
+# Keeping ----------------------------------------------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class Doubler:
+    """A worker that counts its calls and fails at one of them."""
+
+    def __init__(self, fails_at=None):
+        self.calls, self.fails_at = 0, fails_at
+
+    def __call__(self, work):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KilledError
+        return 2 * work
+
+
+def keep(folder, tasks, worker):
+    with run_kept(InProcess(), lambda: worker, tasks, folder) as results:
+        return results
+
+
+def test_what_is_kept_is_not_done_again(tmp_path):
+    tasks, calls = tasks_in(3, 4), 0
+    for fails_at in (3, 1, 2):
+        worker = Doubler(fails_at)
+        with pytest.raises(KilledError):
+            keep(tmp_path, tasks, worker)
+        calls += worker.calls - 1
+    worker = Doubler()
+    assert keep(tmp_path, tasks, worker) == [2 * task.work for task in tasks]
+    assert calls + worker.calls == len(tasks) == len(rows_in(tmp_path))
+    assert keep(tmp_path, tasks, Doubler(fails_at=1)) == [2 * task.work for task in tasks]
+    other = [Task("other", 21, 1)]
+    assert keep(tmp_path, other, Doubler()) == [42]
+
+
+def test_a_line_cut_anywhere_is_done_again_and_said(tmp_path, caplog):
+    tasks = tasks_in(2)
+    keep(tmp_path, tasks, Doubler())
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        caplog.clear()
+        worker = Doubler()
+        assert keep(tmp_path, tasks, worker) == [0, 2]
+        assert worker.calls == (2 if length < first else 1)
+        torn = length not in (0, first)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{path}: its last line was cut short by a kill; that part is done again"
+        ] * torn
+        assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_and_a_second_run_are_refused(tmp_path):
+    tasks = tasks_in(2)
+    keep(tmp_path, tasks, Doubler())
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes().replace(b'"value": 2', b'"value": 3'))
+    with pytest.raises(DamagedError, match=rf"^{path}:2: damaged"):
+        keep(tmp_path, tasks, Doubler())
+    with locked(tmp_path / "lock"), pytest.raises(LockedError, match=f"lock: locked by process {os.getpid()} on "):
+        keep(tmp_path, tasks, Doubler())
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+
+def test_score_goes_on_where_it_was_killed(case, tmp_path, monkeypatch):
+    command, whole = case
+    real, calls, out = shards.Scorer.__call__, [], tmp_path / "scores.jsonl"
+
+    def dies(self, shard):
+        calls.append(shard)
+        if len(calls) % 4 == 0:
+            raise KilledError
+        return real(self, shard)
+
+    monkeypatch.setattr(shards.Scorer, "__call__", dies)
+    kills = 0
+    while not out.exists():
+        try:
+            assert main(command(out)) == 0
+        except KilledError:
+            kills += 1
+            assert len(rows_in(tmp_path / "scores.jsonl.shards")) == 3 * kills
+    assert kills > 2
+    assert len(set(calls)) == len(calls) - kills
+    assert out.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+def test_another_model_or_other_questions_reuse_nothing(case, tmp_path, monkeypatch, tiny_network, tokenizer):
+    command, whole = case
+    out, calls = tmp_path / "scores.jsonl", []
+    tiny_network("llama", num_hidden_layers=2, rms_norm_eps=0.5).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    write_jsonl(tmp_path / "questions.jsonl", [row | {"prompt": "who " + row["prompt"]} for row in QUESTIONS])
+    monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+    real = shards.Scorer.__call__
+    monkeypatch.setattr(shards.Scorer, "__call__", lambda self, shard: calls.append(shard) or real(self, shard))
+    changes = ([], ["--model", str(tmp_path / "other")], ["--questions", str(tmp_path / "questions.jsonl")],
+               ["--chunk-rows", "7"], ["--dtype", "bfloat16"], [])  # fmt: skip
+    written, scored = [], []
+    for change in changes:
+        assert main(command(out, "--overwrite", *change)) == 0
+        written.append(out.read_bytes())
+        scored.append(len(calls))
+    assert written[0] == written[-1] == whole
+    assert len(set(written[:3])) == 3
+    assert scored == [scored[0], 2 * scored[0], scored[2], scored[2] + scored[0], scored[4], scored[4]]
+    assert scored[2] > scored[1]
+    assert scored[4] == scored[3] + scored[0]
+
+
+def test_a_second_run_is_refused_by_name(case, tmp_path, capsys):
+    command, _ = case
+    out = tmp_path / "scores.jsonl"
+    with locked(tmp_path / "scores.jsonl.shards" / "lock"):
+        assert main(command(out)) == 2
+    told = capsys.readouterr().err
+    assert f"{out}.shards/lock: locked by process {os.getpid()} on " in told
+    assert not out.exists()
+
+
+def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
+    command, whole = case
+    out, kept = tmp_path / "scores.jsonl", tmp_path / "scores.jsonl.shards"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+        assert main(command(out)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Scorer, "__call__", None)  # nothing is left to be scored
+        assert main(command(out)) == 0
+    assert out.read_bytes() == whole
+    assert not kept.exists()
+    monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+    assert main(command(out, "--overwrite")) == 0
+    out.write_text("mine")
+    assert main(command(out)) == 2  # what was there before a run with --overwrite is not replaced by one without
+    assert out.read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+
+
+# Several processes ------------------------------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+KILL_ONE = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from icl_ft_fast import shards
+from icl_ft_fast.cli import main, score
+
+MARKS = Path(sys.argv[1])
+
+class Mortal(shards.Scorer):
+    calls = 0
+
+    def __call__(self, shard):
+        self.calls += 1
+        (MARKS / str(os.getpid())).touch()
+        while len(list(MARKS.iterdir())) < 2:  # both are at work before one dies
+            time.sleep(0.01)
+        try:
+            if self.calls == 2:
+                (MARKS / "killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass
+        return super().__call__(shard)
+
+class Elsewhere(shards.ScorerElsewhere):
+    def __call__(self):
+        made = super().__call__()
+        return Mortal(made.model, made.chunk_rows, made.store)
+
+if __name__ == "__main__":
+    shards.Scorer, shards.ScorerElsewhere = Mortal, Elsewhere
+    score.shutil = SimpleNamespace(rmtree=lambda folder: None)
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def killed(case, tmp_path):
+    """A function that runs `score` in a launcher, where one of two workers is killed, and checks what comes of it."""
+    command, whole = case
+    script, marks, out = tmp_path / "killing.py", tmp_path / "marks", tmp_path / "scores.jsonl"
+    script.write_text(KILL_ONE)
+    marks.mkdir()
+
+    def call(launcher, *more):
+        code, told = run([*launcher, script, marks, *command(out, *more)])
+        assert code == 0, told
+        assert (marks / "killed").exists()
+        assert out.read_bytes() == whole
+        names = [row["key"] for row in rows_in(Path(f"{out}.shards"))]
+        assert len(names) == len(set(names)) > 4
+
+    return call
+
+
+def test_torchrun_of_two_ranks_one_of_them_killed(killed):
+    killed([*TORCHRUN, "--max-restarts", "1"])
+
+
+SMALL_CALLS = """
+import sys
+from icl_ft_fast.augment.generators import Engine
+from icl_ft_fast.cli import main
+
+if __name__ == "__main__":
+    Engine.together = 4
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monkeypatch):
+    script, template = tmp_path / "small.py", tmp_path / "template.jinja"
+    script.write_text(SMALL_CALLS)
+    template.write_text("{{ document }}\nReversed:")
+    (tmp_path / "task").mkdir()
+    write_jsonl(tmp_path / "task" / "documents.jsonl", [{"id": str(n), "text": f"{text(5)}."} for n in range(10)])
+    write_jsonl(tmp_path / "task" / "questions.jsonl", QUESTIONS[:1])
+    asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--strategy", "document", "--quiet"]
+    asked += ["--template", template, "--max-new-tokens", 6, "--temperature", 1, "--samples", 2, "--near-duplicates", 1]
+
+    def answers(folder):
+        rows = [row for kept in (folder / "answers").iterdir() for row in rows_in(kept)]
+        assert len(rows) == 20
+        return {row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows}
+
+    monkeypatch.setattr(Engine, "together", 4)
+    assert main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
+    code, told = run([*TORCHRUN, script, *asked, "--out", tmp_path / "two"])
+    assert code == 0, told
+    assert told.count(f"written to {tmp_path / 'two'}") == 1
+    assert answers(tmp_path / "one") == answers(tmp_path / "two")
+
+
+@pytest.mark.parametrize("more", [("--strategy", "rules"), ("--limit", "3"), ("--max-cost", "1")])
+def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(cli.augment, "executor_of", lambda options: SimpleNamespace(rank=0))
+    assert main(["augment", "--model", "m", "--task", "simple-reversals", "--out", str(tmp_path / "out"), *more]) == 2
+    told = "--executor: several workers ask --model here, for all answers: no --limit, no --max-cost\n"
+    assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
+def test_two_actors_of_ray_one_of_them_killed(killed):
+    killed([sys.executable], "--executor", "ray", "--workers", "2")
+
+
+def test_ray_is_named_where_it_is_missing(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(case[0](tmp_path / "scores.jsonl", "--executor", "ray", "--workers", "2")) == 2
+    assert "ray: not installed: pip install 'icl_ft_fast[ray]'" in capsys.readouterr().err
+
+
+def test_workers_starts_torchrun(case, tmp_path, monkeypatch):
+    started = []
+
+    def execve(program, arguments, environment):
+        started[:] = arguments, environment
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    command = case[0](tmp_path / "scores.jsonl", "--executor", "torchrun", "--workers", "2")
+    with pytest.raises(SystemExit):
+        main(command)
+    arguments, environment = started
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m icl_ft_fast.cli"
+    assert arguments == [sys.executable, *launch.split(), *command]
+    assert environment["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
+    monkeypatch.setenv("RANK", "1")  # what each of its processes then makes of the same options
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli.options, "Torchrun", lambda: "a rank")
+    assert cli.options.executor_of(cli.parser().parse_args(command)) == "a rank"
+
+
+@pytest.mark.parametrize(
+    ("more", "launched", "message"),
+    [
+        (("--workers", "2"), False, "--workers: needs --executor torchrun or ray"),
+        (("--ray-address", "auto"), False, "--ray-address: needs --executor ray"),
+        (("--executor", "torchrun"), False, "--workers: say how many, or start the command with torchrun"),
+        (("--executor", "ray"), True, "--executor: ray: torchrun started this process; leave the option out"),
+        (("--workers", "2"), True, "--workers: torchrun's --nproc-per-node and --nnodes say how many"),
+    ],
+)
+def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, more, launched, message):
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(case[0](tmp_path / "scores.jsonl", *more)) == 2
+    assert capsys.readouterr().err == f"icl-ft-fast score: {message}\n"
+
+
+# Examples and documentation -----------------------------------------------------------------------------------------
+
+EXAMPLES = TESTS.parent / "examples"
+SKYPILOT = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run"}
+SKYPILOT_RESOURCES = {
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size",
+    "disk_tier", "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "any_of", "ordered",
+    "job_recovery",
+}  # fmt: skip
+
+
+def check_script(script):
+    """A shell script is one, and its `score` command has options that there are, and all that are needed."""
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (words,) = re.findall(r"(?:icl_ft_fast\.cli|icl-ft-fast) (score .*)", script.replace("\\\n", " "))
+    numbers = re.sub(r"\$\(\(.*?\)\)", "2", words)
+    options = cli.parser().parse_args(shlex.split(numbers))
+    assert (options.device, options.dtype) == ("cuda", "bfloat16")
+    return options
+
+
+def test_the_slurm_example():
+    script = (EXAMPLES / "score.sbatch").read_text()
+    assert check_script(script).executor is None
+    used = set(re.findall(r"^#SBATCH --([a-z-]+)(?:=\S+)?$", script, re.MULTILINE))
+    assert used == {
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "gpus-per-node",
+        "cpus-per-task",
+        "time",
+        "requeue",
+        "open-mode",
+    }
+    assert len(re.findall("^#SBATCH", script, re.MULTILINE)) == len(used)
+
+
+def test_the_skypilot_example():
+    task = yaml.safe_load((EXAMPLES / "score.sky.yaml").read_text())
+    assert task.keys() <= SKYPILOT
+    assert task["resources"].keys() <= SKYPILOT_RESOURCES
+    assert {"source", "mode"} == task["file_mounts"]["/data"].keys()
+    assert check_script(task["run"]).executor == "ray"
+    given = {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NUM_GPUS_PER_NODE", "head"}
+    assert set(re.findall(r"\$(\w+)", task["run"])) <= given | task["envs"].keys()
+
+
+def test_the_simulation_of_what_can_be_counted():
+    tasks = tasks_in(4, 4)
+    stems = {"0": 3.0, "1": 3.0}
+
+    def simulate(workers, **costs):
+        return scaling.simulate(tasks, [2.0] * 8, stems, workers, **costs)
+
+    assert simulate(1) == 2 * 3 + 8 * 2
+    assert simulate(2) == 3 + 4 * 2
+    assert simulate(4) == 3 + 2 * 2
+    assert simulate(8) == 3 + 2
+    assert simulate(100, startup_s=7) == 7 + 3 + 2
+    # One look at each group when it is met, one for every task, and one that finds the group at its end.
+    assert simulate(1, pull_s=1) == 22 + 2 * (1 + 4 + 1)
+    assert scaling.simulate([], [], {}, 3, startup_s=1) == 1
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), workers=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
+    rng, tasks = random.Random(seed), tasks_in(*sizes)
+    seconds = [rng.uniform(1, 3) for _ in tasks]
+    stems = {str(g): rng.uniform(0, 4) for g in range(len(sizes))}
+    took = scaling.simulate(tasks, seconds, stems, workers)
+    assert max(sum(seconds) / workers, max(seconds)) - 1e-9 <= took <= sum(seconds) + sum(stems.values()) + 1e-9
+    if workers == 1:
+        assert took == pytest.approx(sum(seconds) + sum(stems.values()))
+
+
+def test_the_documented_scaling_is_what_the_measurements_give():
+    text = (TESTS.parent / "docs" / "executors.md").read_text()
+    assert f"<!-- scaling -->\n{scaling.table()}\n<!-- /scaling -->" in text
+    commands = re.findall(r"^    icl-ft-fast (score (?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert [cli.parser().parse_args(shlex.split(command)).executor for command in commands] == [None, "torchrun", "ray"]
+    measured = json.loads(scaling.MEASURED.read_text())
+    assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6

@@ -1,0 +1,240 @@
+"""The C++ entry points refuse by name what would have them leave an array's memory, however they are reached."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import as_strided
+
+from icl_ft_fast import _C, ops
+
+FLOAT, INT = np.float32, np.int32
+
+
+def zeros(*shape, dtype=FLOAT):
+    return np.zeros(shape, dtype)
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def unaligned(array):
+    return np.frombuffer(bytes(array.nbytes + 1), array.dtype, array.size, offset=1).reshape(array.shape)
+
+
+def odd_strides(*shape):
+    """Floats two bytes apart."""
+    return as_strided(zeros(*shape), shape, tuple(2 for _ in shape))
+
+
+ATTENTION = {
+    "q": zeros(5, 4, 3), "k": zeros(7, 2, 3), "v": zeros(7, 2, 6), "row_q": zeros(5, dtype=INT),
+    "end_k": zeros(7, dtype=INT), "depth_q": zeros(5, dtype=INT), "depth_k": zeros(7, dtype=INT), "sinks": zeros(4),
+    "scale": 1.0, "window": 0, "softcap": 0.0, "invariant": False, "isa": 0, "out": zeros(5, 4, 6), "lse": zeros(5, 4),
+}  # fmt: skip
+HEAD = {
+    "hidden": zeros(5, 4), "weight": zeros(7, 4), "bias": zeros(7), "row": zeros(3, dtype=INT),
+    "target": zeros(3, dtype=INT), "scale": 1.0, "softcap": 0.0, "invariant": False, "isa": 0, "num_threads": 1,
+    "logp": zeros(3), "is_argmax": zeros(3, dtype=bool), "lse": zeros(5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", zeros(5, 4, 3, dtype=np.float64), r"q: expected float32, got float64\(5, 4, 3\)"),
+        ("q", zeros(5, 12), "q: expected 3 dimensions"),
+        ("q", unaligned(zeros(5, 4, 3)), "q: expected aligned elements"),
+        ("q", odd_strides(5, 4, 3), "q: expected strides of whole elements"),
+        ("q", zeros(5, 4, 3, dtype=np.int16), "k: expected int16"),  # bfloat16
+        ("q", zeros(5, 3, 3), "sinks: expected 3"),
+        ("k", zeros(7, 2, 4), "k: expected 3 in dimension 2"),
+        ("k", zeros(7, 0, 3), "v: expected 0 in dimension 1"),
+        ("v", zeros(6, 2, 6), "v: expected 7 in dimension 0"),
+        ("v", zeros(7, 1, 6), "v: expected 2 in dimension 1"),
+        ("row_q", zeros(4, dtype=INT), "row_q: expected 5 in dimension 0"),
+        ("row_q", zeros(5, dtype=np.int64), "row_q: expected int32"),
+        ("end_k", zeros(8, dtype=INT), "end_k: expected 7"),
+        ("end_k", zeros(14, dtype=INT)[::2], "end_k: expected a contiguous array"),
+        ("depth_q", zeros(5, 1, dtype=INT), "depth_q: expected 1 dimensions"),
+        ("depth_k", zeros(6, dtype=INT), "depth_k: expected 7"),
+        ("sinks", zeros(3), "sinks: expected 4"),
+        ("sinks", zeros(4, dtype=np.float64), "sinks: expected float32"),
+        ("window", -1, "window: expected 0 to 2147483647, got -1"),
+        ("isa", 9, "isa: expected 0 to"),
+        ("isa", -1, "isa: expected 0 to"),
+        ("out", zeros(5, 4, 5), "out: expected 6 in dimension 2"),
+        ("out", zeros(5, 4, 6, dtype=np.int16), "out: expected float32"),
+        ("out", np.asfortranarray(zeros(5, 4, 6)), "out: expected a contiguous array"),
+        ("out", read_only(zeros(5, 4, 6)), "not writeable"),
+        ("lse", zeros(4, 4), "lse: expected 5 in dimension 0"),
+    ],
+)
+def test_trie_attention_refuses(name, value, message):
+    _C.trie_attention(*ATTENTION.values())
+    with pytest.raises(ValueError, match=message):
+        _C.trie_attention(*(ATTENTION | {name: value}).values())
+
+
+BACKWARD = {name: value for name, value in ATTENTION.items() if name != "invariant"} | {
+    "grad_out": zeros(5, 4, 6), "grad_lse": zeros(5, 4), "delta": zeros(5, 4), "grad_q": zeros(5, 4, 3),
+    "grad_k": zeros(7, 2, 3), "grad_v": zeros(7, 2, 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["grad_out", "grad_lse", "delta", "grad_q", "grad_k", "grad_v"])
+def test_trie_attention_s_backward_refuses(name):
+    good = BACKWARD
+    _C.trie_attention_backward(*good.values())
+    array = good[name]
+    bad = [zeros(*array.shape, dtype=np.float64), zeros(*array.shape, 1), array[:-1], array[..., 1:]]
+    bad += [unaligned(array) if name in ("grad_out", "grad_lse") else read_only(array.copy())]
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{name}: expected|not writeable"):
+            _C.trie_attention_backward(*(good | {name: value}).values())
+    for other in ("end_k", "out", "lse"):
+        with pytest.raises(ValueError, match=f"^{other}: expected"):
+            _C.trie_attention_backward(*(good | {other: good[other][:-1]}).values())
+
+
+@pytest.mark.parametrize("place", ["heads", "depth_q", "depth_k", "window", "isa"])
+def test_trie_attention_s_backward_checks_what_its_forward_does(place):
+    bad = {
+        "heads": {"k": zeros(7, 3, 3), "v": zeros(7, 3, 6), "grad_k": zeros(7, 3, 3), "grad_v": zeros(7, 3, 6)},
+        "depth_q": {"depth_q": np.full(5, -1, INT), "window": 2},
+        "depth_k": {"depth_k": np.full(7, -1, INT), "window": 2},
+        "window": {"window": -1},
+        "isa": {"isa": 9},
+    }[place]
+    with pytest.raises(ValueError, match=f"{place}.*: expected"):
+        _C.trie_attention_backward(*(BACKWARD | bad).values())
+
+
+@pytest.mark.parametrize(("heads", "message"), [(0, "heads of k: expected 1 to"), (3, "those of k: .*got 1")])
+def test_trie_attention_needs_heads_of_keys_that_divide_those_of_queries(heads, message):
+    with pytest.raises(ValueError, match=message):
+        _C.trie_attention(*(ATTENTION | {"k": zeros(7, heads, 3), "v": zeros(7, heads, 6)}).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden", zeros(5, 4, dtype=np.float16), "hidden: expected float32"),
+        ("hidden", zeros(5, 4, 1), "hidden: expected 2 dimensions"),
+        ("hidden", unaligned(zeros(5, 4)), "hidden: expected aligned elements"),
+        ("hidden", zeros(5, 4, dtype=np.int16), "weight: expected int16"),
+        ("weight", zeros(7, 5), "weight: expected 4 in dimension 1"),
+        ("weight", odd_strides(7, 4), "weight: expected strides of whole elements"),
+        ("bias", zeros(6), "bias: expected 7"),
+        ("row", zeros(3, dtype=np.int64), "row: expected int32"),
+        ("row", zeros(6, dtype=INT)[::2], "row: expected a contiguous array"),
+        ("target", zeros(4, dtype=INT), "target: expected 3"),
+        ("isa", 9, "isa: expected 0 to"),
+        ("logp", zeros(4), "logp: expected 3"),
+        ("is_argmax", zeros(3), "is_argmax: expected bool"),
+        ("lse", zeros(3), "lse: expected 5"),
+        ("lse", read_only(zeros(5)), "not writeable"),
+    ],
+)
+def test_target_logprob_refuses(name, value, message):
+    _C.target_logprob(*HEAD.values())
+    with pytest.raises(ValueError, match=message):
+        _C.target_logprob(*(HEAD | {name: value}).values())
+
+
+def test_target_logprob_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="rows of weight: expected 1 to 2147483647, got 0"):
+        _C.target_logprob(*(HEAD | {"weight": zeros(0, 4), "bias": None}).values())
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("size", [-1, 2**31, 2**62])
+def test_no_size_overflows_the_workspace(place, size):
+    sizes = [1, 1, 1, 1]
+    sizes[place] = size
+    with pytest.raises(ValueError, match=rf"expected [01] to 2147483647, got {size}"):
+        _C.target_logprob_workspace_bytes(False, sizes, True, 0, 1)
+
+
+@pytest.mark.parametrize("entry", [_C.trie_attention, _C.target_logprob])
+def test_what_is_no_array_is_refused(entry):
+    good = ATTENTION if entry is _C.trie_attention else HEAD
+    for name in [name for name, value in good.items() if isinstance(value, np.ndarray)]:
+        for value in (None, 0, 2**40, [0.0], torch.zeros(good[name].shape)):
+            if value is None and name in ("sinks", "bias"):
+                continue
+            with pytest.raises(TypeError):
+                entry(*(good | {name: value}).values())
+
+
+def test_a_stride_of_a_single_element_is_never_taken():
+    """torch and numpy let it be anything, and the addresses it would lead to be anywhere."""
+    weight = torch.ones(64).as_strided((1, 64), (2**60, 1))
+    logp, *_ = ops.target_logprob(torch.ones(3, 64), weight, *[torch.zeros(1, dtype=torch.int32)] * 2)
+    assert logp.tolist() == [0.0]
+    index = torch.zeros(1, dtype=torch.int32)
+    q = torch.ones(8).as_strided((1, 1, 8), (2**60, 2**59, 1))
+    assert ops.trie_attention(q, q, q, index, index + 1, index, index).tolist() == [[[1.0] * 8]]
+
+
+@pytest.mark.parametrize("name", ["depth_q", "depth_k"])
+def test_depths_whose_differences_would_overflow_are_refused(name):
+    depths = np.full(len(ATTENTION[name]), -1, INT)
+    _C.trie_attention(*(ATTENTION | {name: depths}).values())  # not read without a window
+    with pytest.raises(ValueError, match=f"{name}: expected 0 to 2147483647, got -1"):
+        _C.trie_attention(*(ATTENTION | {name: depths, "window": 3}).values())
+
+
+@pytest.mark.parametrize("end", [-(2**31), -1, 0, 6, 7, 8, 2**31 - 1])
+@pytest.mark.parametrize("row", [-(2**31), -1, 0, 6, 7, 2**31 - 1])
+def test_rows_and_ends_of_any_value_are_compared_only(end, row):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(7, 1, 4, generator=generator)
+    q, end_k = torch.randn(2, 1, 4, generator=generator), torch.full((7,), end, dtype=torch.int32)
+    row_q, depth = torch.tensor([row, 3], dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
+    results = [
+        ops.trie_attention(*(x.to(dtype) for x in (q, k, k)), row_q, end_k, depth[:2], depth)
+        for dtype in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(results[0].double(), results[1])
+
+
+INDEX = torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.zeros(5, 4), torch.zeros(0, 4), INDEX, INDEX, None),
+        (torch.zeros(5, 4), torch.zeros(7, 4, dtype=torch.float64), INDEX, INDEX, None),
+        (torch.zeros(5, 4), torch.zeros(7, 3), INDEX, INDEX, None),
+        (torch.zeros(5, 4), torch.zeros(7, 4), INDEX.long(), INDEX, None),
+        (torch.zeros(5, 4), torch.zeros(7, 4), INDEX, INDEX[:2], None),
+        (torch.zeros(5, 4), torch.zeros(7, 4), INDEX, INDEX, torch.zeros(6)),
+    ],
+)
+def test_ops_called_without_their_facade_refuse_too(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        torch.ops.icl_ft_fast.target_logprob(*arguments, 1.0, 0.0)
+
+
+def test_the_backward_refuses_rows_out_of_range():
+    hidden, weight = torch.ones(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    for row in (2, -3):
+        logp, *_ = ops.target_logprob(hidden, weight, torch.tensor([row]), torch.tensor([0]))
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+            logp.sum().backward()
+    logp, *_ = ops.target_logprob(hidden, weight, torch.tensor([0, 1]), torch.tensor([3, -1]))
+    logp[0].backward()  # a target out of range is nobody's: its row's softmax is pushed down all the same
+    assert hidden.grad.isfinite().all()
+
+
+def test_every_entry_point_is_in_this_file_or_in_the_trie_s():
+    tested = {"trie_attention", "trie_attention_backward", "target_logprob", "target_logprob_workspace_bytes"}
+    tested |= {"best_isa"}  # takes nothing
+    trie = {"trie_build", "trie_ancestors"}  # tests/test_trie.py
+    entries = {name for name, value in vars(_C).items() if inspect.isroutine(value) and name[0] != "_"}
+    assert entries == tested | trie
