@@ -1,6 +1,7 @@
 """The command line, as it is called: what it writes, and the one line it says about each bad input."""
 
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.machine import ceilings
 from icl_ft_fast.encoding import vocabulary_words
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
@@ -32,6 +34,8 @@ QUESTIONS = (
     Question("q2", "who knows", (" why", " that it is"), None, "other"),
     Question("q3", "", ("ice", "cat"), 0),
 )
+
+CEILINGS = functools.cache(ceilings)
 
 
 class Files:
@@ -55,6 +59,12 @@ class Files:
 def pairs(options):
     """--name value of each."""
     return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.fixture(autouse=True)
+def _ceilings_measured_once(monkeypatch):
+    """Every comparison measures the machine; here the first does."""
+    monkeypatch.setattr(cli.compare, "ceilings", CEILINGS)
 
 
 @pytest.fixture
