@@ -388,7 +388,7 @@ TARGET void attend_tile_in_order(const Problem& problem, Tile& tile, const Facto
         Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
         for (int j = 0; j < keys && any(top == kLowest); ++j) {
             const Floats score = scores[j * kVectors + m];
-            top = (top == kLowest) & (score > -INFINITY) ? score : top;
+            top = ((top == kLowest) & (score > -INFINITY)) ? score : top;
         }
         rises |= any(greatest > top + rise);
     }

@@ -253,7 +253,7 @@ def test_a_second_run_is_refused_by_name(case, tmp_path, capsys):
     with locked(tmp_path / "scores.jsonl.shards" / ".lock"):
         assert main(command(out)) == 2
     told = capsys.readouterr().err
-    assert f"{out}.shards/lock: locked by process {os.getpid()} on " in told
+    assert f"{out}.shards/.lock: locked by process {os.getpid()} on " in told
     assert not out.exists()
 
 
