@@ -376,8 +376,8 @@ TARGET void raise(const Problem& problem, Tile& tile, const Floats* scores, floa
 // lies, since a key it does not see adds 0. Weights refer to the path's first product until one is kRise above (the
 // greatest so far, as in attend_tile, would be known only for tiles); weights and weighted values are added key by key,
 // in a group of their own for each kGroup tokens of depth.
-TARGET void attend_tile_in_order(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first,
-                                 int keys, bool masked, Floats* scores) {
+TARGET inline void attend_tile_in_order(const Problem& problem, Tile& tile, const Factor* k, const Factor* v,
+                                        int64_t first, int keys, bool masked, Floats* scores) {
     const int64_t factors = problem.factors;
     multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
     const float rise = kRise / (problem.unit * kLog2E);
@@ -388,7 +388,7 @@ TARGET void attend_tile_in_order(const Problem& problem, Tile& tile, const Facto
         Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
         for (int j = 0; j < keys && any(top == kLowest); ++j) {
             const Floats score = scores[j * kVectors + m];
-            top = (top == kLowest) & (score > -INFINITY) ? score : top;
+            top = ((top == kLowest) & (score > -INFINITY)) ? score : top;
         }
         rises |= any(greatest > top + rise);
     }

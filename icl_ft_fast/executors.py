@@ -295,7 +295,7 @@ def run_kept(
         DamagedError: a line in it is not what was written.
         ExecutorError, and whatever a worker raises.
     """
-    with locked(folder / "lock") if executor.rank == 0 else nullcontext():
+    with locked(folder / ".lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
         done = names & _kept(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -353,11 +354,22 @@ def _fake_target_logprob_backward(
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
 
 
+class _Memory:
+    """A CPU tensor as numpy sees it. Tensor.numpy() would keep the storage from ever being resized, as FSDP does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size, kind = tensor.itemsize, "f" if tensor.is_floating_point() and tensor.dtype != torch.bfloat16 else "i"
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "version": 3, "typestr": "|b1" if tensor.dtype == torch.bool else f"<{kind}{size}",
+            "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }  # fmt: skip
+
+
 def _array(tensor: Tensor) -> NDArray[Any]:
     """A CPU tensor's memory for native code, which checks its dtype, shape and strides; bfloat16 as bits in int16."""
-    tensor = tensor.detach()
-    array: NDArray[Any] = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
+    return np.asarray(_Memory(tensor))
 
 
 def _cpu_target_logprob(

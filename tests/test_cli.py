@@ -1,6 +1,7 @@
 """The command line, as it is called: what it writes, and the one line it says about each bad input."""
 
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -16,9 +17,11 @@ from transformers.utils import logging
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cost import Ledger
+from icl_ft_fast.cost.machine import ceilings
 from icl_ft_fast.encoding import vocabulary_words
 from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -31,6 +34,8 @@ QUESTIONS = (
     Question("q2", "who knows", (" why", " that it is"), None, "other"),
     Question("q3", "", ("ice", "cat"), 0),
 )
+
+CEILINGS = functools.cache(ceilings)
 
 
 class Files:
@@ -54,6 +59,12 @@ class Files:
 def pairs(options):
     """--name value of each."""
     return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.fixture(autouse=True)
+def _ceilings_measured_once(monkeypatch):
+    """Every comparison measures the machine; here the first does."""
+    monkeypatch.setattr(cli.compare, "ceilings", CEILINGS)
 
 
 @pytest.fixture
@@ -405,6 +416,26 @@ def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatc
     code, printed, errors = run(files.compare(task=name, preset="small"))
     assert (code, errors) == (0, [])
     assert any(line.startswith("base ") for line in printed)
+
+
+def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):
+    question = Question("q", "the cat", (" sat", " mat"), 0, "asked")
+    few = Task((Document("d", "the cat sat"),), (question,))
+    names = [name for name, generator in GENERATORS.items() if generator.reads is None]
+    for name in names:
+        monkeypatch.setitem(GENERATORS, name, replace(GENERATORS[name], make=lambda seed, **_: few))
+    code, printed, errors = run(files.compare(task="all", preset="small", seeds="0,1"))
+    assert (code, errors) == (0, [])
+    table = (files.folder / "run" / "table.md").read_text().splitlines()
+    assert printed[: len(table)] == table
+    assert table[0] == "| task: split (answers) | chance | base | seconds |"
+    assert [row.split(" | ")[:2] for row in table[2:]] == [[f"| {name}: asked (2)", "0.50"] for name in names]
+    for name in names:
+        study = Derived.read(files.folder / "run" / name)
+        accuracy = study.accuracy("base", "asked")
+        low, high = accuracy.interval
+        assert f"| {name}: asked (2) | 0.50 | {accuracy.value:.2f} ({low:.2f}-{high:.2f}) | " in "\n".join(table)
+    assert refused(files.compare(task="all", facts=2)).startswith("--facts: is simple-reversals' alone")
 
 
 def test_a_document_too_long_for_the_augmentation_prompt(files, refused):

@@ -193,7 +193,7 @@ def test_a_damaged_line_and_a_second_run_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"value": 2', b'"value": 3'))
     with pytest.raises(DamagedError, match=rf"^{path}:2: damaged"):
         keep(tmp_path, tasks, Doubler())
-    with locked(tmp_path / "lock"), pytest.raises(LockedError, match=f"lock: locked by process {os.getpid()} on "):
+    with locked(tmp_path / ".lock"), pytest.raises(LockedError, match=f"lock: locked by process {os.getpid()} on "):
         keep(tmp_path, tasks, Doubler())
 
 
@@ -250,10 +250,10 @@ def test_another_model_or_other_questions_reuse_nothing(case, tmp_path, monkeypa
 def test_a_second_run_is_refused_by_name(case, tmp_path, capsys):
     command, _ = case
     out = tmp_path / "scores.jsonl"
-    with locked(tmp_path / "scores.jsonl.shards" / "lock"):
+    with locked(tmp_path / "scores.jsonl.shards" / ".lock"):
         assert main(command(out)) == 2
     told = capsys.readouterr().err
-    assert f"{out}.shards/lock: locked by process {os.getpid()} on " in told
+    assert f"{out}.shards/.lock: locked by process {os.getpid()} on " in told
     assert not out.exists()
 
 

@@ -321,3 +321,10 @@ def test_a_page_of_a_hundred_thousand_questions_opens_in_two_seconds(browser, ma
     spent = {metric["name"]: metric["value"] for metric in metrics["metrics"]}
     assert spent["TaskDuration"] < 2
     assert browser.execute_script("return document.querySelectorAll('#s0-table tbody tr').length") == 20
+
+
+def test_a_study_without_training_has_no_table_of_break_evens(study):
+    runs = tuple(run for run in study.results.runs if run.arm in ("base", "icl"))
+    untrained = replace(study, results=replace(study.results, runs=runs))
+    assert "<caption>Break-even: queries" in page.render([study])
+    assert "<caption>Break-even: queries" not in page.render([untrained])

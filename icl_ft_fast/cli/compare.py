@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -38,16 +39,19 @@ from icl_ft_fast.cost.amortise import decide
 from icl_ft_fast.cost.machine import Ceilings, ceilings
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
-from icl_ft_fast.durable import Kept, digest
+from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.results import parse_results
+from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 from icl_ft_fast.tasks.task import Task
 
+ALL = "all"
 DEMO_FACTS = 40
 DEMO_LEARNING_RATE = 1e-3
 
@@ -65,12 +69,13 @@ def add(commands: Commands) -> None:
     comparison = command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
+        "icl-ft-fast compare --model shipped --task all --preset small --out out/all\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
     )  # fmt: skip
     add_model_options(comparison)
     add_memory_options(comparison)
-    add_task_options(comparison)
+    add_task_options(comparison, more=f"; {ALL} for every one of them that is made from a seed")
     comparison.add_argument(
         "--task-seed", type=int, metavar="SEED",
         help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
@@ -195,6 +200,43 @@ def _describe_demo(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    if options.task == ALL:
+        _compare_all(options)
+        return
+    study = _compared(options)
+    if options.json:
+        print(json.dumps(_summary(study, options)))
+        return
+    console = Terminal()
+    table.print_study(study, console, options.within)
+    print_decision(study, options, console)
+    if options.out is not None:
+        print(f"\nWritten to {options.out / 'results.json'}")
+
+
+def _compare_all(options: argparse.Namespace) -> None:
+    """Every task that is made from a seed, each in a folder of its own in --out, and one table of them all."""
+    if options.facts:
+        raise UsageError("--facts: is simple-reversals' alone; leave it out with --task all")
+    studies = []
+    for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
+        if show_progress(options):
+            print(f"{name}:", file=sys.stderr)
+        studies.append(_compared(argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})))
+    text = accuracy_table(studies)
+    with replacing(options.out / "table.md") as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps([_summary(study, options) for study in studies]) if options.json else text)
+    if not options.json:
+        print(f"\nWritten to {options.out}: table.md, and a folder for each task with its results.json")
+
+
+def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
+    return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
+
+
+def _compared(options: argparse.Namespace) -> Derived:
+    """Run what is not kept yet of a task."""
     make_task, preset = task_of_seed(options)
     settings = compare.Settings(
         arms=_arms(options.arms),
@@ -221,19 +263,7 @@ def _compare(options: argparse.Namespace) -> None:
         with alone(options, "results.json"):
             found = _study(options, make_task, settings)
     name = options.task if options.out is None else options.out.name
-    study = Derived(parse_results(found), name, prices, reuse_of(options), options.together)
-    if options.json:
-        print(
-            json.dumps(
-                study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
-            )
-        )
-        return
-    console = Terminal()
-    table.print_study(study, console, options.within)
-    print_decision(study, options, console)
-    if options.out is not None:
-        print(f"\nWritten to {options.out / 'results.json'}")
+    return Derived(parse_results(found), name, prices, reuse_of(options), options.together)
 
 
 def _study(options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings) -> dict[str, Any]:

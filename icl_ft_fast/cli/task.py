@@ -76,9 +76,9 @@ def add(commands: Commands) -> None:
     checked.set_defaults(run=_check)
 
 
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """What names a task, for task_of_seed()."""
-    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}")
+def add_task_options(parser: argparse.ArgumentParser, *, more: str = "") -> None:
+    """What names a task, for task_of_seed(); `more` ends the help of --task."""
+    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}{more}")
     parser.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
     parser.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
     parser.add_argument("--data", help="what a task by name reads, if it does: a folder, or a dataset on the hub")
