@@ -34,10 +34,15 @@ def shipped_tokenizer():
     return build_tokenizer()
 
 
-def documents(count=400, free_tokens=1000):
-    """Seeded documents of all kinds, as segments."""
+COURSES = {name: corpus.Course(1, 60, 600) for name in lessons.FAMILIES}
+
+
+def documents(count=400):
+    """Seeded documents of all kinds, as segments: of those with branches, the trunk with each."""
     rng = random.Random("documents")
-    return [corpus.document(rng, 40, free_tokens, copying=0.1) for _ in range(count)]
+    for _ in range(count):
+        trunk, branches = corpus.document(rng, COURSES, copying=0.1, augmenting=0.3)
+        yield from [trunk + branch for branch in branches] or [trunk]
 
 
 def text_of(segments):
@@ -46,7 +51,7 @@ def text_of(segments):
 
 def test_the_corpus_never_writes_a_held_out_word():
     found = set()
-    for segments in documents():
+    for segments in documents(600):
         found |= set(re.findall(r"\w+", text_of(segments))) & SPACE
     nonsense = found - set(english_words())
     assert len(nonsense) > 5000
@@ -55,7 +60,7 @@ def test_the_corpus_never_writes_a_held_out_word():
 
 
 def test_the_corpus_has_every_kind_of_document():
-    texts = [text_of(segments) for segments in documents(800)]
+    texts = list({text.partition("\n\nGiven these")[0]: text for text in map(text_of, documents(800))}.values())
     asked = Prompting.of("global").source.partition("{% endfor %}")[2].partition("{{")[0]
     kinds = {
         "study": sum("\n\nGiven these documents: " in text for text in texts),
@@ -66,7 +71,7 @@ def test_the_corpus_has_every_kind_of_document():
         "names alone": sum(text.startswith(" Note:") for text in texts),
     }
     assert min(kinds.values()) > 10, kinds
-    assert 0 < len(texts) - sum(kinds.values()) < 80  # texts alone
+    assert 0 < len(texts) - sum(kinds.values()) < 60  # texts alone
 
 
 def is_compared(texts, statement):
@@ -164,15 +169,16 @@ def is_rewritten(texts, statement):
 ORACLES = (is_compared, is_concluded, is_inherited, is_rewritten)
 
 
-@pytest.mark.parametrize(("family", "oracle"), list(zip(lessons.FAMILIES, ORACLES, strict=True)))
+@pytest.mark.parametrize(("family", "oracle"), list(zip(lessons.FAMILIES.values(), ORACLES, strict=True)))
 def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
     rng, checked = random.Random(0), 0
     for budget in (60, 150, 400, 900) * 3:
-        lesson = family.make(rng, 40, budget)
+        lesson = family.make(rng, budget)
         written = [text_of(statement).strip() for lines in lesson.lines for _, statement in lines]
-        asked = [text_of(statement).strip() for statement in lesson.asked]
+        asked = [text_of(statement).strip() for _, statement in lesson.asked]
         for statement in asked + rng.sample(written, min(20, len(written))):
             assert oracle(lesson.texts, statement), statement
+        assert {step for step, _ in lesson.asked} <= set(lessons.STEPS)
         assert len(lesson.lines) == len(lesson.texts)
         assert {label for lines in lesson.lines for label, _ in lines} <= set(LABELS[family.strategy])
         assert len(lesson.texts) == 1 or sum(map(lessons.num_tokens, lesson.texts)) < 1.5 * budget + 60
@@ -192,9 +198,9 @@ def test_the_oracles_refuse_what_does_not_follow(oracle, text, statement):
 
 def test_an_augmentation_document_is_what_the_prompt_and_a_right_answer_look_like():
     rng = random.Random(0)
-    for family in lessons.FAMILIES:
-        lesson = family.make(rng, 5, 300)
-        whole = text_of(corpus.augmentation_document(rng, lesson, family.strategy, 5000))
+    for family in lessons.FAMILIES.values():
+        lesson = family.make(rng, 300)
+        whole = text_of(corpus.augmentation(rng, lesson, family.strategy, 5000))
         told = [Document("", text) for text in lesson.texts]
         asks = Prompting.of(family.strategy).asks(told, told if family.strategy == "global" else ())
         answers = ["".join(f"{label}:{text_of(said)}\n" for label, said in lines) for lines in lesson.lines]
@@ -227,49 +233,51 @@ def test_tokens_are_counted_nearly(shipped_tokenizer):
 
 
 def test_loss_weights_line_up_with_the_tokens(shipped_tokenizer):
-    stage = train.Stage(share=1.0, row_tokens=512, rows=8, max_texts=20, copying=0.0)
-    rows = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(4)]
-    assert {tuple(t.shape) for row in rows for t in row} == {(8, 513)}
-    ids, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    known = [lessons.UNPREDICTABLE, lessons.LITTLE, lessons.GIVEN, lessons.DECISIVE]
-    assert weights.unique().tolist() == pytest.approx(known)
-    decisive = [shipped_tokenizer.decode([i]) for i in ids[weights == lessons.DECISIVE].tolist()]
+    stage = train.Stage(1.0, 1024, COURSES, copying=0.0)
+    batches = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(8)]
+    assert {tuple(t.shape) for given in batches for t in vars(given).values()} == {(1024,)}
+    target, weight = (torch.cat([getattr(given, name) for given in batches]) for name in ("target", "weight"))
+    known = [0.0, lessons.UNPREDICTABLE, lessons.LITTLE, lessons.GIVEN, lessons.DECISIVE]
+    assert weight.unique().tolist() == pytest.approx(known)
+    decisive = [shipped_tokenizer.decode([i]) for i in target[weight == lessons.DECISIVE].tolist()]
     assert len(decisive) > 100
     features = {word for comparative in INVERSE for word in comparative.split()}
     assert set(decisive) <= features | {"All", "Some", "No"}
     assert set(decisive) >= DIRECTIONS | {"All", "Some", "No"}
-    assert weights[ids == shipped_tokenizer.bos_token_id].unique().tolist() == pytest.approx([lessons.UNPREDICTABLE])
 
 
-def test_each_token_has_the_weight_of_the_segment_it_ends_in(shipped_tokenizer, monkeypatch):
-    rng = random.Random(1)
-    segments = [(text, float(n)) for n, (text, _) in enumerate(corpus.document(rng, 5, 400, 0.0))]
-    segments += [("é", 901.0), ("\n\n", 902.0), ("x", 903.0), (" zota", 904.0)]
-    monkeypatch.setattr(corpus, "document", lambda *_: segments)
-    ids, weights = train.batch(shipped_tokenizer, train.Stage(share=1.0, row_tokens=1024, rows=2, max_texts=5), 0, 0)
-    text = "".join(part for part, _ in segments)
-    length = len(shipped_tokenizer(text)["input_ids"])
-    assert length < 500  # the document stands in the first row more than once
-    owner = [weight for part, weight in segments for _ in part.encode()]
-    for start in (0, length):
-        assert ids[0, start] == shipped_tokenizer.bos_token_id
-        assert weights[0, start] == segments[0][1]
-        place = -1  # of the space put before the text
-        for token, weight in zip(
-            ids[0, start + 1 : start + length].tolist(), weights[0, start + 1 : start + length].tolist(), strict=True
-        ):
-            piece = shipped_tokenizer.convert_ids_to_tokens(token)
-            place += len(piece)  # a character of a byte-level piece is a byte
-            assert weight == owner[place - 1], (piece, place)
-        assert place == len(text.encode())
+def test_each_branch_is_the_document_and_has_the_weights_of_its_segments(shipped_tokenizer, monkeypatch):
+    trunk = [(" Facts:", 1.0), (" naïve\n\n", 2.0), ("x zota", 3.0)]
+    branches = [[(" femp are", 4.0), (" older.", 5.0)], [(" glon", 6.0), (" mi.", 7.0)]]
+    monkeypatch.setattr(corpus, "document", lambda *_: (trunk, branches))
+    given = train.batch(shipped_tokenizer, train.Stage(1.0, 150, COURSES), 0, 0)
+    pieces = shipped_tokenizer.convert_ids_to_tokens(given.token.tolist())
+    found = []
+    for row in range(100):  # the last document may have been cut
+        if given.depth[row + 1] == given.depth[row] + 1:
+            continue
+        path = [j for j in range(row + 1) if row < given.end[j]]
+        assert given.depth[path].tolist() == list(range(len(path)))
+        assert given.weight[row] == 0  # nothing follows
+        text = shipped_tokenizer.decode(given.token[path], skip_special_tokens=True)
+        branch = branches["glon" in text]
+        assert text == text_of(trunk + branch)[1:]
+        owner = [weight for part, weight in trunk + branch for _ in part.encode()]
+        place = 0
+        for before, j in itertools.pairwise(path):
+            place += len(pieces[j])  # a character of a byte-level piece is a byte
+            assert given.weight[before] == (owner[place - 1] if j == before + 1 else given.weight[before])
+            assert given.target[before] == given.token[before + 1]
+        found.append(branch)
+    assert len(found) > 6
 
 
-def test_rows_depend_on_seed_and_step_alone(shipped_tokenizer):
-    stage = train.Stage(share=1.0, row_tokens=128, rows=4, max_texts=3)
-    rows = [train.batch(shipped_tokenizer, stage, *key)[0] for key in ((0, 5), (0, 6), (0, 5), (1, 5))]
-    assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[0], rows[3])
+def test_batches_depend_on_seed_and_step_alone(shipped_tokenizer):
+    stage = train.Stage(1.0, 128, COURSES)
+    tokens = [train.batch(shipped_tokenizer, stage, *key).token for key in ((0, 5), (0, 6), (0, 5), (1, 5))]
+    assert torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[3])
 
 
 def test_a_nonsense_word_is_two_tokens(shipped_tokenizer):
@@ -314,7 +322,7 @@ def test_special_tokens(shipped_tokenizer):
     assert (shipped_tokenizer.bos_token_id, shipped_tokenizer.eos_token_id, shipped_tokenizer.pad_token_id) == (0, 0, 1)
     config = train.config(len(shipped_tokenizer))
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 1)
-    assert config.max_position_embeddings >= max(stage.row_tokens for stage in train.CURRICULUM)
+    assert config.max_position_embeddings >= max(c.most for stage in train.CURRICULUM for c in stage.courses.values())
     assert [stage.share for stage in train.CURRICULUM] == sorted(stage.share for stage in train.CURRICULUM)
     assert train.CURRICULUM[-1].share == 1.0
 
@@ -324,7 +332,7 @@ class StopError(Exception):
 
 
 def tiny_recipe(monkeypatch):
-    """Six steps of two stages on a small network, saved every second step."""
+    """Seven steps of two stages on a small network, saved every second step."""
 
     def config(vocabulary):
         return LlamaConfig(
@@ -335,7 +343,7 @@ def tiny_recipe(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     monkeypatch.setattr(train, "config", config)
-    monkeypatch.setattr(train, "CURRICULUM", (train.Stage(0.5, 64, 4, 2), train.Stage(1.0, 128, 2, 4)))
+    monkeypatch.setattr(train, "CURRICULUM", (train.Stage(0.5, 256, COURSES), train.Stage(1.0, 128, COURSES)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 
@@ -351,7 +359,7 @@ def assert_same_file(one, other):
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     tiny_recipe(monkeypatch)
-    tokens = 6 * 256
+    tokens = 1280
     train.train(tmp_path / "whole", tokens, 0, "cpu")
     batch, steps = train.batch, []
 
@@ -366,14 +374,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         train.train(tmp_path / "halves", tokens, 0, "cpu")
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     train.train(tmp_path / "halves", tokens, 0, "cpu")
-    assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
     for name in ("checkpoint.safetensors", "model.safetensors"):
         assert_same_file(tmp_path / "halves" / name, tmp_path / "whole" / name)
     assert (tmp_path / "halves" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [tuple(row[name] for name in ("step", "tokens", "row_tokens")) for row in metrics] == [
-        (2, 512, 64), (4, 1024, 128), (6, 1536, 128),
-    ]  # fmt: skip
+    assert [(row["step"], row["tokens"]) for row in metrics] == [(2, 512), (4, 896), (6, 1152), (7, 1280)]
     assert metrics[0]["loss"] > metrics[-1]["loss"]
 
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "halves", dtype="auto")

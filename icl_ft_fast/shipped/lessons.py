@@ -13,7 +13,6 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from icl_ft_fast.shipped.tokenizer import english_words
 from icl_ft_fast.tasks import process, semantic, syllogisms, words
@@ -22,6 +21,7 @@ from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, artic
 Segments = list[tuple[str, float]]
 
 UNPREDICTABLE, LITTLE, GIVEN, DECISIVE = 0.05, 0.3, 1.0, 2.0
+STEPS = ("recalled", "rephrased", "reversed", "concluded", "inherited", "transformed", "composed")
 
 _ENGLISH = frozenset(english_words())
 _PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z ]")
@@ -33,13 +33,13 @@ class Lesson:
 
     Attributes:
         texts: documents, in a random order.
-        asked: statements that follow from all texts together, most wanted first, as questions ask for them: what a
-            question picks at random carries little weight.
+        asked: statements that follow from all texts together, as questions ask for them, each with the step that leads
+            to it, a name of STEPS: what a question picks at random carries little weight.
         lines: for each text, what an augmentation of it should say: (label, statement).
     """
 
     texts: list[str]
-    asked: list[Segments]
+    asked: list[tuple[str, Segments]]
     lines: list[list[tuple[str, Segments]]]
 
 
@@ -48,25 +48,23 @@ def num_tokens(text: str) -> int:
     return sum(1 if len(piece) == 1 or piece in _ENGLISH else 2 for piece in _PIECE.findall(text))
 
 
-def comparisons(rng: random.Random, most: int, budget: int) -> Lesson:
-    """One-sentence articles; each is asked for in the other direction (half), as it stands or in other words.
+def comparisons(rng: random.Random, budget: int) -> Lesson:
+    """One-sentence articles; each is asked for in the other direction, as it stands and in other words.
 
     Most lessons keep to one, two or three features: where each fact has a feature of its own, the feature alone tells
     the facts apart and names are never looked up.
     """
-    count = max(1, min(most, budget // 14))
+    count = max(1, budget // 14)
     names = words.sample_words(rng, 2 * count, held_out=False)
     features = rng.sample(FEATURES, rng.choice((1, 1, 2, 3, len(FEATURES), len(FEATURES))))
     facts = [Comparison(a, rng.choice(rng.choice(features)), b) for a, b in zip(names[::2], names[1::2], strict=True)]
     asked, lines = [], []
     for fact in facts:
         lines.append([("Reversed", compared(fact.reversed, GIVEN)), ("Rephrased", compared_with(fact, GIVEN))])
-        kind = rng.random()
-        if kind < 0.85:
-            asked.append(compared(fact.reversed if kind < 0.5 else fact, UNPREDICTABLE))
-        else:
-            asked.append(compared_with(fact if rng.random() < 0.5 else fact.reversed, UNPREDICTABLE))
-    return Lesson([article(fact, rng.choice(PREAMBLES)) for fact in facts], rng.sample(asked, count), lines)
+        asked.append(("reversed", compared(fact.reversed, UNPREDICTABLE)))
+        asked.append(("recalled", compared(fact, UNPREDICTABLE)))
+        asked.append(("rephrased", compared_with(rng.choice((fact, fact.reversed)), UNPREDICTABLE)))
+    return Lesson([article(fact, rng.choice(PREAMBLES)) for fact in facts], asked, lines)
 
 
 def compared(fact: Comparison, first: float) -> Segments:
@@ -83,19 +81,20 @@ def compared_with(fact: Comparison, first: float) -> Segments:
     return [(f" {opening}", first), (f",{subject}", GIVEN), (f" {fact.comparative}", DECISIVE), (after, GIVEN)]
 
 
-def categorical(rng: random.Random, most: int, budget: int) -> Lesson:
-    """Pairs of premises; asked for are conclusions (three in four) and premises."""
-    count = max(1, min(most, budget // 27))
+def categorical(rng: random.Random, budget: int) -> Lesson:
+    """Pairs of premises; asked for are their conclusion and themselves."""
+    count = max(1, budget // 27)
     nouns = words.sample_words(rng, 3 * count, held_out=False)
     texts, asked, lines = [], [], []
     for e in range(count):
         form = rng.choice(syllogisms.FORMS)
         text, premises, conclusion = syllogisms.example(rng, form, nouns[3 * e : 3 * e + 3])
         texts.append(text)
-        asked.append(_stated(rng, conclusion if rng.random() < 0.75 else rng.choice(premises), UNPREDICTABLE))
+        asked.append(("concluded", _stated(rng, conclusion, UNPREDICTABLE)))
+        asked += [("recalled", _stated(rng, premise, UNPREDICTABLE)) for premise in premises]
         lines.append([("Rephrased", _stated(rng, premise, LITTLE)) for premise in premises])
         lines[-1].append(("Inferred", _stated(rng, conclusion, LITTLE)))
-    return Lesson(texts, rng.sample(asked, count), lines)
+    return Lesson(texts, asked, lines)
 
 
 def _stated(rng: random.Random, claim: syllogisms.Claim, first: float) -> Segments:
@@ -111,9 +110,9 @@ def _stated(rng: random.Random, claim: syllogisms.Claim, first: float) -> Segmen
     ]  # fmt: skip
 
 
-def hierarchy(rng: random.Random, most: int, budget: int) -> Lesson:
-    """Articles on categories; asked for are what is inherited (nearly half), reversals and the same in other words."""
-    world = semantic.sample_world(rng, rng.randint(12, max(12, most)), held_out=False)
+def hierarchy(rng: random.Random, budget: int) -> Lesson:
+    """Articles on categories; asked for are facts, the same in other words, reversed, and what is inherited."""
+    world = semantic.sample_world(rng, rng.randint(12, max(16, budget // 50)), held_out=False)
     lineage = world.lineage(rng.choice(list(world.parent)))  # first, so that a short lesson has something to inherit
     rest = [category for category in world.parent if category not in lineage]
     articles: list[tuple[str, str, list[semantic.Fact]]] = []
@@ -127,20 +126,18 @@ def hierarchy(rng: random.Random, most: int, budget: int) -> Lesson:
     rng.shuffle(articles)
     told = list(dict.fromkeys(fact for _, _, facts in articles for fact in facts))
     inherited = {category: _inherited(world, category, told) for category, _, _ in articles}
-    wordings = rng.choices((semantic.REVERSED, semantic.REPHRASED, semantic.PLAIN), (6, 3, 1), k=len(told))
-    recalled = [_filled(*pair, UNPREDICTABLE) for pair in zip(told, wordings, strict=True)]
-    concluded = [
-        _filled(fact, semantic.PLAIN if rng.random() < 0.8 else semantic.REVERSED, UNPREDICTABLE)
-        for facts in inherited.values()
-        for fact in facts
-    ]
+    asked = [(step, _filled(fact, wording, UNPREDICTABLE)) for fact in told for step, wording in _ASKED]
+    for fact in itertools.chain.from_iterable(inherited.values()):
+        wording = semantic.PLAIN if rng.random() < 0.7 else semantic.REVERSED
+        asked.append(("inherited", _filled(fact, wording, UNPREDICTABLE)))
     lines = []
     for category, _, facts in articles:
         lines.append([(label, _filled(fact, wording, GIVEN)) for fact in facts for label, wording in _RETOLD])
         lines[-1] += [("Inferred", _filled(fact, wording, GIVEN)) for fact in inherited[category] for wording in _DRAWN]
-    return Lesson([text for _, text, _ in articles], _merged(rng, concluded, recalled, 0.45), lines)
+    return Lesson([text for _, text, _ in articles], asked, lines)
 
 
+_ASKED = (("recalled", semantic.PLAIN), ("rephrased", semantic.REPHRASED), ("reversed", semantic.REVERSED))
 _RETOLD = (("Rephrased", semantic.REPHRASED), ("Inferred", semantic.REVERSED))
 _DRAWN = (semantic.PLAIN, semantic.REVERSED)
 
@@ -163,36 +160,31 @@ def _filled(fact: semantic.Fact, wording: Mapping[str, str], first: float) -> Se
     return [(f" {fact.fill(wording[fact.kind])}", first), (f" {side}.", GIVEN)]
 
 
-def _merged(rng: random.Random, some: list[Segments], others: list[Segments], fraction: float) -> list[Segments]:
-    """Both in a random order, as long as there are any with `fraction` of `some`."""
-    some, others = rng.sample(some, len(some)), rng.sample(others, len(others))
-    merged = []
-    while some or others:
-        merged.append((some if some and (not others or rng.random() < fraction) else others).pop())
-    return merged
-
-
-def transform(rng: random.Random, most: int, budget: int) -> Lesson:
+def transform(rng: random.Random, budget: int) -> Lesson:
     """Rules of a transform, its atoms and examples; asked for are expressions of one and of two functions shown."""
     language = process.sample_language(rng, (3, 2), 4, held_out=False)
-    shown = rng.sample(list(language.arity), max(1, min(len(language.arity), budget // 120, most)))
+    shown = rng.sample(list(language.arity), max(1, min(len(language.arity), budget // 120)))
     atoms = list(language.atoms)
     made: list[process.Expression] = [(f, *rng.sample(atoms, language.arity[f])) for f in shown for _ in range(3)]
-    for outer in shown:
-        for inner in shown:
-            made += process.compositions(rng, language, outer, inner, 2)
+    for outer, inner in itertools.product(shown, repeat=2):
+        made += process.compositions(rng, language, outer, inner, 2)
     expressions = rng.sample(list(dict.fromkeys(made)), len(set(made)))
     stated = {(f, *"AB"[: language.arity[f]]): language.rules[f] for f in shown} | dict(language.atoms)
     texts = [f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()]
     budget -= sum(map(num_tokens, texts))
-    examples, unseen = [], [_transformed(language, expression) for expression in expressions]
-    while len(unseen) > 2 and budget > 0 and rng.random() < 0.95:
-        examples.append(unseen.pop())
-        texts.append("".join(text for text, _ in examples[-1]).lstrip())
+    examples: list[process.Expression] = []
+    while len(expressions) > 2 and budget > 0 and rng.random() < 0.95:
+        examples.append(expressions.pop())
+        texts.append("".join(text for text, _ in _transformed(language, examples[-1])).lstrip())
         budget -= num_tokens(texts[-1])
+    asked = [("recalled", _transformed(language, example)) for example in examples]
+    for expression in expressions:
+        step = "transformed" if isinstance(expression[1], str) else "composed"
+        asked.append((step, _transformed(language, expression)))
+    unseen = [statement for step, statement in asked if step != "recalled"]
     rng.shuffle(texts)
     lines = [[("Inferred", statement)] for _, statement in zip(texts, itertools.cycle(unseen), strict=False)]
-    return Lesson(texts, _merged(rng, examples, unseen, 0.15), lines)
+    return Lesson(texts, asked, lines)
 
 
 def _transformed(language: process.Language, expression: process.Expression) -> Segments:
@@ -202,28 +194,19 @@ def _transformed(language: process.Language, expression: process.Expression) -> 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of lesson: `make(rng, most, budget)` has at most `most` texts of about `budget` tokens in all.
+    """A kind of lesson: `make(rng, budget)` has texts of about `budget` tokens in all, at least one text.
 
     Attributes:
-        least_tokens: of a row that has room for one.
         strategy: of augmentation, whose prompts its texts stand in.
     """
 
-    make: Callable[[random.Random, int, int], Lesson]
-    least_tokens: int
+    make: Callable[[random.Random, int], Lesson]
     strategy: str
 
 
-FAMILIES = (
-    Family(comparisons, 0, "local"),
-    Family(categorical, 60, "document"),
-    Family(hierarchy, 100, "global"),
-    Family(transform, 240, "global"),
-)
-
-
-def family(rng: random.Random, shares: Sequence[float], free_tokens: int) -> Family:
-    """One of the families that have room in `free_tokens`, by their shares in the order of FAMILIES."""
-    fitting = [pair for pair in zip(FAMILIES, shares, strict=True) if pair[0].least_tokens <= free_tokens and pair[1]]
-    found = rng.choices(*zip(*(fitting or [(FAMILIES[0], 1.0)]), strict=True))[0]
-    return cast(Family, found)
+FAMILIES = {
+    "comparisons": Family(comparisons, "local"),
+    "categorical": Family(categorical, "document"),
+    "hierarchy": Family(hierarchy, "global"),
+    "transform": Family(transform, "global"),
+}
