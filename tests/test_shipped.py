@@ -227,15 +227,15 @@ def test_segments_of_a_statement_put_the_weight_on_its_direction():
 
 
 def test_tokens_are_counted_nearly(shipped_tokenizer):
-    for segments in documents(100):
+    for segments in documents(40):
         text = text_of(segments)
-        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.06, abs=3)
+        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.08, abs=3)
 
 
 def test_loss_weights_line_up_with_the_tokens(shipped_tokenizer):
-    stage = train.Stage(1.0, 1024, COURSES, copying=0.0)
-    batches = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(8)]
-    assert {tuple(t.shape) for given in batches for t in vars(given).values()} == {(1024,)}
+    stage = train.Stage(1.0, 2048, COURSES, copying=0.0)
+    batches = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(30)]
+    assert {tuple(t.shape) for given in batches for t in vars(given).values()} == {(2048,)}
     target, weight = (torch.cat([getattr(given, name) for given in batches]) for name in ("target", "weight"))
     known = [0.0, lessons.UNPREDICTABLE, lessons.LITTLE, lessons.GIVEN, lessons.DECISIVE]
     assert weight.unique().tolist() == pytest.approx(known)
@@ -263,11 +263,12 @@ def test_each_branch_is_the_document_and_has_the_weights_of_its_segments(shipped
         branch = branches["glon" in text]
         assert text == text_of(trunk + branch)[1:]
         owner = [weight for part, weight in trunk + branch for _ in part.encode()]
-        place = 0
+        place, boundary = 0, len(shipped_tokenizer(text_of(trunk))["input_ids"])
         for before, j in itertools.pairwise(path):
             place += len(pieces[j])  # a character of a byte-level piece is a byte
-            assert given.weight[before] == (owner[place - 1] if j == before + 1 else given.weight[before])
-            assert given.target[before] == given.token[before + 1]
+            if given.depth[j] != boundary:  # where it branches no one token follows
+                assert given.weight[before] == owner[place - 1]
+                assert given.target[before] == given.token[j]
         found.append(branch)
     assert len(found) > 6
 
@@ -374,7 +375,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         train.train(tmp_path / "halves", tokens, 0, "cpu")
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     train.train(tmp_path / "halves", tokens, 0, "cpu")
-    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6]
     for name in ("checkpoint.safetensors", "model.safetensors"):
         assert_same_file(tmp_path / "halves" / name, tmp_path / "whole" / name)
     assert (tmp_path / "halves" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -438,11 +439,11 @@ def test_learning_rate_warms_up_and_falls():
     peak = train.PEAK_LEARNING_RATE
     rates = [train.learning_rate(step / 5000, step) for step in range(5000)]
     top = max(range(5000), key=rates.__getitem__)
-    assert rates[0] == pytest.approx(peak / 100, rel=1e-6)
-    assert 95 <= top <= 105
+    assert rates[0] == pytest.approx(peak / 60, rel=1e-6)
+    assert top == 59
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert rates[-1] == pytest.approx(peak / 20, rel=1e-3)
+    assert rates[-1] == pytest.approx(peak / 20, rel=0.02)
 
 
 shipped = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="icl_ft_fast/shipped/model is not there yet")
