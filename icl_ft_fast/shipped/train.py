@@ -28,7 +28,7 @@ from icl_ft_fast.evaluate import icl_context, select_documents
 from icl_ft_fast.model import Rows, from_network, load
 from icl_ft_fast.shipped import corpus
 from icl_ft_fast.shipped.corpus import Course
-from icl_ft_fast.shipped.lessons import Segments
+from icl_ft_fast.shipped.lessons import DECISIVE, Segments
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.generated import GENERATORS
 
@@ -55,19 +55,20 @@ class Stage:
 # One step of inference a family comes first: where a fact is sometimes recalled and sometimes reversed, which way it
 # points is a parity of two things that are not yet known, and stays a guess for millions of tokens (LOG.md).
 CURRICULUM = (
-    Stage(0.06, 2048, {"comparisons": Course(1, 14, 42, ["reversed"])}, copying=0.1),
-    Stage(0.13, 2048, {
+    Stage(0.01, 2048, {"comparisons": Course(1, 20, 56, ["reversed"])}, copying=1.0),
+    Stage(0.10, 2048, {"comparisons": Course(1, 20, 56, ["reversed"])}, copying=0.1),
+    Stage(0.20, 2048, {
         "comparisons": Course(3, 14, 80),
         "categorical": Course(4, 27, 60, ["concluded"]),
         "hierarchy": Course(3, 30, 100, ["reversed"]),
     }),
-    Stage(0.25, 2048, {
+    Stage(0.32, 2048, {
         "comparisons": Course(2, 20, 150),
         "categorical": Course(3, 27, 140),
         "hierarchy": Course(3, 30, 200, ["recalled", "rephrased", "reversed"]),
         "transform": Course(1, 60, 200, ["recalled", "transformed"]),
     }, augmenting=0.05),
-    Stage(0.55, 2048, {
+    Stage(0.58, 2048, {
         "comparisons": Course(2, 40, 320),
         "categorical": Course(3, 40, 280),
         "hierarchy": Course(4, 50, 400),
@@ -86,7 +87,7 @@ CURRICULUM = (
         "transform": Course(2, 400, 3000),
     }, augmenting=0.12),
 )  # fmt: skip
-DEFAULT_TOKENS = 20_000_000
+DEFAULT_TOKENS = 16_000_000
 PEAK_LEARNING_RATE = 3e-3
 SAVE_EVERY = 500
 TASKS = ("simple-reversals", "simple-syllogisms", "semantic-structure", "process")
@@ -261,6 +262,7 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
     if checkpoint.exists():
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)
+    right = decisive = 0  # predictions since the last save
     bar = tqdm(total=tokens, initial=run.tokens, unit="token", unit_scale=True, desc="training", mininterval=5)
     while run.tokens < tokens:
         stage = next(stage for stage in CURRICULUM if run.tokens < stage.share * tokens)
@@ -279,14 +281,18 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        asked = given.weight == DECISIVE
+        right += int((logits.argmax(-1).cpu() == given.target)[asked].sum())
+        decisive += int(asked.sum())
         run.step += 1
         run.tokens += stage.rows
         bar.update(stage.rows)
+        bar.set_postfix(loss=f"{loss.item():.3f}", decisive=f"{right / max(1, decisive):.2f}", refresh=False)
         if run.step % SAVE_EVERY == 0 or run.tokens >= tokens:
             run.network.save_pretrained(out / "progress")
             tokenizer.save_pretrained(out / "progress")
-            row = {"step": run.step, "tokens": run.tokens, "loss": loss.item()}
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": right / max(1, decisive)}
+            right = decisive = 0
             with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
             run.save(checkpoint)
