@@ -40,7 +40,7 @@ class Task:
     Attributes:
         name: the same for the same work and for no other, in every run.
         work: what a worker is called with; its result is JSON.
-        flops: estimated, without what the group shares.
+        flops: estimated, without what the group shares. Where all are 0, groups are begun in their order.
         group: tasks of one group share something that a worker makes at the first and keeps for the next.
         start_flops: estimated, of making it.
     """
@@ -63,6 +63,13 @@ class Executor(Protocol):
     """
 
     rank: int
+
+    @property
+    def workers(self) -> int | None:
+        """Those at work at once; None for as many as a cluster has room for."""
+
+    def begin(self) -> None:
+        """Wait until rank 0 has come here."""
 
     def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """Yield (task, result) as tasks end; together the processes of a run yield each once.
@@ -113,7 +120,10 @@ def pull(tasks: Sequence[Task], worker: int, num_workers: int, take: Callable[[i
 class InProcess:
     """One worker: this process."""
 
-    rank = 0
+    rank, workers = 0, 1
+
+    def begin(self) -> None:
+        """See Executor."""
 
     def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
@@ -140,9 +150,16 @@ class Torchrun:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        store, self.rank, self.size = next(iter(rendezvous("env://")))
+        store, self.rank, self.workers = next(iter(rendezvous("env://")))
         self._store = PrefixStore(f"icl_ft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._runs = 0
+
+    def begin(self) -> None:
+        """See Executor."""
+        self._runs += 1
+        if self.rank == 0:
+            self._store.set(f"{self._runs}/begun", "")
+        self._store.wait([f"{self._runs}/begun"], _FOREVER)
 
     def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
@@ -156,10 +173,10 @@ class Torchrun:
         if unknown := [name for name in names if name not in mine]:
             raise ExecutorError(
                 f"rank {self.rank}: {len(unknown)} of rank 0's {len(names)} tasks are not known here: give every node "
-                "the same model, input and options"
+                "the same model, input and options, and for `compare` be of one kind, with equal threads and versions"
             )
         worker: Worker | None = None
-        for i in pull([mine[name] for name in names], self.rank, self.size, self._take):
+        for i in pull([mine[name] for name in names], self.rank, self.workers, self._take):
             worker = worker or start()
             yield mine[names[i]], worker(mine[names[i]].work)
 
@@ -171,8 +188,8 @@ class Torchrun:
         if self.rank:
             self._store.set(f"{self._runs}/ended/{self.rank}", "")
             return False
-        if self.size > 1:
-            self._store.wait([f"{self._runs}/ended/{rank}" for rank in range(1, self.size)], _FOREVER)
+        if self.workers > 1:
+            self._store.wait([f"{self._runs}/ended/{rank}" for rank in range(1, self.workers)], _FOREVER)
         return True
 
 
@@ -195,7 +212,8 @@ class Ray:
     RETRIES = 3
 
     def __init__(self, workers: int | None, *, address: str | None = None, cpus: int = 1, gpus: int = 0) -> None:
-        self.workers, self.address, self.cpus, self.gpus = workers, address, cpus, gpus
+        self.workers = workers or (None if address else max(1, cores() // cpus))
+        self.address, self.cpus, self.gpus = address, cpus, gpus
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report what it runs to its makers
         try:
             import ray
@@ -203,10 +221,13 @@ class Ray:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
         self._ray = ray
 
+    def begin(self) -> None:
+        """See Executor."""
+
     def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
         """See Executor."""
         if left := [task for task in tasks if task.name not in done]:
-            here = {} if self.address else {"num_cpus": self.cpus * (self.workers or cores() // self.cpus)}
+            here = {} if self.address else {"num_cpus": self.cpus * (self.workers or 1)}
             self._ray.init(
                 self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
             )
@@ -285,7 +306,7 @@ def run_kept(
         start: makes a worker.
         tasks: all of the run's.
         folder: made when missing, and locked during the block.
-        progress: what a bar of tasks is called; "" shows none.
+        progress: what a bar of tasks is called; "" shows none. Rank 0's own is shown.
 
     Returns:
         For the block, the tasks' results; None in processes of other rank than 0.
@@ -297,9 +318,9 @@ def run_kept(
     """
     with locked(folder / ".lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
-        done = names & _kept(folder, tell=True).keys() if executor.rank == 0 else set()
+        done = names & kept_in(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
-        bar = {"desc": progress, "unit": "shard", "disable": not progress, "delay": 1}
+        bar = {"desc": progress, "unit": "task", "disable": not progress or executor.rank > 0, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
             for task, result in executor.run(start, tasks, done):
                 kept.add({task.name: result})
@@ -307,11 +328,11 @@ def run_kept(
         if not executor.is_last():
             yield None
             return
-        found = _kept(folder)
+        found = kept_in(folder)
         yield [found[task.name] for task in tasks]
 
 
-def _kept(folder: Path, *, tell: bool = False) -> dict[str, Any]:
+def kept_in(folder: Path, *, tell: bool = False) -> dict[str, Any]:
     """Results by task name in the files of a folder; tells which file ends in a line that was cut short."""
     kept: dict[str, Any] = {}
     for path in sorted(folder.glob("*.jsonl")):

@@ -154,13 +154,13 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
     settings, path = replace(SETTINGS, arms=("base", "icl"), seeds=(3,)), tmp_path / "kept.jsonl"
     first = compare.compare(llama, task_of_seed, settings, kept=Kept(path))
     costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path))
-    run, done = compare._run, []
+    make_run, done = compare.make_run, []
 
-    def running(*arguments):
-        done.append(arguments[2])
-        return run(*arguments)
+    def making(model, planned, *arguments, **named):
+        done.append(planned.arm)
+        return make_run(model, planned, *arguments, **named)
 
-    monkeypatch.setattr(compare, "_run", running)
+    monkeypatch.setattr(compare, "make_run", making)
     assert compare.compare(llama, task_of_seed, settings, kept=Kept(path)) == first
     assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path)) == costs
     assert done == []

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -14,17 +15,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import study
 import torch
 import yaml
+from crash import TASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import scaling
-from icl_ft_fast import cli, shards
+from icl_ft_fast import cli, compare, runs, shards
 from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
-from icl_ft_fast.executors import InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.results import unmeasured
 from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
@@ -279,6 +283,7 @@ def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
 # Several processes ------------------------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
 KILL_ONE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -381,7 +386,7 @@ def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeyp
     assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
+@needs_ray
 def test_two_actors_of_ray_one_of_them_killed(killed):
     killed([sys.executable], "--executor", "ray", "--workers", "2")
 
@@ -430,6 +435,124 @@ def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, mo
         monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(case[0](tmp_path / "scores.jsonl", *more)) == 2
     assert capsys.readouterr().err == f"icl-ft-fast score: {message}\n"
+
+
+# A study ----------------------------------------------------------------------------------------------------------
+
+
+def unmeasured_bytes(out):
+    return json.dumps(unmeasured(json.loads((out / "results.json").read_bytes())))
+
+
+@pytest.fixture(scope="module")
+def compared(llama_directory, tmp_path_factory):
+    """A function from an output to the command that compares, and what one process writes less what it measures."""
+    folder = tmp_path_factory.mktemp("study")
+    for name, rows in TASK.items():
+        write_jsonl(folder / name, rows)
+    options = "--arms base,icl,ft,augmented-ft,distilled --seeds 0,1 --steps 3 --batch-size 2 --strategy document"
+    limits = "--checkpoint-minutes 0 --measure-seconds 0.1 --quiet"
+
+    def command(out, *more):
+        files = ["--model", llama_directory, "--task", folder, "--out", out]
+        return ["compare", *map(str, files), *options.split(), *limits.split(), *map(str, more)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        study.prepare(patch.setattr)
+        assert main(command(folder / "out")) == 0
+    return command, unmeasured_bytes(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        pytest.param([*TORCHRUN, "--max-restarts", "1"], (), id="torchrun"),
+        pytest.param([sys.executable], ("--executor", "ray", "--workers", "2"), id="ray", marks=needs_ray),
+    ],
+)
+def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path, launcher, more):
+    command, whole = compared
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    marks.mkdir()
+    code, told = run([*launcher, TESTS / "study.py", marks, *command(out, *more)])
+    assert code == 0, told
+    assert unmeasured_bytes(out) == whole
+    assert {made["workers"] for made in json.loads((out / "results.json").read_bytes())["runs"]} == {2}
+    assert "Arms were timed while 2 workers ran at once" in told
+    assert told.count("Written to") == 1
+    assert sorted(path.name for path in out.iterdir()) == ["kept.jsonl", "results.json"]
+    begun = Counter((marks / "begun").read_text().splitlines())
+    arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
+    parts = begun.keys() - arms
+    assert begun.keys() > arms
+    assert len(parts) == 4
+    assert {begun[name] for name in parts} == {1}  # for two arms each, and though a worker was killed
+    assert begun[study.MORTAL] == 2
+    assert max(begun.values()) <= 2
+    assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # one in a checkpoint, one at which it died, two after
+
+
+def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeypatch):
+    command, _ = compared
+    study.prepare(monkeypatch.setattr)
+    assert main(command(tmp_path / "one", "--store", tmp_path / "a")) == 0
+    real, begun, made = runs.Runner.__call__, [], []
+
+    def dies(self, job):
+        begun.append(job)
+        if len(begun) == 7:
+            raise KilledError
+        return real(self, job)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        patch.setattr(runs.Runner, "__call__", dies)
+        with pytest.raises(KilledError):
+            main(command(out, "--store", tmp_path / "b"))
+        with locked(out / ".lock"):
+            assert main(command(out, "--store", tmp_path / "b")) == 2
+    assert [getattr(job, "arm", "part") for job in begun] == ["part"] * 4 + ["ft", "augmented-ft", "distilled"]
+    make_run = compare.make_run
+
+    def making(model, planned, *arguments, **named):
+        made.append((planned.seed, planned.arm))
+        return make_run(model, planned, *arguments, **named)
+
+    monkeypatch.setattr(compare, "make_run", making)
+    monkeypatch.setattr(Engine, "answer", None)  # all is written
+    assert main(command(out, "--store", tmp_path / "b")) == 0
+    assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
+        (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")
+    ]
+    assert unmeasured_bytes(out) == unmeasured_bytes(tmp_path / "one")
+    assert not (out / "parts").exists()
+
+
+def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
+    second = SimpleNamespace(rank=1, workers=2, begin=lambda: None, run=lambda *_: iter(()), is_last=lambda: False)
+    monkeypatch.setattr(cli.compare, "executor_of", lambda options: second)
+    command, _ = compared
+    for more in ((), ("--task", "all", "--preset", "small", "--seeds", "0", "--arms", "base")):
+        assert main(command(tmp_path / "out", *more)) == 0
+        assert not list(tmp_path.iterdir())
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, tmp_path, monkeypatch):
+    here = compare.study_key(llama, compare.Settings())
+    elsewhere = runs.RunnerElsewhere(str(llama_directory), {}, here, compare.Settings(), 2, tmp_path / "none", 60.0)
+    assert elsewhere().at.checkpoints is None
+    other = compare.fingerprint("cpu")
+    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"memory_bytes": 1})
+    elsewhere()
+    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"threads": 99})
+    with pytest.raises(ExecutorError, match="its threads or the versions of libraries are not those of where the"):
+        elsewhere()
 
 
 # Examples and documentation -----------------------------------------------------------------------------------------

@@ -257,6 +257,40 @@ def prompts(
     return prompting.asks(documents, shown), shown
 
 
+@dataclass(frozen=True)
+class Part:
+    """Prompts that the engine answers in one call.
+
+    Attributes:
+        name: a digest of all that decides the answers.
+        prompting, asks, sampling: as in Run.
+    """
+
+    name: str
+    prompting: Prompting
+    asks: tuple[Ask, ...]
+    sampling: Sampling
+
+    def write(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
+        """The rows of the answers, what was dropped, and what it took, all that is in `ledger` then."""
+        with ledger.phase("filter"):  # all but the phase "generate" within it
+            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling)
+            run.collect(progress=progress)
+            made = run.read()
+        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": ledger.as_dict()}
+
+
+def parts(model: Model, documents: Sequence[Document], strategy: str, *, seed: int = 0, key: str = "") -> list[Part]:
+    """What augment_by_model() asks of the model, call by call; see there."""
+    prompting, sampling = Prompting.of(strategy), Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
+    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    calls = [tuple(asks[first : first + Engine.together]) for first in range(0, len(asks), Engine.together)]
+    shared = key, prompting.digest, asdict(sampling)
+    return [
+        Part(digest(*shared, [(ask.id, ask.prompt) for ask in call]), prompting, call, sampling) for call in calls
+    ]  # fmt: skip
+
+
 def augment_by_model(
     model: Model,
     documents: Sequence[Document],
@@ -284,23 +318,11 @@ def augment_by_model(
         AugmentError: an unknown strategy.
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    prompting, kept, ledger = Prompting.of(strategy), kept or Kept(None), ledger or Ledger()
-    sampling = Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
-    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    kept, ledger = kept or Kept(None), ledger or Ledger()
     rows: list[Augmentation] = []
     dropped: dict[str, int] = {}
-
-    def write(part: Sequence[Ask], counts: Ledger) -> dict[str, Any]:
-        with counts.phase("filter"):  # all but the phase "generate" within it
-            run = Run(prompting, part, Engine(model, ledger=counts), sampling)
-            run.collect(progress=progress)
-            made = run.read()
-        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": counts.as_dict()}
-
-    for first in range(0, len(asks), Engine.together):
-        part = asks[first : first + Engine.together]
-        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in part])
-        made = kept.once(name, partial(write, part, Ledger(meter=ledger.meter)))
+    for part in parts(model, documents, strategy, seed=seed, key=key):
+        made = kept.once(part.name, partial(part.write, model, Ledger(meter=ledger.meter), progress=progress))
         rows += (Augmentation(**row) for row in made["rows"])
         dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
         ledger.include(made["counts"])
