@@ -52,6 +52,7 @@ class Task:
     start_flops: int = 0
 
 
+Start: TypeAlias = Callable[[], Worker]
 Ended: TypeAlias = Iterator[tuple[Task, Any]]
 
 
@@ -71,13 +72,14 @@ class Executor(Protocol):
     def begin(self) -> None:
         """Wait until rank 0 has come here."""
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """Yield (task, result) as tasks end; together the processes of a run yield each once.
 
         Args:
             start: makes a worker, in the process that it works in.
             tasks: of the run, the same in every process.
             done: names of those to leave out; rank 0's counts.
+            more: the next run is the same workers', who stay.
 
         Raises:
             ExecutorError: see there; and whatever a worker raises.
@@ -125,7 +127,7 @@ class InProcess:
     def begin(self) -> None:
         """See Executor."""
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         left = [task for task in tasks if task.name not in done]
         worker: Worker | None = None
@@ -161,7 +163,7 @@ class Torchrun:
             self._store.set(f"{self._runs}/begun", "")
         self._store.wait([f"{self._runs}/begun"], _FOREVER)
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         self._runs += 1
         if self.rank == 0:
@@ -219,30 +221,36 @@ class Ray:
             import ray
         except ModuleNotFoundError as error:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
-        self._ray = ray
+        self._ray, self._actors = ray, list[Any]()
 
     def begin(self) -> None:
         """See Executor."""
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
-        if left := [task for task in tasks if task.name not in done]:
-            here = {} if self.address else {"num_cpus": self.cpus * (self.workers or 1)}
-            self._ray.init(
-                self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
-            )
-            try:
+        left, stay = [task for task in tasks if task.name not in done], False
+        here = {} if self.address else {"num_cpus": self.cpus * (self.workers or 1)}
+        try:
+            if left and not self._actors:
+                self._ray.init(
+                    self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
+                )
+            if left:
                 yield from self._run(start, left)
-            finally:
+            stay = more
+        finally:
+            if (left or self._actors) and not stay:
+                self._actors = []
                 self._ray.shutdown()
 
-    def _run(self, start: Callable[[], Worker], tasks: list[Task]) -> Ended:
+    def _run(self, start: Start, tasks: list[Task]) -> Ended:
         ray, errors = self._ray, self._ray.exceptions
         reserved = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         each, room = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
         workers = self.workers or max(1, int(ray.cluster_resources().get(each, 0) // room))
         make = ray.remote(max_restarts=-1, max_task_retries=self.RETRIES, **reserved)(_Actor)
-        actors = [make.remote(start) for _ in range(min(workers, len(tasks)))]
+        self._actors += [make.remote(start) for _ in range(len(self._actors), min(workers, len(tasks)))]
+        actors = self._actors
         counters, running = _Counters(), dict[Any, tuple[int, int]]()
         pulls = [pull(tasks, a, len(actors), counters.take) for a in range(len(actors))]
 
@@ -294,7 +302,7 @@ def cores() -> int:
 
 @contextmanager
 def run_kept(
-    executor: Executor, start: Callable[[], Worker], tasks: Sequence[Task], folder: Path, *, progress: str = ""
+    executor: Executor, start: Start, tasks: Sequence[Task], folder: Path, *, progress: str = "", more: bool = False
 ) -> Iterator[list[Any] | None]:
     """Do the tasks that have no result in `folder` yet, and keep each result there as it comes.
 
@@ -307,6 +315,7 @@ def run_kept(
         tasks: all of the run's.
         folder: made when missing, and locked during the block.
         progress: what a bar of tasks is called; "" shows none. Rank 0's own is shown.
+        more: see Executor.run().
 
     Returns:
         For the block, the tasks' results; None in processes of other rank than 0.
@@ -322,21 +331,33 @@ def run_kept(
         kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
         bar = {"desc": progress, "unit": "task", "disable": not progress or executor.rank > 0, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
-            for task, result in executor.run(start, tasks, done):
+            for task, result in executor.run(start, tasks, done, more=more):
                 kept.add({task.name: result})
                 shown.update()
         if not executor.is_last():
             yield None
             return
-        found = kept_in(folder)
+        found = kept_in(folder, expected=names)
         yield [found[task.name] for task in tasks]
 
 
-def kept_in(folder: Path, *, tell: bool = False) -> dict[str, Any]:
-    """Results by task name in the files of a folder; tells which file ends in a line that was cut short."""
+def kept_in(folder: Path, *, expected: Collection[str] = (), tell: bool = False) -> dict[str, Any]:
+    """Results by task name in the files of a folder.
+
+    Args:
+        folder: of run_kept().
+        expected: names that must be there.
+        tell: which file ends in a line that was cut short.
+
+    Raises:
+        ExecutorError: a name that is not there.
+        DamagedError: see run_kept().
+    """
     kept: dict[str, Any] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if tell and path.read_bytes()[-1:] not in (b"", b"\n"):
             _log.warning("%s: its last line was cut short by a kill; that part is done again", path)
         kept |= Kept(path).values
+    if lost := set(expected) - kept.keys():
+        raise ExecutorError(f"{folder}: {len(lost)} results are not seen here; all nodes must share the folder")
     return kept

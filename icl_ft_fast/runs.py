@@ -8,8 +8,9 @@ is taken in when all is there; compare() then goes on as after a kill, and finds
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +23,7 @@ from icl_ft_fast.executors import Executor, ExecutorError, Ray, Task, kept_in, r
 from icl_ft_fast.model import Model, load
 
 PARTS = "parts"
-Job: TypeAlias = Part | Planned
+Job: TypeAlias = Part | tuple[Planned, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,25 @@ class Runner:
     Attributes:
         model: from load().
         settings: of the study.
-        at: where runs find what was made before.
         workers: see compare.Run.
+        checkpoints, checkpoint_s: see compare.compare().
     """
 
     model: Model
     settings: Settings
-    at: At
     workers: int | None
+    checkpoints: Path | None
+    checkpoint_s: float
 
     def __call__(self, job: Job) -> dict[str, Any]:
-        """What is kept of a job."""
+        """What is kept of a part, or of a run that comes with its parts by name."""
         if isinstance(job, Part):
             return job.write(self.model, Ledger(meter=Meter(self.model.device)))
-        return make_run(self.model, job, self.settings, self.at) | {"workers": self.workers}
+        planned, parts = job
+        kept = Kept(None)
+        kept.add(parts)
+        made = make_run(self.model, planned, self.settings, At(kept, self.checkpoints, self.checkpoint_s))
+        return made | {"workers": self.workers}
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,8 @@ class RunnerElsewhere:
     Attributes:
         name, loading: what load() is called with.
         key: study_key() where the command was started.
-        settings, workers: of the Runner.
-        folder: of the study. Checkpoints are written there where it is seen.
-        checkpoint_s: seconds between them.
-        found: augmentations that are written, by name.
+        settings, workers, checkpoint_s: of the Runner.
+        folder: of the study; checkpoints are written there where it is seen.
     """
 
     name: str
@@ -68,7 +72,6 @@ class RunnerElsewhere:
     workers: int | None
     folder: Path
     checkpoint_s: float
-    found: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> Runner:
         """Load, check, make."""
@@ -82,10 +85,8 @@ class RunnerElsewhere:
 
     def of(self, model: Model) -> Runner:
         """A Runner of a model that is loaded already."""
-        kept = Kept(None)
-        kept.add(self.found)
         checkpoints = self.folder / "checkpoints" if self.folder.is_dir() else None
-        return Runner(model, self.settings, At(kept, checkpoints, self.checkpoint_s), self.workers)
+        return Runner(model, self.settings, self.workers, checkpoints, self.checkpoint_s)
 
 
 def make_runs(
@@ -113,23 +114,21 @@ def make_runs(
     Raises:
         ExecutorError, LockedError, DamagedError: see executors.run_kept(); and whatever a run raises.
     """
-    folder, settings = elsewhere.folder / PARTS, elsewhere.settings
+    folder, start = elsewhere.folder / PARTS, elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
     # Whoever begins the longest last keeps all waiting: arms that train nothing come last.
-    runs = {one.key: one for one in sorted(plans, key=lambda one: one.arm in ("base", "icl"))}
-    left = [one for one in runs.values() if one.key not in kept.values]
-    parts = {part.name: part for one in left for part in one.parts(model, settings)}
+    left = [p for p in sorted(plans, key=lambda p: p.arm in ("base", "icl")) if p.key not in kept.values]
+    parts = {planned.key: planned.parts(model, elsewhere.settings) for planned in left}
+    new = {part.name: part for its in parts.values() for part in its if part.name not in kept.values}
 
-    def with_parts() -> RunnerElsewhere:
-        there = kept.values | kept_in(folder)
-        return replace(elsewhere, found={name: there[name] for name in parts if name in there})
+    def run(jobs: Mapping[str, Job], what: str, *, more: bool = False) -> bool:
+        tasks = [Task(name, job, 0, group=name) for name, job in jobs.items()]
+        with run_kept(executor, start, tasks, folder, progress=what if progress else "", more=more) as results:
+            return results is not None
 
-    goes_on = False
-    for what, jobs in (("augmenting", parts), ("comparing", runs)):
-        listed = [Task(name, job, 0, group=name) for name, job in jobs.items() if name not in kept.values]
-        start = with_parts() if isinstance(executor, Ray) else lambda: with_parts().of(model)
-        with run_kept(executor, start, listed, folder, progress=what if progress else "") as results:
-            goes_on = results is not None
-    return goes_on
+    run(new, "augmenting", more=True)
+    executor.begin()  # when all is written
+    there = kept.values | kept_in(folder, expected=new)
+    return run({p.key: (p, {part.name: there[part.name] for part in parts[p.key]}) for p in left}, "comparing")
 
 
 def take_in(kept: Kept, folder: Path) -> None:

@@ -52,7 +52,7 @@ class Mortal(runs.Runner):
 
     def __call__(self, job):
         """See Runner."""
-        what = job.name if isinstance(job, Part) else f"{job.arm} {job.seed}"
+        what = job.name if isinstance(job, Part) else f"{job[0].arm} {job[0].seed}"
         note("begun", f"{what}\n")
         note(str(os.getpid()), "")
         while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies
@@ -72,7 +72,7 @@ class Elsewhere(runs.RunnerElsewhere):
     def of(self, model):
         """See RunnerElsewhere."""
         made = super().of(model)
-        return Mortal(made.model, made.settings, made.at, made.workers)
+        return Mortal(**vars(made))
 
 
 if __name__ == "__main__":

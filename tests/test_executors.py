@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling
 from icl_ft_fast import cli, compare, runs, shards
+from icl_ft_fast.augment import Part
 from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
@@ -495,7 +496,8 @@ def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path, 
 def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeypatch):
     command, _ = compared
     study.prepare(monkeypatch.setattr)
-    assert main(command(tmp_path / "one", "--store", tmp_path / "a")) == 0
+    assert main(command(tmp_path / "one", "--store", tmp_path / "store")) == 0
+    (tmp_path / "store").rename(tmp_path / "store of one")
     real, begun, made = runs.Runner.__call__, [], []
 
     def dies(self, job):
@@ -512,10 +514,11 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
             patch.setenv(name, str(value))
         patch.setattr(runs.Runner, "__call__", dies)
         with pytest.raises(KilledError):
-            main(command(out, "--store", tmp_path / "b"))
+            main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
-            assert main(command(out, "--store", tmp_path / "b")) == 2
-    assert [getattr(job, "arm", "part") for job in begun] == ["part"] * 4 + ["ft", "augmented-ft", "distilled"]
+            assert main(command(out, "--store", tmp_path / "store")) == 2
+    assert all(isinstance(job, Part) for job in begun[:4])
+    assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
     make_run = compare.make_run
 
     def making(model, planned, *arguments, **named):
@@ -524,7 +527,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
     monkeypatch.setattr(compare, "make_run", making)
     monkeypatch.setattr(Engine, "answer", None)  # all is written
-    assert main(command(out, "--store", tmp_path / "b")) == 0
+    assert main(command(out, "--store", tmp_path / "store")) == 0
     assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
         (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")
     ]
@@ -533,11 +536,13 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
-    second = SimpleNamespace(rank=1, workers=2, begin=lambda: None, run=lambda *_: iter(()), is_last=lambda: False)
+    second = SimpleNamespace(
+        rank=1, workers=2, begin=lambda: None, run=lambda *_, more: iter(()), is_last=lambda: False
+    )
     monkeypatch.setattr(cli.compare, "executor_of", lambda options: second)
     command, _ = compared
-    for more in ((), ("--task", "all", "--preset", "small", "--seeds", "0", "--arms", "base")):
-        assert main(command(tmp_path / "out", *more)) == 0
+    for more in ((), ("--task", "all", "--preset", "small")):
+        assert main(command(tmp_path / "out", "--arms", "base,ft", *more)) == 0
         assert not list(tmp_path.iterdir())
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
@@ -546,7 +551,7 @@ def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_pa
 def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, tmp_path, monkeypatch):
     here = compare.study_key(llama, compare.Settings())
     elsewhere = runs.RunnerElsewhere(str(llama_directory), {}, here, compare.Settings(), 2, tmp_path / "none", 60.0)
-    assert elsewhere().at.checkpoints is None
+    assert elsewhere().checkpoints is None
     other = compare.fingerprint("cpu")
     monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"memory_bytes": 1})
     elsewhere()
