@@ -641,7 +641,10 @@ def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
 def test_the_documented_scaling_is_what_the_measurements_give():
     text = (TESTS.parent / "docs" / "executors.md").read_text()
     assert f"<!-- scaling -->\n{scaling.table()}\n<!-- /scaling -->" in text
-    commands = re.findall(r"^    icl-ft-fast (score (?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
-    assert [cli.parser().parse_args(shlex.split(command)).executor for command in commands] == [None, "torchrun", "ray"]
+    commands = re.findall(r"^    icl-ft-fast ((?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
+    parsed = [cli.parser().parse_args(shlex.split(command)) for command in commands]
+    assert [(options.command, options.executor) for options in parsed] == [
+        ("score", None), ("score", "torchrun"), ("score", "ray"), ("compare", "torchrun"), ("compare", "ray"),
+    ]  # fmt: skip
     measured = json.loads(scaling.MEASURED.read_text())
     assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6
