@@ -54,7 +54,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
-        strategy: of augmented-ft, see augment.augment_by_model().
+        strategy: of augmented-ft, see augment.parts_of().
         finetune: steps, batch size, learning rate.
     """
 
@@ -180,26 +180,22 @@ class Planned:
     Attributes:
         task: of the seed.
         arm, seed: of the run.
-        content: a digest of the study and the task.
+        written_key: a digest of what the model's augmentations depend on, beside how it is asked: the same for a seed's
+            arms.
         key: a digest of all that decides the run.
     """
 
     task: Task
     arm: str
     seed: int
-    content: str
+    written_key: str
     key: str
-
-    @property
-    def written_key(self) -> str:
-        """A digest of what the model's augmentations depend on, beside how it is asked: the same for a seed's arms."""
-        return digest(self.content, self.seed)
 
     def parts(self, model: Model, settings: Settings) -> list[augment.Part]:
         """What the model writes for the run; nothing for most arms."""
         if self.arm not in WRITTEN:
             return []
-        return augment.parts(model, self.task.documents, settings.strategy, seed=self.seed, key=self.written_key)
+        return augment.parts_of(model, self.task.documents, settings.strategy, seed=self.seed, key=self.written_key)
 
 
 def plan(
@@ -216,7 +212,8 @@ def plan(
             raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
         content = digest(identity, asdict(task))
         for arm in settings.arms:
-            yield Planned(task, arm, seed, content, digest(content, arm, seed, arm == "icl" and has_store))
+            key = digest(content, arm, seed, arm == "icl" and has_store)
+            yield Planned(task, arm, seed, digest(content, seed), key)
 
 
 @dataclass(frozen=True)
@@ -229,9 +226,7 @@ class At:
     store: ContextStore | None = None
 
 
-def make_run(
-    model: Model, planned: Planned, settings: Settings, at: At, *, progress: bool = False
-) -> dict[str, Any]:  # fmt: skip
+def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, progress: bool = False) -> dict[str, Any]:
     """A run's fields but for the questions."""
     task, arm, seed = planned.task, planned.arm, planned.seed
     ledger, store = Ledger(meter=Meter(model.device)), None
@@ -253,10 +248,8 @@ def make_run(
                 with ledger.phase("filter"):
                     augmented = augment.augment_rules(task.documents)
             else:
-                augmented = augment.augment_by_model(
-                    model, task.documents, settings.strategy, seed=seed, kept=at.kept, key=planned.written_key,
-                    ledger=ledger, progress=progress,
-                )  # fmt: skip
+                parts = planned.parts(model, settings)
+                augmented = augment.augment_by_model(model, parts, kept=at.kept, ledger=ledger, progress=progress)
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]

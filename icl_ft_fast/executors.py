@@ -69,11 +69,8 @@ class Executor(Protocol):
     def workers(self) -> int | None:
         """Those at work at once; None for as many as a cluster has room for."""
 
-    def begin(self) -> None:
-        """Wait until rank 0 has come here."""
-
     def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
-        """Yield (task, result) as tasks end; together the processes of a run yield each once.
+        """Yield (task, result) as tasks end; together the processes yield each once, and none before rank 0 begins.
 
         Args:
             start: makes a worker, in the process that it works in.
@@ -124,9 +121,6 @@ class InProcess:
 
     rank, workers = 0, 1
 
-    def begin(self) -> None:
-        """See Executor."""
-
     def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         left = [task for task in tasks if task.name not in done]
@@ -155,13 +149,6 @@ class Torchrun:
         store, self.rank, self.workers = next(iter(rendezvous("env://")))
         self._store = PrefixStore(f"icl_ft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._runs = 0
-
-    def begin(self) -> None:
-        """See Executor."""
-        self._runs += 1
-        if self.rank == 0:
-            self._store.set(f"{self._runs}/begun", "")
-        self._store.wait([f"{self._runs}/begun"], _FOREVER)
 
     def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
@@ -222,9 +209,6 @@ class Ray:
         except ModuleNotFoundError as error:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
         self._ray, self._actors = ray, list[Any]()
-
-    def begin(self) -> None:
-        """See Executor."""
 
     def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
@@ -293,6 +277,12 @@ class _Counters(dict[int, int]):
         before = self.get(group, 0)
         self[group] = before + n
         return before
+
+
+def follow(executor: Executor) -> None:
+    """Wait until rank 0 has come here: a run of no tasks, which none begins before it."""
+    for _ in executor.run(lambda: str, [], (), more=True):
+        pass
 
 
 def cores() -> int:

@@ -8,61 +8,34 @@ is taken in when all is there; compare() then goes on as after a kill, and finds
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from icl_ft_fast.augment import Part
 from icl_ft_fast.compare import At, Planned, Settings, make_run, study_key
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.durable import Kept
-from icl_ft_fast.executors import Executor, ExecutorError, Ray, Task, kept_in, run_kept
+from icl_ft_fast.executors import Executor, ExecutorError, Ray, Task, Worker, follow, kept_in, run_kept
 from icl_ft_fast.model import Model, load
 
 PARTS = "parts"
-Job: TypeAlias = Part | tuple[Planned, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Runner:
-    """A worker: writes parts of augmentations and makes runs, each alone in its process.
-
-    Attributes:
-        model: from load().
-        settings: of the study.
-        workers: see compare.Run.
-        checkpoints, checkpoint_s: see compare.compare().
-    """
-
-    model: Model
-    settings: Settings
-    workers: int | None
-    checkpoints: Path | None
-    checkpoint_s: float
-
-    def __call__(self, job: Job) -> dict[str, Any]:
-        """What is kept of a part, or of a run that comes with its parts by name."""
-        if isinstance(job, Part):
-            return job.write(self.model, Ledger(meter=Meter(self.model.device)))
-        planned, parts = job
-        kept = Kept(None)
-        kept.add(parts)
-        made = make_run(self.model, planned, self.settings, At(kept, self.checkpoints, self.checkpoint_s))
-        return made | {"workers": self.workers}
-
-
-@dataclass(frozen=True)
-class RunnerElsewhere:
-    """Makes a Runner in another process, perhaps on another machine.
+class Runs:
+    """Makes workers of a study, in this process or another, perhaps on another machine.
 
     Attributes:
         name, loading: what load() is called with.
         key: study_key() where the command was started.
-        settings, workers, checkpoint_s: of the Runner.
+        settings: of the study.
+        workers: see compare.Run.
         folder: of the study; checkpoints are written there where it is seen.
+        checkpoint_s: seconds between them.
     """
 
     name: str
@@ -73,36 +46,35 @@ class RunnerElsewhere:
     folder: Path
     checkpoint_s: float
 
-    def __call__(self) -> Runner:
-        """Load, check, make."""
+    def __call__(self) -> Worker:
+        """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
         model = load(self.name, **self.loading)
         if study_key(model, self.settings) != self.key:
             raise ExecutorError(
                 f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "
                 "of where the command was started"
             )
-        return self.of(model)
+        return partial(self.do, model)
 
-    def of(self, model: Model) -> Runner:
-        """A Runner of a model that is loaded already."""
-        checkpoints = self.folder / "checkpoints" if self.folder.is_dir() else None
-        return Runner(model, self.settings, self.workers, checkpoints, self.checkpoint_s)
+    def do(self, model: Model, job: Part | tuple[Planned, dict[str, Any]]) -> dict[str, Any]:
+        """What is kept of a part of an augmentation, or of a run, which comes with its parts by name."""
+        if isinstance(job, Part):
+            return job.write(model, Ledger(meter=Meter(model.device)))
+        planned, parts = job
+        kept = Kept(None)
+        kept.add(parts)
+        at = At(kept, self.folder / "checkpoints" if self.folder.is_dir() else None, self.checkpoint_s)
+        return make_run(model, planned, self.settings, at) | {"workers": self.workers}
 
 
 def make_runs(
-    executor: Executor,
-    elsewhere: RunnerElsewhere,
-    model: Model,
-    plans: Iterable[Planned],
-    kept: Kept,
-    *,
-    progress: bool = False,
+    executor: Executor, start: Runs, model: Model, plans: Iterable[Planned], kept: Kept, *, progress: bool = False
 ) -> bool:
     """Make the runs that are not kept yet, where an executor's workers are, and leave them in PARTS.
 
     Args:
         executor: who makes them.
-        elsewhere: makes a worker.
+        start: makes a worker.
         model: the same one, loaded in this process.
         plans: from compare.plan().
         kept: what is there already.
@@ -114,19 +86,20 @@ def make_runs(
     Raises:
         ExecutorError, LockedError, DamagedError: see executors.run_kept(); and whatever a run raises.
     """
-    folder, start = elsewhere.folder / PARTS, elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
+    folder = start.folder / PARTS
     # Whoever begins the longest last keeps all waiting: arms that train nothing come last.
     left = [p for p in sorted(plans, key=lambda p: p.arm in ("base", "icl")) if p.key not in kept.values]
-    parts = {planned.key: planned.parts(model, elsewhere.settings) for planned in left}
+    parts = {p.key: p.parts(model, start.settings) for p in left}
     new = {part.name: part for its in parts.values() for part in its if part.name not in kept.values}
 
-    def run(jobs: Mapping[str, Job], what: str, *, more: bool = False) -> bool:
+    def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
         tasks = [Task(name, job, 0, group=name) for name, job in jobs.items()]
-        with run_kept(executor, start, tasks, folder, progress=what if progress else "", more=more) as results:
+        worker = start if isinstance(executor, Ray) else lambda: partial(start.do, model)
+        with run_kept(executor, worker, tasks, folder, progress=what if progress else "", more=more) as results:
             return results is not None
 
     run(new, "augmenting", more=True)
-    executor.begin()  # when all is written
+    follow(executor)  # until all is written
     there = kept.values | kept_in(folder, expected=new)
     return run({p.key: (p, {part.name: there[part.name] for part in parts[p.key]}) for p in left}, "comparing")
 

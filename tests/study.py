@@ -47,35 +47,26 @@ def deadly(*arguments):
     return STEP(*arguments)
 
 
-class Mortal(runs.Runner):
-    """A worker that notes what it begins."""
+class Mortal(runs.Runs):
+    """Workers that note what they begin."""
 
-    def __call__(self, job):
-        """See Runner."""
+    def __call__(self):
+        """See Runs."""
+        prepare(setattr)
+        return super().__call__()
+
+    def do(self, model, job):
+        """See Runs."""
         what = job.name if isinstance(job, Part) else f"{job[0].arm} {job[0].seed}"
         note("begun", f"{what}\n")
         note(str(os.getpid()), "")
         while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies
             time.sleep(0.01)
         loop._step = deadly if what == MORTAL else STEP
-        return super().__call__(job)
-
-
-class Elsewhere(runs.RunnerElsewhere):
-    """Makes a Mortal."""
-
-    def __call__(self):
-        """See RunnerElsewhere."""
-        prepare(setattr)
-        return super().__call__()
-
-    def of(self, model):
-        """See RunnerElsewhere."""
-        made = super().of(model)
-        return Mortal(**vars(made))
+        return super().do(model, job)
 
 
 if __name__ == "__main__":
     prepare(setattr)
-    runs.RunnerElsewhere = Elsewhere
+    runs.Runs = Mortal
     sys.exit(cli.main(sys.argv[2:]))

@@ -130,9 +130,9 @@ def test_the_plain_arms(llama):
 
 def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     # the tiny model has no room for the prompt that asks for augmentations
-    def by_rule(_, documents, *__, ledger, **___):
+    def by_rule(*_, ledger, **__):
         with ledger.phase("filter"):
-            return augment_rules(documents)
+            return augment_rules(task.documents)
 
     monkeypatch.setattr(compare.augment, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
 from icl_ft_fast.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.results import unmeasured
+from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
@@ -498,13 +501,13 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
     study.prepare(monkeypatch.setattr)
     assert main(command(tmp_path / "one", "--store", tmp_path / "store")) == 0
     (tmp_path / "store").rename(tmp_path / "store of one")
-    real, begun, made = runs.Runner.__call__, [], []
+    real, begun, made = runs.Runs.do, [], []
 
-    def dies(self, job):
+    def dies(self, model, job):
         begun.append(job)
         if len(begun) == 7:
             raise KilledError
-        return real(self, job)
+        return real(self, model, job)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, socket.create_server(("localhost", 0)) as free:
@@ -512,7 +515,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
         free.close()
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
             patch.setenv(name, str(value))
-        patch.setattr(runs.Runner, "__call__", dies)
+        patch.setattr(runs.Runs, "do", dies)
         with pytest.raises(KilledError):
             main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
@@ -536,9 +539,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
-    second = SimpleNamespace(
-        rank=1, workers=2, begin=lambda: None, run=lambda *_, more: iter(()), is_last=lambda: False
-    )
+    second = SimpleNamespace(rank=1, workers=2, run=lambda *_, more: iter(()), is_last=lambda: False)
     monkeypatch.setattr(cli.compare, "executor_of", lambda options: second)
     command, _ = compared
     for more in ((), ("--task", "all", "--preset", "small")):
@@ -549,12 +550,14 @@ def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_pa
 
 
 def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, tmp_path, monkeypatch):
-    here = compare.study_key(llama, compare.Settings())
-    elsewhere = runs.RunnerElsewhere(str(llama_directory), {}, here, compare.Settings(), 2, tmp_path / "none", 60.0)
-    assert elsewhere().checkpoints is None
+    settings = compare.Settings(("ft",), (0,), finetune=FinetuneSettings(steps=1, batch_size=1))
+    (planned,) = compare.plan(llama, partial(simple_reversals, num_facts=2, num_articles=2), settings)
+    here = compare.study_key(llama, settings)
+    elsewhere = runs.Runs(str(llama_directory), {}, here, settings, 2, tmp_path / "none", 60.0)
     other = compare.fingerprint("cpu")
     monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"memory_bytes": 1})
-    elsewhere()
+    assert elsewhere()((planned, {}))["workers"] == 2
+    assert not list(tmp_path.iterdir())  # no checkpoint where the study's folder is not seen
     monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"threads": 99})
     with pytest.raises(ExecutorError, match="its threads or the versions of libraries are not those of where the"):
         elsewhere()

@@ -45,9 +45,9 @@ from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
 from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
-from icl_ft_fast.executors import Executor, InProcess
+from icl_ft_fast.executors import Executor, InProcess, follow
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.model import SHIPPED, Model
+from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -284,14 +284,23 @@ def _study(
     options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings, executor: Executor
 ) -> dict[str, Any] | None:
     """Run what is not kept yet; returns what results.json holds, in rank 0."""
-    executor.begin()  # the others once rank 0 holds the lock, and measures nothing any more of a study before
+    follow(executor)  # until it holds the lock, and measures nothing any more of a study before
     out, progress, load = options.out, show_progress(options) and executor.rank == 0, Ledger(meter=Meter("cpu"))
     kept = Kept(None if out is None else out / "kept.jsonl")
     before, arguments, made = len(kept.values), arguments_digest(options), list[compare.Run]()
     with load.phase("load"):
         model = load_model(options)
-    if not isinstance(executor, InProcess) and not _by_workers(options, executor, model, make_task, settings, kept):
-        return None
+    has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
+    if not isinstance(executor, InProcess):
+        key = compare.study_key(model, settings)
+        start = runs.Runs(
+            options.model, loading(options), key, settings, executor.workers, out.absolute(), checkpoint_s
+        )  # fmt: skip
+        plans = compare.plan(model, make_task, settings, has_store=has_store)
+        # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
+        shared = [one for one in plans if one.arm != "icl" or not has_store]
+        if not runs.make_runs(executor, start, model, shared, kept, progress=progress):
+            return None
     if out is not None:
         runs.take_in(kept, out)
 
@@ -303,7 +312,7 @@ def _study(
 
     compare.compare(
         model, make_task, settings, kept=kept, checkpoints=None if out is None else out / "checkpoints",
-        checkpoint_s=60 * options.checkpoint_minutes, store=open_store(options, model), progress=progress, on_run=keep,
+        checkpoint_s=checkpoint_s, store=open_store(options, model), progress=progress, on_run=keep,
     )  # fmt: skip
     costs = compare.measure(
         model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, kept=kept, progress=progress
@@ -317,22 +326,6 @@ def _study(
     if out is not None:
         compare.write_results(out / "results.json", found)
     return found
-
-
-def _by_workers(
-    options: argparse.Namespace, executor: Executor, model: Model, make_task: Callable[[int], Task],
-    settings: compare.Settings, kept: Kept,
-) -> bool:  # fmt: skip
-    """Let an executor's workers make the runs; whether this process goes on."""
-    elsewhere = runs.RunnerElsewhere(
-        options.model, loading(options), compare.study_key(model, settings), settings, executor.workers,
-        options.out.absolute(), 60 * options.checkpoint_minutes,
-    )  # fmt: skip
-    has_store = options.store is not None
-    plans = compare.plan(model, make_task, settings, has_store=has_store)
-    # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
-    shared = (one for one in plans if not (has_store and one.arm == "icl"))
-    return runs.make_runs(executor, elsewhere, model, shared, kept, progress=show_progress(options))
 
 
 def _template(name: str) -> str:

@@ -81,14 +81,11 @@ class Derived:
     @property
     def beside(self) -> str:
         """What to know of figures that were measured while other runs were made; empty where none were."""
-        if not (workers := {run.workers for run in self.results.runs} - {1}):
-            return ""
-        count = "several" if None in workers else max(n for n in workers if n is not None)
-        return (
-            f"Arms were timed while {count} workers ran at once, who slow each other down on one machine and share its "
-            "joules: what is paid once, and break-even numbers, may be too high. What a query costs was measured with "
-            "the others at rest."
-        )
+        workers = {run.workers for run in self.results.runs} - {1}
+        count = "several" if None in workers else max(filter(None, workers), default=1)
+        told = f"Arms were timed while {count} workers ran at once, who slow each other down on one machine and share "
+        told += "its joules: setups and break-even numbers may be too high. What a query costs was measured by itself."
+        return told if workers else ""
 
     def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
         """The bootstrap's interval over facts and seeds; None where answers were not kept."""
