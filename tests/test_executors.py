@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -287,7 +288,6 @@ def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
 # Several processes ------------------------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
 KILL_ONE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -390,7 +390,7 @@ def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeyp
     assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
 
 
-@needs_ray
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
 def test_two_actors_of_ray_one_of_them_killed(killed):
     killed([sys.executable], "--executor", "ray", "--workers", "2")
 
@@ -467,33 +467,35 @@ def compared(llama_directory, tmp_path_factory):
     return command, unmeasured_bytes(folder / "out")
 
 
-@pytest.mark.parametrize(
-    ("launcher", "more"),
-    [
-        pytest.param([*TORCHRUN, "--max-restarts", "1"], (), id="torchrun"),
-        pytest.param([sys.executable], ("--executor", "ray", "--workers", "2"), id="ray", marks=needs_ray),
-    ],
-)
-def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path, launcher, more):
+def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path):
     command, whole = compared
-    out, marks = tmp_path / "out", tmp_path / "marks"
-    marks.mkdir()
-    code, told = run([*launcher, TESTS / "study.py", marks, *command(out, *more)])
-    assert code == 0, told
-    assert unmeasured_bytes(out) == whole
-    assert {made["workers"] for made in json.loads((out / "results.json").read_bytes())["runs"]} == {2}
-    assert "Arms were timed while 2 workers ran at once" in told
-    assert told.count("Written to") == 1
-    assert sorted(path.name for path in out.iterdir()) == ["kept.jsonl", "results.json"]
-    begun = Counter((marks / "begun").read_text().splitlines())
-    arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
-    parts = begun.keys() - arms
-    assert begun.keys() > arms
-    assert len(parts) == 4
-    assert {begun[name] for name in parts} == {1}  # for two arms each, and though a worker was killed
-    assert begun[study.MORTAL] == 2
-    assert max(begun.values()) <= 2
-    assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # one in a checkpoint, one at which it died, two after
+    launchers = {"torchrun": ([*TORCHRUN, "--max-restarts", "1"], ())}
+    if find_spec("ray") is not None:
+        launchers["ray"] = [sys.executable], ("--executor", "ray", "--workers", "2")
+
+    def launch(name):
+        launcher, more = launchers[name]
+        (tmp_path / f"{name} marks").mkdir()
+        return run([*launcher, TESTS / "study.py", tmp_path / f"{name} marks", *command(tmp_path / name, *more)])
+
+    with ThreadPoolExecutor() as pool:  # most of their time is that of starting processes
+        ended = dict(zip(launchers, pool.map(launch, launchers), strict=True))
+    for name, (code, told) in ended.items():
+        out, marks = tmp_path / name, tmp_path / f"{name} marks"
+        assert code == 0, told
+        assert unmeasured_bytes(out) == whole
+        assert {made["workers"] for made in json.loads((out / "results.json").read_bytes())["runs"]} == {2}
+        assert "Arms were timed while 2 workers ran at once" in told
+        assert told.count("Written to") == 1
+        assert sorted(path.name for path in out.iterdir()) == ["kept.jsonl", "results.json"]
+        begun = Counter((marks / "begun").read_text().splitlines())
+        arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
+        assert begun.keys() > arms
+        parts = {written: times for written, times in begun.items() if written not in arms}
+        assert list(parts.values()) == [1] * 4  # each for two arms, and though a worker was killed
+        assert begun[study.MORTAL] == 2
+        assert max(begun.values()) <= 2
+        assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # kept in a checkpoint, deadly, and those left
 
 
 def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeypatch):
