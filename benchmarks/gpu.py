@@ -1,9 +1,9 @@
 """`python -m benchmarks gpu --out DIR`: bring-up of a GPU in one command, ending within `--minutes`.
 
-Each part runs in a process of its own, forked before CUDA is touched, with a time limit: what a part has measured is in
-DIR's CSV at once, a part that fails or hangs costs its own limit and no other part anything, and DIR/gpu.md, written
-anew after each part, says what was reached, what not, and why. Variants are timed in turn, checked beforehand against
-float64 or another implementation. FLOPs count what a row may see, so a rival that computes more has a lower rate.
+Each part runs in a process of its own with a time limit, and what it measures is in DIR's CSV at once: a part that
+fails or hangs takes nothing from the others. DIR/gpu.md, written anew after each, says what was reached, what was not,
+and why. Results are checked before they are timed, and variants timed in turn. FLOPs count what a row may see and what
+ours forwards, whoever does the work.
 """
 
 import argparse
@@ -39,14 +39,13 @@ from benchmarks import score
 from benchmarks.timing import Row, append_csv, machine, measure, peak_bytes
 from benchmarks.trie_attention import check_budget
 from icl_ft_fast import generate, ops, reference, trie
-from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, batches, lora, loop
+from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, batches, loop, lora
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.optimizer import Optimizer
 from icl_ft_fast.model import ATTENTION, Model, from_network
-from icl_ft_fast.model import CHUNK_ROWS as DEFAULT_ROWS
 
 OURS, HEADS, KV_HEADS = "icl_ft_fast", 32, 8
-PER_MS = {"TFLOP/s": 1e-9, "GB/s": 1e-6, "tokens/s": 1e3, "passed": 1.0}  # of one unit of work a millisecond
+PER_MS = {"TFLOP/s": 1e-9, "GB/s": 1e-6, "tokens/s": 1e3}  # of one unit of work a millisecond
 CHUNK_ROWS = 4096  # rows forwarded at a time; the package's own default is also measured
 LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
@@ -54,7 +53,9 @@ LLAMA_8B = {
 }  # fmt: skip
 TOY = LLAMA_8B | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
+TESTS = {True: ["-m", "gpu", "tests/test_gpu.py", "tests/test_kernels.py"], False: ["tests/test_statistics.py"]}
 Variants = dict[str, Callable[[], Any] | str]  # a string says why there is nothing to call
+Index = tuple[Tensor, Tensor, Tensor, Tensor]  # row_q, end_k, depth_q, depth_k
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,6 @@ class Bench:
             self.tell(found[variant])
         return found
 
-
     def percent(self, rate: float, unit: str) -> float | None:
         """Of the ceiling in that unit, where there is one."""
         return 100 * rate / self.ceilings[unit] if unit in self.ceilings else None
@@ -138,9 +138,9 @@ def ceilings(bench: Bench) -> None:
     """What the machine does at best: every other row's share is of these."""
     size, count = (128, 2**12) if bench.small else (8192, 2**30)
     a, b, source = bench.random(size, size), bench.random(size, size, seed=1), bench.random(count)
-    target = torch.empty_like(source)
-    bench.measure(f"bf16 matmul: {size:,}^3", {"torch": lambda: a @ b}, 2 * size**3, "TFLOP/s", seconds=1.0)
-    bench.measure(f"device copy: {source.nbytes / 1e9:.1f} GB", {"torch": lambda: target.copy_(source)}, 2 * source.nbytes, "GB/s", seconds=1.0)
+    target, moved = torch.empty_like(source), 2 * source.nbytes
+    bench.measure(f"bf16 matmul: {size:,}^3", {"torch": lambda: a @ b}, 2 * size**3, "TFLOP/s")
+    bench.measure(f"device copy: {moved:,} bytes", {"torch": lambda: target.copy_(source)}, moved, "GB/s")
 
 
 def attention(bench: Bench) -> None:
@@ -150,34 +150,36 @@ def attention(bench: Bench) -> None:
         keys = torch.arange(many, dtype=torch.int32, device=bench.device)
         row = torch.arange(many, many + few, dtype=torch.int32, device=bench.device)
         index = (row, torch.full_like(keys, many + few), torch.full_like(row, many), keys)
-        name = f"rectangle d{size}: {few:,} x {many:,}, {HEADS}/{KV_HEADS} heads"
-        _attention(bench, name, index, size, few * many, is_causal=False)
+        _attention(bench, f"rectangle d{size}: {few:,} x {many:,}", index, size, few * many, is_causal=False)
     for rows in chains:
         row = torch.arange(rows, dtype=torch.int32, device=bench.device)
-        name = f"chain of {rows:,}: d 128, {HEADS}/{KV_HEADS} heads"
-        _attention(bench, name, (row, torch.full_like(row, rows), row, row), 128, rows * (rows + 1) // 2, is_causal=True)
+        index = (row, torch.full_like(row, rows), row, row)
+        _attention(bench, f"chain: of {rows:,}, d 128", index, 128, rows * (rows + 1) // 2, is_causal=True)
 
 
-def _attention(bench: Bench, case: str, index: tuple[Tensor, ...], size: int, pairs: int, *, is_causal: bool) -> None:
-    q, k, v = (bench.random(len(i), h, size, seed=s) for s, (i, h) in enumerate(_heads(index)))
-    shared = [x.transpose(0, 1)[None] for x in (q, k, v)]
+def _attention(bench: Bench, case: str, index: Index, size: int, pairs: int, *, is_causal: bool) -> None:
+    ours, shared = _checked(bench, case, index, size)
     own = [shared[0], *(x.repeat_interleave(HEADS // KV_HEADS, 1) for x in shared[1:])]  # before the clock starts
-    ours = functools.partial(ops.trie_attention, q, k, v, *index, plans={})
-    plain = F.scaled_dot_product_attention(*own, is_causal=is_causal)[0].transpose(0, 1)
-    _check_attention(case, (q, k, v), index, ours(), plain)
-    variants: Variants = {OURS: ours}
+    variants: Variants = {OURS: functools.partial(ours, plans={})}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        for name, qkv in (("", shared), (", heads repeated", own)):
-            call: Callable[[], Any] | str = functools.partial(_sdpa, backend, qkv, is_causal)
-            if not bench.cuda and backend != SDPBackend.FLASH_ATTENTION:
-                call = "needs CUDA"
-            variants[f"SDPA {backend.name.partition('_')[0].lower()}{name}"] = call
+        for heads, qkv in (("", shared), (", heads repeated", own)):
+            call = functools.partial(_sdpa, backend, qkv, is_causal)
+            served = bench.cuda or backend == SDPBackend.FLASH_ATTENTION
+            variants[f"SDPA {backend.name}{heads}"] = call if served else "needs CUDA"
     bench.measure(case, variants, 4 * pairs * HEADS * size, "TFLOP/s")
 
 
-def _heads(index: tuple[Tensor, ...]) -> tuple[tuple[Tensor, int], ...]:
-    """Whose length q, k and v have, and their heads."""
-    return (index[0], HEADS), (index[1], KV_HEADS), (index[1], KV_HEADS)
+def _checked(bench: Bench, case: str, index: Index, size: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """trie_attention of random q, k and v, some rows held against float64; and the three for torch, heads first."""
+    row_q, end_k, depth_q, depth_k = index
+    lengths, heads = (len(row_q), len(end_k), len(end_k)), (HEADS, KV_HEADS, KV_HEADS)
+    qkv = [bench.random(*shape, size, seed=i) for i, shape in enumerate(zip(lengths, heads, strict=True))]
+    ours = functools.partial(ops.trie_attention, *qkv, *index)
+    some = torch.linspace(0, len(row_q) - 1, 32, device=bench.device).long()
+    q, k, v = (x.double() for x in (qkv[0][some], *qkv[1:]))
+    exact, _ = reference.trie_attention(q, k, v, row_q[some], end_k, depth_q[some], depth_k, None, size**-0.5, 0, 0.0)
+    check_budget(case, ours()[some], exact.bfloat16(), exact)
+    return ours, [x.transpose(0, 1)[None] for x in qkv]
 
 
 def _sdpa(backend: SDPBackend, qkv: list[Tensor], is_causal: bool) -> Tensor:
@@ -185,56 +187,36 @@ def _sdpa(backend: SDPBackend, qkv: list[Tensor], is_causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(*qkv, is_causal=is_causal, enable_gqa=qkv[1].shape[1] != HEADS)
 
 
-def _check_attention(
-    case: str, qkv: tuple[Tensor, ...], index: tuple[Tensor, ...], out: Tensor, plain: Tensor
-) -> None:
-    """Some rows against float64, allowed twice what torch at the same dtype is off by."""
-    row_q, end_k, depth_q, depth_k = index
-    some = torch.linspace(0, len(row_q) - 1, 32, device=out.device).long()
-    q, k, v = (x.double() for x in (qkv[0][some], *qkv[1:]))
-    scale = q.shape[-1] ** -0.5
-    exact, _ = reference.trie_attention(q, k, v, row_q[some], end_k, depth_q[some], depth_k, None, scale, 0, 0.0)
-    check_budget(case, out[some], plain[some], exact)
-
-
 def squad_trie(bench: Bench) -> None:
     """220 questions x 4 choices x 5 tokens over 7k tokens: FlexAttention, and each request by itself."""
     context, questions = (32, 3) if bench.small else (7000, 220)
-    tokens = torch.randint(2**30, (context + questions * 40,), generator=torch.Generator().manual_seed(0)).tolist()
-    heads = [tokens[:context] + tokens[context + 40 * i :][:20] for i in range(questions)]
-    choices = [[tokens[context + 40 * i + 20 + 5 * c :][:5] for c in range(4)] for i in range(questions)]
-    forest = trie.build_from_lists([(h, choice) for h, its in zip(heads, choices, strict=True) for choice in its])
-    end, depth = (x.to(bench.device) for x in (forest.end, forest.depth))
-    row = torch.arange(len(end), dtype=torch.int32, device=bench.device)
-    index, requests, length = (row, end, depth, depth), 4 * questions, context + 24
-    q, k, v = (bench.random(len(i), h, 128, seed=s) for s, (i, h) in enumerate(_heads(index)))
-    shared = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    shared, *own = _ids(bench, 0, [context, *[40] * questions])
+    requests = [(shared + ids[:20], ids[20 + c : 25 + c]) for ids in own for c in (0, 5, 10, 15)]
+    forest, length, some = trie.build_from_lists(requests), context + 24, min(8, 4 * questions)
+    end, depth = forest.end.to(bench.device), forest.depth.to(bench.device)
+    index = (torch.arange(len(end), dtype=torch.int32, device=bench.device), end, depth, depth)
+    case = f"SQuAD trie: {questions} x 4 x 5 over {context:,}, d 128"
+    ours, qkv = _checked(bench, case, index, 128)
     mask = create_block_mask(lambda b, h, i, j: (j <= i) & (i < end[j]), None, None, len(end), len(end), bench.device)
     flex = torch.compile(flex_attention, dynamic=False) if bench.cuda else flex_attention
-    ours = functools.partial(ops.trie_attention, q, k, v, *index)
-    plain = flex(*shared, block_mask=mask, enable_gqa=True)
-    case = f"SQuAD trie: {questions} x 4 x 5 over {context:,}, {HEADS}/{KV_HEADS} heads of 128"
-    _check_attention(case, (q, k, v), index, ours(), plain[0].transpose(0, 1))
-    some = min(8, requests)
-    packed = [bench.random(some, h, length, 128, seed=s) for s, h in enumerate((HEADS, KV_HEADS, KV_HEADS))]
+    alone = [bench.random(some, heads, length, 128) for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
     def varlen() -> Any:
         from flash_attn import flash_attn_varlen_func
 
-        lengths = torch.arange(some + 1, dtype=torch.int32, device=bench.device) * length
-        return flash_attn_varlen_func(
-            *(x.transpose(1, 2).flatten(0, 1) for x in packed), lengths, lengths, length, length, causal=True
-        )
+        starts = torch.arange(some + 1, dtype=torch.int32, device=bench.device) * length
+        packed = (x.transpose(1, 2).flatten(0, 1) for x in alone)
+        return flash_attn_varlen_func(*packed, starts, starts, length, length, causal=True)
 
     variants: Variants = {
         OURS: functools.partial(ours, plans={}),
         f"{OURS}, planned each time": ours,
-        "FlexAttention": lambda: flex(*shared, block_mask=mask, enable_gqa=True),
-        "per request, SDPA flash": lambda: _sdpa(SDPBackend.FLASH_ATTENTION, packed, True),
+        "FlexAttention": functools.partial(flex, *qkv, block_mask=mask, enable_gqa=True),
+        "per request, SDPA flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION, alone, True),
         "per request, flash-attn varlen": _needs("flash_attn", varlen, bench),
     }
-    pairs = int((forest.depth.long() + 1).sum())
-    share = {name: some / requests for name in variants if name.startswith("per request")}
+    pairs = int((depth.long() + 1).sum())
+    share = {name: some / len(requests) for name in variants if name.startswith("per request")}
     bench.measure(case, variants, 4 * pairs * HEADS * 128, "TFLOP/s", sample=share)
 
 
@@ -314,20 +296,16 @@ def _check_near(name: str, ours: Tensor, theirs: Tensor) -> None:
 
 def tests(bench: Bench) -> None:
     """`pytest -m gpu`, in several processes where pytest-xdist is there: most of the time is Triton compiling."""
-    which = ["-k", "stay_on_one_device and llama"] if bench.small else ["-m", "gpu"]
     spread = ["-n", "8"] if bench.cuda and importlib.util.find_spec("xdist") else []
-    log = bench.out / "pytest.log"
-    start = time.perf_counter()
+    log, start = bench.out / "pytest.log", time.perf_counter()
     with log.open("w") as file:  # -W default: what another version deprecates is no fault of a kernel
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", *which, *spread,
-             "tests/test_gpu.py", "tests/test_kernels.py"],
+            [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", *spread, *TESTS[bench.cuda]],
             stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1], check=False,
         )  # fmt: skip
-    ms = 1e3 * (time.perf_counter() - start)
-    last = log.read_text().rstrip().rpartition("\n")[2]
+    ms, last = 1e3 * (time.perf_counter() - start), log.read_text().rstrip().rpartition("\n")[2]
     passed = re.search(r"(\d+) passed", last)
-    bench.tell(Row("gpu", "tests", "pytest -m gpu", ms, ms, ms, float(passed[1]) if passed else 0.0, "passed"))
+    bench.tell(Row("gpu", "tests", "pytest", ms, ms, ms, float(passed[1]) if passed else 0.0, "passed"))
     if done.returncode:
         raise AssertionError(f"{last.strip('= ')}; see {log.name}")
 
@@ -405,13 +383,13 @@ def mmlu(bench: Bench) -> None:
     rivals = {f"hf as lm-eval, batch {size}": functools.partial(forwards, size) for size in batch_sizes}
     variants: Variants = {
         OURS: functools.partial(_logp, case),
-        f"{OURS}, default chunks": functools.partial(_logp, case, DEFAULT_ROWS),
+        f"{OURS}, default chunks": functools.partial(_logp, case, score.CHUNK_ROWS),
         "floor": score.floor(case, CHUNK_ROWS),
         **rivals,
     }
     name = f"MMLU-like: {subjects} x {each:,} questions x 4 behind {shots} tokens"
     share = dict.fromkeys(rivals, len(sample) / len(case.prompts))
-    bench.measure(name, variants, ledger.flops, "TFLOP/s", sample=share, rounds=3, seconds=0)
+    bench.measure(name, variants, ledger.flops, "TFLOP/s", sample=share, rounds=2, seconds=0)
 
 
 def long_context(bench: Bench) -> None:
@@ -505,7 +483,7 @@ def lora_step(bench: Bench) -> None:
 
 # In order of value, each with its limit in seconds.
 PARTS: dict[str, tuple[Callable[[Bench], None], int]] = {
-    "ceilings": (ceilings, 60),
+    "ceilings": (ceilings, 120),
     "attention": (attention, 80),
     "head": (head, 60),
     "squad_trie": (squad_trie, 90),
@@ -574,7 +552,8 @@ def report(told: list[Row | Note], on: dict[str, Any], small: bool) -> str:
             percent = "" if row.peak_percent is None else f"{row.peak_percent:.0f}%"
             peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"
             figures = f"{row.ms:,.3f} | {row.rate:,.1f} {row.unit} | {percent} | {peak}"
-            lines.append(f"| {case} | {variant} | {figures} | " + (f"{text} | {verdict} |" if variant == OURS else "| |"))
+            judged = f"{text} | {verdict}" if variant == OURS else "|"
+            lines.append(f"| {case} | {variant} | {figures} | {judged} |")
         each = (f"{variant} {row.ms:,.3g} ms ({row.rate:,.4g} {row.unit})" for variant, row in rows.items())
         log.append(f"- **{case}**: {'; '.join(each)}." + (f" Bar: {text}: {verdict}." if text else ""))
     notes = [f"- {x.case}: {x.variant}: {x.reason}" for x in told if isinstance(x, Note)]
@@ -582,7 +561,7 @@ def report(told: list[Row | Note], on: dict[str, Any], small: bool) -> str:
 
 
 def _work(connection: Connection) -> None:
-    """A process that has imported everything and waits to be told its part; what it is given last is an error or ""."""
+    """A process that has imported everything and waits to be told its part; it ends by None, or by why it failed."""
     os.setsid()  # so that what it starts can be ended with it
     part, device, small, out, known = connection.recv()
     try:
@@ -595,23 +574,24 @@ def _work(connection: Connection) -> None:
             connection.send(message)
 
         PARTS[part][0](Bench(torch.device(device), small, out, known, tell))
-        connection.send("")
+        connection.send(None)
     except BaseException as error:
         traceback.print_exc()
         connection.send(_first_lines(error))
 
 
 def _listen(connection: Connection, limit: float) -> Iterator[Any]:
-    """What a part says until its last word, or what became of it."""
+    """What a part says, to the end or its end; then, as a string, what went wrong."""
     end = time.monotonic() + limit
     try:
         while connection.poll(max(0.0, end - time.monotonic())):
-            message = connection.recv()
+            if (message := connection.recv()) is None:
+                return
             yield message
             if isinstance(message, str):
                 return
         yield f"cut off after {limit:.0f} s"
-    except (EOFError, OSError):
+    except EOFError:
         yield "its process died"
 
 
@@ -654,15 +634,15 @@ def main(arguments: list[str]) -> int:
         for message in _listen(connection, limit):
             if isinstance(message, dict):
                 on = message
-            elif isinstance(message, str):
-                if message:
-                    failed += 1
-                    told.append(Note(part, "FAILED", message))
-            else:
-                told.append(message)
-                if isinstance(message, Row) and part == "ceilings":
-                    known[message.unit] = message.rate
-            print(f"   {message}", flush=True)
+                continue
+            if isinstance(message, str):
+                failed += 1
+                message = Note(part, "FAILED", message)
+            elif part == "ceilings":
+                known[message.unit] = message.rate
+            told.append(message)
+            said = f"{message.ms:,.3f} ms" if isinstance(message, Row) else message.reason
+            print(f"   {message.case}: {message.variant}: {said}", flush=True)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()

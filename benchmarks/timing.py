@@ -52,8 +52,9 @@ def measure(
 ) -> dict[str, Timing]:
     """Time each variant once a round, in turn, so that a slow spell of the machine falls on all of them.
 
-    After a warm-up round, unless the caller has done it, at least `min_rounds` are run, then more until `seconds` have passed for each variant. On
-    CUDA a call is timed by events after the L2 cache has been overwritten; on the CPU, inputs should exceed the cache.
+    After a warm-up round, if asked for, at least `min_rounds` are run, then more until `seconds` have passed for each
+    variant. On CUDA a call is timed by events after the L2 cache has been overwritten; on the CPU, inputs should exceed
+    the cache.
     """
     clock = _cuda_clock() if torch.device(device).type == "cuda" else _cpu_clock
     samples: dict[str, list[float]] = {name: [] for name in variants}
