@@ -67,6 +67,8 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(distributed.shard_like(tensor, master))
             else:
-                self._adamw.state[master][kind] = (
-                    distributed.shard_like(tensor, master) if tensor.shape == master.shape else tensor
-                )
+                whole = tensor.shape == master.shape
+                step = (
+                    tensor.to(master.device) if self._adamw.defaults["fused"] else tensor
+                )  # where its kernel reads it
+                self._adamw.state[master][kind] = distributed.shard_like(tensor, master) if whole else step
