@@ -130,7 +130,9 @@ def test_what_is_cut_off_keeps_its_rows_and_the_others_go_on(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "PARTS", PARTS)
     spawn = gpu.multiprocessing.get_context
     monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda _: spawn("fork"))
-    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small", "--parts", "dies,slow,raises"]) == 1
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--small", "--parts", "dies,slow,raises"]
+    assert gpu.main(arguments, time.monotonic()) == 1
+    assert "no time" not in (tmp_path / "gpu.md").read_text()
     text = (tmp_path / "gpu.md").read_text()
     assert "- dies: FAILED: its process died" in text
     assert "- raises: FAILED: ValueError: all wrong" in text
@@ -141,6 +143,10 @@ def test_what_is_cut_off_keeps_its_rows_and_the_others_go_on(tmp_path, monkeypat
     assert [row["case"] for row in rows] == ["device copy", "a case"]
     assert rows[0]["suite"] == "gpu"
     assert float(rows[1]["peak_percent"]) > 0
+    began = time.monotonic()
+    assert gpu.main([*arguments, "--minutes", "1"], began - 61) == 1
+    assert time.monotonic() - began < 60
+    assert "- slow: FAILED: no time was left" in (tmp_path / "gpu.md").read_text()
     with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--parts", "nothing"])
+        gpu.main(["--out", str(tmp_path), "--parts", "nothing"], time.monotonic())
     assert "unknown nothing" in capsys.readouterr().err
