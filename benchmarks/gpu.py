@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import icl_ft_fast as iff
 from benchmarks import score
@@ -200,7 +200,7 @@ def squad_trie(bench: Bench) -> None:
     rule, n = (lambda b, h, i, j: (j <= i) & (i < end[j])), len(end)
     mask = create_block_mask(rule, None, None, n, n, device=bench.device)
     flex = torch.compile(flex_attention, dynamic=False) if bench.cuda else flex_attention
-    alone = [bench.random(some, heads, length, 128) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    alone = [bench.random(some, heads, length, 128, seed=i) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
 
     def varlen() -> Any:
         from flash_attn import flash_attn_varlen_func
@@ -316,7 +316,7 @@ def _model(bench: Bench) -> Model:
     torch.manual_seed(0)
     config = LlamaConfig(**(TOY if bench.small else LLAMA_8B), bos_token_id=0, eos_token_id=1)
     with torch.device(bench.device):
-        network = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     network.generation_config.eos_token_id = None
     tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda ids: "")
     return from_network(network, tokenizer, "random 8B", self_check=False)
@@ -490,7 +490,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "squad_trie": (squad_trie, 90),
     "mmlu": (mmlu, 120),
     "tests": (tests, 180),
-    "head_training": (head_training, 60),
+    "head_training": (head_training, 80),
     "long_context": (long_context, 120),
     "lora_step": (lora_step, 70),
     "decode": (decode, 100),

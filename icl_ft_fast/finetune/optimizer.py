@@ -67,8 +67,6 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(distributed.shard_like(tensor, master))
             else:
-                whole = tensor.shape == master.shape
-                step = (
-                    tensor.to(master.device) if self._adamw.defaults["fused"] else tensor
-                )  # where its kernel reads it
-                self._adamw.state[master][kind] = distributed.shard_like(tensor, master) if whole else step
+                shard = distributed.shard_like(tensor, master) if tensor.shape == master.shape else tensor
+                # A fused AdamW reads the number of steps too where the weights are.
+                self._adamw.state[master][kind] = shard.to(master.device) if self._adamw.defaults["fused"] else shard
