@@ -482,3 +482,9 @@ def test_the_shipped_model_draws_conclusions_in_context(name):
     for split, least in IN_CONTEXT[name].items():
         assert icl[split].value >= least, split
         assert base[split].value < 0.7 * least, split
+
+
+@shipped
+def test_the_shipped_model_proves_itself_in_bfloat16():
+    """Its first layer's biases round by more than a unit of its embeddings does."""
+    assert load(MODEL, dtype="bfloat16").network.dtype == torch.bfloat16

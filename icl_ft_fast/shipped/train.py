@@ -74,9 +74,21 @@ CURRICULUM = (
         "hierarchy": Course(4, 50, 400),
         "transform": Course(1.5, 100, 400),
     }, augmenting=0.12),
-    Stage(0.96, 3072, {
+    Stage(0.5868, 3072, {
         "comparisons": Course(2, 100, 640),
         "categorical": Course(3, 100, 850),
+        "hierarchy": Course(4, 200, 1400),
+        "transform": Course(2, 300, 1400),
+    }, augmenting=0.12),
+    Stage(0.70, 3072, {
+        "comparisons": Course(2, 100, 640),
+        "categorical": Course(6, 27, 140, ["concluded"]),
+        "hierarchy": Course(4, 200, 1400),
+        "transform": Course(2, 300, 1400),
+    }, augmenting=0.12),
+    Stage(0.96, 3072, {
+        "comparisons": Course(2, 100, 640),
+        "categorical": Course(4, 60, 850),
         "hierarchy": Course(4, 200, 1400),
         "transform": Course(2, 300, 1400),
     }, augmenting=0.12),
