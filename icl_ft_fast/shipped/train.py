@@ -52,6 +52,13 @@ class Stage:
     augmenting: float = 0.0
 
 
+LONG = {
+    "comparisons": Course(2, 100, 640),
+    "categorical": Course(4, 60, 850),
+    "hierarchy": Course(4, 200, 1400),
+    "transform": Course(2, 300, 1400),
+}
+
 # One step of inference a family comes first: where a fact is sometimes recalled and sometimes reversed, which way it
 # points is a parity of two things that are not yet known, and stays a guess for millions of tokens (LOG.md).
 CURRICULUM = (
@@ -74,24 +81,11 @@ CURRICULUM = (
         "hierarchy": Course(4, 50, 400),
         "transform": Course(1.5, 100, 400),
     }, augmenting=0.12),
-    Stage(0.5868, 3072, {
-        "comparisons": Course(2, 100, 640),
-        "categorical": Course(3, 100, 850),
-        "hierarchy": Course(4, 200, 1400),
-        "transform": Course(2, 300, 1400),
-    }, augmenting=0.12),
-    Stage(0.70, 3072, {
-        "comparisons": Course(2, 100, 640),
-        "categorical": Course(6, 27, 140, ["concluded"]),
-        "hierarchy": Course(4, 200, 1400),
-        "transform": Course(2, 300, 1400),
-    }, augmenting=0.12),
-    Stage(0.96, 3072, {
-        "comparisons": Course(2, 100, 640),
-        "categorical": Course(4, 60, 850),
-        "hierarchy": Course(4, 200, 1400),
-        "transform": Course(2, 300, 1400),
-    }, augmenting=0.12),
+    Stage(0.5868, 3072, LONG | {"categorical": Course(3, 100, 850)}, augmenting=0.12),
+    Stage(0.7000, 3072, LONG | {"categorical": Course(6, 27, 140, ["concluded"])}, augmenting=0.12),
+    Stage(0.7148, 3072, LONG, augmenting=0.12),
+    Stage(0.8200, 3072, LONG | {"hierarchy": Course(8, 80, 400, ["inherited"])}, augmenting=0.12),
+    Stage(0.9600, 3072, LONG, augmenting=0.12),
     Stage(1.00, 6144, {
         "comparisons": Course(2, 400, 3000),
         "categorical": Course(3, 400, 3000),
