@@ -20,6 +20,7 @@ from test_trie_attention import bushy, index_tensors
 
 from benchmarks.trie_attention import questions
 from icl_ft_fast import ops
+from icl_ft_fast.kernels.gpu import gpu
 from icl_ft_fast.ops import target_logprob, trie_attention
 
 pytest.importorskip("triton")
@@ -400,7 +401,7 @@ def test_the_heads_backward_skips_tiles_of_negligible_probability(R: int, dtype:
     exact_leaves = [x.detach().cpu().double().requires_grad_() for x in leaves]
     logits = exact_leaves[0] @ exact_leaves[1].T
     with torch.no_grad():
-        block = kernels.blocks(leaves[0].itemsize, R, 1 << 17)
+        block = kernels.blocks(leaves[0].itemsize, R, gpu(leaves[0].device))
         likely = logits.softmax(-1) >= skip_below
         likely[row, target] = True
         sizes = {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
