@@ -120,7 +120,7 @@ def launches(target: str) -> list[Launch]:
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         static = {p.name for p in kernel.params if p.is_constexpr}
         static |= {
             name for name, x in values.items() if x is None or (type(x) is int and x == 1)

@@ -356,10 +356,11 @@ _BLOCKS = {
 _OTHERS = {
     ("mma", "forward", 2): {64: (128, 64, 8)},
     ("mma", "forward", 4): {64: (64, 16, 4), 128: (64, 16, 4)},
-    ("mma", "backward_q", 2): {64: (128, 32, 8), 128: (64, 64, 8)},
+    ("mma", "backward_q", 2): {64: (128, 32, 8), 128: (64, 64, 8), 256: (32, 16, 8)},
     ("mma", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 8)},
     ("mma", "backward_kv", 2): {64: (16, 128, 8), 128: (64, 32, 8), 256: (16, 64, 8)},
     ("mma", "backward_kv", 4): {64: (16, 64, 4), 128: (16, 64, 4)},
+    ("tcgen05", "forward", 2): {64: (128, 64, 8)},
     ("tcgen05", "forward", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
     ("tcgen05", "backward_q", 2): {256: (64, 32, 8)},
     ("tcgen05", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
@@ -452,6 +453,8 @@ def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         own, many = many, own
     shape = {"many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys, "STEP": block.step}
     run = {"num_warps": block.num_warps, "num_stages": block.num_stages}
+    if found.matrix in ("mma", "tcgen05"):
+        run["maxnreg"] = 255  # else ptxas spills to fit more programs on a multiprocessor
     return own, {**shape, **run, "PRECISION": found.precision}
 
 
