@@ -611,9 +611,7 @@ def costs(
         own, chosen = _chosen(kernel, common)
         many, queries, keys, step = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N", "STEP"))
         again, again_v = step < BLOCK_D, step < BLOCK_DV  # whether lines are read in steps, anew for every tile met
-        deep, deep_v = (
-            -(-size // step) * step if step < block else block for size, block in ((D, BLOCK_D), (DV, BLOCK_DV))
-        )
+        deep, deep_v = min(BLOCK_D, -(-D // step) * step), min(BLOCK_DV, -(-DV // step) * step)
         met, whole = met_tiles(common, queries, keys)
         rows = (T * group - torch.arange(0, T * group, queries)).clamp(max=queries)  # of each tile
         columns = (S - torch.arange(0, S, keys)).clamp(max=keys)
