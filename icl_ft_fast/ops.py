@@ -393,6 +393,25 @@ def _cpu_target_logprob(
     return results
 
 
+def _cpu_target_logprob_backward(
+    grad_logp: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """C++ for the same two dtypes."""
+    inputs = (grad_logp, grad_lse, hidden, weight, row, target)
+    if hidden.dtype not in _NATIVE:
+        return reference.target_logprob_backward(*inputs, *rest)
+    bias, lse, scale, softcap, need_weight, *_ = rest
+    grads = _fake_target_logprob_backward(*inputs, *rest)
+    index = [_array(x.contiguous()) for x in (row, target)]
+    given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
+    made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
+    _C.target_logprob_backward(
+        _array(hidden), _array(weight), None if bias is None else _array(bias), *index, scale, softcap, _ISA,
+        torch.get_num_threads(), *given, *made,
+    )  # fmt: skip
+    return grads
+
+
 def _cpu_trie_attention(
     q: Tensor,
     k: Tensor,
@@ -492,6 +511,6 @@ _register(
     " Tensor lse, float scale, float softcap, bool need_weight, float skip_below=0.0)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
-    cpu=reference.target_logprob_backward,
+    cpu=_cpu_target_logprob_backward,
     cuda=_triton("target_logprob", "target_logprob_backward"),
 )
