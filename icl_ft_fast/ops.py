@@ -269,7 +269,10 @@ def target_logprob(
     Memory beyond inputs and results: a block of logits and weights, whatever R and V. FLOPs: 2 * R * V * E forward,
     2 or 3 times that backward (without or with the weight's gradient). On a GPU, Triton serves all but float64; the
     backward holds 256 MiB of gradients of logits, rounded to the dtype of hidden, and float32 products are made
-    of six of bfloat16 on NVIDIA's.
+    of six of bfloat16 on NVIDIA's. On the CPU, C++ serves float32 and bfloat16, whose bits do not depend on the number
+    of threads; its backward holds three floats for each element of hidden, refuses rows out of range (ValueError),
+    takes probabilities below exp(-80) for 0 and, where the processor multiplies bfloat16 itself, rounds gradients of
+    logits to it.
     """
     op = "target_logprob"
     sizes = _check(
