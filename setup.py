@@ -2,8 +2,10 @@
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+
+ParallelCompile().install()  # files at a time: as many as there are processors
 
 setup(
     ext_modules=[

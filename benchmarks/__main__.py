@@ -1,7 +1,14 @@
-"""`python -m benchmarks [SUITE ...] [--out DIR] [--quick]`: a table, then one JSON object as the last line."""
+"""`python -m benchmarks [SUITE ...] [--out DIR] [--quick]`: a table, then one JSON object as the last line.
+
+`python -m benchmarks gpu --help` is the bring-up of a GPU.
+"""
 
 import argparse
 import json
+import subprocess
+import sys
+import sysconfig
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +19,12 @@ SUITES = ("target_logprob", "trie", "trie_attention", "score", "invariant", "gen
 
 
 def main() -> None:
-    """Run the suites named on the command line, or all."""
+    """Run the suites named on the command line, or all; `gpu`, which has a command line of its own, only if named."""
+    began, root = time.monotonic(), Path(__file__).parents[1]
+    if not (root / f"icl_ft_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True)
+    if sys.argv[1:2] == ["gpu"]:
+        sys.exit(import_module("benchmarks.gpu").main(sys.argv[2:], began))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure icl_ft_fast on this machine.")
     parser.add_argument("suite", nargs="*", help=f"which suites to run, all by default: {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append the rows to DIR/<device>.csv")

@@ -135,7 +135,7 @@ def _ours(name: str, case: Case) -> list[Row]:
     variants: dict[str, Callable[[], object]] = {
         "icl_ft_fast": lambda: iff.score(case.model, case.questions, context=case.text),
         "encode, plan": prepare,
-        "floor": _floor(case),
+        "floor": floor(case),
     }
     rows = []
     for variant, timing in measure(variants, min_rounds=3, max_rounds=9, seconds=20).items():
@@ -144,38 +144,39 @@ def _ours(name: str, case: Case) -> list[Row]:
     return rows
 
 
-def _floor(case: Case) -> Callable[[], None]:
+def floor(case: Case, chunk_rows: int = CHUNK_ROWS) -> Callable[[], None]:
     """The matrix products of the rows the engine forwards, its attention calls and its head calls; nothing else."""
     model = case.model
-    plan = trie.plan(trie.build_from_lists(case.requests), CHUNK_ROWS)
-    config, dtype = model.network.config, model.head.weight.dtype
+    plan = trie.plan(trie.build_from_lists(case.requests), chunk_rows)
+    config, dtype, device = model.network.config, model.head.weight.dtype, model.device
     size = config.hidden_size // config.num_attention_heads
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     head = model.network.get_output_embeddings()
     weights = [m.weight for m in model.network.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    inputs = {width: random(CHUNK_ROWS, width) for width in {w.shape[1] for w in weights}}
+    inputs = {width: random(chunk_rows, width) for width in {w.shape[1] for w in weights}}
     k, v = random(2, plan.capacity, config.num_key_value_heads, size).unbind()
-    q = random(CHUNK_ROWS, config.num_attention_heads, size)
+    q = random(chunk_rows, config.num_attention_heads, size)
     chunks = []
     for chunk in plan.chunks:
-        row = torch.arange(chunk.stack_rows, len(chunk.end_k), dtype=torch.int32)
-        chunks.append((chunk, row, chunk.end_k, chunk.depth_k))
+        row = torch.arange(chunk.stack_rows, len(chunk.end_k), dtype=torch.int32, device=device)
+        end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
+        targets = chunk.target_row.to(device), chunk.target_token.to(device)
+        chunks.append((len(chunk.head_rows), targets, (row, end_k, depth_k[chunk.stack_rows :], depth_k)))
 
     @torch.inference_mode()
     def call() -> None:
-        for chunk, row, end_k, depth_k in chunks:
-            rows, keys = len(chunk.token), len(end_k)
+        for num_head_rows, targets, index in chunks:
+            (rows, keys), plans = (len(x) for x in index[:2]), {}
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
             for _ in range(config.num_hidden_layers):
-                ops.trie_attention(q[:rows], k[:keys], v[:keys], row, end_k, depth_k[chunk.stack_rows :], depth_k)
-            if len(chunk.head_rows):
-                needed = inputs[config.hidden_size][: len(chunk.head_rows)]
-                ops.target_logprob(needed, head.weight, chunk.target_row, chunk.target_token)
+                ops.trie_attention(q[:rows], k[:keys], v[:keys], *index, plans=plans)
+            if num_head_rows:
+                ops.target_logprob(inputs[config.hidden_size][:num_head_rows], head.weight, *targets)
 
     return call
 
@@ -184,7 +185,7 @@ def _peers(name: str, case: Case, folder: Path, dtype: str, quick: bool) -> Iter
     """Each peer once over its sample, its log-likelihoods held against ours."""
     ours = torch.tensor([logp for logp, _ in iff.loglikelihood(case.model, case.requests)])
     first = torch.tensor([0, *(len(choices) for choices in case.choices)]).cumsum(0)
-    jobs: dict[str, Callable[[], Sample]] = {"KV loop": lambda: _kv_loop(case, 12)}
+    jobs: dict[str, Callable[[], Sample]] = {"KV loop": lambda: kv_loop(case, 12)}
     if not quick:
         job = Job(str(folder / "model"), dtype, torch.get_num_threads(), 0, case.context, case.prompts, case.choices)
         for peer, sample in (("lm-eval hf", 1), ("llama.cpp", 20), ("vllm", 2), ("vllm, no logp", 20)):
@@ -219,27 +220,28 @@ def _ask(peer: str, job: Job, folder: Path) -> Sample:
 
 
 @torch.inference_mode()
-def _kv_loop(case: Case, sample: int) -> Sample:
+def kv_loop(case: Case, sample: int, *, chunk_rows: int = CHUNK_ROWS) -> Sample:
     """What a good user writes: read the context once, expand its cache to the choices, batch them, crop, go on."""
     network: Any = case.model.network
     network.set_attn_implementation("sdpa")
     try:
         start = time.perf_counter()
         cache = DynamicCache(config=network.config)
-        ids = torch.tensor([case.context])
-        for first in range(0, ids.shape[1], CHUNK_ROWS):
-            network(ids[:, first : first + CHUNK_ROWS], past_key_values=cache, logits_to_keep=1)
+        ids = torch.tensor([case.context], device=network.device)
+        for first in range(0, ids.shape[1], chunk_rows):
+            output = network(ids[:, first : first + chunk_rows], past_key_values=cache, logits_to_keep=1)
         width = len(case.choices[0])
         cache.batch_repeat_interleave(width)
+        output.logits.max().item()  # which is there when the device is done
         once = time.perf_counter() - start
         seconds, logp = [], []
         for prompt, choices in list(zip(case.prompts, case.choices, strict=True))[:sample]:
             start = time.perf_counter()
             longest = max(map(len, choices))
             padded = [[*prompt, *choice, *[0] * (longest - len(choice))] for choice in choices]
-            ids = torch.tensor(padded)
+            ids = torch.tensor(padded, device=network.device)
             output = network(ids[:, :-1], past_key_values=cache, logits_to_keep=longest).logits.float()
-            per_token = output.log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0]
+            per_token = output.log_softmax(-1).gather(-1, ids[:, -longest:, None])[..., 0].cpu()
             logp.append([per_token[c, : len(choice)].sum().item() for c, choice in enumerate(choices)])
             cache.crop(1 - ids.shape[1])
             seconds.append(time.perf_counter() - start)

@@ -48,15 +48,17 @@ def measure(
     min_rounds: int = 7,
     max_rounds: int = 1000,
     seconds: float = 1.0,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time each variant once a round, in turn, so that a slow spell of the machine falls on all of them.
 
-    After one warm-up round, at least `min_rounds` are run, then more until `seconds` have passed for each variant. On
-    CUDA a call is timed by events after the L2 cache has been overwritten; on the CPU, inputs should exceed the cache.
+    After a warm-up round, if asked for, at least `min_rounds` are run, then more until `seconds` have passed for each
+    variant. On CUDA a call is timed by events after the L2 cache has been overwritten; on the CPU, inputs should exceed
+    the cache.
     """
     clock = _cuda_clock() if torch.device(device).type == "cuda" else _cpu_clock
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
+    for call in variants.values() if warm_up else ():
         call()
     deadline = time.perf_counter() + seconds * len(variants)
     for i in range(max_rounds):

@@ -70,7 +70,7 @@ def _training(dtype: torch.dtype, size: int, quick: bool) -> list[Row]:
     ours = partial(gradients, lambda q, k, v: ops.trie_attention(q, k, v, *index))
     theirs = partial(gradients, partial(scaled_dot_product_attention, is_causal=True))
     for grad, torch_grad, exact in zip(ours(rows), theirs(batch), ours(rows.double()), strict=True):
-        _check_budget(f"training, {dtype}, {size}", grad, packed(torch_grad), exact)
+        check_budget(f"training, {dtype}, {size}", grad, packed(torch_grad), exact)
     num_flops = 7 * num_sequences * HEADS * length * (length + 1) * size
     found, name = [], str(dtype).removeprefix("torch.")
     for num_threads in sorted({1, threads}):
@@ -176,10 +176,11 @@ def _torch(call: Call) -> Tensor:
 def _check(case: str, call: Call) -> None:
     """The error budget of tests/close.py, torch's attention being the same-dtype one."""
     exact = ops.trie_attention(call.q.double(), call.k.double(), call.v.double(), *call.index)
-    _check_budget(case, _trie_attention(call), _torch(call), exact)
+    check_budget(case, _trie_attention(call), _torch(call), exact)
 
 
-def _check_budget(case: str, kernel: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+def check_budget(case: str, kernel: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """Raise unless the kernel is off by no more than twice what the other is, and rounding."""
     error, torch_error = ((x.double() - exact).abs().max().item() for x in (kernel, same_dtype))
     rounding = torch.finfo(kernel.dtype).eps * exact.abs().max().item()
     if not error <= 2 * (torch_error + rounding):

@@ -192,11 +192,13 @@ class Context:
         token: int32 [S].
         hidden: hidden states of the tokens, [S, E], so that probabilities within and right after it can be asked for.
         stack: their keys and values.
+        is_counted: whether a ledger has its rows, forwarded or reused, so that the next run must not add them again.
     """
 
     token: NDArray[np.int32]
     hidden: torch.Tensor
     stack: KVStack
+    is_counted: bool = False
 
     @property
     def nbytes(self) -> int:

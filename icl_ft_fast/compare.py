@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from icl_ft_fast.tasks.task import Document, Question, Task
 
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
 ARMS = (*DEFAULT_ARMS, "distilled")
+WRITTEN = ("augmented-ft", "distilled")  # arms that train on what the model writes
 # 2: answers, normalization, template, splitting; 3: phases, sweep, questions, losses, samples, fingerprint
 SCHEMA_VERSION = 3
 ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
@@ -53,7 +54,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
-        strategy: of augmented-ft, see augment.augment_by_model().
+        strategy: of augmented-ft, see augment.parts_of().
         finetune: steps, batch size, learning rate.
     """
 
@@ -94,6 +95,8 @@ class Run:
         notes: augmentation counts and the like.
         losses: mean loss per target token (nats) of each training step.
         samples: some augmentations, each with the text it was written from.
+        workers: runs that were made at once when this one's figures were measured, itself included; None for as many
+            as a cluster had room for.
         questions: what was asked.
     """
 
@@ -109,6 +112,7 @@ class Run:
     notes: dict[str, Any]
     losses: tuple[float, ...] = ()
     samples: tuple[Sample, ...] = ()
+    workers: int | None = 1
     questions: tuple[Question, ...] = field(default=(), repr=False)
 
 
@@ -145,61 +149,86 @@ def compare(
         ProtocolError: rules-ft on documents that it has no rule for.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
     """
-    settings = settings or Settings()
-    unknown = [arm for arm in settings.arms if arm not in ARMS]
-    if unknown:
-        raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
-    runs, kept, identity = [], kept or Kept(None), study_key(model, settings)
-    for seed in settings.seeds:
-        task = task_of_seed(seed)
-        if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
-            raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
-        content = digest(identity, asdict(task))
-        for arm in settings.arms:
-            key = digest(content, arm, seed, arm == "icl" and store is not None)
-            at = _At(kept, content, key, checkpoints and checkpoints / key, checkpoint_s, store)
-            found = kept.once(key, partial(_run, model, task, arm, seed, settings, at, progress))
-            runs.append(replace(_RUN.validate_python(found), questions=task.questions))
-            if checkpoints is not None and (checkpoints / key).exists():
-                shutil.rmtree(checkpoints / key)
-                if not any(checkpoints.iterdir()):
-                    checkpoints.rmdir()
-            if on_run is not None:
-                on_run(runs[-1])
+    settings, kept, runs = settings or Settings(), kept or Kept(None), []
+    at = At(kept, checkpoints, checkpoint_s, store)
+    for planned in plan(model, task_of_seed, settings, has_store=store is not None):
+        found = kept.once(planned.key, partial(make_run, model, planned, settings, at, progress=progress))
+        runs.append(replace(_RUN.validate_python(found), questions=planned.task.questions))
+        if checkpoints is not None and (checkpoints / planned.key).exists():
+            shutil.rmtree(checkpoints / planned.key)
+            if not any(checkpoints.iterdir()):
+                checkpoints.rmdir()
+        if on_run is not None:
+            on_run(runs[-1])
     return runs
 
 
 def study_key(model: Model, settings: Settings) -> str:
     """A digest of what decides every run: weights, settings but for arms and seeds, the machine and its versions."""
-    return digest(
-        "study 1", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), fingerprint(model.device)
-    )
+    machine = fingerprint(model.device) | {"device": model.device.type}
+    del machine["memory_bytes"]  # machines of one kind differ in it by a little
+    return digest("study 2", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), machine)
 
 
 _RUN, _SWEEP = TypeAdapter(Run), TypeAdapter(sweep.Sweep)
 
 
 @dataclass(frozen=True)
-class _At:
-    """Where a run finds what was done before.
+class Planned:
+    """A run to be made.
 
     Attributes:
-        kept: finished parts.
-        content: a digest of the study and the task.
-        key: a digest of the run.
-        checkpoints, checkpoint_s, store: as in compare().
+        task: of the seed.
+        arm, seed: of the run.
+        written_key: a digest of what the model's augmentations depend on, beside how it is asked: the same for a seed's
+            arms.
+        key: a digest of all that decides the run.
     """
 
-    kept: Kept
-    content: str
+    task: Task
+    arm: str
+    seed: int
+    written_key: str
     key: str
+
+    def parts(self, model: Model, settings: Settings) -> list[augment.Part]:
+        """What the model writes for the run; nothing for most arms."""
+        if self.arm not in WRITTEN:
+            return []
+        return augment.parts_of(model, self.task.documents, settings.strategy, seed=self.seed, key=self.written_key)
+
+
+def plan(
+    model: Model, task_of_seed: Callable[[int], Task], settings: Settings, *, has_store: bool = False
+) -> Iterator[Planned]:
+    """The runs of a study, seeds outermost; arguments and errors are compare()'s."""
+    unknown = [arm for arm in settings.arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
+    identity = study_key(model, settings)
+    for seed in settings.seeds:
+        task = task_of_seed(seed)
+        if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
+            raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
+        content = digest(identity, asdict(task))
+        for arm in settings.arms:
+            key = digest(content, arm, seed, arm == "icl" and has_store)
+            yield Planned(task, arm, seed, digest(content, seed), key)
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a run finds what was done before; its attributes are compare()'s arguments."""
+
+    kept: Kept
     checkpoints: Path | None
     checkpoint_s: float
-    store: ContextStore | None
+    store: ContextStore | None = None
 
 
-def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: _At, progress: bool) -> dict[str, Any]:
+def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, progress: bool = False) -> dict[str, Any]:
     """A run's fields but for the questions."""
+    task, arm, seed = planned.task, planned.arm, planned.seed
     ledger, store = Ledger(meter=Meter(model.device)), None
     documents: list[Document] = []
     context = evaluate.prompt_context(model, documents, settings.template)
@@ -211,7 +240,7 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
         if settings.icl_tokens is not None:
             notes["left_out_documents"] = left_out
         notes["context_documents"] = len(documents)
-        store = _as_begun(model, context, at)
+        store = _as_begun(model, context, at, planned.key)
     elif arm != "base":
         texts = [document.text for document in task.documents]
         if arm != "ft":
@@ -219,10 +248,8 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
                 with ledger.phase("filter"):
                     augmented = augment.augment_rules(task.documents)
             else:
-                augmented = augment.augment_by_model(
-                    model, task.documents, settings.strategy, seed=seed, kept=at.kept, key=digest(at.content, seed),
-                    ledger=ledger, progress=progress,
-                )  # fmt: skip
+                parts = planned.parts(model, settings)
+                augmented = augment.augment_by_model(model, parts, kept=at.kept, ledger=ledger, progress=progress)
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
@@ -230,10 +257,11 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
             notes["augmentations"] = len(augmented.rows)
             notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
         teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
+        resumed = at.checkpoints is not None
         tuned = finetune(
-            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context, output_dir=at.checkpoints,
-            resume=at.checkpoints is not None, checkpoint_s=None if at.checkpoints is None else at.checkpoint_s,
-            ledger=ledger, progress=progress,
+            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context,
+            output_dir=at.checkpoints and at.checkpoints / planned.key, resume=resumed,
+            checkpoint_s=at.checkpoint_s if resumed else None, ledger=ledger, progress=progress,
         )  # fmt: skip
         losses, model = tuned.losses, tuned.model
         notes["final_loss"] = losses[-1]
@@ -253,7 +281,7 @@ def _run(model: Model, task: Task, arm: str, seed: int, settings: Settings, at: 
     return asdict(run)
 
 
-def _as_begun(model: Model, context: str, at: _At) -> ContextStore | None:
+def _as_begun(model: Model, context: str, at: At, key: str) -> ContextStore | None:
     """The store, with no more of this context in it than when the run was begun: a kill must not change its cost."""
     if (store := at.store) is None:
         return None
@@ -263,7 +291,7 @@ def _as_begun(model: Model, context: str, at: _At) -> ContextStore | None:
         found = store.find(token)
         return 0 if found is None else len(found.token)
 
-    return store.up_to(at.kept.once(digest(at.key, "stored tokens"), stored_tokens))
+    return store.up_to(at.kept.once(digest(key, "stored tokens"), stored_tokens))
 
 
 def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:

@@ -40,7 +40,7 @@ class Task:
     Attributes:
         name: the same for the same work and for no other, in every run.
         work: what a worker is called with; its result is JSON.
-        flops: estimated, without what the group shares.
+        flops: estimated, without what the group shares. Where all are 0, groups are begun in their order.
         group: tasks of one group share something that a worker makes at the first and keeps for the next.
         start_flops: estimated, of making it.
     """
@@ -52,6 +52,7 @@ class Task:
     start_flops: int = 0
 
 
+Start: TypeAlias = Callable[[], Worker]
 Ended: TypeAlias = Iterator[tuple[Task, Any]]
 
 
@@ -64,13 +65,18 @@ class Executor(Protocol):
 
     rank: int
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
-        """Yield (task, result) as tasks end; together the processes of a run yield each once.
+    @property
+    def workers(self) -> int | None:
+        """Those at work at once; None for as many as a cluster has room for."""
+
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
+        """Yield (task, result) as tasks end; together the processes yield each once, and none before rank 0 begins.
 
         Args:
             start: makes a worker, in the process that it works in.
             tasks: of the run, the same in every process.
             done: names of those to leave out; rank 0's counts.
+            more: the next run is the same workers', who stay.
 
         Raises:
             ExecutorError: see there; and whatever a worker raises.
@@ -113,9 +119,9 @@ def pull(tasks: Sequence[Task], worker: int, num_workers: int, take: Callable[[i
 class InProcess:
     """One worker: this process."""
 
-    rank = 0
+    rank, workers = 0, 1
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         left = [task for task in tasks if task.name not in done]
         worker: Worker | None = None
@@ -140,11 +146,11 @@ class Torchrun:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        store, self.rank, self.size = next(iter(rendezvous("env://")))
+        store, self.rank, self.workers = next(iter(rendezvous("env://")))
         self._store = PrefixStore(f"icl_ft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._runs = 0
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         self._runs += 1
         if self.rank == 0:
@@ -156,10 +162,10 @@ class Torchrun:
         if unknown := [name for name in names if name not in mine]:
             raise ExecutorError(
                 f"rank {self.rank}: {len(unknown)} of rank 0's {len(names)} tasks are not known here: give every node "
-                "the same model, input and options"
+                "the same model, input and options, and for `compare` be of one kind, with equal threads and versions"
             )
         worker: Worker | None = None
-        for i in pull([mine[name] for name in names], self.rank, self.size, self._take):
+        for i in pull([mine[name] for name in names], self.rank, self.workers, self._take):
             worker = worker or start()
             yield mine[names[i]], worker(mine[names[i]].work)
 
@@ -171,8 +177,8 @@ class Torchrun:
         if self.rank:
             self._store.set(f"{self._runs}/ended/{self.rank}", "")
             return False
-        if self.size > 1:
-            self._store.wait([f"{self._runs}/ended/{rank}" for rank in range(1, self.size)], _FOREVER)
+        if self.workers > 1:
+            self._store.wait([f"{self._runs}/ended/{rank}" for rank in range(1, self.workers)], _FOREVER)
         return True
 
 
@@ -195,33 +201,40 @@ class Ray:
     RETRIES = 3
 
     def __init__(self, workers: int | None, *, address: str | None = None, cpus: int = 1, gpus: int = 0) -> None:
-        self.workers, self.address, self.cpus, self.gpus = workers, address, cpus, gpus
+        self.workers = workers or (None if address else max(1, cores() // cpus))
+        self.address, self.cpus, self.gpus = address, cpus, gpus
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report what it runs to its makers
         try:
             import ray
         except ModuleNotFoundError as error:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
-        self._ray = ray
+        self._ray, self._actors = ray, list[Any]()
 
-    def run(self, start: Callable[[], Worker], tasks: Sequence[Task], done: Collection[str]) -> Ended:
+    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
-        if left := [task for task in tasks if task.name not in done]:
-            here = {} if self.address else {"num_cpus": self.cpus * (self.workers or cores() // self.cpus)}
-            self._ray.init(
-                self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
-            )
-            try:
+        left, stay = [task for task in tasks if task.name not in done], False
+        here = {} if self.address else {"num_cpus": self.cpus * (self.workers or 1)}
+        try:
+            if left and not self._actors:
+                self._ray.init(
+                    self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **here
+                )
+            if left:
                 yield from self._run(start, left)
-            finally:
+            stay = more
+        finally:
+            if (left or self._actors) and not stay:
+                self._actors = []
                 self._ray.shutdown()
 
-    def _run(self, start: Callable[[], Worker], tasks: list[Task]) -> Ended:
+    def _run(self, start: Start, tasks: list[Task]) -> Ended:
         ray, errors = self._ray, self._ray.exceptions
         reserved = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         each, room = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
         workers = self.workers or max(1, int(ray.cluster_resources().get(each, 0) // room))
         make = ray.remote(max_restarts=-1, max_task_retries=self.RETRIES, **reserved)(_Actor)
-        actors = [make.remote(start) for _ in range(min(workers, len(tasks)))]
+        self._actors += [make.remote(start) for _ in range(len(self._actors), min(workers, len(tasks)))]
+        actors = self._actors
         counters, running = _Counters(), dict[Any, tuple[int, int]]()
         pulls = [pull(tasks, a, len(actors), counters.take) for a in range(len(actors))]
 
@@ -266,6 +279,12 @@ class _Counters(dict[int, int]):
         return before
 
 
+def follow(executor: Executor) -> None:
+    """Wait until rank 0 has come here: a run of no tasks, which none begins before it."""
+    for _ in executor.run(lambda: str, [], (), more=True):
+        pass
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -273,7 +292,7 @@ def cores() -> int:
 
 @contextmanager
 def run_kept(
-    executor: Executor, start: Callable[[], Worker], tasks: Sequence[Task], folder: Path, *, progress: str = ""
+    executor: Executor, start: Start, tasks: Sequence[Task], folder: Path, *, progress: str = "", more: bool = False
 ) -> Iterator[list[Any] | None]:
     """Do the tasks that have no result in `folder` yet, and keep each result there as it comes.
 
@@ -285,7 +304,8 @@ def run_kept(
         start: makes a worker.
         tasks: all of the run's.
         folder: made when missing, and locked during the block.
-        progress: what a bar of tasks is called; "" shows none.
+        progress: what a bar of tasks is called; "" shows none. Rank 0's own is shown.
+        more: see Executor.run().
 
     Returns:
         For the block, the tasks' results; None in processes of other rank than 0.
@@ -297,25 +317,37 @@ def run_kept(
     """
     with locked(folder / ".lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
-        done = names & _kept(folder, tell=True).keys() if executor.rank == 0 else set()
+        done = names & kept_in(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
-        bar = {"desc": progress, "unit": "shard", "disable": not progress, "delay": 1}
+        bar = {"desc": progress, "unit": "task", "disable": not progress or executor.rank > 0, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
-            for task, result in executor.run(start, tasks, done):
+            for task, result in executor.run(start, tasks, done, more=more):
                 kept.add({task.name: result})
                 shown.update()
         if not executor.is_last():
             yield None
             return
-        found = _kept(folder)
+        found = kept_in(folder, expected=names)
         yield [found[task.name] for task in tasks]
 
 
-def _kept(folder: Path, *, tell: bool = False) -> dict[str, Any]:
-    """Results by task name in the files of a folder; tells which file ends in a line that was cut short."""
+def kept_in(folder: Path, *, expected: Collection[str] = (), tell: bool = False) -> dict[str, Any]:
+    """Results by task name in the files of a folder.
+
+    Args:
+        folder: of run_kept().
+        expected: names that must be there.
+        tell: which file ends in a line that was cut short.
+
+    Raises:
+        ExecutorError: a name that is not there.
+        DamagedError: see run_kept().
+    """
     kept: dict[str, Any] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if tell and path.read_bytes()[-1:] not in (b"", b"\n"):
             _log.warning("%s: its last line was cut short by a kill; that part is done again", path)
         kept |= Kept(path).values
+    if lost := set(expected) - kept.keys():
+        raise ExecutorError(f"{folder}: {len(lost)} results are not seen here; all nodes must share the folder")
     return kept

@@ -7,6 +7,7 @@ on a small branching trie against plain forwards. Knows nothing of requests, que
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -533,13 +534,11 @@ def _self_check(model: Model) -> None:
     """Raise unless a small trie's hidden states, and the head, give what one plain forward per path gives.
 
     In float32 every row must agree. bfloat16 rounds so much that a token can go to other experts, so there the median
-    row beyond the shared prefix may be off by twice what it is when each embedding is off by one unit of rounding.
+    row beyond the shared prefix may be off by twice what the plain forward is from one of the same weights in float32.
     """
     network = model.network
     refusal = f"{model.name}: {network.config.model_type}: this family cannot be served"
-    generator = torch.Generator().manual_seed(0)
-    embed = network.get_input_embeddings()
-    tokens = torch.randint(embed.num_embeddings, (28,), generator=generator).tolist()
+    tokens = torch.randint(model.vocabulary, (28,), generator=torch.Generator().manual_seed(0)).tolist()
     paths = [[token for first, last in path for token in tokens[first:last]] for path in _CHECK_PATHS]
     forest = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
     plan = trie.plan(forest, 7)
@@ -560,11 +559,9 @@ def _self_check(model: Model) -> None:
             plain = model.body(token[None], use_cache=False).last_hidden_state[0]
             errors.append(_distance(hidden[rows.to(plain.device)], plain))
             if not exact:
-                embedded = embed(token[None])
-                sign = torch.randint(2, embedded.shape, generator=generator).to(embedded) * 2 - 1
-                nudged = embedded * (1 + torch.finfo(embedded.dtype).eps * sign)
-                nudged = model.body(inputs_embeds=nudged, use_cache=False).last_hidden_state[0]
-                roundings.append(_distance(nudged, plain))
+                with _in_float32(model.body):
+                    unrounded = model.body(token[None], use_cache=False).last_hidden_state[0]
+                roundings.append(_distance(plain, unrounded))
         logits = network(token[None], use_cache=False).logits[0]
     finally:
         network.set_attn_implementation(ATTENTION)
@@ -586,6 +583,42 @@ def _self_check(model: Model) -> None:
         raise ModelError(
             f"{refusal}: its output head's log-probabilities differ from its own by {worst:.1e} (scale {scale:.1e})"
         )
+
+
+@contextlib.contextmanager
+def _in_float32(body: torch.nn.Module) -> Iterator[None]:
+    """Within the block weights and what is made of them are float32, the weights one layer's at a time."""
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(layer: torch.nn.Module, _: Any) -> None:
+        for weight in layer.parameters():
+            kept[weight], weight.data = weight.data, weight.data.float()
+
+    def restore(*_: Any) -> None:
+        while kept:
+            weight, values = kept.popitem()
+            weight.data = values
+
+    hooks = []
+    for layer in _layers(body):
+        hooks += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(restore)]
+    try:
+        yield
+    finally:
+        restore()
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(body: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers of a body's lists of them, and what stands beside these lists."""
+    for child in body.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        elif any(isinstance(module, torch.nn.ModuleList) for module in child.modules()):
+            yield from _layers(child)
+        else:
+            yield child
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,11 @@ from icl_ft_fast.cost.prices import first_error
 from icl_ft_fast.durable import digest
 from icl_ft_fast.sweep import Sweep
 
-# Fields, at any depth, that two runs of one command fill differently: times, energies, resident memory, and what of
-# them decided how much was measured.
+# Fields, at any depth, that two runs of one command fill differently: times, energies, resident memory, what of them
+# decided how much was measured, and how many workers they were measured beside.
 MEASURED = frozenset(
-    ("setup_s", "query_s", "wall_s", "device_s", "joules", "activation_bytes", "sweep", "ceilings", "checksum")
+    ("setup_s", "query_s", "wall_s", "device_s", "joules", "activation_bytes")
+    + ("sweep", "ceilings", "workers", "checksum")
 )
 
 

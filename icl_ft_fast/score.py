@@ -142,7 +142,7 @@ def prefill(
 
     Memory: keys and values of every layer, and a hidden state, for each token.
     """
-    ledger = ledger or Ledger()
+    is_counted, ledger = ledger is not None, ledger or Ledger()
     ids = [int(t) for t in token]
     if not ids:
         raise ScoreError("token: expected at least one id")
@@ -169,7 +169,7 @@ def prefill(
         ledger.reused_rows += known
         ledger.forwarded_rows += len(ids) - known
         ledger.kv_bytes += stack.nbytes
-    return Context(np.asarray(ids, np.int32), hidden, stack)
+    return Context(np.asarray(ids, np.int32), hidden, stack, is_counted)
 
 
 def stored_context(
@@ -193,6 +193,7 @@ def stored_context(
         store.add(found, label)
     elif ledger is not None:
         ledger.reused_rows += len(token)
+        found.is_counted = True
     return found
 
 
@@ -461,7 +462,10 @@ def _forward(
     work = work_of(model)
     with ledger.phase("query"):
         ledger.request_tokens += forest.request_tokens
-        ledger.reused_rows += known
+        if start is not None and not start.is_counted:
+            ledger.reused_rows += known
+    if start is not None:
+        start.is_counted = False
 
     def run(chunk: trie.Chunk) -> None:
         with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else "query"):

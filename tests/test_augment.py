@@ -15,6 +15,7 @@ from icl_ft_fast.augment import (
     augment_by_model,
     augment_reverse,
     augment_rules,
+    parts_of,
 )
 from icl_ft_fast.augment.generators import Engine, Written
 from icl_ft_fast.augment.prompts import LABELS, Prompting, fitting
@@ -174,7 +175,7 @@ def test_every_line_is_kept_or_counted(text):
 
 @pytest.mark.parametrize("strategy", LABELS)
 def test_no_documents(llama, strategy):
-    assert augment_by_model(llama, [], strategy).rows == ()
+    assert augment_by_model(llama, parts_of(llama, [], strategy)).rows == ()
 
 
 def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch):
@@ -183,14 +184,16 @@ def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch
     monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
     monkeypatch.setattr(Engine, "together", 2)
     kept, ledgers = Kept(None), [Ledger(), Ledger()]
-    first = augment_by_model(llama, documents, kept=kept, key="a", ledger=ledgers[0])
+    parts = parts_of(llama, documents, key="a")
+    first = augment_by_model(llama, parts, kept=kept, ledger=ledgers[0])
     assert [row.source_id for row in first.rows] == [document.id for document in documents]
     assert first.dropped == {"unanswered": 0, "unparsed": 5, "repeats": 0}
     assert ledgers[0].phases.keys() == {"filter", "generate"}
     assert len(kept.values) == 3
     kept.values.popitem()  # the last call was killed
     monkeypatch.setattr(Engine, "answer", counted := Counted(Engine.answer))
-    assert augment_by_model(llama, documents, kept=kept, key="a", ledger=ledgers[1]) == first
+    assert parts_of(llama, documents, key="a") == parts
+    assert augment_by_model(llama, parts, kept=kept, ledger=ledgers[1]) == first
     assert counted.asks == 1
     assert unmeasured(ledgers[1].as_dict()) == unmeasured(ledgers[0].as_dict())
 

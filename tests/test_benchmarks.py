@@ -48,7 +48,7 @@ def test_the_end_to_end_suite_runs_and_gates(monkeypatch, capsys):
     assert {row.variant for row in rows} == {"icl_ft_fast", "encode, plan", "floor", "KV loop (12)"}
     assert len(rows) == 4 * len(score.DTYPES)
     assert all(row.ms > 0 for row in rows)
-    monkeypatch.setattr(score, "_kv_loop", lambda case, n: peers.Sample(0.0, [1.0], [[-1.0] * len(case.choices[0])]))
+    monkeypatch.setattr(score, "kv_loop", lambda case, n: peers.Sample(0.0, [1.0], [[-1.0] * len(case.choices[0])]))
     with pytest.raises(AssertionError, match="log-likelihoods differ"):
         score.run(quick=True)
 

@@ -5,26 +5,35 @@ import os
 import random
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import study
 import torch
 import yaml
+from crash import TASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import scaling
-from icl_ft_fast import cli, shards
+from icl_ft_fast import cli, compare, runs, shards
+from icl_ft_fast.augment import Part
 from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, LockedError, locked
-from icl_ft_fast.executors import InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.results import unmeasured
+from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
@@ -432,6 +441,130 @@ def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, mo
     assert capsys.readouterr().err == f"icl-ft-fast score: {message}\n"
 
 
+# A study ----------------------------------------------------------------------------------------------------------
+
+
+def unmeasured_bytes(out):
+    return json.dumps(unmeasured(json.loads((out / "results.json").read_bytes())))
+
+
+@pytest.fixture(scope="module")
+def compared(llama_directory, tmp_path_factory):
+    """A function from an output to the command that compares, and what one process writes less what it measures."""
+    folder = tmp_path_factory.mktemp("study")
+    for name, rows in TASK.items():
+        write_jsonl(folder / name, rows)
+    options = "--arms base,icl,ft,augmented-ft,distilled --seeds 0,1 --steps 3 --batch-size 2 --strategy document"
+    limits = "--checkpoint-minutes 0 --measure-seconds 0.1 --quiet"
+
+    def command(out, *more):
+        files = ["--model", llama_directory, "--task", folder, "--out", out]
+        return ["compare", *map(str, files), *options.split(), *limits.split(), *map(str, more)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        study.prepare(patch.setattr)
+        assert main(command(folder / "out")) == 0
+    return command, unmeasured_bytes(folder / "out")
+
+
+def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path):
+    command, whole = compared
+    launchers = {"torchrun": ([*TORCHRUN, "--max-restarts", "1"], ())}
+    if find_spec("ray") is not None:
+        launchers["ray"] = [sys.executable], ("--executor", "ray", "--workers", "2")
+
+    def launch(name):
+        launcher, more = launchers[name]
+        (tmp_path / f"{name} marks").mkdir()
+        return run([*launcher, TESTS / "study.py", tmp_path / f"{name} marks", *command(tmp_path / name, *more)])
+
+    with ThreadPoolExecutor() as pool:  # most of their time is that of starting processes
+        ended = dict(zip(launchers, pool.map(launch, launchers), strict=True))
+    for name, (code, told) in ended.items():
+        out, marks = tmp_path / name, tmp_path / f"{name} marks"
+        assert code == 0, told
+        assert unmeasured_bytes(out) == whole
+        assert {made["workers"] for made in json.loads((out / "results.json").read_bytes())["runs"]} == {2}
+        assert "Arms were timed while 2 workers ran at once" in told
+        assert told.count("Written to") == 1
+        assert sorted(path.name for path in out.iterdir()) == ["kept.jsonl", "results.json"]
+        begun = Counter((marks / "begun").read_text().splitlines())
+        arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
+        assert begun.keys() > arms
+        parts = {written: times for written, times in begun.items() if written not in arms}
+        assert list(parts.values()) == [1] * 4  # each for two arms, and though a worker was killed
+        assert begun[study.MORTAL] == 2
+        assert max(begun.values()) <= 2
+        assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # kept in a checkpoint, deadly, and those left
+
+
+def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeypatch):
+    command, _ = compared
+    study.prepare(monkeypatch.setattr)
+    assert main(command(tmp_path / "one", "--store", tmp_path / "store")) == 0
+    (tmp_path / "store").rename(tmp_path / "store of one")
+    real, begun, made = runs.Runs.do, [], []
+
+    def dies(self, model, job):
+        begun.append(job)
+        if len(begun) == 7:
+            raise KilledError
+        return real(self, model, job)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        patch.setattr(runs.Runs, "do", dies)
+        with pytest.raises(KilledError):
+            main(command(out, "--store", tmp_path / "store"))
+        with locked(out / ".lock"):
+            assert main(command(out, "--store", tmp_path / "store")) == 2
+    assert all(isinstance(job, Part) for job in begun[:4])
+    assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
+    make_run = compare.make_run
+
+    def making(model, planned, *arguments, **named):
+        made.append((planned.seed, planned.arm))
+        return make_run(model, planned, *arguments, **named)
+
+    monkeypatch.setattr(compare, "make_run", making)
+    monkeypatch.setattr(Engine, "answer", None)  # all is written
+    assert main(command(out, "--store", tmp_path / "store")) == 0
+    assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
+        (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")
+    ]
+    assert unmeasured_bytes(out) == unmeasured_bytes(tmp_path / "one")
+    assert not (out / "parts").exists()
+
+
+def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
+    second = SimpleNamespace(rank=1, workers=2, run=lambda *_, more: iter(()), is_last=lambda: False)
+    monkeypatch.setattr(cli.compare, "executor_of", lambda options: second)
+    command, _ = compared
+    for more in ((), ("--task", "all", "--preset", "small")):
+        assert main(command(tmp_path / "out", "--arms", "base,ft", *more)) == 0
+        assert not list(tmp_path.iterdir())
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, tmp_path, monkeypatch):
+    settings = compare.Settings(("ft",), (0,), finetune=FinetuneSettings(steps=1, batch_size=1))
+    (planned,) = compare.plan(llama, partial(simple_reversals, num_facts=2, num_articles=2), settings)
+    here = compare.study_key(llama, settings)
+    elsewhere = runs.Runs(str(llama_directory), {}, here, settings, 2, tmp_path / "none", 60.0)
+    other = compare.fingerprint("cpu")
+    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"memory_bytes": 1})
+    assert elsewhere()((planned, {}))["workers"] == 2
+    assert not list(tmp_path.iterdir())  # no checkpoint where the study's folder is not seen
+    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"threads": 99})
+    with pytest.raises(ExecutorError, match="its threads or the versions of libraries are not those of where the"):
+        elsewhere()
+
+
 # Examples and documentation -----------------------------------------------------------------------------------------
 
 EXAMPLES = TESTS.parent / "examples"
@@ -513,7 +646,10 @@ def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
 def test_the_documented_scaling_is_what_the_measurements_give():
     text = (TESTS.parent / "docs" / "executors.md").read_text()
     assert f"<!-- scaling -->\n{scaling.table()}\n<!-- /scaling -->" in text
-    commands = re.findall(r"^    icl-ft-fast (score (?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
-    assert [cli.parser().parse_args(shlex.split(command)).executor for command in commands] == [None, "torchrun", "ray"]
+    commands = re.findall(r"^    icl-ft-fast ((?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
+    parsed = [cli.parser().parse_args(shlex.split(command)) for command in commands]
+    assert [(options.command, options.executor) for options in parsed] == [
+        ("score", None), ("score", "torchrun"), ("score", "ray"), ("compare", "torchrun"), ("compare", "ray"),
+    ]  # fmt: skip
     measured = json.loads(scaling.MEASURED.read_text())
     assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6

@@ -11,6 +11,7 @@ from icl_ft_fast.cost import Ledger
 from icl_ft_fast.finetune import FinetuneSettings, batches, finetune
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.loop import Objective
+from icl_ft_fast.finetune.optimizer import Optimizer
 from icl_ft_fast.generate import Sampling, generate
 from icl_ft_fast.model import Model, Rows, from_network, load
 from icl_ft_fast.score import loglikelihood
@@ -37,6 +38,24 @@ def test_scoring_and_training_stay_on_one_device_and_read_nothing_back(family, t
     assert all(p.grad.device.type == "meta" for p in network.parameters())
     with pytest.raises(RuntimeError, match="meta"):
         loglikelihood(model, REQUESTS)  # brings its results back
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_what_a_checkpoint_holds_goes_back_where_the_optimizer_has_it(optim, tiny_network) -> None:
+    """The number of steps too: a fused AdamW reads it on the device of the weights, and the others on the CPU."""
+    state = {}
+    for device in ("cpu", "meta"):
+        network = tiny_network("llama", num_hidden_layers=1).to(device)
+        optimizer = Optimizer(network, FinetuneSettings(optim=optim))
+        if device == "meta":
+            optimizer.load(state)
+        for weight in network.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step(0.1)
+        state = optimizer.state()
+    steps = {tensor.device.type for key, tensor in state.items() if key.startswith("step/")}
+    assert steps == {"meta" if "fused" in optim else "cpu"}
+    assert {tensor.device.type for key, tensor in state.items() if not key.startswith("step/")} == {"meta"}
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch, by torch

@@ -182,6 +182,14 @@ def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder
     assert counts["request_tokens"] >= before["request_tokens"]  # of both, padding included
 
 
+def test_an_invariant_model_scores_alike_beside_anything(llama_directory):
+    arguments = f"pretrained={llama_directory},dtype=float32,invariant=True,chunk_rows=9"
+    model, pairs = IclFtFastLM.create_from_arg_string(arguments, {"device": "cpu"}), texts()
+    assert model.model.invariant
+    together = model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert [model.loglikelihood(instances("loglikelihood", [pair]), disable_tqdm=True)[0] for pair in pairs] == together
+
+
 def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)  # it would stay after the test
     arguments = [

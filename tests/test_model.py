@@ -301,6 +301,29 @@ def test_the_self_check_refuses_an_attention_that_is_wrong(family, wrong, dtype,
     from_network(network, None, "here")
 
 
+def test_in_bfloat16_a_tenth_of_the_scale_is_seen(tiny_network, monkeypatch):
+    right = model_module._trie_attention
+    network = tiny_network("llama").bfloat16()
+    before = {name: (p.data_ptr(), p.clone()) for name, p in network.named_parameters()}
+
+    def attention(*args, scaling, **kwargs):
+        return right(*args, scaling=1.1 * scaling, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "_trie_attention", attention)
+            with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
+                from_network(network, None, "here")
+    finally:
+        model_module._register_attention()
+    from_network(network, None, "here")
+    for name, p in network.named_parameters():  # which were float32 for a moment
+        assert p.dtype == torch.bfloat16
+        assert p.data_ptr() == before[name][0]
+        assert torch.equal(p, before[name][1])
+        assert not p.is_inference()
+
+
 def test_the_self_check_can_be_left_out(tiny_network):
     from_network(tiny_network("lfm2", full_attn_idxs=[1, 3]), None, "here", self_check=False)
 

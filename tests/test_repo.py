@@ -49,6 +49,7 @@ LAYERS = {
     "compare": 4,
     "questions": 4,
     "shipped": 4,
+    "runs": 4.2,
     "results": 4.2,
     "report": 4.5,
     "cli": 5,

@@ -1,6 +1,8 @@
 """The HTML report: escaped, self-contained, within its size; and in a browser: charts, sorting, themes, no requests."""
 
 import html.parser
+import io
+import itertools
 import json
 import re
 import shutil
@@ -8,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from icl_ft_fast.compare import Run, Sample
 from icl_ft_fast.cost.prices import Prices
 from icl_ft_fast.evaluate import Answer, accuracies
-from icl_ft_fast.report import charts, page
+from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.report.study import Study
 from icl_ft_fast.results import Asked, AskedUnder, Results
 from icl_ft_fast.sweep import Point, Sweep
@@ -156,6 +160,21 @@ def test_in_a_notebook(study):
     assert len(frame) == 60 * 8
     means = frame.groupby(["arm", "split"]).is_correct.mean()
     assert means["icl", study.splits[0]] == pytest.approx(study.accuracy("icl", study.splits[0]).value)
+
+
+def test_figures_taken_beside_other_workers_say_so(study):
+    def beside(*workers):
+        runs = [replace(run, workers=n) for run, n in zip(study.results.runs, itertools.cycle(workers))]
+        return replace(study, results=replace(study.results, runs=tuple(runs)))
+
+    assert beside(1, 1).beside == beside(1, 1).summary()["note"] == ""
+    assert "several workers" in beside(3, None).beside
+    noted, console = beside(1, 3, 2), Console(file=io.StringIO(), width=500)
+    assert "while 3 workers ran at once" in noted.beside
+    table.print_study(noted, console)
+    shown = [page.render([noted]), page.fragment(noted), console.file.getvalue(), accuracy_table([noted, noted])]
+    assert [text.count(noted.beside) for text in shown] == [1, 1, 1, 1]
+    assert noted.summary()["note"] == noted.beside
 
 
 def test_what_an_old_file_lacks_is_left_out(study):

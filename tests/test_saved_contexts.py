@@ -155,6 +155,19 @@ def test_a_store_finds_the_longest_beginning(llama, llama_directory, tmp_path):
     assert (ledger.forwarded_rows, ledger.reused_rows) == (len(CONTEXT) - 30, 30)
 
 
+def test_a_run_counts_each_row_once(llama, tmp_path):
+    """Forwarded, or reused; a second run from the same context reuses all of it."""
+    store = ContextStore(tmp_path, llama, 10**9)
+    for reused in (0, len(CONTEXT)):  # made and saved, then mapped
+        ledger, again = Ledger(), Ledger()
+        start = stored_context(llama, CONTEXT, store, ledger=ledger)
+        loglikelihood(llama, REQUESTS, start=start, ledger=ledger)
+        rows = len(CONTEXT) + 4
+        assert (ledger.forwarded_rows, ledger.reused_rows) == (rows - reused, reused)
+        loglikelihood(llama, REQUESTS, start=start, ledger=again)
+        assert (again.forwarded_rows, again.reused_rows) == (4, len(CONTEXT))
+
+
 def test_the_least_recently_used_goes_first(llama, tmp_path):
     pieces = [prefill(llama, [n, *CONTEXT[1:]]) for n in (1, 2, 3, 4)]
     store = ContextStore(tmp_path, llama, 10**9)

@@ -343,6 +343,12 @@ def test_the_shipped_tokenizer_is_the_recipes(shipped_tokenizer):
 
 
 @shipped
+def test_the_shipped_model_proves_itself_in_bfloat16():
+    """Its first layer's biases round by more than a unit of its embeddings does."""
+    assert load(MODEL, dtype="bfloat16").network.dtype == torch.bfloat16
+
+
+@shipped
 def test_the_shipped_model_reverses_in_context():
     model = load(MODEL)
     task = simple_reversals(0, num_facts=40, num_articles=1)

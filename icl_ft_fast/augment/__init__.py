@@ -6,7 +6,7 @@ global (a document with the others in context), self-qa, rules, reverse.
 
 from icl_ft_fast.augment.prompts import LOCAL_EXAMPLES, LOCAL_HEADER, AugmentError
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import augment_by_model
+from icl_ft_fast.augment.run import Part, augment_by_model, parts_of
 from icl_ft_fast.augment.steps import Augmentation, Augmented
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "AugmentError",
     "Augmentation",
     "Augmented",
+    "Part",
     "augment_by_model",
     "augment_reverse",
     "augment_rules",
+    "parts_of",
 ]

@@ -257,50 +257,75 @@ def prompts(
     return prompting.asks(documents, shown), shown
 
 
-def augment_by_model(
-    model: Model,
-    documents: Sequence[Document],
-    strategy: str = "local",
-    *,
-    seed: int = 0,
-    kept: Kept | None = None,
-    key: str = "",
-    ledger: Ledger | None = None,
-    progress: bool = False,
-) -> Augmented:
-    """Let the model write what follows from the documents, greedily (Lampinen et al. 2025, section 2.2).
+@dataclass(frozen=True)
+class Part:
+    """Prompts that the engine answers in one call.
+
+    Attributes:
+        name: a digest of all that decides the answers.
+        prompting, asks, sampling: as in Run.
+    """
+
+    name: str
+    prompting: Prompting
+    asks: tuple[Ask, ...]
+    sampling: Sampling
+
+    def write(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
+        """The rows of the answers, what was dropped, and what it took, all that is in `ledger` then."""
+        with ledger.phase("filter"):  # all but the phase "generate" within it
+            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling)
+            run.collect(progress=progress)
+            made = run.read()
+        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": ledger.as_dict()}
+
+
+def parts_of(
+    model: Model, documents: Sequence[Document], strategy: str = "local", *, seed: int = 0, key: str = ""
+) -> list[Part]:
+    """What a model is asked to write about documents, call by call (Lampinen et al. 2025, section 2.2).
 
     Args:
         model: a base model: it gets the strategy's prompts for those.
         documents: to augment.
         strategy: a key of LABELS.
         seed: global: of the documents in context, where not all fit.
-        kept: where the rows of a call of the engine are looked up and put, with what they cost.
-        key: of the model, under which they are together with their prompts and sampling.
+        key: of the model, under which the parts are named together with their prompts and sampling.
+
+    Raises:
+        AugmentError: an unknown strategy.
+    """
+    prompting, sampling = Prompting.of(strategy), Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
+    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    found = []
+    for first in range(0, len(asks), Engine.together):
+        call = tuple(asks[first : first + Engine.together])
+        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in call])
+        found.append(Part(name, prompting, call, sampling))
+    return found
+
+
+def augment_by_model(
+    model: Model, parts: Sequence[Part], *, kept: Kept | None = None, ledger: Ledger | None = None,
+    progress: bool = False,
+) -> Augmented:  # fmt: skip
+    """Let the model write what it is asked for, greedily.
+
+    Args:
+        model: the one that parts_of() was given.
+        parts: from parts_of().
+        kept: where what was written of each is looked up and put, with what it cost.
         ledger: counts the work, as phases "generate" and "filter"; between phases.
         progress: show a bar of answers.
 
     Raises:
-        AugmentError: an unknown strategy.
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    prompting, kept, ledger = Prompting.of(strategy), kept or Kept(None), ledger or Ledger()
-    sampling = Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
-    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    kept, ledger = kept or Kept(None), ledger or Ledger()
     rows: list[Augmentation] = []
     dropped: dict[str, int] = {}
-
-    def write(part: Sequence[Ask], counts: Ledger) -> dict[str, Any]:
-        with counts.phase("filter"):  # all but the phase "generate" within it
-            run = Run(prompting, part, Engine(model, ledger=counts), sampling)
-            run.collect(progress=progress)
-            made = run.read()
-        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": counts.as_dict()}
-
-    for first in range(0, len(asks), Engine.together):
-        part = asks[first : first + Engine.together]
-        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in part])
-        made = kept.once(name, partial(write, part, Ledger(meter=ledger.meter)))
+    for part in parts:
+        made = kept.once(part.name, partial(part.write, model, Ledger(meter=ledger.meter), progress=progress))
         rows += (Augmentation(**row) for row in made["rows"])
         dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
         ledger.include(made["counts"])

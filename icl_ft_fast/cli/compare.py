@@ -7,18 +7,20 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast import compare
+from icl_ft_fast import compare, runs
 from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
     Terminal,
     UsageError,
+    add_executor_options,
     add_json_option,
     add_memory_options,
     add_model_options,
@@ -28,7 +30,9 @@ from icl_ft_fast.cli.options import (
     amount,
     arguments_digest,
     command,
+    executor_of,
     load_model,
+    loading,
     open_store,
     positive,
     show_progress,
@@ -41,6 +45,7 @@ from icl_ft_fast.cost.meters import Meter
 from icl_ft_fast.cost.prices import Prices, read_prices
 from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
+from icl_ft_fast.executors import Executor, InProcess, follow
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.model import SHIPPED
 from icl_ft_fast.report import table
@@ -64,14 +69,15 @@ def add(commands: Commands) -> None:
         demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
     )
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
-    demo.set_defaults(task_seed=None, exclude_words=())
+    demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
     comparison = command(
         commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model shipped --task all --preset small --out out/all\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2\n"
-        "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json",
+        "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json\n"
+        "icl-ft-fast compare --executor torchrun --workers 2 --model DIR --task my_task_folder --seeds 0,1,2",
     )  # fmt: skip
     add_model_options(comparison)
     add_memory_options(comparison)
@@ -84,6 +90,7 @@ def add(commands: Commands) -> None:
     _add_comparison_options(
         comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
     )
+    add_executor_options(comparison)
 
 
 def _add_comparison_options(
@@ -200,10 +207,14 @@ def _describe_demo(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    executor = executor_of(options)
     if options.task == ALL:
-        _compare_all(options)
-        return
-    study = _compared(options)
+        _compare_all(options, executor)
+    elif (study := _compared(options, executor)) is not None:
+        _print(study, options)
+
+
+def _print(study: Derived, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_summary(study, options)))
         return
@@ -214,15 +225,19 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"\nWritten to {options.out / 'results.json'}")
 
 
-def _compare_all(options: argparse.Namespace) -> None:
+def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
     """Every task that is made from a seed, each in a folder of its own in --out, and one table of them all."""
     if options.facts:
         raise UsageError("--facts: is simple-reversals' alone; leave it out with --task all")
     studies = []
     for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
-        if show_progress(options):
+        if show_progress(options) and executor.rank == 0:
             print(f"{name}:", file=sys.stderr)
-        studies.append(_compared(argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})))
+        one = argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})
+        if (study := _compared(one, executor)) is not None:
+            studies.append(study)
+    if executor.rank:
+        return
     text = accuracy_table(studies)
     with replacing(options.out / "table.md") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -235,8 +250,8 @@ def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
     return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
 
 
-def _compared(options: argparse.Namespace) -> Derived:
-    """Run what is not kept yet of a task."""
+def _compared(options: argparse.Namespace, executor: Executor) -> Derived | None:
+    """Run what is not kept yet of a task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
     settings = compare.Settings(
         arms=_arms(options.arms),
@@ -257,32 +272,47 @@ def _compared(options: argparse.Namespace) -> Derived:
     prices = prices_of(options)
     if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
-    if options.out is None:
-        found = _study(options, make_task, settings)
-    else:
-        with alone(options, "results.json"):
-            found = _study(options, make_task, settings)
+    with nullcontext() if options.out is None or executor.rank else alone(options, "results.json"):
+        found = _study(options, make_task, settings, executor)
+    if found is None:
+        return None
     name = options.task if options.out is None else options.out.name
     return Derived(parse_results(found), name, prices, reuse_of(options), options.together)
 
 
-def _study(options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings) -> dict[str, Any]:
-    """Run what is not kept yet; returns what results.json holds."""
-    out, progress, load = options.out, show_progress(options), Ledger(meter=Meter("cpu"))
+def _study(
+    options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings, executor: Executor
+) -> dict[str, Any] | None:
+    """Run what is not kept yet; returns what results.json holds, in rank 0."""
+    follow(executor)  # until it holds the lock, and measures nothing any more of a study before
+    out, progress, load = options.out, show_progress(options) and executor.rank == 0, Ledger(meter=Meter("cpu"))
     kept = Kept(None if out is None else out / "kept.jsonl")
-    before, arguments, runs = len(kept.values), arguments_digest(options), list[compare.Run]()
+    before, arguments, made = len(kept.values), arguments_digest(options), list[compare.Run]()
     with load.phase("load"):
         model = load_model(options)
+    has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
+    if not isinstance(executor, InProcess):
+        key = compare.study_key(model, settings)
+        start = runs.Runs(
+            options.model, loading(options), key, settings, executor.workers, out.absolute(), checkpoint_s
+        )  # fmt: skip
+        plans = compare.plan(model, make_task, settings, has_store=has_store)
+        # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
+        shared = [one for one in plans if one.arm != "icl" or not has_store]
+        if not runs.make_runs(executor, start, model, shared, kept, progress=progress):
+            return None
+    if out is not None:
+        runs.take_in(kept, out)
 
     def keep(run: compare.Run) -> None:
-        runs.append(run)
+        made.append(run)
         if out is not None and len(kept.values) > before:  # while all is kept, results.json may be the whole one
-            found = compare.as_json(model, options.task, settings, runs, arguments=arguments)
+            found = compare.as_json(model, options.task, settings, made, arguments=arguments)
             compare.write_results(out / "results.json", found)
 
     compare.compare(
         model, make_task, settings, kept=kept, checkpoints=None if out is None else out / "checkpoints",
-        checkpoint_s=60 * options.checkpoint_minutes, store=open_store(options, model), progress=progress, on_run=keep,
+        checkpoint_s=checkpoint_s, store=open_store(options, model), progress=progress, on_run=keep,
     )  # fmt: skip
     costs = compare.measure(
         model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, kept=kept, progress=progress
@@ -290,7 +320,7 @@ def _study(options: argparse.Namespace, make_task: Callable[[int], Task], settin
     key = compare.study_key(model, settings)
     measured = kept.once(digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype)))
     found = compare.as_json(
-        model, options.task, settings, runs, costs=costs, load=kept.once(digest(key, "load"), load.as_dict),
+        model, options.task, settings, made, costs=costs, load=kept.once(digest(key, "load"), load.as_dict),
         ceilings=Ceilings(**measured), arguments=arguments,
     )  # fmt: skip
     if out is not None:

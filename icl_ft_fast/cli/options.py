@@ -142,6 +142,7 @@ def executor_of(options: argparse.Namespace) -> Executor:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.workers)]
         command = [sys.executable, *torchrun, "-m", "icl_ft_fast.cli", *options.given]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    torch.set_num_threads(threads)  # here too: what is measured here and there is one machine's
     return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(device_of(options).type == "cuda"))
 
 

@@ -67,6 +67,6 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(distributed.shard_like(tensor, master))
             else:
-                self._adamw.state[master][kind] = (
-                    distributed.shard_like(tensor, master) if tensor.shape == master.shape else tensor
-                )
+                shard = distributed.shard_like(tensor, master) if tensor.shape == master.shape else tensor
+                # A fused AdamW reads the number of steps too where the weights are.
+                self._adamw.state[master][kind] = shard.to(master.device) if self._adamw.defaults["fused"] else shard

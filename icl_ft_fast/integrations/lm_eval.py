@@ -53,6 +53,7 @@ class IclFtFastLM(TemplateLM):
             none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
         trust_remote_code: let the checkpoint's own Python code run.
+        invariant: scores have the same bits whatever else is scored; see load(). On the CPU only.
         memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
             chunk_rows.
@@ -91,6 +92,7 @@ class IclFtFastLM(TemplateLM):
         device: str | None = None,
         peft: str | None = None,
         trust_remote_code: bool | None = None,
+        invariant: bool | None = None,
         memory: int | str | None = None,
         kv_dtype: str | None = None,
         spill: str | None = None,
@@ -115,7 +117,8 @@ class IclFtFastLM(TemplateLM):
             raise ValueError("enable_thinking: needs think_end_token, to tell the answer from the reasoning")
         options = {
             "tokenizer": tokenizer, "revision": revision, "dtype": dtype, "device": device, "adapter": peft,
-            "trust_remote_code": trust_remote_code, "memory": memory, "kv_dtype": kv_dtype, "spill": spill,
+            "trust_remote_code": trust_remote_code, "invariant": invariant, "memory": memory, "kv_dtype": kv_dtype,
+            "spill": spill,
         }  # fmt: skip
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(pretrained, Model) and given:

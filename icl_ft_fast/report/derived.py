@@ -78,6 +78,15 @@ class Derived:
         found = [a for run in self.of(arm) for name, a in run.accuracy.items() if split in (None, name)]
         return Accuracy(sum(a.correct for a in found), sum(a.total for a in found)) if found else None
 
+    @property
+    def beside(self) -> str:
+        """What to know of figures that were measured while other runs were made; empty where none were."""
+        workers = {run.workers for run in self.results.runs} - {1}
+        count = "several" if None in workers else max(filter(None, workers), default=1)
+        told = f"Arms were timed while {count} workers ran at once, who slow each other down on one machine and share "
+        told += "its joules: setups and break-even numbers may be too high. What a query costs was measured by itself."
+        return told if workers else ""
+
     def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
         """The bootstrap's interval over facts and seeds; None where answers were not kept."""
         return self._clustered.get((arm, split))
@@ -265,6 +274,7 @@ class Derived:
                 for resource in self.resources
                 for (way, rival), found in self.break_evens[resource].items()
             ],
+            "note": self.beside,
             "decision": decision and _finite(
                 {"resource": chosen, "unit": self.resources[chosen], "queries": decision.queries, "points": points,
                  "best": decision.best.name, "chosen": decision.chosen.name,

@@ -12,7 +12,8 @@ from icl_ft_fast.report.derived import ARM_TITLES, Derived
 def accuracy_table(studies: Sequence[Derived]) -> str:
     """A row for each split of each study: chance and each arm's accuracy, seeds pooled, with Wilson's interval at 95%.
 
-    The last column has the seconds of all phases of all runs, the answering included, in the study's first row.
+    The last column has the seconds of all phases of all runs, the answering included, in the study's first row. Below
+    stands what there is to know of how they were measured.
     """
     arms = list(dict.fromkeys(arm for study in studies for arm in study.arms))
     titles = ["task: split (answers)", "chance", *(ARM_TITLES.get(arm, arm) for arm in arms), "seconds"]
@@ -27,7 +28,8 @@ def accuracy_table(studies: Sequence[Derived]) -> str:
             told = "-" if chance is None else f"{chance:.2f}"
             rows.append([f"{study.name}: {split} ({total})", told, *map(_cell, found), seconds])
             seconds = ""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    notes = dict.fromkeys(f"\n{study.beside}" for study in studies if study.beside)
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *notes])
 
 
 def _cell(accuracy: Accuracy | None) -> str:

@@ -72,6 +72,8 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
             "\n".join(query_ms),
         )
     console.print(table)
+    if study.beside:
+        console.print(study.beside)
     runs, arms = study.results.runs, study.arms
     icl = [run.notes for run in runs if run.arm == "icl"]
     if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):

@@ -1,0 +1,72 @@
+"""`compare` where one of two workers is killed as it trains: python tests/study.py MARKS ARGUMENTS...
+
+What would take seconds and decides nothing here is cut short, and whatever a random model answers is a row.
+"""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from icl_ft_fast import cli, runs, sweep
+from icl_ft_fast.augment import Part
+from icl_ft_fast.augment import run as augment
+from icl_ft_fast.augment.prompts import Prompting
+from icl_ft_fast.cost.machine import Ceilings
+from icl_ft_fast.finetune import loop
+
+MARKS = Path(sys.argv[1] if len(sys.argv) > 1 else "")
+MORTAL = "augmented-ft 1"
+STEP = loop._step
+
+
+def prepare(patch):
+    """Cut short, by a function like setattr."""
+    patch(cli.compare, "ceilings", lambda *_: Ceilings("float32", 1.0, 1.0))
+    patch(sweep, "LENGTHS", ())
+    patch(sweep, "sweep", partial(sweep.sweep, rounds=1, batches=(1,)))
+    patch(augment.Engine, "together", 2)  # two calls for three documents
+    patch(augment, "MAX_NEW_TOKENS", {"document": 6})
+    patch(augment, "parse", lambda strategy, told, text: ([(strategy, f"{told} {text}")], 0, 0))
+    patch(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}\nReversed:", "short"))
+
+
+def note(name, text):
+    """Add to a file of marks."""
+    with (MARKS / name).open("a") as file:
+        file.write(text)
+
+
+def deadly(*arguments):
+    """A step of training, the second of which is never made."""
+    note("steps", ".")
+    if (MARKS / "steps").stat().st_size == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return STEP(*arguments)
+
+
+class Mortal(runs.Runs):
+    """Workers that note what they begin."""
+
+    def __call__(self):
+        """See Runs."""
+        prepare(setattr)
+        return super().__call__()
+
+    def do(self, model, job):
+        """See Runs."""
+        what = job.name if isinstance(job, Part) else f"{job[0].arm} {job[0].seed}"
+        note("begun", f"{what}\n")
+        note(str(os.getpid()), "")
+        while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies
+            time.sleep(0.01)
+        loop._step = deadly if what == MORTAL else STEP
+        return super().do(model, job)
+
+
+if __name__ == "__main__":
+    prepare(setattr)
+    runs.Runs = Mortal
+    sys.exit(cli.main(sys.argv[2:]))

@@ -1,0 +1,152 @@
+"""The bring-up of a GPU, on the CPU at toy sizes: each minute of a lent machine counts, so nothing runs there first."""
+
+import csv
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.timing import Row
+
+# Whatever is not ours and needs CUDA or a package says so; these run here too.
+RIVALS = {
+    "ceilings": {"torch"},
+    "attention": {"SDPA FLASH_ATTENTION", "SDPA FLASH_ATTENTION, heads repeated"},
+    "head": {"bare product", "all logits"},
+    "squad_trie": {"FlexAttention", "per request, SDPA flash"},
+    "mmlu": {"floor", "hf as lm-eval, batch 2", "hf as lm-eval, batch 4"},
+    "tests": {"pytest"},
+    "head_training": {"all logits"},
+    "long_context": {"floor", "KV loop"},
+    "lora_step": {"transformers, SDPA"},
+    "decode": {"transformers", "transformers, 2 at a time"},
+}
+AWAY = {
+    "attention": {f"SDPA {b}{h}" for b in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION") for h in ("", ", heads repeated")},
+    "squad_trie": {"per request, flash-attn varlen"},
+    "head_training": {"liger-kernel", "cut-cross-entropy, exact"},
+}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    told = []
+    return gpu.Bench(torch.device("cpu"), True, tmp_path, {"TFLOP/s": 1.0, "GB/s": 10.0}, told.append), told
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_every_part_runs(part, bench, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
+    monkeypatch.setitem(gpu.TESTS, False, ["-c", "/dev/null", str(tmp_path / "test_one.py")])
+    setting, told = bench
+    gpu.PARTS[part][0](setting)
+    rows = [x for x in told if isinstance(x, Row)]
+    notes = [x for x in told if isinstance(x, gpu.Note)]
+    assert {row.variant for row in rows if not row.variant.startswith(gpu.OURS)} == RIVALS[part]
+    assert {(note.variant, note.reason) for note in notes} == {(name, "needs CUDA") for name in AWAY.get(part, ())}
+    assert all(row.ms > 0 and row.rate > 0 for row in rows)
+    ours = [row.case for row in rows if row.variant.startswith(gpu.OURS)]
+    assert ours or part in ("ceilings", "tests")
+    table = gpu.report(told, {"device": "x"}, True)
+    judged = [line for line in table.splitlines() if line.endswith("toy sizes |")]
+    assert {line.split(" | ")[0].removeprefix("| ") for line in judged} <= set(ours)
+
+
+def test_faults_are_found(bench, monkeypatch):
+    """A kernel that is wrong is not timed, nor one whose scores are another network's."""
+    attention, head = gpu.ops.trie_attention, gpu.ops.target_logprob
+    monkeypatch.setattr(gpu.ops, "trie_attention", lambda *a, **k: attention(*a, **k) * 1.05)
+    with pytest.raises(AssertionError, match="rectangle d128"):
+        gpu.attention(bench[0])
+    monkeypatch.setattr(gpu.ops, "target_logprob", lambda *a, **k: (head(*a, **k)[0] + 1e-3, *head(*a, **k)[1:]))
+    with pytest.raises(AssertionError, match="target_logprob of 96 rows"):
+        gpu.head(bench[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "_logp", lambda case, *_, **__: torch.randn(len(case.requests)).tolist())
+    with pytest.raises(AssertionError, match="log-likelihoods differ"):
+        gpu.mmlu(bench[0])
+
+
+def test_a_rival_that_fails_is_told_and_ours_may_not(bench):
+    setting, told = bench
+
+    def fail():
+        raise RuntimeError("no kernel\nfor this\nshape\nand a long story")
+
+    rows = setting.measure("a case", {gpu.OURS: lambda: None, "rival": fail}, 1.0, "GB/s")
+    assert list(rows) == [gpu.OURS]
+    assert told[0] == gpu.Note("a case", "rival", "RuntimeError: no kernel / for this / shape")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        setting.measure("a case", {f"{gpu.OURS}, otherwise": fail}, 1.0, "GB/s")
+
+
+def test_a_sample_is_scaled_and_bars_are_judged():
+    def row(case, variant, ms, rate=1.0, percent=None, peak=None):
+        return Row("gpu", case, variant, ms, ms, ms, rate, "TFLOP/s", percent, peak)
+
+    told = [
+        row("rectangle d128: x", gpu.OURS, 1.0, 451.0), row("rectangle d64: x", gpu.OURS, 1.0, 349.0),
+        row("chain: x", gpu.OURS, 1.0), row("chain: x", "SDPA a", 1.1), row("chain: x", "SDPA b", 0.9),
+        row("head of 8,192: x", gpu.OURS, 1.0, 601.0, None, 65_000_000),
+        row("MMLU-like: x", gpu.OURS, 1.0, 1.0, 61.0), row("MMLU-like: x", "hf 1", 8.5),
+        row("head's: x", gpu.OURS, 1.0, 1.0, None, 5), row("head's: x", gpu.CUT[0], 2.0, 1.0, None, 6),
+        gpu.Note("decode", "FAILED", "cut off after 3 s"),
+    ]  # fmt: skip
+    table = gpu.report(told, {"device": "An H200", "date": "today", "torch": "2.11"}, False)
+    verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in table.splitlines() if gpu.OURS in line}
+    assert verdicts["rectangle d128: x"] == "reached |"
+    assert verdicts["rectangle d64: x"] == verdicts["chain: x"] == verdicts["head of 8,192: x"] == "MISSED |"
+    assert verdicts["MMLU-like: x"] == "reached |"
+    assert verdicts["head's: x"] == "a rival is missing |"
+    assert "- decode: FAILED: cut off after 3 s" in table
+    assert "# An H200, today" in table
+
+
+def _quick(bench):
+    bench.tell(Row("gpu", "device copy", "torch", 1.0, 1.0, 1.0, 4000.0, "GB/s"))
+
+
+def _slow(bench):
+    bench.measure("a case", {gpu.OURS: lambda: None}, 1.0, "GB/s")
+    time.sleep(600)
+
+
+def _dies(bench):
+    gpu.os._exit(3)
+
+
+def _raises(bench):
+    raise ValueError("all wrong")
+
+
+PARTS = {"ceilings": (_quick, 300), "dies": (_dies, 300), "raises": (_raises, 300), "slow": (_slow, 2)}
+
+
+def test_what_is_cut_off_keeps_its_rows_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """The command itself; its parts are forked here, not started anew, to spare four imports."""
+    monkeypatch.setattr(gpu, "PARTS", PARTS)
+    spawn = gpu.multiprocessing.get_context
+    monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda _: spawn("fork"))
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--small", "--parts", "dies,slow,raises"]
+    assert gpu.main(arguments, time.monotonic()) == 1
+    assert "no time" not in (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "- dies: FAILED: its process died" in text
+    assert "- raises: FAILED: ValueError: all wrong" in text
+    assert "- slow: FAILED: cut off after 2 s" in text
+    (path,) = tmp_path.glob("*.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["device copy", "a case"]
+    assert rows[0]["suite"] == "gpu"
+    assert float(rows[1]["peak_percent"]) > 0
+    began = time.monotonic()
+    assert gpu.main([*arguments, "--minutes", "1"], began - 61) == 1
+    assert time.monotonic() - began < 60
+    assert "- slow: FAILED: no time was left" in (tmp_path / "gpu.md").read_text()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--parts", "nothing"], time.monotonic())
+    assert "unknown nothing" in capsys.readouterr().err
