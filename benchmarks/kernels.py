@@ -1,10 +1,10 @@
 """`python -m benchmarks.kernels`: compiles, without a GPU, every Triton kernel as its launcher would call it.
 
-Prints registers, shared memory, bytes of stack, matrix instructions and 16-byte loads for each target. Fails on more
-registers or shared memory than the target has, on a kernel of matrix products that loads nothing 16 bytes at a time or,
-with 16-bit factors, does not multiply on the matrix units alone (on sm_90: by wgmma), and there on a spill. The
-launchers themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no
-second list.
+Prints registers, shared memory, bytes of stack, matrix instructions and 16-byte loads for each target. Fails on any
+spill, on more registers or shared memory than the target has, and on a kernel of matrix products that loads nothing 16
+bytes at a time or does not multiply on the matrix units: in 16 bits by wgmma alone on sm_90 and by tcgen05 alone on
+sm_100; in float32 by wgmma alone on sm_90 to head sizes of 128, by mma.sync beyond, as LOG.md explains. The launchers
+themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no second list.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.trie_attention import questions
 from icl_ft_fast.kernels import target_logprob, trie_attention
-from icl_ft_fast.kernels.gpu import Cost, Gpu
+from icl_ft_fast.kernels.gpu import Cost, described
 
 # Target and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -60,8 +60,8 @@ class Built(NamedTuple):
     registers: int
     shared_bytes: int
     spilled_bytes: int
-    matrix: int  # instructions of the matrix units: of sm_90 wgmma only
-    other_matrix: int  # of sm_90 those that are not
+    matrix: int  # instructions of the matrix units: of sm_90 wgmma, of sm_100 tcgen05
+    older_matrix: int  # of these two the others, mma.sync
     wide_loads: int  # of 16 bytes, from global memory
 
 
@@ -73,8 +73,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} {size}", partial(_attend, dtype, size, 512)
         yield f"{name} 64, all sizes 1", partial(_attend, dtype, 64, 1, heads=(1, 1), keys=1)  # triton folds these in
         yield f"{name}, all sizes 1", partial(_score, dtype, 1, vocabulary=1)
-        yield f"{name} 128, few rows", partial(_attend, dtype, 128, 4)
-        yield f"{name} 128, options", partial(_attend, dtype, 128, 512, options=True)
+        for size in (64, 128, 256):
+            yield f"{name} {size}, few rows", partial(_attend, dtype, size, 4)
+            yield f"{name} {size}, options", partial(_attend, dtype, size, 512, options=True)
         yield f"{name}", partial(_score, dtype, 512)
         yield f"{name}, few rows", partial(_score, dtype, 4)
         yield f"{name}, options", partial(_score, dtype, 512, options=True)
@@ -115,11 +116,11 @@ def launches(target: str) -> list[Launch]:
     """What the launchers start on a target, each distinct compilation once, in order."""
     made: dict[str, Launch] = {}
     case = ""
-    found = Gpu(TARGETS[target][1], "ieee" if target.startswith("gfx") else "bf16x6")
+    found = described(*TARGETS[target])
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         static = {p.name for p in kernel.params if p.is_constexpr}
         static |= {
             name for name, x in values.items() if x is None or (type(x) is int and x == 1)
@@ -175,9 +176,8 @@ def build(launch: Launch) -> Built:
     matrix, hmma, wide = (
         len(re.findall(rf"\b{x}", code.stdout)) for x in (instruction, "HMMA", r"(?:LDG|LDGSTS)\.E\S*\.128\b")
     )
-    return Built(
-        registers, compiled.metadata.shared, stack, matrix, hmma if launch.target == "sm_90" else 0, wide
-    )  # fmt: skip
+    older = hmma if instruction != "HMMA" else 0
+    return Built(registers, compiled.metadata.shared, stack, matrix, older, wide)
 
 
 def main() -> int:
@@ -194,7 +194,7 @@ def main() -> int:
         return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
-    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'16 bytes':>9}")
+    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'older':>6}{'16 bytes':>9}")
     faults = 0
     with ProcessPoolExecutor(2) as pool:
         for launch, built in zip(chosen, pool.map(build, chosen), strict=True):
@@ -207,7 +207,7 @@ def main() -> int:
                 end="",
             )
             print(f"{built.registers:10}{built.shared_bytes:9}{built.spilled_bytes:8}{built.matrix:7}", end="")
-            print(f"{built.wide_loads:9}", end="")
+            print(f"{built.older_matrix:6}{built.wide_loads:9}", end="")
             print("  <--" if fault else "", flush=True)
     print(f"{len(chosen)} compiled, {faults} not as they should be")
     return int(faults > 0)
@@ -227,8 +227,8 @@ def print_costs() -> None:
 
     chunks = questions(220, 1)
     with (
-        mock.patch.object(trie_attention, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
-        mock.patch.object(target_logprob, "gpu", return_value=Gpu(TARGETS["sm_90"][1], "bf16x6")),
+        mock.patch.object(trie_attention, "gpu", return_value=described(*TARGETS["sm_90"])),
+        mock.patch.object(target_logprob, "gpu", return_value=described(*TARGETS["sm_90"])),
     ):
         for heads, size in (((8, 2), 64), ((32, 8), 128)):
             for backward in (False, True):
@@ -250,15 +250,15 @@ def print_costs() -> None:
 
 
 def faulty(launch: Launch, built: Built) -> bool:
-    """Whether a build breaks a limit; spills of float32 beyond head size 64, and elsewhere than on sm_90, are known."""
+    """Whether a build breaks a limit."""
     threads = launch.options.get("num_warps", 4) * TARGETS[launch.target][0].warp_size
     registers = 65_536 if TARGETS[launch.target][0].backend == "cuda" else 131_072
     over = built.shared_bytes > TARGETS[launch.target][1] or built.registers * threads > registers
-    if "PRECISION" not in launch.constexprs:  # no product
+    if over or built.spilled_bytes or "PRECISION" not in launch.constexprs:  # the last: no product
         return over or built.spilled_bytes > 0
-    sixteen_bits = "float32" not in launch.case
-    slow = not built.wide_loads or (sixteen_bits and (not built.matrix or built.other_matrix > 0))
-    return over or slow or (sixteen_bits and launch.target == "sm_90" and built.spilled_bytes > 0)
+    largest = max(launch.constexprs.get(name, 0) for name in ("BLOCK_D", "BLOCK_DV"))
+    older = "float32" in launch.case and (launch.target != "sm_90" or largest > 128)  # mma.sync is allowed
+    return not built.wide_loads or not built.matrix + built.older_matrix or (built.older_matrix > 0 and not older)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fused output head beside the bare matrix product, and beside the product followed by log_softmax."""
+"""The fused output head beside the bare matrix product and log_softmax, and its gradients beside torch's."""
 
 from collections.abc import Callable
 
@@ -19,6 +19,7 @@ CASES = [  # rows, width, vocabulary, dtype
     (4, 1024, 32_000, torch.bfloat16),
     (16, 1024, 32_000, torch.bfloat16),
 ]
+TRAINING = [(80, 512, 8_000, torch.float32), (512, 512, 32_000, torch.float32), (512, 512, 32_000, torch.bfloat16)]
 CHECKED_ROWS = 8
 
 
@@ -51,6 +52,40 @@ def run(quick: bool) -> list[Row]:
                 times = (timing.ms, timing.p20_ms, timing.p80_ms)
                 rows.append(Row("target_logprob", case, name, *times, rate, unit, percent, peak))
         torch.set_num_threads(threads)
+    return rows + [row for case in (TRAINING[:1] if quick else TRAINING) for row in training(*case, quick)]
+
+
+def training(R: int, E: int, V: int, dtype: torch.dtype, quick: bool) -> list[Row]:
+    """Forward and gradients of the mean log-probability; the rate counts the three products that torch makes."""
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    hidden, weight = (torch.randn(n, E, generator=generator).to(dtype) for n in (R, V))
+    weight *= E**-0.5
+    row, target = torch.arange(R, dtype=torch.int32), torch.randint(V, (R,), generator=generator).int()
+
+    def gradients(head: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        return torch.autograd.grad(head(*leaves).mean(), leaves)
+
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return target_logprob(hidden, weight, row, target)[0]
+
+    def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
+        return (hidden @ weight.T).log_softmax(-1)[row, target]
+
+    for made, plain, exact in zip(gradients(ours), gradients(theirs), gradients(theirs, torch.float64), strict=True):
+        error, torch_error = ((x.double() - exact).abs().max().item() for x in (made, plain))
+        if not error <= 2 * (torch_error + torch.finfo(dtype).eps * exact.abs().max().item()):
+            raise AssertionError(f"gradients of {R} x {E} x {V} are off by {error:.2e}, torch's by {torch_error:.2e}")
+    rows: list[Row] = []
+    variants = {"target_logprob": lambda: gradients(ours), "log_softmax": lambda: gradients(theirs)}
+    for num_threads in sorted({1, threads}):
+        torch.set_num_threads(num_threads)
+        name = str(dtype).removeprefix("torch.")
+        case = f"{name}, forward and backward, {R} x {E} x {V:,}, {num_threads} threads"
+        for variant, t in measure(variants, seconds=0.2 if quick else 1.0).items():
+            rate, peak = 6 * R * E * V / t.ms / 1e6, peak_bytes(variants[variant])
+            rows.append(Row("target_logprob", case, variant, t.ms, t.p20_ms, t.p80_ms, rate, "GFLOP/s", None, peak))
+    torch.set_num_threads(threads)
     return rows
 
 

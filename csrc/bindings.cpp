@@ -125,9 +125,10 @@ View<N> floats(bool bfloat16, const py::array& array, const char* argument, std:
 
 bool is_bfloat16(const py::array& array) { return py::isinstance<py::array_t<int16_t>>(array); }
 
-void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
-                    const py::array& row, const py::array& target, float scale, float softcap, bool invariant, int isa,
-                    int num_threads, py::array logp, py::array is_argmax, py::array lse) {
+icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::array& weight,
+                                            const std::optional<py::array>& bias, const py::array& row,
+                                            const py::array& target, float scale, float softcap, int isa,
+                                            int num_threads, py::array& lse) {
     icl::TargetLogprob args{};
     args.bfloat16 = is_bfloat16(hidden);
     const auto h = floats<2>(args.bfloat16, hidden, "hidden", {-1, -1});
@@ -150,18 +151,50 @@ void target_logprob(const py::array& hidden, const py::array& weight, const std:
     args.target = static_cast<const int32_t*>(view<int32_t, 1>(target, "target", r.shape).data);
     args.scale = scale;
     args.softcap = softcap;
-    args.invariant = invariant;
     args.isa = isa;
     args.num_threads = num_threads;
-    args.logp = output<float, 1>(logp, "logp", r.shape);
-    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", r.shape);
     args.lse = output<float, 1>(lse, "lse", {h.shape[0]});
+    return args;
+}
+
+void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
+                    const py::array& row, const py::array& target, float scale, float softcap, bool invariant, int isa,
+                    int num_threads, py::array logp, py::array is_argmax, py::array lse) {
+    auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
+    args.invariant = invariant;
+    args.logp = output<float, 1>(logp, "logp", {args.num_targets});
+    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.num_targets});
     py::gil_scoped_release release;
     icl::target_logprob(args);
 }
 
+// Of weight and bias or of neither; bias has one if it is there.
+void target_logprob_backward(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
+                             const py::array& row, const py::array& target, float scale, float softcap, int isa,
+                             int num_threads, py::array lse, const py::array& grad_logp, const py::array& grad_lse,
+                             py::array grad_hidden, std::optional<py::array> grad_weight,
+                             std::optional<py::array> grad_bias) {
+    const auto args =
+        target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
+    const auto gradient = [&](auto& array, const char* argument, auto shape) {
+        constexpr int N = std::tuple_size<decltype(shape)>();
+        return args.bfloat16 ? static_cast<void*>(output<int16_t, N>(array, argument, shape))
+                             : output<float, N>(array, argument, shape);
+    };
+    icl::TargetLogprobGradients gradients{};
+    gradients.grad_logp = static_cast<const float*>(view<float, 1>(grad_logp, "grad_logp", {args.num_targets}).data);
+    gradients.grad_lse = static_cast<const float*>(view<float, 1>(grad_lse, "grad_lse", {args.num_rows}).data);
+    gradients.grad_hidden = gradient(grad_hidden, "grad_hidden", std::array{args.num_rows, args.width});
+    if (grad_weight) {
+        gradients.grad_weight = gradient(*grad_weight, "grad_weight", std::array{args.vocabulary, args.width});
+        if (grad_bias) gradients.grad_bias = gradient(*grad_bias, "grad_bias", std::array{args.vocabulary});
+    }
+    py::gil_scoped_release release;
+    icl::target_logprob_backward(args, gradients);
+}
+
 int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> sizes, bool contiguous, int isa,
-                                       int num_threads) {
+                                       int num_threads, bool backward) {
     icl::TargetLogprob args{};
     args.bfloat16 = bfloat16;
     args.weight_stride[1] = contiguous ? 1 : 2;
@@ -171,7 +204,7 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
     args.num_targets = sizes[3];
     args.isa = isa;
     args.num_threads = num_threads;
-    return icl::target_logprob_workspace_bytes(args);
+    return backward ? icl::target_logprob_backward_workspace_bytes(args) : icl::target_logprob_workspace_bytes(args);
 }
 
 icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array& k, const py::array& v,
@@ -257,8 +290,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
     m.def("best_isa", &icl::best_isa);
     m.def("target_logprob", &target_logprob);
+    m.def("target_logprob_backward", &target_logprob_backward);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
-          arg("contiguous"), arg("isa"), arg("num_threads"));
+          arg("contiguous"), arg("isa"), arg("num_threads"), arg("backward") = false);
     m.def("trie_attention", &trie_attention);
     m.def("trie_attention_backward", &trie_attention_backward);
 }

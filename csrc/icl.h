@@ -91,9 +91,19 @@ struct TargetLogprob {
     float* lse;       // [R]
 };
 
-// What target_logprob allocates: up to a bound that R and V do not move, and 4 bytes a target. Reads no array.
+// What its backward takes and gives besides; it reads lse, needs every row in range, and takes a target that is out of
+// range for nobody's.
+struct TargetLogprobGradients {
+    const float *grad_logp, *grad_lse;            // [M], [R]
+    void *grad_hidden, *grad_weight, *grad_bias;  // [R, E], [V, E] or null, [V] or null, contiguous
+};
+
+// What target_logprob allocates: up to a bound that R and V do not move, and 4 bytes a target. Its backward: up to a
+// bound that V does not move, and three floats for each element of hidden. Reads no array.
 int64_t target_logprob_workspace_bytes(const TargetLogprob& args);
+int64_t target_logprob_backward_workspace_bytes(const TargetLogprob& args);
 void target_logprob(const TargetLogprob& args);
+void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradients& gradients);
 
 // icl_ft_fast/ops.py says what each means. Elements are bfloat16 or float, strides are counted in them.
 struct TrieAttention {

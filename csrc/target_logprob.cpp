@@ -1,114 +1,17 @@
 // The output head fused with its softmax: blocks of logits are made, folded into each row's maximum and sum of
 // exponentials, and overwritten while they are still in the cache.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <type_traits>
-
-#include "icl.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-#endif
+#include "target_logprob.h"
 
 namespace icl {
 namespace {
 
-constexpr int64_t kCacheLine = 64;
-constexpr int64_t kMaxThreads = 32;
 constexpr int64_t kSlices = 64;           // parts of the vocabulary that threads take turns at, summed up in order
 constexpr int64_t kSliceColumns = 24;     // divides their sizes: whole groups of columns, whatever the kernel
-constexpr int kColumns = 8;               // most columns at a time: weights 2^n apart contend for a few cache lines
-constexpr int64_t kBlockColumns = 96;     // logits of a row in a tile
 constexpr int64_t kBlockRows = 512;       // rows that share a pass over the weights ...
 constexpr int64_t kBlockBytes = 4 << 20;  // ... fewer where they are so wide that they would take more than this
 constexpr int64_t kDotRows = 4;           // up to so many rows are not worth packing into lanes, if bits may differ
-constexpr int64_t kDepth = 2048;          // of a row and a column, multiplied at a time ...
-constexpr int64_t kPackedDepth = 256;     // ... where the weights are packed first
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kPackedDepth = 256;     // of kDepth, where the weights are packed first
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-template <class To, class From>
-inline To convert(From x) {
-    if constexpr (std::is_same_v<To, From>) {
-        return x;
-    } else {
-        return to_float(x);
-    }
-}
-
-#define ICL_INLINE inline __attribute__((always_inline))
-
-#define ICL_ISA Portable
-#define ICL_TARGET
-#define ICL_LANES 4
-#define ICL_SUMS 8
-#define ICL_VECTORS 2
-#define ICL_PAIRS 0
-#include "target_logprob_isa.h"
-
-#if defined(__x86_64__)
-#define ICL_ISA Avx2
-#define ICL_TARGET __attribute__((target("avx2,fma")))
-#define ICL_LANES 8
-#define ICL_SUMS 12
-#define ICL_VECTORS 2
-#define ICL_PAIRS 0
-#include "target_logprob_isa.h"
-
-#define ICL_ISA Avx512
-#define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define ICL_LANES 16
-#define ICL_SUMS 24
-#define ICL_VECTORS 4
-#define ICL_PAIRS 0
-#include "target_logprob_isa.h"
-
-#define ICL_ISA Avx512Bf16
-#define ICL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#define ICL_LANES 16
-#define ICL_SUMS 24
-#define ICL_VECTORS 4
-#define ICL_PAIRS 1
-#include "target_logprob_isa.h"
-#endif
-
-// Deals out the workspace; only counts, if it has none.
-struct Arena {
-    char* memory;
-    int64_t used = 0;
-
-    template <class T>
-    T* take(int64_t size) {
-        char* start = memory == nullptr ? nullptr : memory + used;
-        used += round_up(size * static_cast<int64_t>(sizeof(T)), kCacheLine);
-        return reinterpret_cast<T*>(start);
-    }
-};
 
 // One call. How it is cut up depends on the shapes alone, never on the threads, and so do the bits of its results.
 template <class K, class Source>
@@ -204,13 +107,10 @@ private:
     }
 
     void pack_row(int64_t r) {
-        const int64_t panel = r / kPanelRows, stride = (dot ? 1 : vectors(panel) * K::kLanes) * K::kUnit;
-        const int64_t size = first_row + r < a.num_rows ? a.width : 0;
+        const int64_t panel = r / kPanelRows, size = first_row + r < a.num_rows ? a.width : 0;
         const Source* from = static_cast<const Source*>(a.hidden) + (first_row + r) * a.hidden_stride[0];
         Element* to = hidden + (dot ? r * depth : panel * kPanelRows * depth + r % kPanelRows * K::kUnit);
-        for (int64_t k = 0; k < depth; ++k) {
-            to[k / K::kUnit * stride + k % K::kUnit] = k < size ? convert<Element>(from[k * a.hidden_stride[1]]) : 0;
-        }
+        pack_lane<K>(from, a.hidden_stride[1], size, depth, dot ? 1 : vectors(panel) * K::kLanes, to);
     }
 
     void pack_weight(int64_t column, int64_t columns, int64_t k, int64_t size, Element* to) const {
@@ -273,25 +173,8 @@ private:
             }
             return;
         }
-        const Element* panel_rows = hidden + panel * kPanelRows * depth + k * lanes;
-        const auto [products, at_a_time, product] = products_of(vectors(panel));
-        for (int64_t c = 0; c < columns;) {
-            const bool whole = columns - c >= at_a_time;
-            (whole ? products : product)(weight + c * stride, stride, panel_rows, size / K::kUnit, k == 0,
-                                         tile + c * lanes);
-            c += whole ? at_a_time : 1;
-        }
-    }
-
-    // The product of as many columns as fill the registers with so many vectors of rows, how many those are, and the
-    // product of one column.
-    template <int N = 1>
-    static auto products_of(int vectors) {
-        if constexpr (N < K::kVectors) {
-            if (vectors > N) return products_of<N + 1>(vectors);
-        }
-        constexpr int C = std::min(kColumns, K::kSums / N);
-        return std::tuple(&K::template products<C, N>, C, &K::template products<1, N>);
+        icl::multiply<K>(weight, stride, columns, hidden + panel * kPanelRows * depth + k * lanes, vectors(panel),
+                         size / K::kUnit, k == 0, tile);
     }
 
     void pick(const float* tile, int64_t column, int64_t columns, int64_t panel, int32_t* link) {
@@ -317,32 +200,13 @@ int64_t run(const TargetLogprob& a, char* workspace) {
     return arena.used;
 }
 
-template <class K>
-int64_t run_in_floats(const TargetLogprob& a, char* workspace) {
-    return a.bfloat16 ? run<K, uint16_t>(a, workspace) : run<K, float>(a, workspace);
-}
-
 // The size of the workspace, and the result if there is one.
 int64_t dispatch(const TargetLogprob& args, char* workspace) {
-    require_range("rows of hidden", args.num_rows, 0);
-    require_range("columns of hidden", args.width, 0);
-    require_range("rows of weight", args.vocabulary, 1);
-    require_range("targets", args.num_targets, 0);
+    require_sizes(args);
     TargetLogprob a = args;
     a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
-    switch (choose_isa(a.isa)) {
-#if defined(__x86_64__)
-        case kAvx512Bf16:
-            if (a.bfloat16) return run<Avx512Bf16, uint16_t>(a, workspace);
-            [[fallthrough]];
-        case kAvx512:
-            return run_in_floats<Avx512>(a, workspace);
-        case kAvx2:
-            return run_in_floats<Avx2>(a, workspace);
-#endif
-        default:
-            return run_in_floats<Portable>(a, workspace);
-    }
+    return choose_kernel(
+        a, [&](auto kernel, auto source) { return run<decltype(kernel), decltype(source)>(a, workspace); });
 }
 
 }  // namespace
@@ -350,11 +214,7 @@ int64_t dispatch(const TargetLogprob& args, char* workspace) {
 int64_t target_logprob_workspace_bytes(const TargetLogprob& args) { return dispatch(args, nullptr); }
 
 void target_logprob(const TargetLogprob& args) {
-    const size_t size = static_cast<size_t>(target_logprob_workspace_bytes(args));
-    const std::unique_ptr<char, decltype(&std::free)> workspace(
-        static_cast<char*>(std::aligned_alloc(kCacheLine, size)), &std::free);
-    if (workspace == nullptr) throw std::bad_alloc();
-    dispatch(args, workspace.get());
+    run_in_workspace([&](char* workspace) { return dispatch(args, workspace); });
 }
 
 }  // namespace icl

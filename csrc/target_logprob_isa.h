@@ -1,4 +1,4 @@
-// What target_logprob does with vectors, written once: target_logprob.cpp includes this file for each instruction set,
+// What target_logprob does with vectors, written once: target_logprob.h includes this file for each instruction set,
 // after defining ICL_ISA (the struct's name), ICL_TARGET (its function attribute), ICL_LANES (floats in a vector),
 // ICL_SUMS (vectors of sums that fit the registers), ICL_VECTORS (most vectors of rows in a product) and ICL_PAIRS
 // (whether products take bfloat16 in pairs, or floats one by one). Rows of `hidden` lie in the lanes and tokens one
@@ -20,8 +20,8 @@ struct ICL_ISA {
         return vector;
     }
 
-    template <class Vector>
-    ICL_TARGET ICL_INLINE static void store(float* to, const Vector& vector) {
+    template <class T, class Vector>
+    ICL_TARGET ICL_INLINE static void store(T* to, const Vector& vector) {
         std::memcpy(to, &vector, sizeof(vector));
     }
 
@@ -33,30 +33,36 @@ struct ICL_ISA {
 #endif
     }
 
-    // tile[c][r] = (first ? 0 : tile[c][r]) + sum over k of weight[c][k] * hidden[k][r], for C columns of the
-    // vocabulary, whose weights lie `stride` elements apart, and N vectors of rows. Meanwhile the next C are fetched.
-    template <int C, int N>
-    ICL_TARGET static void products(const Element* weight, int64_t stride, const Element* hidden, int64_t num_units,
+    // tile[c][r] = (first ? 0 : tile[c][r]) + the sum over k of weight(c, k) * rows[k][r], for C columns and N vectors
+    // of rows. A column's weights lie side by side and the next column's `stride` elements further; or, across, those
+    // of all columns for one k lie side by side and those for the next k further. Meanwhile the next C columns are
+    // fetched.
+    template <bool Across, int C, int N>
+    ICL_TARGET static void products(const Element* weight, int64_t stride, const Element* rows, int64_t num_units,
                                     bool first, float* tile) {
+        const int64_t column = Across ? kUnit : stride, step = Across ? stride : kUnit;
         Floats sum[C][N];
         for (int c = 0; c < C; ++c) {
-            for (int n = 0; n < N; ++n) sum[c][n] = first ? Floats{} : load<Floats>(tile + (c * N + n) * kLanes);
+            for (int n = 0; n < N; ++n) sum[c][n] = Floats{};
         }
         for (int64_t k = 0; k < num_units; ++k) {
-            if (k % (kCacheLine / static_cast<int64_t>(sizeof(Unit))) == 0) {
-                for (int c = 0; c < C; ++c) __builtin_prefetch(weight + (C + c) * stride + k * kUnit);
+            if (!Across && k % (kCacheLine / static_cast<int64_t>(sizeof(Unit))) == 0) {
+                for (int c = 0; c < C; ++c) __builtin_prefetch(weight + (C + c) * column + k * step);
             }
-            Units rows[N];
-            for (int n = 0; n < N; ++n) rows[n] = load<Units>(hidden + (k * N + n) * kLanes * kUnit);
+            Units vectors[N];
+            for (int n = 0; n < N; ++n) vectors[n] = load<Units>(rows + (k * N + n) * kLanes * kUnit);
             for (int c = 0; c < C; ++c) {
                 Unit unit;
-                std::memcpy(&unit, weight + c * stride + k * kUnit, sizeof(unit));
-                const Units column = unit - Units{};
-                for (int n = 0; n < N; ++n) sum[c][n] = multiply_add(sum[c][n], column, rows[n]);
+                std::memcpy(&unit, weight + c * column + k * step, sizeof(unit));
+                const Units factor = unit - Units{};
+                for (int n = 0; n < N; ++n) sum[c][n] = multiply_add(sum[c][n], factor, vectors[n]);
             }
         }
         for (int c = 0; c < C; ++c) {
-            for (int n = 0; n < N; ++n) store(tile + (c * N + n) * kLanes, sum[c][n]);
+            for (int n = 0; n < N; ++n) {
+                float* to = tile + (c * N + n) * kLanes;
+                store(to, first ? sum[c][n] : load<Floats>(to) + sum[c][n]);
+            }
         }
     }
 
@@ -107,19 +113,23 @@ struct ICL_ISA {
         return softcap * (size < 0.625f ? small : x < 0.0f ? -large : large);
     }
 
+    // A vector of rows of a tile of products, `stride` apart, becomes that of their logits.
+    ICL_TARGET ICL_INLINE static void finish(float* tile, int64_t columns, int64_t stride, const float* bias,
+                                             float scale, float softcap) {
+        if (bias == nullptr && scale == 1 && softcap == 0) return;
+        for (int64_t c = 0; c < columns; ++c, tile += stride) {
+            const Floats x = (load<Floats>(tile) + (bias == nullptr ? 0.0f : bias[c])) * scale;
+            store(tile, softcap == 0 ? x : cap(x, softcap));
+        }
+    }
+
     // Folds a tile of products, [columns][N vectors], into each row's maximum, where it is, and sum of exponentials;
     // leaves the logits in the tile.
     ICL_TARGET static void fold(float* tile, int64_t columns, int N, const float* bias, float scale, float softcap,
                                 int32_t first_column, float* top, float* total, int32_t* best) {
         const int64_t stride = static_cast<int64_t>(N) * kLanes;
         for (int n = 0; n < N; ++n, tile += kLanes, top += kLanes, total += kLanes, best += kLanes) {
-            if (bias != nullptr || scale != 1 || softcap != 0) {
-                for (int64_t c = 0; c < columns; ++c) {
-                    Floats x = load<Floats>(tile + c * stride);
-                    x = (x + (bias == nullptr ? 0.0f : bias[c])) * scale;
-                    store(tile + c * stride, softcap == 0 ? x : cap(x, softcap));
-                }
-            }
+            finish(tile, columns, stride, bias, scale, softcap);
             const Floats old_top = load<Floats>(top);
             Floats new_top = old_top;
             for (int64_t c = 0; c < columns; ++c) {
@@ -138,6 +148,44 @@ struct ICL_ISA {
             store(total, load<Floats>(total) * exp(old_top - new_top) + sum);
             store(top, new_top);
         }
+    }
+
+    // A tile of products becomes that of their gradients, but for what the targets add, and `logits` that of logits.
+    ICL_TARGET static void descend(float* logits, int64_t columns, int N, const float* bias, float scale, float softcap,
+                                   const float* lse, const float* share, float* slopes) {
+        const int64_t stride = static_cast<int64_t>(N) * kLanes;
+        for (int n = 0; n < N; ++n, logits += kLanes, slopes += kLanes, lse += kLanes, share += kLanes) {
+            finish(logits, columns, stride, bias, scale, softcap);
+            const Floats row_lse = load<Floats>(lse), factor = load<Floats>(share) * scale;
+            for (int64_t c = 0; c < columns; ++c) {
+                const Floats x = load<Floats>(logits + c * stride), logp = x - row_lse;
+                const Floats slope = factor * (logp < kLeastLogp ? Floats{} : exp(logp));
+                const Floats y = x / softcap;  // the cap's slope is 1 - y * y
+                store(slopes + c * stride, softcap == 0 ? slope : slope * ((1.0f - y) * (1.0f + y)));
+            }
+        }
+    }
+
+#if ICL_PAIRS
+    // A tile of slopes, [columns][N vectors], in bfloat16: as it is, and with each two columns' side by side.
+    ICL_TARGET static void pair(const float* tile, int64_t columns, int N, Element* rows, Element* pairs) {
+        for (int64_t c = 0; c < columns; ++c) {
+            for (int n = 0; n < N; ++n, tile += kLanes, rows += kLanes) {
+                typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+                const Halves rounded = (Halves)_mm512_cvtneps_pbh((__m512)load<Floats>(tile));
+                std::memcpy(rows, &rounded, sizeof(rounded));
+                Element* to = pairs + (c / 2 * N + n) * 2 * kLanes;
+                const Ints wide = __builtin_convertvector(rounded, Ints);
+                store(to, c % 2 == 0 ? wide : load<Ints>(to) | wide << 16);
+            }
+        }
+    }
+#endif
+
+    // Rounds floats, `stride` apart.
+    template <class To>
+    ICL_TARGET static void round(const float* from, int64_t stride, int64_t size, To* to) {
+        for (int64_t i = 0; i < size; ++i) to[i] = nearest<To>(from[i * stride]);
     }
 
     // Folds what the slices of the vocabulary found for a vector of rows, `stride` apart, into the first slice's place.

@@ -262,7 +262,7 @@ void fuzz_head(FuzzedDataProvider& data) {
     const bool wild = data.ConsumeIntegralInRange(0, 3) == 0;
     const Tensor<2> hidden(data, a.bfloat16, {R, E}, wild), weight(data, a.bfloat16, {V, E}, wild);
     const Tensor<1> bias(data, a.bfloat16, {V}, wild);
-    const auto row = indices(data, M, static_cast<int32_t>(R)), target = indices(data, M, static_cast<int32_t>(V));
+    auto row = indices(data, M, static_cast<int32_t>(R)), target = indices(data, M, static_cast<int32_t>(V));
     Block<float> logp(M), lse(R);
     Block<bool> is_argmax(M);
     a.hidden = hidden.bytes.at.get(), a.weight = weight.bytes.at.get();
@@ -289,6 +289,26 @@ void fuzz_head(FuzzedDataProvider& data) {
         const bool inside = r >= 0 && r < a.num_rows && t >= 0 && t < a.vocabulary;
         if (!inside) require(std::isnan(logp.at[m]) && !is_argmax.at[m]);
         if (inside && !wild) require(logp.at[m] <= 1e-3f);
+    }
+    const int64_t bytes = a.bfloat16 ? 2 : 4;
+    Block<float> grad_logp(M), grad_lse(R);
+    Block<char> grad_hidden(R * E * bytes), grad_weight(V * E * bytes), grad_bias(V * bytes);
+    for (int64_t m = 0; m < M; ++m) grad_logp.at[m] = data.ConsumeIntegral<int8_t>() / 128.0f;
+    for (int64_t r = 0; r < R; ++r) grad_lse.at[r] = r % 3 / 4.0f;
+    for (int64_t r = 0; wild && r < R; ++r) lse.at[r] = data.ConsumeFloatingPoint<float>();
+    for (int64_t m = 0; a.num_rows > 0 && m < M; ++m) {  // the backward refuses others: some inputs keep them
+        if (data.ConsumeIntegralInRange(0, 63)) row.at[m] = std::clamp<int64_t>(row.at[m], 0, a.num_rows - 1);
+    }
+    const bool need_weight = data.ConsumeBool();
+    require(icl::target_logprob_backward_workspace_bytes(a) > 0);
+    icl::target_logprob_backward(
+        a, {grad_logp.at.get(), grad_lse.at.get(), grad_hidden.at.get(), need_weight ? grad_weight.at.get() : nullptr,
+            need_weight && a.bias != nullptr ? grad_bias.at.get() : nullptr});
+    for (int64_t i = 0; !wild && i < a.num_rows * a.width; ++i) {  // at most the gradients times a weight, which is 1
+        require(std::abs(number(grad_hidden.at.get(), i, a.bfloat16)) <= 2 * (M + 1));
+    }
+    for (int64_t c = 0; !wild && need_weight && a.width > 0 && c < a.vocabulary * a.width; ++c) {
+        require(std::abs(number(grad_weight.at.get(), c, a.bfloat16)) <= 2 * (M + R));
     }
 }
 

@@ -269,7 +269,10 @@ def target_logprob(
     Memory beyond inputs and results: a block of logits and weights, whatever R and V. FLOPs: 2 * R * V * E forward,
     2 or 3 times that backward (without or with the weight's gradient). On a GPU, Triton serves all but float64; the
     backward holds 256 MiB of gradients of logits, rounded to the dtype of hidden, and float32 products are made
-    of six of bfloat16 on NVIDIA's.
+    of six of bfloat16 on NVIDIA's. On the CPU, C++ serves float32 and bfloat16, whose bits do not depend on the number
+    of threads; its backward holds three floats for each element of hidden, refuses rows out of range (ValueError),
+    takes probabilities below exp(-80) for 0 and, where the processor multiplies bfloat16 itself, rounds gradients of
+    logits to it.
     """
     op = "target_logprob"
     sizes = _check(
@@ -393,6 +396,25 @@ def _cpu_target_logprob(
     return results
 
 
+def _cpu_target_logprob_backward(
+    grad_logp: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """C++ for the same two dtypes."""
+    inputs = (grad_logp, grad_lse, hidden, weight, row, target)
+    if hidden.dtype not in _NATIVE:
+        return reference.target_logprob_backward(*inputs, *rest)
+    bias, lse, scale, softcap, need_weight, *_ = rest
+    grads = _fake_target_logprob_backward(*inputs, *rest)
+    index = [_array(x.contiguous()) for x in (row, target)]
+    given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
+    made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
+    _C.target_logprob_backward(
+        _array(hidden), _array(weight), None if bias is None else _array(bias), *index, scale, softcap, _ISA,
+        torch.get_num_threads(), *given, *made,
+    )  # fmt: skip
+    return grads
+
+
 def _cpu_trie_attention(
     q: Tensor,
     k: Tensor,
@@ -492,6 +514,6 @@ _register(
     " Tensor lse, float scale, float softcap, bool need_weight, float skip_below=0.0)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_target_logprob_backward,
-    cpu=reference.target_logprob_backward,
+    cpu=_cpu_target_logprob_backward,
     cuda=_triton("target_logprob", "target_logprob_backward"),
 )

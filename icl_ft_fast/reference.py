@@ -228,12 +228,11 @@ def target_logprob_backward(
     hidden, row, target = hidden.to(dtype), row.long(), target.long()
     share = grad_lse - torch.zeros_like(lse).index_add_(0, row, grad_logp)
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = (weight.new_empty if R else weight.new_zeros)(weight.shape if need_weight else 0)
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     grad_bias = weight.new_empty(V if need_weight and bias is not None else 0)
     for columns in _blocks(V, _LOGIT_COLUMNS):
         weight_block, bias_block = weight[columns].to(dtype), None if bias is None else bias[columns].to(dtype)
-        weight_sum = grad_weight[columns].to(dtype)  # in place where it is of that dtype
-        bias_sum = lse.new_zeros(len(weight_block))
+        weight_sum, bias_sum = torch.zeros_like(weight_block), lse.new_zeros(len(weight_block))
         for rows in _blocks(R, _LOGIT_ROWS):
             logits = _logits(hidden[rows], weight_block, bias_block, scale, softcap)
             grad = _exp(logits - lse[rows, None]).mul_(share[rows, None])
@@ -245,11 +244,11 @@ def target_logprob_backward(
                 grad *= scale
             grad_hidden[rows].addmm_(grad, weight_block)
             if need_weight:
-                weight_sum.addmm_(grad.T, hidden[rows], beta=float(rows.start > 0))
+                weight_sum.addmm_(grad.T, hidden[rows])
             if len(grad_bias):
                 bias_sum += grad.sum(0)
-        if need_weight and weight.dtype != dtype:
+        if need_weight:
             grad_weight[columns] = weight_sum
         if len(grad_bias):
-            grad_bias[columns] = bias_sum.to(weight.dtype)
+            grad_bias[columns] = bias_sum
     return grad_hidden.to(out_dtype), grad_weight, grad_bias

@@ -1,5 +1,7 @@
 """The one error budget: twice what plain PyTorch at the same dtype is off by, plus a unit of rounding."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,8 @@ def assert_close(kernel: Tensor, same_dtype: Tensor, exact64: Tensor, name: str 
         f"{name}: |kernel - exact64| = {kernel_error:.3e} > 2 * (|same dtype - exact64| = {same_dtype_error:.3e}"
         f" + eps * max|exact64| = {rounding:.3e})"
     )
+
+
+def furthest(tensors: Sequence[Tensor], exact: Tensor) -> Tensor:
+    """The one whose greatest error is greatest."""
+    return max(tensors, key=lambda x: max((x.double() - exact)[exact.isfinite()].abs().tolist(), default=0))

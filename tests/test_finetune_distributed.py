@@ -18,8 +18,10 @@ TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)
 ONE = replace(SETTINGS, batch_size=4)  # two processes take two examples each
 RUNS = {"ddp": {}, "fsdp": {"fsdp": True}, "lora": {"lora": LoraSettings(r=4)}}
+RUNS |= {"lora-fsdp": {"lora": LoraSettings(r=3, use_dora=True), "fsdp": True}}
 
 WORKER = """
+import itertools
 import sys
 from dataclasses import replace
 sys.path.insert(0, sys.argv[3])
@@ -33,9 +35,11 @@ with distributed.joined():
     model = load(sys.argv[1])
     for name, changes in RUNS.items():
         folder = f"{sys.argv[2]}/{name}"
-        finetune(model, TEXTS, replace(SETTINGS, **changes), validation=TEXTS[:1], output_dir=folder, seed=7)
-    for step in (3, 4):  # stops after step 3, then goes on
-        changes = replace(SETTINGS, fsdp=True)
+        tuned = finetune(model, TEXTS, replace(SETTINGS, **changes), validation=TEXTS[:1], output_dir=folder, seed=7)
+        if distributed.place()[0] == 0:
+            tuned.model.network.save_pretrained(f"{folder}/returned")
+    for name, step in itertools.product(("fsdp", "lora-fsdp"), (3, 4)):  # stops after step 3, then goes on
+        changes = replace(SETTINGS, **RUNS[name])
         def ask(place=distributed.totals):
             calls = []
             def totals(values, device):
@@ -44,7 +48,7 @@ with distributed.joined():
             return totals
         distributed.totals, real = ask(), distributed.totals
         try:
-            out = f"{sys.argv[2]}/cut"
+            out = f"{sys.argv[2]}/cut-{name}"
             finetune(model, TEXTS, changes, validation=TEXTS[:1], output_dir=out, seed=7, resume=step > 3)
         except ValueError as error:
             assert "interrupted after step 3" in str(error), error
@@ -74,11 +78,13 @@ def test_two_processes_equal_one(name, two, llama, tmp_path):
     )
     lines = [json.loads(line) for line in (two / name / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(one.losses, abs=1e-5)
-    weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
-    mine, theirs = load_file(tmp_path / weights), load_file(two / name / weights)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in mine.items():
-        assert (tensor - theirs[key]).abs().max() < 1e-5, key
+    weights = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+    one.model.network.save_pretrained(tmp_path / "returned")
+    for file in (weights, "returned/model.safetensors"):
+        mine, theirs = load_file(tmp_path / file), load_file(two / name / file)
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            assert (tensor - theirs[key]).abs().max() < 1e-5, key
 
 
 def test_a_checkpoint_of_two_processes_loads_in_one(two, llama_directory):
@@ -91,14 +97,13 @@ def test_a_checkpoint_of_two_processes_loads_in_one(two, llama_directory):
             assert moments[name].shape == parameter.shape
 
 
-def test_a_sharded_run_is_resumed_to_the_bit(two):
-    mine, theirs = (load_file(two / run / "model.safetensors") for run in ("cut", "fsdp"))
+@pytest.mark.parametrize(("name", "weights"), [("fsdp", "model"), ("lora-fsdp", "adapter_model")])
+def test_a_sharded_run_is_resumed_to_the_bit(name, weights, two):
+    mine, theirs = (load_file(two / run / f"{weights}.safetensors") for run in (f"cut-{name}", name))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert (two / "cut" / "checkpoint-3").is_dir()
+    assert (two / f"cut-{name}" / "checkpoint-3").is_dir()
 
 
 def test_one_process_cannot_shard(llama, tmp_path):
     with pytest.raises(FinetuneError, match=r"^fsdp: needs several processes: start the command with torchrun$"):
         finetune(llama, TEXTS, replace(SETTINGS, fsdp=True), output_dir=tmp_path)
-    with pytest.raises(FinetuneError, match=r"^fsdp: adapters are trained without it"):
-        finetune(llama, TEXTS, replace(SETTINGS, fsdp=True, lora=LoraSettings()), output_dir=tmp_path)

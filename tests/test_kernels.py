@@ -24,6 +24,9 @@ from icl_ft_fast.ops import target_logprob, trie_attention
 
 pytest.importorskip("triton")
 import interpreter
+from triton.backends.compiler import GPUTarget
+
+from icl_ft_fast.kernels.gpu import described, gpu
 
 OPS = {
     "trie_attention": "trie_attention",
@@ -95,6 +98,27 @@ def test_attention_options(option: str, dtype: torch.dtype, device: str) -> None
     everything = test_trie_attention.EVERYTHING
     options = everything if option == "all" else {option: everything[option]}
     attention(bushy(65), dtype, device, (8, 2), (40, 64), **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "matrix"),
+    [
+        (GPUTarget("cuda", 103, 32), "tcgen05"),
+        (GPUTarget("cuda", 121, 32), "mma"),
+        (GPUTarget("hip", "gfx942", 64), "mfma"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("interpreted")
+def test_blocks_of_other_gpus(target: GPUTarget, matrix: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Elsewhere what is interpreted has an H100's blocks."""
+    found = described(target, 101_376)
+    assert found.matrix == matrix
+    for module in ("trie_attention", "target_logprob"):
+        monkeypatch.setattr(import_module(f"icl_ft_fast.kernels.{module}"), "gpu", lambda device: found)
+    attention(bushy(40), dtype, heads=(4, 2), sizes=(128, 64))
+    head(66, 9, 150, 40, dtype)
 
 
 @pytest.mark.parametrize("layout", [test_trie_attention.strided, test_trie_attention.unaligned])
@@ -400,7 +424,7 @@ def test_the_heads_backward_skips_tiles_of_negligible_probability(R: int, dtype:
     exact_leaves = [x.detach().cpu().double().requires_grad_() for x in leaves]
     logits = exact_leaves[0] @ exact_leaves[1].T
     with torch.no_grad():
-        block = kernels.blocks(leaves[0].itemsize, R, 1 << 17)
+        block = kernels.blocks(leaves[0].itemsize, R, gpu(leaves[0].device))
         likely = logits.softmax(-1) >= skip_below
         likely[row, target] = True
         sizes = {"BLOCK_M": block.rows, "BLOCK_N": block.columns}

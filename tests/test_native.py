@@ -145,6 +145,34 @@ def test_target_logprob_refuses(name, value, message):
         _C.target_logprob(*(HEAD | {name: value}).values())
 
 
+HEAD_BACKWARD = {name: value for name, value in HEAD.items() if name not in ("invariant", "logp", "is_argmax")} | {
+    "grad_logp": zeros(3), "grad_lse": zeros(5), "grad_hidden": zeros(5, 4), "grad_weight": zeros(7, 4),
+    "grad_bias": zeros(7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lse", "grad_logp", "grad_lse", "grad_hidden", "grad_weight", "grad_bias"])
+def test_target_logprob_s_backward_refuses(name):
+    good = HEAD_BACKWARD
+    _C.target_logprob_backward(*good.values())
+    array = good[name]
+    bad = [zeros(*array.shape, dtype=np.float64), zeros(*array.shape, 1), array[:-1], array[..., 1:]]
+    bad += [unaligned(array) if name in ("grad_logp", "grad_lse") else read_only(array.copy())]
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{name}: expected|not writeable"):
+            _C.target_logprob_backward(*(good | {name: value}).values())
+
+
+@pytest.mark.parametrize("row", [-1, 5, 2**31 - 1])
+def test_target_logprob_s_backward_checks_what_it_follows(row):
+    with pytest.raises(ValueError, match=f"row: expected 0 to 4, got {row}"):
+        _C.target_logprob_backward(*(HEAD_BACKWARD | {"row": np.full(3, row, INT)}).values())
+    with pytest.raises(ValueError, match="isa: expected 0 to"):
+        _C.target_logprob_backward(*(HEAD_BACKWARD | {"isa": 9}).values())
+    for target in (-1, 7, 2**31 - 1, -(2**31)):  # nobody's
+        _C.target_logprob_backward(*(HEAD_BACKWARD | {"target": np.full(3, target, INT)}).values())
+
+
 def test_target_logprob_needs_a_vocabulary():
     with pytest.raises(ValueError, match="rows of weight: expected 1 to 2147483647, got 0"):
         _C.target_logprob(*(HEAD | {"weight": zeros(0, 4), "bias": None}).values())
@@ -155,8 +183,11 @@ def test_target_logprob_needs_a_vocabulary():
 def test_no_size_overflows_the_workspace(place, size):
     sizes = [1, 1, 1, 1]
     sizes[place] = size
-    with pytest.raises(ValueError, match=rf"expected [01] to 2147483647, got {size}"):
-        _C.target_logprob_workspace_bytes(False, sizes, True, 0, 1)
+    for backward in (False, True):
+        with pytest.raises(ValueError, match=rf"expected [01] to 2147483647, got {size}"):
+            _C.target_logprob_workspace_bytes(False, sizes, True, 0, 1, backward)
+    with pytest.raises(ValueError, match="elements of hidden: expected 0 to"):
+        _C.target_logprob_workspace_bytes(False, [2**31 - 1, 2**31 - 1, 1, 1], True, 0, 1, True)
 
 
 @pytest.mark.parametrize("entry", [_C.trie_attention, _C.target_logprob])
@@ -225,7 +256,7 @@ def test_the_backward_refuses_rows_out_of_range():
     hidden, weight = torch.ones(2, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
     for row in (2, -3):
         logp, *_ = ops.target_logprob(hidden, weight, torch.tensor([row]), torch.tensor([0]))
-        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        with pytest.raises(ValueError, match=f"row: expected 0 to 1, got {row}"):
             logp.sum().backward()
     logp, *_ = ops.target_logprob(hidden, weight, torch.tensor([0, 1]), torch.tensor([3, -1]))
     logp[0].backward()  # a target out of range is nobody's: its row's softmax is pushed down all the same
@@ -233,8 +264,8 @@ def test_the_backward_refuses_rows_out_of_range():
 
 
 def test_every_entry_point_is_in_this_file_or_in_the_trie_s():
-    tested = {"trie_attention", "trie_attention_backward", "target_logprob", "target_logprob_workspace_bytes"}
-    tested |= {"best_isa"}  # takes nothing
+    tested = {"trie_attention", "trie_attention_backward", "target_logprob", "target_logprob_backward"}
+    tested |= {"target_logprob_workspace_bytes", "best_isa"}  # the latter takes nothing
     trie = {"trie_build", "trie_ancestors"}  # tests/test_trie.py
     entries = {name for name, value in vars(_C).items() if inspect.isroutine(value) and name[0] != "_"}
     assert entries == tested | trie

@@ -1,13 +1,13 @@
 """trie_attention against a path-by-path attention in float64, itself against torch's own attention."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from close import assert_close
+from close import assert_close, furthest
 from forests import Forest, forest, forests
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,11 +91,6 @@ def masked(
     out = ((scores - lse.detach()[..., None]).exp() * ~blind)[..., :-1] @ v
     out = out - out.detach() * (lse - lse.detach())[..., None]
     return out.transpose(0, 1), lse.masked_fill(blind.T, -torch.inf).T
-
-
-def furthest(tensors: Sequence[Tensor], exact: Tensor) -> Tensor:
-    """The one whose greatest error is greatest."""
-    return max(tensors, key=lambda x: max((x.double() - exact)[exact.isfinite()].abs().tolist(), default=0))
 
 
 def check(

@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
         "icl-ft-fast augment --task FOLDER --strategy rules --out out/by_rule",
     )  # fmt: skip
     add_task_options(parser)
-    parser.add_argument("--strategy", choices=[*LABELS, *RULES], default="local", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=[*LABELS, *RULES], help="default: the preset's, or local")
     add_model_options(parser, required=False)
     parser.add_argument("--endpoint", metavar="URL", help="ask --model there; key in OPENAI_API_KEY")
     parser.add_argument("--recorded", type=Path, metavar="FILE", help='answers as JSON lines {"source_id", "text"}')
@@ -75,6 +75,8 @@ def add(commands: Commands) -> None:
 
 
 def _augment(options: argparse.Namespace) -> None:
+    make_task, preset = task_of_seed(options)
+    options.strategy = options.strategy or preset.strategy
     if options.dry_run and options.strategy in RULES:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
@@ -84,7 +86,7 @@ def _augment(options: argparse.Namespace) -> None:
         options.strategy in RULES or options.endpoint or options.recorded or options.limit or options.max_cost
     ):
         raise UsageError("--executor: several workers ask --model here, for all answers: no --limit, no --max-cost")
-    task = task_of_seed(options)[0](options.seed)
+    task = make_task(options.seed)
     if options.dry_run:
         print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
         return

@@ -93,9 +93,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full.detach()
 
 
-def whole_weights(network: Any) -> dict[str, torch.Tensor]:
-    """All weights of a network, sharded or not, tied ones as one tensor; all processes must ask for it."""
-    state = network.state_dict(keep_vars=True)
+def whole_weights(network: Any, part: str = "") -> dict[str, torch.Tensor]:
+    """The weights whose names hold `part`, sharded or not, tied ones as one tensor; all processes must ask for them."""
+    state = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if part in name}
     gathered = {i: whole(tensor) for i, tensor in {id(tensor): tensor for tensor in state.values()}.items()}
     return {name: gathered[id(tensor)] for name, tensor in state.items()}
 

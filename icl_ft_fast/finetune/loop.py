@@ -96,8 +96,6 @@ def finetune(
     path = None if output_dir is None else Path(output_dir)
     if path is None and (held or settings.fsdp or resume):
         raise FinetuneError("output_dir: needed for validation, for fsdp and for resuming")
-    if settings.fsdp and settings.lora is not None:
-        raise FinetuneError("fsdp: adapters are trained without it, with all weights in each process")
     if in_place and teacher_context is not None:
         raise FinetuneError("in_place: a teacher must stay as it is")
     rank, processes = distributed.place()
@@ -133,7 +131,8 @@ def finetune(
         """Write a checkpoint; every process takes part, one writes."""
         nonlocal saved
         done.counts = counts.as_dict()
-        weights, state = distributed.whole_weights(network), optimizer.state()
+        weights = distributed.whole_weights(adapted or network, lora.PART if adapted else "")
+        state = optimizer.state()
         run.save(
             done, state, partial(_write_model, network, adapted, model.tokenizer, weights),
             max_steps=settings.steps, train_batch_size=settings.batch_size, logging_steps=settings.logging_steps,
@@ -198,7 +197,11 @@ def finetune(
     chosen = done.step if done.best is None else done.best[1]
     if checkpoint_s is None:
         run.finish(chosen)
-    if settings.fsdp:
+    if settings.fsdp and settings.lora is not None:
+        network = lora.base(network, distributed.whole_weights(network))
+        adapted = lora.inject(network, settings.lora, seed)
+        _load(network, adapted, run.folder(chosen))
+    elif settings.fsdp:
         network = _read(network, run.folder(chosen))
     elif chosen != done.step:
         _load(network, adapted, run.folder(chosen))
@@ -278,7 +281,7 @@ def _write_model(network: Any, adapted: Any, tokenizer: Any, weights: dict[str, 
     if adapted is None:
         network.save_pretrained(folder, state_dict=weights)
     else:
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,6 +12,14 @@ import torch
 
 from icl_ft_fast.finetune.settings import FinetuneError, LoraSettings
 
+PART = ".lora_"  # of the names of adapters' weights
+
+
+def base(network: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """The network as it was before inject(), from all weights that it has now, which may be sharded in it."""
+    before = {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items() if PART not in name}
+    return type(network).from_pretrained(None, config=network.config, state_dict=before, dtype=network.dtype)
+
 
 def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
     """Put fresh adapters into the network, in place, and freeze the rest; returns the PeftModel around it.

@@ -5,26 +5,44 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 
 class Gpu(NamedTuple):
-    """Shared memory that a program may have, in bytes, and how products of float32 are made.
+    """What blocks are chosen by: the matrix units, and the shared memory that a program may have, in bytes.
 
-    NVIDIA's matrix units have no float32: each factor is the sum of three bfloat16, each product that of six of theirs.
-    AMD's have.
+    matrix: "wgmma" (sm_90), "tcgen05" (sm_100 to sm_119), "mma" (NVIDIA's others) or "mfma" (AMD's).
     """
 
+    matrix: str
     shared_bytes: int
-    precision: str
+
+    @property
+    def precision(self) -> str:
+        """How products of float32 are made.
+
+        NVIDIA's matrix units have no float32: each factor is the sum of three bfloat16, each product that of six of
+        theirs. AMD's have.
+        """
+        return "ieee" if self.matrix == "mfma" else "bf16x6"
+
+
+def described(target: GPUTarget, shared_bytes: int) -> Gpu:
+    """That of what Triton compiles for; for NVIDIA's, arch is ten times the compute capability."""
+    if target.backend != "cuda":
+        return Gpu("mfma", shared_bytes)
+    return Gpu({9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(target.arch // 10, "mma"), shared_bytes)
 
 
 @cache
 def gpu(device: torch.device) -> Gpu:
     """That of a device; on a CPU, where kernels are interpreted, an H100's."""
     if device.type != "cuda":
-        return Gpu(232_448, "bf16x6")
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return Gpu(int(properties["max_shared_mem"]), "ieee" if torch.version.hip else "bf16x6")
+        return described(GPUTarget("cuda", 90, 32), 232_448)
+    driver = triton.runtime.driver.active
+    with torch.cuda.device(device):
+        target = driver.get_current_target()
+    return described(target, int(driver.utils.get_device_properties(device.index)["max_shared_mem"]))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.kernels.gpu import Cost, accumulator, gpu
+from icl_ft_fast.kernels.gpu import Cost, Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan where a bias rules a whole tile out
 _PROGRAMS = 512  # row blocks times shares of the vocabulary: several for each multiprocessor of a large GPU
@@ -206,13 +206,17 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def blocks(itemsize: int, rows: int, shared_bytes: int) -> Blocks:
-    """The blocks on a GPU with so much shared memory a program."""
-    size, depth = (128, 64) if itemsize == 2 else (64, 32)
-    block_rows = 64 if rows <= 64 else size
-    stage_bytes = (block_rows + size) * depth * itemsize
-    stages = max(1, min(4, (shared_bytes - 4096) // stage_bytes))
-    return Blocks(block_rows, size, depth, 4 if block_rows == 64 else 8, stages)
+# Columns of a tile and elements of E in 16 bits, by matrix unit: the most that registers hold.
+_BLOCKS = {"wgmma": (128, 64), "tcgen05": (128, 32), "mma": (64, 64), "mfma": (128, 64)}
+
+
+def blocks(itemsize: int, rows: int, found: Gpu) -> Blocks:
+    """The blocks on a GPU."""
+    columns, depth = _BLOCKS[found.matrix] if itemsize == 2 else (64, 32)
+    block_rows = 128 if itemsize == 2 and rows > 64 else 64
+    stage_bytes = (block_rows + columns) * depth * itemsize
+    stages = max(1, min(4, (found.shared_bytes - 4096) // stage_bytes))
+    return Blocks(block_rows, columns, depth, block_rows // 16, stages)
 
 
 def num_shares(row_blocks: int, tiles: int) -> int:
@@ -240,8 +244,8 @@ class _Head:
         softcap: float,
     ) -> None:
         (R, E), V = hidden.shape, len(weight)
-        shared_bytes, self.precision = gpu(hidden.device)
-        self.blocks = blocks(hidden.itemsize, R, shared_bytes)
+        found = gpu(hidden.device)
+        self.precision, self.blocks = found.precision, blocks(hidden.itemsize, R, found)
         self.row_blocks, self.tiles = triton.cdiv(R, self.blocks.rows), triton.cdiv(V, self.blocks.columns)
         inside = (row >= 0) & (row < R) & (target >= 0) & (target < V)
         place = row.long() // self.blocks.rows * self.tiles + target // self.blocks.columns
@@ -380,7 +384,7 @@ def costs(
 ) -> dict[str, Cost]:
     """What the launches of the forward, or of the backward, cost, by kernel; targets in range, nothing skipped."""
     (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
-    block = blocks(item, R, gpu(hidden.device).shared_bytes)
+    block = blocks(item, R, gpu(hidden.device))
     row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
     shares = num_shares(row_blocks, tiles)
     read = tiles * R * E * item + row_blocks * V * (E + bias) * item + row_blocks * tiles * 16 + num_targets * 16

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.kernels.gpu import Cost, accumulator, gpu
+from icl_ft_fast.kernels.gpu import Cost, Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
 _INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -23,7 +23,7 @@ _PLAN_TILES = 32  # tiles a plan looks at together
 _MERGE_ROWS = 16
 _PROGRAMS = 128  # with fewer, a forward is split over its keys: about the multiprocessors of a large GPU
 _BOTH = 128  # head sizes to which one program has registers for a tile's gradients of k and of v
-_HOPPER_SHARED_BYTES = 232_448  # with less, matrix units take every factor from registers
+_STEP = 16  # elements of a head at a time where each float32 is three bfloat16
 _SHARE_TILES = 4  # key tiles that are worth a share of their own
 
 
@@ -83,7 +83,7 @@ def _folded(tile, g, T, group, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(x, offset, inside, SIZE, BLOCK: tl.constexpr):
     """[rows, BLOCK]: SIZE elements from each offset on, 0 beyond them and where not inside."""
     d = tl.arange(0, BLOCK)[None, :]
     return tl.load(x + offset[:, None] + d, mask=inside[:, None] & (d < SIZE), other=0.0)
@@ -93,6 +93,22 @@ def _rows(x, offset, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def _store_rows(x, offset, inside, values, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)[None, :]
     tl.store(x + offset[:, None] + d, values.to(x.dtype.element_ty), mask=inside[:, None] & (d < SIZE))
+
+
+@triton.jit
+def _products(
+    a_block, b_block, a, a_offset, a_inside, b, b_offset, b_inside,
+    SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """a_block @ b_block.T; where a_block is None, both are read here, STEP elements of their lines at a time."""
+    if a_block is not None:
+        return tl.dot(a_block, tl.trans(b_block), input_precision=PRECISION, out_dtype=dtype)
+    total = tl.zeros([a_offset.shape[0], b_offset.shape[0]], dtype)
+    for d in range(0, SIZE, STEP):
+        a_step = _rows(a, a_offset + d, a_inside, SIZE - d, STEP)
+        b_step = _rows(b, b_offset + d, b_inside, SIZE - d, STEP)
+        total = tl.dot(a_step, tl.trans(b_step), total, input_precision=PRECISION, out_dtype=dtype)
+    return total
 
 
 @triton.jit
@@ -118,7 +134,7 @@ def _forward(
     q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV]."""
@@ -128,7 +144,8 @@ def _forward(
     t, h, inside = _folded(tile, g, T, group, BLOCK_M)
     row = tl.load(row_q + t, mask=inside, other=-1)
     depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
-    q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
+    q_at = t * q_stride_t + h * q_stride_h
+    q_block = _rows(q, q_at, inside, D, BLOCK_D) if STEP >= BLOCK_D else None
     dtype: tl.constexpr = lse.dtype.element_ty
     top = tl.full([BLOCK_M], _LOWEST, dtype)
     total = tl.zeros([BLOCK_M], dtype)
@@ -148,8 +165,9 @@ def _forward(
             tl.maximum(first, num_whole) if MASKED else first, last if MASKED else tl.minimum(last, num_whole)
         ):
             n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
-            products = tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION, out_dtype=dtype)
+            k_at = n.to(tl.int64) * k_stride_s + g * k_stride_g
+            k_block = _rows(k, k_at, n < S, D, BLOCK_D) if STEP >= BLOCK_D else None
+            products = _products(q_block, k_block, q, q_at, inside, k, k_at, n < S, D, STEP, PRECISION, dtype)
             scores = _scores(products, scale, softcap, SOFTCAP)
             if MASKED:
                 visible = _visible(row, depth, n, end_k, depth_k, S, window, WINDOW, False)
@@ -216,7 +234,7 @@ def _backward_q(
     grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, one key/value head."""
@@ -227,8 +245,9 @@ def _backward_q(
     depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
     row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
     row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0)
-    q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
-    grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
+    q_at, grad_at = t * q_stride_t + h * q_stride_h, t * grad_stride_t + h * grad_stride_h
+    q_block = _rows(q, q_at, inside, D, BLOCK_D) if STEP >= BLOCK_D else None
+    grad_block = _rows(grad_out, grad_at, inside, DV, BLOCK_DV) if STEP >= BLOCK_DV else None
     dtype: tl.constexpr = lse.dtype.element_ty
     grad = tl.zeros([BLOCK_M, BLOCK_D], dtype)
     plan += tile.to(tl.int64) * (many + 2)
@@ -237,10 +256,14 @@ def _backward_q(
         tiles = plan + (many - num if MASKED else 0)
         for i in range(num):
             n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
-            v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
-            products = tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION, out_dtype=dtype)
-            grad_weights = tl.dot(grad_block, tl.trans(v_block), input_precision=PRECISION, out_dtype=dtype)
+            k_at = n.to(tl.int64) * k_stride_s + g * k_stride_g
+            v_at = n.to(tl.int64) * v_stride_s + g * v_stride_g
+            k_block = _rows(k, k_at, n < S, D, BLOCK_D)
+            products = _products(q_block, k_block, q, q_at, inside, k, k_at, n < S, D, STEP, PRECISION, dtype)
+            v_block = _rows(v, v_at, n < S, DV, BLOCK_DV) if STEP >= BLOCK_DV else None
+            grad_weights = _products(
+                grad_block, v_block, grad_out, grad_at, inside, v, v_at, n < S, DV, STEP, PRECISION, dtype
+            )  # fmt: skip
             _, grad_scores = _grad_scores(
                 products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
                 WINDOW, SOFTCAP, MASKED, False,
@@ -255,19 +278,19 @@ def _backward_kv(
     grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
     T, S, H, group, many, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one head; the heads that share it are summed by being folded into the queries.
 
-    Gradients of k, of v, or of both: registers hold only one at the largest head sizes.
+    Gradients of k, of v, or of both: registers hold only one at the largest head sizes and in float32.
     """
     tile = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_block = _rows(k, n.to(tl.int64) * k_stride_s + g * k_stride_g, n < S, D, BLOCK_D)
-    if GRAD_K:
-        v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
+    k_at, v_at = n.to(tl.int64) * k_stride_s + g * k_stride_g, n.to(tl.int64) * v_stride_s + g * v_stride_g
+    k_block = _rows(k, k_at, n < S, D, BLOCK_D) if STEP >= BLOCK_D else None
+    v_block = _rows(v, v_at, n < S, DV, BLOCK_DV) if GRAD_K and STEP >= BLOCK_DV else None
     dtype: tl.constexpr = lse.dtype.element_ty
     k_sum = tl.zeros([BLOCK_N, BLOCK_D], dtype)
     v_sum = tl.zeros([BLOCK_N, BLOCK_DV], dtype)
@@ -281,20 +304,24 @@ def _backward_kv(
             depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
             row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
             row_delta = tl.load(delta + t * H + h, mask=inside, other=0.0) if GRAD_K else row_lse
-            q_block = _rows(q, t * q_stride_t + h * q_stride_h, inside, D, BLOCK_D)
-            grad_block = _rows(grad_out, t * grad_stride_t + h * grad_stride_h, inside, DV, BLOCK_DV)
-            products = tl.dot(k_block, tl.trans(q_block), input_precision=PRECISION, out_dtype=dtype)
+            q_at, grad_at = t * q_stride_t + h * q_stride_h, t * grad_stride_t + h * grad_stride_h
+            q_block = _rows(q, q_at, inside, D, BLOCK_D) if GRAD_K or STEP >= BLOCK_D else None
+            grad_block = _rows(grad_out, grad_at, inside, DV, BLOCK_DV) if GRAD_V or STEP >= BLOCK_DV else None
+            products = _products(k_block, q_block, k, k_at, n < S, q, q_at, inside, D, STEP, PRECISION, dtype)
             grad_weights = products
             if GRAD_K:
-                grad_weights = tl.dot(v_block, tl.trans(grad_block), input_precision=PRECISION, out_dtype=dtype)
+                grad_weights = _products(
+                    v_block, grad_block, v, v_at, n < S, grad_out, grad_at, inside, DV, STEP, PRECISION, dtype
+                )  # fmt: skip
             weights, grad_scores = _grad_scores(
                 products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
                 WINDOW, SOFTCAP, MASKED, True,
             )  # fmt: skip
             if GRAD_V:
-                v_sum = tl.dot(weights.to(q_block.dtype), grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
+                factor = weights.to(q.dtype.element_ty)
+                v_sum = tl.dot(factor, grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
             if GRAD_K:
-                factor = grad_scores.to(q_block.dtype)
+                factor = grad_scores.to(q.dtype.element_ty)
                 k_sum = tl.dot(factor, q_block, k_sum, input_precision=PRECISION, out_dtype=dtype)
     at = n.to(tl.int64) * (H // group) + g
     if GRAD_K:
@@ -304,38 +331,62 @@ def _backward_kv(
 
 
 class Blocks(NamedTuple):
-    """What a kernel is compiled for: rows of a query tile, keys of a key tile, and how the GPU runs it."""
+    """What a kernel is compiled for: rows of a query tile, keys of a key tile, and how the GPU runs it.
+
+    step: how many elements of a head are in registers at a time; with all of them, what is a program's own stays there.
+    """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    step: int
 
 
-# Queries, keys and warps by kernel, bytes of an element and padded head size; `make kernels` shows what they cost.
+# Queries, keys and warps by kernel, bytes of an element and padded head size: the largest tiles tried whose registers
+# do not spill, as `make kernels` shows; below, where they differ with matrix units other than wgmma.
 _BLOCKS = {
     ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)},
-    ("forward", 4): {64: (64, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)},
-    ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 32, 8)},
-    ("backward_q", 4): {64: (64, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    ("forward", 4): {64: (64, 32, 4), 128: (64, 32, 4), 256: (16, 32, 8)},
+    ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 16, 8)},
+    ("backward_q", 4): {64: (64, 32, 4), 128: (64, 32, 4), 256: (16, 16, 8)},
     ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (16, 128, 8)},
-    ("backward_kv", 4): {64: (16, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    ("backward_kv", 4): {64: (32, 64, 4), 128: (32, 64, 4), 256: (16, 32, 8)},
+}
+_OTHERS = {
+    ("mma", "forward", 2): {64: (128, 64, 8), 128: (128, 32, 8)},
+    ("mma", "forward", 4): {64: (64, 16, 4), 128: (64, 16, 4)},
+    ("mma", "backward_q", 2): {64: (128, 32, 8), 128: (64, 64, 8), 256: (32, 16, 8)},
+    ("mma", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 8)},
+    ("mma", "backward_kv", 2): {64: (16, 128, 8), 128: (64, 32, 8), 256: (16, 64, 8)},
+    ("mma", "backward_kv", 4): {64: (16, 64, 4), 128: (16, 64, 4)},
+    ("tcgen05", "forward", 2): {64: (128, 64, 8)},
+    ("tcgen05", "forward", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
+    ("tcgen05", "backward_q", 2): {256: (64, 32, 8)},
+    ("tcgen05", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
+    ("tcgen05", "backward_kv", 2): {64: (32, 128, 8), 128: (32, 64, 4)},
+    ("tcgen05", "backward_kv", 4): {64: (16, 64, 4), 128: (32, 32, 8)},
+    ("mfma", "backward_kv", 2): {64: (32, 128, 4)},
 }
 
 
-def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_bytes: int) -> Blocks:
-    """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU with so much shared memory a program."""
-    queries, keys, warps = _BLOCKS[kernel, min(4, itemsize)][max(64, head_size)]
+def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: Gpu) -> Blocks:
+    """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU; head_size is padded to a power of two."""
+    row = kernel, min(4, itemsize)
+    sizes = _BLOCKS[row] | _OTHERS.get((found.matrix, *row), {})
+    queries, keys, warps = sizes[max(64, head_size)]
+    if found.matrix == "mfma":
+        warps = 4  # one a SIMD, which may then have all of its registers
     if folded_rows <= 64:
         queries = min(queries, 64)
-    if kernel == "backward_kv" and shared_bytes < _HOPPER_SHARED_BYTES:
-        queries = min(queries, 32)
+    if itemsize > 2 and found.precision != "ieee":
+        return Blocks(queries, keys, warps, 2, _STEP)
     stages = 3
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
         lines = stages * 2 * met + (own if kernel == "forward" else 2 * own)
-        if lines * head_size * itemsize + 4096 <= shared_bytes or (queries, keys, stages) == (16, 16, 1):
-            return Blocks(queries, keys, warps, stages)
+        if lines * head_size * itemsize + 4096 <= found.shared_bytes or (queries, keys, stages) == (16, 16, 1):
+            return Blocks(queries, keys, warps, stages, head_size)
         if stages > 1:
             stages -= 1
         elif keys > 16 and (keys >= queries or kernel != "backward_kv"):
@@ -344,9 +395,9 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, shared_
             queries //= 2
 
 
-def _wanted(common: dict[str, Any]) -> list[dict[str, bool]]:
+def _wanted(common: dict[str, Any], step: int) -> list[dict[str, bool]]:
     """Which gradients each launch of `backward_kv` makes."""
-    if max(common["BLOCK_D"], common["BLOCK_DV"]) <= _BOTH:
+    if max(common["BLOCK_D"], common["BLOCK_DV"]) <= min(step, _BOTH):
         return [{"GRAD_K": True, "GRAD_V": True}]
     return [{"GRAD_K": True, "GRAD_V": False}, {"GRAD_K": False, "GRAD_V": True}]
 
@@ -395,14 +446,16 @@ def _common(
 def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The tiles a kernel has a program for, and what it is compiled for, by name."""
     q, T, S, group = (common[name] for name in ("q", "T", "S", "group"))
-    shared_bytes, precision = gpu(q.device)
-    head_size = max(common["BLOCK_D"], common["BLOCK_DV"])
-    block = blocks(kernel, head_size, q.itemsize, T * group, shared_bytes)
+    found = gpu(q.device)
+    block = blocks(kernel, max(common["BLOCK_D"], common["BLOCK_DV"]), q.itemsize, T * group, found)
     own, many = triton.cdiv(T * group, block.queries), triton.cdiv(S, block.keys)
     if kernel == "backward_kv":
         own, many = many, own
-    shape = {"many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys}
-    return own, {**shape, "PRECISION": precision, "num_warps": block.num_warps, "num_stages": block.num_stages}
+    shape = {"many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys, "STEP": block.step}
+    run = {"num_warps": block.num_warps, "num_stages": block.num_stages}
+    if found.matrix in ("mma", "tcgen05"):
+        run["maxnreg"] = 255  # else ptxas spills to fit more programs on a multiprocessor
+    return own, {**shape, **run, "PRECISION": found.precision}
 
 
 def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[int, dict[str, Any]]:
@@ -507,7 +560,7 @@ def trie_attention_backward(
         tiles, planned = _planned("backward_q", common, plan_q)
         _backward_q[(tiles, k.shape[1])](**common, **planned, grad_q=grad_q)
         tiles, planned = _planned("backward_kv", common, plan_kv)
-        for wanted in _wanted(common):
+        for wanted in _wanted(common, planned["STEP"]):
             _backward_kv[(tiles, k.shape[1])](**common, **planned, grad_k=grad_k, grad_v=grad_v, **wanted)
     return grad_q, grad_k, grad_v, delta
 
@@ -556,7 +609,9 @@ def costs(
     found = {}
     for kernel in ("backward_q", "backward_kv") if backward else ("forward",):
         own, chosen = _chosen(kernel, common)
-        many, queries, keys = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N"))
+        many, queries, keys, step = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N", "STEP"))
+        again, again_v = step < BLOCK_D, step < BLOCK_DV  # whether lines are read in steps, anew for every tile met
+        deep, deep_v = min(BLOCK_D, -(-D // step) * step), min(BLOCK_DV, -(-DV // step) * step)
         met, whole = met_tiles(common, queries, keys)
         rows = (T * group - torch.arange(0, T * group, queries)).clamp(max=queries)  # of each tile
         columns = (S - torch.arange(0, S, keys)).clamp(max=keys)
@@ -569,22 +624,24 @@ def costs(
         area = 2 * queries * keys * num_met
         qkv = (D + DV) * item
         if kernel == "forward":
-            read = planned + met_keys * qkv
-            read += shares * T * group * (index + D * item) + (T * group * total if sinks else 0)
+            read = planned + met_keys * qkv + (met_rows if again else shares * T * group) * D * item
+            read += shares * T * group * index + (T * group * total if sinks else 0)
             out = shares * T * group * (DV * (item if shares == 1 else total) + total)
-            found["_forward"] = Cost(area * (BLOCK_D + BLOCK_DV) * G, G * read, G * out, *tiles)
+            found["_forward"] = Cost(area * (deep + BLOCK_DV) * G, G * read, G * out, *tiles)
             if shares > 1:
                 found["_merge"] = Cost(0, shares * T * H * (DV + 2) * total, T * H * (DV * item + total))
         elif kernel == "backward_q":
-            read = planned + met_keys * qkv + T * group * (index + 2 * total + qkv)
+            read = planned + met_keys * (qkv + again * D * item) + T * group * (index + 2 * total)
+            read += ((met_rows if again else T * group) * D + (met_rows if again_v else T * group) * DV) * item
             written = T * group * D * item
-            found["_backward_q"] = Cost(area * (2 * BLOCK_D + BLOCK_DV) * G, G * read, G * written, *tiles)
+            found["_backward_q"] = Cost(area * (deep + deep_v + BLOCK_D) * G, G * read, G * written, *tiles)
         else:
             flops = read = written = 0
-            for wanted in _wanted(common):
+            for wanted in _wanted(common, step):
                 of_k, of_v = wanted["GRAD_K"], wanted["GRAD_V"]
-                flops += area * (BLOCK_D + of_k * (BLOCK_D + BLOCK_DV) + of_v * BLOCK_DV)
-                read += planned + S * (D + of_k * DV) * item + met_rows * (index + (1 + of_k) * total + qkv)
+                flops += area * (deep + of_k * (deep_v + BLOCK_D) + of_v * BLOCK_DV)
+                read += planned + ((met_keys if again else S) * D + of_k * (met_keys if again_v else S) * DV) * item
+                read += met_rows * (index + (1 + of_k) * total + qkv + (again and of_k) * D * item)
                 written += S * (of_k * D + of_v * DV) * item
             found["_backward_kv"] = Cost(flops * G, G * read, G * written, *tiles)
         t_ranges = sum(min(-(-(m + queries) // group), T) - m // group for m in range(0, T * group, queries))
