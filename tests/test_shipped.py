@@ -465,9 +465,11 @@ def test_the_shipped_tokenizer_is_the_recipes(shipped_tokenizer):
     assert kept.special_tokens_map == shipped_tokenizer.special_tokens_map
 
 
-# In-context accuracy on the small presets of a seed that docs/results.md does not show: least without and with context.
+# Least accuracy in context, by split, on the small presets of a seed that docs/results.md does not show.
 IN_CONTEXT = {
     "simple-reversals": {"reversal": 0.95, "trained": 0.95},
+    "simple-syllogisms": {"premise": 0.8},
+    "semantic-structure": {"rephrase": 0.9, "reversal": 0.85},
 }
 
 
