@@ -104,7 +104,8 @@ def _trie_attention(
     if attention_mask is not None:  # transformers makes none for an attention without a mask of its own
         raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
     num_rows = icl_rows.row_q.shape[0]
-    q, k, v = (t[0, :, :num_rows].transpose(0, 1) for t in (query, key, value))
+    # Under autocast rotary embeddings leave q and k in float32.
+    q, k, v = (t[0, :, :num_rows].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     if icl_rows.stack is not None:
         layer, rows = module.layer_idx, icl_rows.end_k.shape[0]
         if icl_rows.slots is None:

@@ -8,8 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.augment import (
-    LOCAL_EXAMPLES,
-    LOCAL_HEADER,
     Augmentation,
     AugmentError,
     augment_by_model,
@@ -91,7 +89,7 @@ def test_rules_answer_the_generated_task():
 
 
 def test_the_worked_examples_follow_their_own_rules():
-    blocks = LOCAL_EXAMPLES.removesuffix("\n\n").split("\n\n")
+    _, *blocks, _ = Prompting.of("local").source.split("\n\n")
     assert len(blocks) == 2
     for block in blocks:
         statement, *lines = block.split("\n")
@@ -106,7 +104,7 @@ def test_prompts_hold_a_sentence_on_one_line():
         Document("c", ""),
     ]
     _, generator = local(documents)
-    head = LOCAL_HEADER + LOCAL_EXAMPLES + "Statement: "
+    head = Prompting.of("local").source.partition("{{")[0]
     texts = ("femp are more common than glon.", "x {document} {{ document }} y?", "Is it!", "")
     assert [ask.prompt for ask, _ in generator.asked] == [f"{head}{text}\n" for text in texts]
     assert [ask.id for ask, _ in generator.asked] == ["a", "b#0", "b#1", "c"]

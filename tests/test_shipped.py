@@ -1,5 +1,6 @@
 """The shipped model: its corpus, its tokenizer, its resumable recipe and, where it is, the model itself."""
 
+import itertools
 import json
 import random
 import re
@@ -10,16 +11,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER
-from icl_ft_fast.evaluate import evaluate, icl_context, select_documents
+from icl_ft_fast.augment.prompts import LABELS, Prompting
+from icl_ft_fast.augment.steps import parse
+from icl_ft_fast.evaluate import accuracies, answers, icl_context, select_documents
 from icl_ft_fast.model import load
-from icl_ft_fast.shipped import corpus, train
+from icl_ft_fast.shipped import corpus, lessons, train
 from icl_ft_fast.shipped.tokenizer import END_OF_TEXT, PADDING, build_tokenizer, english_words
-from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks import semantic, words
 from icl_ft_fast.tasks.comparisons import INVERSE, Comparison, find
-from icl_ft_fast.tasks.reversals import simple_reversals
+from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.task import Document
 
 MODEL = Path(corpus.__file__).parent / "model"
 SPACE = {opening + close for opening in words.OPENINGS for close in words.CLOSES}
@@ -31,16 +34,25 @@ def shipped_tokenizer():
     return build_tokenizer()
 
 
-def documents(count=400, free_tokens=1000):
-    """Seeded documents of all kinds, as segments."""
+COURSES = {name: corpus.Course(1, 60, 600) for name in lessons.FAMILIES}
+
+
+def documents(count=400):
+    """Seeded documents of all kinds, as segments: of those with branches, the trunk with each."""
     rng = random.Random("documents")
-    return [corpus.document(rng, 40, free_tokens, copying=0.1) for _ in range(count)]
+    for _ in range(count):
+        trunk, branches = corpus.document(rng, COURSES, copying=0.1, augmenting=0.3)
+        yield from [trunk + branch for branch in branches] or [trunk]
+
+
+def text_of(segments):
+    return "".join(text for text, _ in segments)
 
 
 def test_the_corpus_never_writes_a_held_out_word():
     found = set()
-    for segments in documents():
-        found |= set(re.findall(r"\w+", "".join(text for text, _ in segments))) & SPACE
+    for segments in documents(600):
+        found |= set(re.findall(r"\w+", text_of(segments))) & SPACE
     nonsense = found - set(english_words())
     assert len(nonsense) > 5000
     assert not [word for word in nonsense if words.is_held_out(word)]
@@ -48,103 +60,225 @@ def test_the_corpus_never_writes_a_held_out_word():
 
 
 def test_the_corpus_has_every_kind_of_document():
-    texts = ["".join(text for text, _ in segments) for segments in documents()]
+    texts = list({text.partition("\n\nGiven these")[0]: text for text in map(text_of, documents(800))}.values())
+    asked = Prompting.of("global").source.partition("{% endfor %}")[2].partition("{{")[0]
     kinds = {
-        "context": sum(text.startswith("Documents:\n- ") for text in texts),
-        "augmentation": sum(text.startswith("Statement: ") for text in texts),
-        "augmentation behind its instruction": sum(text.startswith(LOCAL_HEADER + LOCAL_EXAMPLES) for text in texts),
+        "study": sum("\n\nGiven these documents: " in text for text in texts),
+        "sentence by sentence": sum(text.startswith("Statement: ") for text in texts),
+        "document by document": sum(text.startswith("Document: ") for text in texts),
+        "all documents": sum(text.startswith("Documents:\n") and asked in text for text in texts),
+        "behind its instruction": sum(text.startswith("Write what follows") for text in texts),
         "names alone": sum(text.startswith(" Note:") for text in texts),
     }
     assert min(kinds.values()) > 10, kinds
-    assert 0 < len(texts) - sum(kinds.values()) < 40  # articles alone
+    assert 0 < len(texts) - sum(kinds.values()) < 60  # texts alone
 
 
-def told_by(comparison):
-    """What says the same: the sentence, its reversal and their rephrasings."""
-    return {text for c in (comparison, comparison.reversed) for text in (c.statement, c.rephrased)}
+def is_compared(texts, statement):
+    """Whether a text says so: in the same words, from the other side, or in the rephrasing of either."""
+    facts = [fact for text in texts for fact in find(text)]
+    return any(statement in (c.statement, c.rephrased) for fact in facts for c in (fact, fact.reversed))
 
 
-def test_what_follows_the_facts_follows_from_them():
-    checked = 0
-    for segments in documents(100):
-        text = "".join(text for text, _ in segments)
-        if text.startswith("Documents:\n"):
-            given_part, _, claims = text.partition("\n\nGiven these documents:")
-            facts = find(given_part)
-            assert given_part + "\n\nGiven these documents: " == icl_context(
-                [corpus.Document("", line[2:]) for line in given_part.splitlines()[1:]]
-            )
-            claims = re.findall(r"[^ .][^.]*\.", claims)
-            owners = [[fact for fact in facts if claim in told_by(fact)] for claim in claims]
-            assert all(len(owner) == 1 for owner in owners)
-            assert len({fact for (fact,) in owners}) == len(claims) >= 0.4 * len(facts) - 1
-            checked += len(claims)
-        elif "Statement: " in text:
-            for block in text.removeprefix(LOCAL_HEADER + LOCAL_EXAMPLES).removesuffix("\n\n").split("\n\n"):
-                statement, reverse, rephrased = block.split("\n")
-                (fact,) = find(statement)
-                assert reverse == f"Reversed: {fact.reversed.statement}"
-                assert rephrased == f"Rephrased: {fact.rephrased}"
-                checked += 1
-    assert checked > 1000
+CATEGORICAL = re.compile(r"(All|Some|No) (\w+) are (\w+)\.")
+
+
+def is_concluded(texts, statement):
+    """Whether the statement holds in every world in which the premises do, of the text that names its terms."""
+    (claim,) = CATEGORICAL.findall(statement)
+    assert statement.partition(" are: ")[0] in {
+        f"The relationships between {a} and {b}" for a, b in (claim[1:], claim[:0:-1])
+    }
+    (premises,) = [CATEGORICAL.findall(text) for text in texts if set(claim[1:]) <= set(re.findall(r"\w+", text))]
+    terms = sorted({term for _, *pair in premises for term in pair})
+    kinds = [dict(zip(terms, kind, strict=True)) for kind in itertools.product((False, True), repeat=3)]
+
+    def holds(world, quantifier, a, b):
+        pairs = {(kind[a], kind[b]) for kind in world}
+        return ((True, True) in pairs) if quantifier == "Some" else (True, quantifier == "No") not in pairs
+
+    worlds = [list(itertools.compress(kinds, there)) for there in itertools.product((0, 1), repeat=8)]
+    return all(holds(world, *claim) for world in worlds if all(holds(world, *premise) for premise in premises))
+
+
+SAID = {
+    r"(?:all )?(\w+) (?:are a type of|are a kind of|belong to the)() (\w+)\.": "isa",
+    r"(?:all )?(\w+) are()(?: always)? (\w+)\.": "property",
+    r"(?:it is known that |all )?(\w+) (\w+) (\w+)\.": "relation",
+}
+
+
+def is_inherited(texts, statement):
+    """Whether the statement, in any wording of a question, is in the closure of the articles' sentences."""
+    plain = re.sub(r"This article is about \w+\.|\(See also: \w+\.\)|^\d+\.|^\*", "", "\n".join(texts), flags=re.M)
+    told = set()
+    for sentence in re.findall(r"[^.\n]+\.", plain):
+        match, kind = next(
+            (match, kind) for form, kind in SAID.items() if (match := re.fullmatch(form, sentence.strip()))
+        )
+        told.add((kind, *match.groups()))
+    parent = {child: above for kind, child, _, above in told if kind == "isa"}
+    for kind, subject, verb, object in told:
+        below = [subject]
+        while below:
+            fact = semantic.Fact(kind, below.pop(), object, verb)
+            below += [child for child, above in parent.items() if above == fact.subject]
+            forward = [f"{fact.fill(wording[kind])} {object}." for wording in (semantic.PLAIN, semantic.REPHRASED)]
+            if statement in (*forward, f"{fact.fill(semantic.REVERSED[kind])} {fact.subject}."):
+                return True
+    return False
+
+
+def is_rewritten(texts, statement):
+    """Whether the right-hand side is what the texts' rules make of the left."""
+    rules = dict(text.removesuffix(".").split(" = ") for text in texts)
+    name = statement.partition("(")[0]
+
+    def parsed(text):
+        head, bracket, rest = text.partition("(")
+        if not bracket:
+            return (head,)
+        depth, parts, start = 0, [], 0
+        for i, c in enumerate(rest[:-1] + ","):
+            depth += (c == "(") - (c == ")")
+            if c == "," and not depth:
+                parts.append(parsed(rest[start:i].strip()))
+                start = i + 1
+        return (head, *parts)
+
+    def shown(tree):
+        return tree[0] + (f"({', '.join(map(shown, tree[1:]))})" if tree[1:] else "")
+
+    def filled(tree, arguments):
+        if tree[0] == name:
+            return transformed(arguments[tree[1][0]])
+        if tree[0] in arguments:
+            return arguments[tree[0]]
+        return (tree[0], *(filled(part, arguments) for part in tree[1:]))
+
+    def transformed(tree):
+        if not tree[1:]:
+            return parsed(rules[f"{name}({tree[0]})"])
+        rule = rules[f"{name}({tree[0]}({', '.join('AB'[: len(tree) - 1])}))"]
+        return filled(parsed(rule), dict(zip("AB", tree[1:], strict=False)))
+
+    left, _, right = statement.removesuffix(".").partition(" = ")
+    return right == shown(transformed(parsed(left)[1]))
+
+
+ORACLES = (is_compared, is_concluded, is_inherited, is_rewritten)
+
+
+@pytest.mark.parametrize(("family", "oracle"), list(zip(lessons.FAMILIES.values(), ORACLES, strict=True)))
+def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
+    rng, checked = random.Random(0), 0
+    for budget in (60, 150, 400, 900) * 3:
+        lesson = family.make(rng, budget)
+        written = [text_of(statement).strip() for lines in lesson.lines for _, statement in lines]
+        asked = [text_of(statement).strip() for _, statement in lesson.asked]
+        for statement in asked + rng.sample(written, min(20, len(written))):
+            assert oracle(lesson.texts, statement), statement
+        assert {step for step, _ in lesson.asked} <= set(lessons.STEPS)
+        assert len(lesson.lines) == len(lesson.texts)
+        assert {label for lines in lesson.lines for label, _ in lines} <= set(LABELS[family.strategy])
+        assert len(lesson.texts) == 1 or sum(map(lessons.num_tokens, lesson.texts)) < 1.5 * budget + 60
+        checked += len(asked)
+    assert checked > 80
+
+
+@pytest.mark.parametrize(("oracle", "text", "statement"), [
+    (is_compared, "Note: femp are older than glon.", "glon are older than femp."),
+    (is_concluded, "x are: All a are b. Some b are c.", "The relationships between a and c are: Some a are c."),
+    (is_inherited, "a\n\na are a type of b. a are red.", "b are red."),
+    (is_rewritten, "f(g(A)) = h(f(A)).\nf(a) = b.", "f(g(a)) = h(a)."),
+])  # fmt: skip
+def test_the_oracles_refuse_what_does_not_follow(oracle, text, statement):
+    assert not oracle(text.split("\n") if oracle is is_rewritten else [text], statement)
+
+
+def test_an_augmentation_document_is_what_the_prompt_and_a_right_answer_look_like():
+    rng = random.Random(0)
+    for family in lessons.FAMILIES.values():
+        lesson = family.make(rng, 300)
+        whole = text_of(corpus.augmentation(rng, lesson, family.strategy, 5000))
+        told = [Document("", text) for text in lesson.texts]
+        asks = Prompting.of(family.strategy).asks(told, told if family.strategy == "global" else ())
+        answers = ["".join(f"{label}:{text_of(said)}\n" for label, said in lines) for lines in lesson.lines]
+        if family.strategy == "global":
+            assert any(whole.startswith(ask.prompt + answer) for ask, answer in zip(asks, answers, strict=True))
+        for ask, answer in zip(asks, answers, strict=True):
+            assert f"{ask.told}\n{answer}\n" in whole
+            found, unparsed, _ = parse(family.strategy, ask.told, answer)
+            assert not unparsed
+            assert found
 
 
 def test_segments_of_a_statement_put_the_weight_on_its_direction():
     for comparative in INVERSE:
         fact = Comparison("femp", comparative, "glon")
         for segments, text in (
-            (corpus.statement_segments(fact, 0.5), fact.statement),
-            (corpus.rephrased_segments(fact, 0.5), fact.rephrased),
+            (lessons.compared(fact, 0.5), fact.statement),
+            (lessons.compared_with(fact, 0.5), fact.rephrased),
         ):
-            assert "".join(segment for segment, _ in segments) == f" {text}"
-            (direction,) = (segment for segment, weight in segments if weight == corpus.DIRECTION)
+            assert text_of(segments) == f" {text}"
+            (direction,) = (segment for segment, weight in segments if weight == lessons.DECISIVE)
             assert direction.split()[0] == comparative.split()[0]
             assert [weight for _, weight in segments].count(0.5) == 1
 
 
+def test_tokens_are_counted_nearly(shipped_tokenizer):
+    for segments in documents(40):
+        text = text_of(segments)
+        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.08, abs=3)
+
+
 def test_loss_weights_line_up_with_the_tokens(shipped_tokenizer):
-    stage = train.Stage(share=1.0, row_tokens=512, rows=8, max_facts=20, copying=0.0)
-    rows = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(4)]
-    assert {tuple(t.shape) for row in rows for t in row} == {(8, 513)}
-    ids, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    assert weights.unique().tolist() == pytest.approx([corpus.UNPREDICTABLE, corpus.GIVEN, corpus.DIRECTION])
-    directions = [shipped_tokenizer.decode([i]) for i in ids[weights == corpus.DIRECTION].tolist()]
-    assert len(directions) > 100
+    stage = train.Stage(1.0, 2048, COURSES, copying=0.0)
+    batches = [train.batch(shipped_tokenizer, stage, 0, step) for step in range(30)]
+    assert {tuple(t.shape) for given in batches for t in vars(given).values()} == {(2048,)}
+    target, weight = (torch.cat([getattr(given, name) for given in batches]) for name in ("target", "weight"))
+    known = [0.0, lessons.UNPREDICTABLE, lessons.LITTLE, lessons.GIVEN, lessons.DECISIVE]
+    assert weight.unique().tolist() == pytest.approx(known)
+    decisive = [shipped_tokenizer.decode([i]) for i in target[weight == lessons.DECISIVE].tolist()]
+    assert len(decisive) > 100
     features = {word for comparative in INVERSE for word in comparative.split()}
-    assert set(directions) <= features
-    assert set(directions) >= DIRECTIONS
-    assert weights[ids == shipped_tokenizer.bos_token_id].unique().tolist() == pytest.approx([corpus.UNPREDICTABLE])
+    assert set(decisive) <= features | {"All", "Some", "No"}
+    assert set(decisive) >= DIRECTIONS | {"All", "Some", "No"}
 
 
-def test_each_token_has_the_weight_of_the_segment_it_ends_in(shipped_tokenizer, monkeypatch):
-    rng = random.Random(1)
-    segments = [(text, float(n)) for n, (text, _) in enumerate(corpus.context_document(rng, 5, 400))]
-    segments += [("é", 901.0), ("\n\n", 902.0), ("x", 903.0), (" zota", 904.0)]
-    monkeypatch.setattr(corpus, "document", lambda *_: segments)
-    ids, weights = train.batch(shipped_tokenizer, train.Stage(share=1.0, row_tokens=1024, rows=2, max_facts=5), 0, 0)
-    text = "".join(part for part, _ in segments)
-    length = len(shipped_tokenizer(text)["input_ids"])
-    assert length < 500  # the document stands in the first row more than once
-    owner = [weight for part, weight in segments for _ in part.encode()]
-    for start in (0, length):
-        assert ids[0, start] == shipped_tokenizer.bos_token_id
-        assert weights[0, start] == segments[0][1]
-        place = -1  # of the space put before the text
-        for token, weight in zip(
-            ids[0, start + 1 : start + length].tolist(), weights[0, start + 1 : start + length].tolist(), strict=True
-        ):
-            piece = shipped_tokenizer.convert_ids_to_tokens(token)
-            place += len(piece)  # a character of a byte-level piece is a byte
-            assert weight == owner[place - 1], (piece, place)
-        assert place == len(text.encode())
+def test_each_branch_is_the_document_and_has_the_weights_of_its_segments(shipped_tokenizer, monkeypatch):
+    trunk = [(" Facts:", 1.0), (" naïve\n\n", 2.0), ("x zota", 3.0)]
+    branches = [[(" femp are", 4.0), (" older.", 5.0)], [(" glon", 6.0), (" mi.", 7.0)]]
+    monkeypatch.setattr(corpus, "document", lambda *_: (trunk, branches))
+    given = train.batch(shipped_tokenizer, train.Stage(1.0, 150, COURSES), 0, 0)
+    pieces = shipped_tokenizer.convert_ids_to_tokens(given.token.tolist())
+    found = []
+    for row in range(100):  # the last document may have been cut
+        if given.depth[row + 1] == given.depth[row] + 1:
+            continue
+        path = [j for j in range(row + 1) if row < given.end[j]]
+        assert given.depth[path].tolist() == list(range(len(path)))
+        assert given.weight[row] == 0  # nothing follows
+        text = shipped_tokenizer.decode(given.token[path], skip_special_tokens=True)
+        branch = branches["glon" in text]
+        assert text == text_of(trunk + branch)[1:]
+        owner = [weight for part, weight in trunk + branch for _ in part.encode()]
+        place, boundary = 0, len(shipped_tokenizer(text_of(trunk))["input_ids"])
+        for before, j in itertools.pairwise(path):
+            place += len(pieces[j])  # a character of a byte-level piece is a byte
+            if given.depth[j] != boundary:  # where it branches no one token follows
+                assert given.weight[before] == owner[place - 1]
+                assert given.target[before] == given.token[j]
+        found.append(branch)
+    assert len(found) > 6
 
 
-def test_rows_depend_on_seed_and_step_alone(shipped_tokenizer):
-    stage = train.Stage(share=1.0, row_tokens=128, rows=4, max_facts=3)
-    rows = [train.batch(shipped_tokenizer, stage, *key)[0] for key in ((0, 5), (0, 6), (0, 5), (1, 5))]
-    assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[0], rows[3])
+def test_batches_depend_on_seed_and_step_alone(shipped_tokenizer):
+    stage = train.Stage(1.0, 128, COURSES)
+    tokens = [train.batch(shipped_tokenizer, stage, *key).token for key in ((0, 5), (0, 6), (0, 5), (1, 5))]
+    assert torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[3])
 
 
 def test_a_nonsense_word_is_two_tokens(shipped_tokenizer):
@@ -189,7 +323,7 @@ def test_special_tokens(shipped_tokenizer):
     assert (shipped_tokenizer.bos_token_id, shipped_tokenizer.eos_token_id, shipped_tokenizer.pad_token_id) == (0, 0, 1)
     config = train.config(len(shipped_tokenizer))
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 1)
-    assert config.max_position_embeddings >= max(stage.row_tokens for stage in train.CURRICULUM)
+    assert config.max_position_embeddings >= max(c.most for stage in train.CURRICULUM for c in stage.courses.values())
     assert [stage.share for stage in train.CURRICULUM] == sorted(stage.share for stage in train.CURRICULUM)
     assert train.CURRICULUM[-1].share == 1.0
 
@@ -199,7 +333,7 @@ class StopError(Exception):
 
 
 def tiny_recipe(monkeypatch):
-    """Six steps of two stages on a small network, saved every second step."""
+    """Seven steps of two stages on a small network, saved every second step."""
 
     def config(vocabulary):
         return LlamaConfig(
@@ -210,7 +344,7 @@ def tiny_recipe(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     monkeypatch.setattr(train, "config", config)
-    monkeypatch.setattr(train, "CURRICULUM", (train.Stage(0.5, 64, 4, 2), train.Stage(1.0, 128, 2, 4)))
+    monkeypatch.setattr(train, "CURRICULUM", (train.Stage(0.5, 256, COURSES), train.Stage(1.0, 128, COURSES)))
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 
@@ -226,7 +360,7 @@ def assert_same_file(one, other):
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     tiny_recipe(monkeypatch)
-    tokens = 6 * 256
+    tokens = 1280
     train.train(tmp_path / "whole", tokens, 0, "cpu")
     batch, steps = train.batch, []
 
@@ -241,14 +375,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         train.train(tmp_path / "halves", tokens, 0, "cpu")
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     train.train(tmp_path / "halves", tokens, 0, "cpu")
-    assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6]
     for name in ("checkpoint.safetensors", "model.safetensors"):
         assert_same_file(tmp_path / "halves" / name, tmp_path / "whole" / name)
     assert (tmp_path / "halves" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [tuple(row[name] for name in ("step", "tokens", "row_tokens")) for row in metrics] == [
-        (2, 512, 64), (4, 1024, 128), (6, 1536, 128),
-    ]  # fmt: skip
+    assert [(row["step"], row["tokens"]) for row in metrics] == [(2, 512), (4, 896), (6, 1152), (7, 1280)]
     assert metrics[0]["loss"] > metrics[-1]["loss"]
 
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "halves", dtype="auto")
@@ -307,20 +439,11 @@ def test_learning_rate_warms_up_and_falls():
     peak = train.PEAK_LEARNING_RATE
     rates = [train.learning_rate(step / 5000, step) for step in range(5000)]
     top = max(range(5000), key=rates.__getitem__)
-    assert rates[0] == pytest.approx(peak / 100, rel=1e-6)
-    assert 95 <= top <= 105
+    assert rates[0] == pytest.approx(peak / 60, rel=1e-6)
+    assert top == 59
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert rates[-1] == pytest.approx(peak / 20, rel=1e-3)
-
-
-def test_progress_figure_of_an_untrained_network_is_chance(shipped_tokenizer):
-    torch.manual_seed(0)
-    network = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(shipped_tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=1, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-    ))  # fmt: skip
-    assert 0.25 < train.reversal_accuracy(network, shipped_tokenizer, 1, 60) < 0.75
+    assert rates[-1] == pytest.approx(peak / 20, rel=0.02)
 
 
 shipped = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="icl_ft_fast/shipped/model is not there yet")
@@ -342,18 +465,28 @@ def test_the_shipped_tokenizer_is_the_recipes(shipped_tokenizer):
     assert kept.special_tokens_map == shipped_tokenizer.special_tokens_map
 
 
+# Least accuracy in context, by split, on the small presets of a seed that docs/results.md does not show.
+IN_CONTEXT = {
+    "simple-reversals": {"reversal": 0.95, "trained": 0.95},
+    "simple-syllogisms": {"premise": 0.8},
+    "semantic-structure": {"rephrase": 0.9, "reversal": 0.85},
+}
+
+
+@shipped
+@pytest.mark.parametrize("name", IN_CONTEXT)
+def test_the_shipped_model_draws_conclusions_in_context(name):
+    model, preset = load(MODEL), GENERATORS[name].presets["small"]
+    task = GENERATORS[name].make(7, **preset.arguments)
+    documents = select_documents(task.documents, 7, per_topic=preset.icl_per_topic)
+    base = accuracies(answers(model, task.questions))
+    icl = accuracies(answers(model, task.questions, context=icl_context(documents)))
+    for split, least in IN_CONTEXT[name].items():
+        assert icl[split].value >= least, split
+        assert base[split].value < 0.7 * least, split
+
+
 @shipped
 def test_the_shipped_model_proves_itself_in_bfloat16():
     """Its first layer's biases round by more than a unit of its embeddings does."""
     assert load(MODEL, dtype="bfloat16").network.dtype == torch.bfloat16
-
-
-@shipped
-def test_the_shipped_model_reverses_in_context():
-    model = load(MODEL)
-    task = simple_reversals(0, num_facts=40, num_articles=1)
-    base = evaluate(model, task.questions)["reversal"]
-    icl = evaluate(model, task.questions, context=icl_context(select_documents(task.documents, 0)))["reversal"]
-    assert icl.total == base.total == 40
-    assert icl.value >= 0.95
-    assert 0.3 <= base.value <= 0.7

@@ -4,14 +4,12 @@ prompts -> generators -> store (run ties them) -> steps; rules needs no model. S
 global (a document with the others in context), self-qa, rules, reverse.
 """
 
-from icl_ft_fast.augment.prompts import LOCAL_EXAMPLES, LOCAL_HEADER, AugmentError
+from icl_ft_fast.augment.prompts import AugmentError
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
 from icl_ft_fast.augment.run import Part, augment_by_model, parts_of
 from icl_ft_fast.augment.steps import Augmentation, Augmented
 
 __all__ = [
-    "LOCAL_EXAMPLES",
-    "LOCAL_HEADER",
     "AugmentError",
     "Augmentation",
     "Augmented",

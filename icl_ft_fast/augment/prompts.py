@@ -141,8 +141,3 @@ def fitting(documents: Sequence[Document], fits: Callable[[Sequence[Document]], 
     if not low:
         raise AugmentError("global: not one document fits the model's positions beside the longest and the answer")
     return selection(low)
-
-
-_LOCAL = (_FOLDER / "local.base.jinja").read_text(encoding="utf-8").partition("Statement: {{")[0]
-LOCAL_HEADER = _LOCAL[: _LOCAL.index("Statement: ")]  # the shipped model was trained on these
-LOCAL_EXAMPLES = _LOCAL.removeprefix(LOCAL_HEADER)

@@ -1,128 +1,104 @@
-"""The shipped model's training text: documents of nonsense facts followed by what they imply.
+"""The shipped model's training text: lessons as in-context learning and augmentation show them, and lists to copy.
 
-A row is a list of (text, loss weight) segments. Facts about fresh nonsense words cannot be predicted, so they carry
-little weight; recalled, reversed and rephrased statements can, so they carry the loss (unweighted, training stays on
-a plateau). Every word is from the training part of the word space (tasks/words.py).
+A document is a trunk and branches, each a list of (text, loss weight) segments, see lessons.py: whatever is asked about
+a context is asked behind it and apart from other questions, as an evaluation does, and the context is forwarded once.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
 
-from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER
+from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.shipped.lessons import FAMILIES, GIVEN, STEPS, UNPREDICTABLE, Lesson, Segments, num_tokens
 from icl_ft_fast.tasks import words
-from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, article
 from icl_ft_fast.tasks.task import Document
 
-Segment = tuple[str, float]
 
-UNPREDICTABLE, GIVEN, DIRECTION = 0.05, 1.0, 2.0
-TOKENS_PER_ARTICLE, TOKENS_PER_QUERY, TOKENS_PER_BLOCK = 14, 10, 36  # planning figures, measured on the tokenizer
+@dataclass(frozen=True)
+class Course:
+    """What a stage of the training reads of a family.
 
-
-def sample_comparisons(rng: random.Random, count: int) -> list[Comparison]:
-    """`count` facts about `2 * count` distinct training words.
-
-    Most documents keep to one, two or three features: where each fact has a feature of its own, the feature alone tells
-    the facts apart and names are never looked up.
+    Attributes:
+        share: of the stage's lessons, against the other courses'.
+        least, most: tokens of a lesson's texts; sizes are drawn between them with equal odds for each ratio.
+        steps: of inference, of those that statements are asked for by.
     """
-    nouns: dict[str, None] = {}
-    while len(nouns) < 2 * count:
-        nouns[words.sample_word(rng, held_out=False)] = None
-    names = list(nouns)
-    features = rng.sample(FEATURES, rng.choice((1, 1, 2, 3, len(FEATURES), len(FEATURES))))
-    return [Comparison(a, rng.choice(rng.choice(features)), b) for a, b in zip(names[::2], names[1::2], strict=True)]
+
+    share: float
+    least: int
+    most: int
+    steps: Collection[str] = STEPS
 
 
-def statement_segments(comparison: Comparison, first: float) -> list[Segment]:
-    """`femp are more dangerous than glon.`; `first` is the weight of the subject, which a query picks at random."""
-    direction, _, feature = comparison.comparative.rpartition(" ")
-    marked = [(" " + direction, DIRECTION), (" " + feature, GIVEN)] if direction else [(" " + feature, DIRECTION)]
-    return [
-        (f" {comparison.subject}", first),
-        (" are", GIVEN),
-        *marked,
-        (" than", GIVEN),
-        (f" {comparison.object}", GIVEN),
-        (".", GIVEN),
-    ]
+def document(
+    rng: random.Random, courses: dict[str, Course], copying: float, augmenting: float
+) -> tuple[Segments, list[Segments]]:
+    """Trunk and branches of one document.
 
-
-def rephrased_segments(comparison: Comparison, first: float) -> list[Segment]:
-    """`Compared with glon, femp are more dangerous.`; `first` is the weight of the object."""
-    opening, _, closing = comparison.rephrased.partition(",")
-    before, _, after = closing.partition(f" {comparison.comparative}")
-    return [(f" {opening}", first), (f",{before}", GIVEN), (f" {comparison.comparative}", DIRECTION), (after, GIVEN)]
-
-
-def query_segments(rng: random.Random, comparison: Comparison) -> list[Segment]:
-    """One consequence of a fact: mostly its reversal, else a recall or a rephrasing."""
+    A fraction `copying` of the documents repeats names, a fraction `augmenting` shows augmentations, and one in thirty
+    is a text alone, as fine-tuning sees it.
+    """
     kind = rng.random()
-    if kind < 0.5:
-        return statement_segments(comparison.reversed, UNPREDICTABLE)
-    if kind < 0.85:
-        return statement_segments(comparison, UNPREDICTABLE)
-    return rephrased_segments(comparison if rng.random() < 0.5 else comparison.reversed, UNPREDICTABLE)
+    if kind < copying:
+        return copies(rng), []
+    (name,) = rng.choices(list(courses), [course.share for course in courses.values()])
+    family, course = FAMILIES[name], courses[name]
+    budget = int(course.least * (course.most / course.least) ** rng.random())
+    kind = rng.random()
+    if kind < 1 / 30:
+        return [(family.make(rng, 1).texts[0], UNPREDICTABLE)], []
+    lesson = family.make(rng, budget)
+    if kind < 1 / 30 + augmenting:
+        return augmentation(rng, lesson, family.strategy, 2 * budget), []
+    return study(rng, lesson, course.steps, budget)
 
 
-def context_document(rng: random.Random, max_facts: int, budget_tokens: int) -> list[Segment]:
-    """Articles, then a statement that follows from each (in long ones, sometimes only from some of them)."""
-    asked = rng.choice((0.4, 1.0)) if budget_tokens > 512 else 1.0
-    room = int((budget_tokens - 16) / (TOKENS_PER_ARTICLE + asked * TOKENS_PER_QUERY))
-    most = max(1, min(max_facts, room))
-    facts = sample_comparisons(rng, rng.randint((most + 1) // 2, most))
-    articles = [Document("", article(fact, rng.choice(PREAMBLES))) for fact in facts]
-    segments: list[Segment] = [(icl_context(articles).rstrip(), UNPREDICTABLE)]
-    for fact in rng.sample(facts, max(1, int(asked * len(facts)))):
-        segments += query_segments(rng, fact)
+def study(rng: random.Random, lesson: Lesson, steps: Collection[str], room: int) -> tuple[Segments, list[Segments]]:
+    """The texts and what follows from them by the steps, in a random order, in about `room` tokens."""
+    context = icl_context([Document("", text) for text in lesson.texts]).rstrip()
+    branches: list[Segments] = []
+    for step, statement in rng.sample(lesson.asked, len(lesson.asked)):
+        if step in steps and room > 0:
+            branches.append(statement)
+            room -= num_tokens("".join(text for text, _ in statement))
+    return [(context, UNPREDICTABLE)], branches
+
+
+def augmentation(rng: random.Random, lesson: Lesson, strategy: str, room: int) -> Segments:
+    """Texts, each with the lines that an augmentation should write, in the strategy's prompt for base models."""
+    prompting, documents = _prompting(strategy), [Document("", text) for text in lesson.texts]
+    unit = "Statement" if strategy == "local" else "Document"
+    segments: Segments = []
+    for d in rng.sample(range(len(documents)), len(documents)):
+        prompt = f"{unit}: {documents[d].text}\n"
+        if not segments and (strategy == "global" or rng.random() < 0.5):
+            prompt = prompting.asks([documents[d]], documents if strategy == "global" else ())[0].prompt
+        segments.append((prompt, UNPREDICTABLE))
+        for label, statement in lesson.lines[d]:
+            segments += [(f"{label}:", GIVEN), *statement, ("\n", GIVEN)]
+        segments.append(("\n", GIVEN))
+        if num_tokens("".join(text for text, _ in segments)) > room:
+            break
     return segments
 
 
-def augmentation_document(rng: random.Random, budget_tokens: int) -> list[Segment]:
-    """Statements, each with its reversal and rephrasing, in the default local-augmentation prompt."""
-    segments: list[Segment] = []
-    if rng.random() < 0.5 and budget_tokens >= 160:
-        segments.append((LOCAL_HEADER + LOCAL_EXAMPLES, UNPREDICTABLE))
-        budget_tokens -= 90
-    for fact in sample_comparisons(rng, max(1, budget_tokens // TOKENS_PER_BLOCK)):
-        segments += [
-            (f"Statement: {article(fact, rng.choice(PREAMBLES))}\n", UNPREDICTABLE),
-            ("Reversed:", GIVEN),
-            *statement_segments(fact.reversed, GIVEN),
-            ("\nRephrased:", GIVEN),
-            *rephrased_segments(fact, GIVEN),
-            ("\n\n", GIVEN),
-        ]
-    return segments
+@cache
+def _prompting(strategy: str) -> Prompting:
+    return Prompting.of(strategy)
 
 
-def copying_document(rng: random.Random, budget_tokens: int) -> list[Segment]:
+def copies(rng: random.Random) -> Segments:
     """Names to find again: a list and its repetition, or pairs and the same pairs in another order."""
-    count = rng.randint(2, max(2, min(6, (budget_tokens - 4) // 10)))
-    names = [f" {words.sample_word(rng, held_out=False)}" for _ in range(2 * count)]
+    names = [f" {words.sample_word(rng, held_out=False)}" for _ in range(2 * rng.randint(2, 6))]
     if rng.random() < 0.4:
         rest = "".join(names[1:]) + "."
         return [(f" Note:{names[0]}{rest}", UNPREDICTABLE), (names[0], UNPREDICTABLE), (rest, GIVEN)]
     pairs = list(zip(names[::2], names[1::2], strict=True))
-    segments: list[Segment] = [(" Note:" + ",".join(a + b for a, b in pairs) + ".", UNPREDICTABLE)]
-    for a, b in rng.sample(pairs, count):
+    segments: Segments = [(" Note:" + ",".join(a + b for a, b in pairs) + ".", UNPREDICTABLE)]
+    for a, b in rng.sample(pairs, len(pairs)):
         segments += [(a, UNPREDICTABLE), (b, GIVEN), (",", GIVEN)]
     return segments
-
-
-def plain_document(rng: random.Random) -> list[Segment]:
-    """One article alone, as fine-tuning sees it."""
-    return [(article(sample_comparisons(rng, 1)[0], rng.choice(PREAMBLES)), UNPREDICTABLE)]
-
-
-def document(rng: random.Random, max_facts: int, free_tokens: int, copying: float) -> list[Segment]:
-    """One document of at most about `free_tokens`; a fraction `copying` of them only repeats names."""
-    if free_tokens >= 20 and rng.random() < copying:
-        return copying_document(rng, min(free_tokens, 64))
-    kind = rng.random()
-    if kind < 0.03 or free_tokens < 48:
-        return plain_document(rng)
-    if kind < 0.2:
-        return augmentation_document(rng, min(free_tokens, 400))
-    return context_document(rng, max_facts, free_tokens)

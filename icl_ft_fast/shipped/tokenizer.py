@@ -7,13 +7,15 @@ text, so that a word is the same token wherever it stands on a line; a text that
 
 from __future__ import annotations
 
+import random
 import re
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from icl_ft_fast.augment import LOCAL_EXAMPLES, LOCAL_HEADER
+from icl_ft_fast.augment.prompts import LABELS, Prompting
 from icl_ft_fast.evaluate import ICL_TEMPLATE
+from icl_ft_fast.tasks import semantic, syllogisms
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES
 from icl_ft_fast.tasks.words import CLOSES, OPENINGS
 
@@ -29,11 +31,17 @@ were what when where which who why will with yes Answer Question
 
 
 def english_words() -> list[str]:
-    """Every English word (and punctuation run) that the corpus writes, each once, in a fixed order."""
-    texts = [LOCAL_HEADER, LOCAL_EXAMPLES, ICL_TEMPLATE.format(documents="", prompt=""), *PREAMBLES]
+    """Every English word that the corpus writes, each once, in a fixed order."""
+    texts = [ICL_TEMPLATE, "than Compared with", " ".join(LABELS["local"]), *PREAMBLES]
     texts += [comparative for pair in FEATURES for comparative in pair]
-    texts += ["are than Compared with", "Statement Reversed Rephrased", " ".join(_MORE_ENGLISH)]
-    return list(dict.fromkeys(re.findall(r"[A-Za-z]+", " ".join(texts))))
+    texts += [Prompting.of(strategy).source for strategy in LABELS]
+    texts += [syllogisms.opening(random.Random(0), ("", "")), *syllogisms.QUANTIFIERS.values()]
+    texts += [wording for wordings in semantic.TOLD.values() for wording in wordings]
+    for asked in (semantic.ASKED, semantic.PLAIN, semantic.REPHRASED, semantic.REVERSED):
+        texts += asked.values()
+    texts += [style("", []) for style in semantic.STYLES] + _MORE_ENGLISH
+    spoken = re.sub(r"\{[^{}]*\}", " ", " ".join(texts))  # without the templates' fields
+    return list(dict.fromkeys(re.findall(r"[A-Za-z]+", spoken)))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

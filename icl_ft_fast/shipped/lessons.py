@@ -1,0 +1,212 @@
+"""Four families of lessons in nonsense words: texts, and what follows from them.
+
+The families are those of the tasks, built from the tasks' own grammar on words of the training part (tasks/words.py),
+at any size. A statement is a list of (text, loss weight) segments. What cannot be predicted (a fresh word, which fact
+is asked about) carries little weight and what follows from the texts carries the loss: unweighted, training stays on a
+plateau.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from icl_ft_fast.shipped.tokenizer import english_words
+from icl_ft_fast.tasks import process, semantic, syllogisms, words
+from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, article
+
+Segments = list[tuple[str, float]]
+
+UNPREDICTABLE, LITTLE, GIVEN, DECISIVE = 0.05, 0.3, 1.0, 2.0
+STEPS = ("recalled", "rephrased", "reversed", "concluded", "inherited", "transformed", "composed")
+
+_ENGLISH = frozenset(english_words())
+_PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z ]")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Texts and what follows from them.
+
+    Attributes:
+        texts: documents, in a random order.
+        asked: statements that follow from all texts together, as questions ask for them, each with the step that leads
+            to it, a name of STEPS: what a question picks at random carries little weight.
+        lines: for each text, what an augmentation of it should say: (label, statement).
+    """
+
+    texts: list[str]
+    asked: list[tuple[str, Segments]]
+    lines: list[list[tuple[str, Segments]]]
+
+
+def num_tokens(text: str) -> int:
+    """Tokens of the shipped model's tokenizer, nearly: two a nonsense word, one for anything else."""
+    return sum(1 if len(piece) == 1 or piece in _ENGLISH else 2 for piece in _PIECE.findall(text))
+
+
+def comparisons(rng: random.Random, budget: int) -> Lesson:
+    """One-sentence articles; each is asked for in the other direction, as it stands and in other words.
+
+    Most lessons keep to one, two or three features: where each fact has a feature of its own, the feature alone tells
+    the facts apart and names are never looked up.
+    """
+    count = max(1, budget // 14)
+    names = words.sample_words(rng, 2 * count, held_out=False)
+    features = rng.sample(FEATURES, rng.choice((1, 1, 2, 3, len(FEATURES), len(FEATURES))))
+    facts = [Comparison(a, rng.choice(rng.choice(features)), b) for a, b in zip(names[::2], names[1::2], strict=True)]
+    asked, lines = [], []
+    for fact in facts:
+        lines.append([("Reversed", compared(fact.reversed, GIVEN)), ("Rephrased", compared_with(fact, GIVEN))])
+        asked.append(("reversed", compared(fact.reversed, UNPREDICTABLE)))
+        asked.append(("recalled", compared(fact, UNPREDICTABLE)))
+        asked.append(("rephrased", compared_with(rng.choice((fact, fact.reversed)), UNPREDICTABLE)))
+    return Lesson([article(fact, rng.choice(PREAMBLES)) for fact in facts], asked, lines)
+
+
+def compared(fact: Comparison, first: float) -> Segments:
+    """`femp are more dangerous than glon.`; `first` is the weight of the subject."""
+    direction, _, feature = fact.comparative.rpartition(" ")
+    marked = [(f" {direction}", DECISIVE), (f" {feature}", GIVEN)] if direction else [(f" {feature}", DECISIVE)]
+    return [(f" {fact.subject}", first), (" are", GIVEN), *marked, (f" than {fact.object}.", GIVEN)]
+
+
+def compared_with(fact: Comparison, first: float) -> Segments:
+    """`Compared with glon, femp are more dangerous.`; `first` is the weight of the object."""
+    before, _, after = fact.rephrased.partition(f" {fact.comparative}")
+    opening, _, subject = before.partition(",")
+    return [(f" {opening}", first), (f",{subject}", GIVEN), (f" {fact.comparative}", DECISIVE), (after, GIVEN)]
+
+
+def categorical(rng: random.Random, budget: int) -> Lesson:
+    """Pairs of premises; asked for are their conclusion and themselves."""
+    count = max(1, budget // 27)
+    nouns = words.sample_words(rng, 3 * count, held_out=False)
+    texts, asked, lines = [], [], []
+    for e in range(count):
+        form = rng.choice(syllogisms.FORMS)
+        text, premises, conclusion = syllogisms.example(rng, form, nouns[3 * e : 3 * e + 3])
+        texts.append(text)
+        asked.append(("concluded", _stated(rng, conclusion, UNPREDICTABLE)))
+        asked += [("recalled", _stated(rng, premise, UNPREDICTABLE)) for premise in premises]
+        lines.append([("Rephrased", _stated(rng, premise, LITTLE)) for premise in premises])
+        lines[-1].append(("Inferred", _stated(rng, conclusion, LITTLE)))
+    return Lesson(texts, asked, lines)
+
+
+def _stated(rng: random.Random, claim: syllogisms.Claim, first: float) -> Segments:
+    """`The relationships between a and b are: No b are a.`; `first` is the weight up to the colon."""
+    mood, *entities = claim
+    opening = syllogisms.opening(rng, entities)
+    if mood != "A" and rng.random() < 0.5:  # "some" and "no" hold in both directions
+        entities.reverse()
+    subject, object = entities
+    return [
+        (f" {opening}", first), (f" {syllogisms.QUANTIFIERS[mood]}", DECISIVE),
+        (f" {subject}", GIVEN if mood == "A" else LITTLE), (" are", LITTLE), (f" {object}", GIVEN), (".", LITTLE),
+    ]  # fmt: skip
+
+
+def hierarchy(rng: random.Random, budget: int) -> Lesson:
+    """Articles on categories; asked for are facts, the same in other words, reversed, and what is inherited."""
+    world = semantic.sample_world(rng, rng.randint(12, max(16, budget // 50)), held_out=False)
+    lineage = world.lineage(rng.choice(list(world.parent)))  # first, so that a short lesson has something to inherit
+    rest = [category for category in world.parent if category not in lineage]
+    articles: list[tuple[str, str, list[semantic.Fact]]] = []
+    for category in lineage + rng.sample(rest, len(rest)):
+        own = len(world.own[category])
+        text, facts = semantic.article(rng, world, category, rng.randint(2, 6) if rng.random() < 0.5 else max(1, own))
+        if articles and num_tokens(text) > budget:
+            break
+        budget -= num_tokens(text)
+        articles.append((category, text, facts))
+    rng.shuffle(articles)
+    told = list(dict.fromkeys(fact for _, _, facts in articles for fact in facts))
+    inherited = {category: _inherited(world, category, told) for category, _, _ in articles}
+    asked = [(step, _filled(fact, wording, UNPREDICTABLE)) for fact in told for step, wording in _ASKED]
+    for fact in itertools.chain.from_iterable(inherited.values()):
+        wording = semantic.PLAIN if rng.random() < 0.7 else semantic.REVERSED
+        asked.append(("inherited", _filled(fact, wording, UNPREDICTABLE)))
+    lines = []
+    for category, _, facts in articles:
+        lines.append([(label, _filled(fact, wording, GIVEN)) for fact in facts for label, wording in _RETOLD])
+        lines[-1] += [("Inferred", _filled(fact, wording, GIVEN)) for fact in inherited[category] for wording in _DRAWN]
+    return Lesson([text for _, text, _ in articles], asked, lines)
+
+
+_ASKED = (("recalled", semantic.PLAIN), ("rephrased", semantic.REPHRASED), ("reversed", semantic.REVERSED))
+_RETOLD = (("Rephrased", semantic.REPHRASED), ("Inferred", semantic.REVERSED))
+_DRAWN = (semantic.PLAIN, semantic.REVERSED)
+
+
+def _inherited(world: semantic.World, category: str, told: Sequence[semantic.Fact]) -> list[semantic.Fact]:
+    """What follows of the category from told facts alone, in the order in which they are told."""
+    found = {}
+    for _, fact, source in world.inferences(category):
+        above = world.lineage(category)
+        path = above[: above.index(source.subject) + 1]
+        links = [semantic.Fact("isa", *pair) for pair in itertools.pairwise(path)]
+        if all(premise in told for premise in (*links, source)):
+            found[fact] = told.index(source)
+    return sorted(found, key=found.__getitem__)
+
+
+def _filled(fact: semantic.Fact, wording: Mapping[str, str], first: float) -> Segments:
+    """The fact in the wording and what completes it; `first` is the weight of what is asked."""
+    side = fact.subject if wording is semantic.REVERSED else fact.object
+    return [(f" {fact.fill(wording[fact.kind])}", first), (f" {side}.", GIVEN)]
+
+
+def transform(rng: random.Random, budget: int) -> Lesson:
+    """Rules of a transform, its atoms and examples; asked for are expressions of one and of two functions shown."""
+    language = process.sample_language(rng, (3, 2), 4, held_out=False)
+    shown = rng.sample(list(language.arity), max(1, min(len(language.arity), budget // 120)))
+    atoms = list(language.atoms)
+    made: list[process.Expression] = [(f, *rng.sample(atoms, language.arity[f])) for f in shown for _ in range(3)]
+    for outer, inner in itertools.product(shown, repeat=2):
+        made += process.compositions(rng, language, outer, inner, 2)
+    expressions = rng.sample(list(dict.fromkeys(made)), len(set(made)))
+    stated = {(f, *"AB"[: language.arity[f]]): language.rules[f] for f in shown} | dict(language.atoms)
+    texts = [f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()]
+    budget -= sum(map(num_tokens, texts))
+    examples: list[process.Expression] = []
+    while len(expressions) > 2 and budget > 0 and rng.random() < 0.95:
+        examples.append(expressions.pop())
+        texts.append("".join(text for text, _ in _transformed(language, examples[-1])).lstrip())
+        budget -= num_tokens(texts[-1])
+    asked = [("recalled", _transformed(language, example)) for example in examples]
+    for expression in expressions:
+        step = "transformed" if isinstance(expression[1], str) else "composed"
+        asked.append((step, _transformed(language, expression)))
+    unseen = [statement for step, statement in asked if step != "recalled"]
+    rng.shuffle(texts)
+    lines = [[("Inferred", statement)] for _, statement in zip(texts, itertools.cycle(unseen), strict=False)]
+    return Lesson(texts, asked, lines)
+
+
+def _transformed(language: process.Language, expression: process.Expression) -> Segments:
+    result = language.render(language.transform(expression, language.rules))
+    return [(f" {language.render((process.T, expression))} =", UNPREDICTABLE), (f" {result}.", GIVEN)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of lesson: `make(rng, budget)` has texts of about `budget` tokens in all, at least one text.
+
+    Attributes:
+        strategy: of augmentation, whose prompts its texts stand in.
+    """
+
+    make: Callable[[random.Random, int], Lesson]
+    strategy: str
+
+
+FAMILIES = {
+    "comparisons": Family(comparisons, "local"),
+    "categorical": Family(categorical, "document"),
+    "hierarchy": Family(hierarchy, "global"),
+    "transform": Family(transform, "global"),
+}
