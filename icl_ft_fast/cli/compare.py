@@ -58,16 +58,13 @@ from icl_ft_fast.tasks.task import Task
 
 ALL = "all"
 DEMO_FACTS = 40
-DEMO_LEARNING_RATE = 1e-3
 
 
 def add(commands: Commands) -> None:
     """Add both commands."""
     demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.add_argument("--facts", type=positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
-    _add_comparison_options(
-        demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", learning_rate=DEMO_LEARNING_RATE, out=None
-    )
+    _add_comparison_options(demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
@@ -87,21 +84,17 @@ def add(commands: Commands) -> None:
         help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
         "(default: a task for each seed)",
     )  # fmt: skip
-    _add_comparison_options(
-        comparison, arms="base,icl,ft,augmented-ft", seeds="0", learning_rate=3e-4, out=Path("out/compare")
-    )
+    _add_comparison_options(comparison, arms="base,icl,ft,augmented-ft", seeds="0", out=Path("out/compare"))
     add_executor_options(comparison)
 
 
-def _add_comparison_options(
-    parser: argparse.ArgumentParser, *, arms: str, seeds: str, learning_rate: float, out: Path | None
-) -> None:
+def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds: str, out: Path | None) -> None:
     defaults = FinetuneSettings()
     parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
     parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=defaults.steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="default: %(default)s")
     parser.add_argument(
         "--icl-per-topic", type=positive, help="documents of a topic in the context (default: the preset's, or all)"
     )
