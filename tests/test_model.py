@@ -282,6 +282,16 @@ def in_rows(rows):
     return replace(rows, depth_q=rows.row_q, depth_k=torch.arange(size, dtype=torch.int32))
 
 
+def assert_refused_with(attention, network, monkeypatch):
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "_trie_attention", attention)
+            with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
+                from_network(network, None, "here")
+    finally:
+        model_module._register_attention()  # transformers kept the wrong one
+
+
 @pytest.mark.parametrize(("family", "wrong"), [("llama", blind), ("mistral", in_rows)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_self_check_refuses_an_attention_that_is_wrong(family, wrong, dtype, tiny_network, monkeypatch):
@@ -291,13 +301,7 @@ def test_the_self_check_refuses_an_attention_that_is_wrong(family, wrong, dtype,
         return right(*args, icl_rows=wrong(icl_rows), **kwargs)
 
     network = tiny_network(family, **FAMILIES[family]).to(dtype)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(model_module, "_trie_attention", attention)
-            with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
-                from_network(network, None, "here")
-    finally:
-        model_module._register_attention()  # transformers kept the wrong one
+    assert_refused_with(attention, network, monkeypatch)
     from_network(network, None, "here")
 
 
@@ -309,13 +313,7 @@ def test_in_bfloat16_a_tenth_of_the_scale_is_seen(tiny_network, monkeypatch):
     def attention(*args, scaling, **kwargs):
         return right(*args, scaling=1.1 * scaling, **kwargs)
 
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(model_module, "_trie_attention", attention)
-            with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
-                from_network(network, None, "here")
-    finally:
-        model_module._register_attention()
+    assert_refused_with(attention, network, monkeypatch)
     from_network(network, None, "here")
     for name, p in network.named_parameters():  # which were float32 for a moment
         assert p.dtype == torch.bfloat16

@@ -268,7 +268,7 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
     if checkpoint.exists():
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)
-    right = decisive = 0  # predictions since the last save
+    right, decisive = torch.zeros((), dtype=torch.int64, device=device), 0  # predictions since the last save
     bar = tqdm(total=tokens, initial=run.tokens, unit="token", unit_scale=True, desc="training", mininterval=5)
     while run.tokens < tokens:
         stage = next(stage for stage in CURRICULUM if run.tokens < stage.share * tokens)
@@ -276,29 +276,29 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.tokens / tokens, run.step)
         given = batch(tokenizer, stage, seed, run.step)
-        token, depth, end = (t.to(device) for t in (given.token, given.depth, given.end))
+        token, depth, end, target, weight = (t.to(device) for t in vars(given).values())
         rows = Rows(token, depth, torch.arange(len(token), dtype=torch.int32, device=device), end, depth)
         with torch.autocast(device, torch.bfloat16):
             logits = compiled(token[None], position_ids=depth[None].long(), use_cache=False, icl_rows=rows).logits[0]
-        loss = F.cross_entropy(logits.float(), given.target.to(device), reduction="none") @ given.weight.to(device)
-        loss = loss / given.weight.sum()
+        loss = (F.cross_entropy(logits.float(), target, reduction="none") @ weight) / given.weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        asked = given.weight == DECISIVE
-        right += int((logits.argmax(-1).cpu() == given.target)[asked].sum())
-        decisive += int(asked.sum())
+        right += ((logits.argmax(-1) == target) & (weight == DECISIVE)).sum()  # read at the next save
+        decisive += int((given.weight == DECISIVE).sum())
         run.step += 1
         run.tokens += stage.rows
         bar.update(stage.rows)
-        bar.set_postfix(loss=f"{loss.item():.3f}", decisive=f"{right / max(1, decisive):.2f}", refresh=False)
         if run.step % SAVE_EVERY == 0 or run.tokens >= tokens:
             run.network.save_pretrained(out / "progress")
             tokenizer.save_pretrained(out / "progress")
-            row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": right / max(1, decisive)}
-            right = decisive = 0
+            fraction = right.item() / max(1, decisive)
+            row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": fraction}
+            bar.set_postfix(loss=f"{loss.item():.3f}", decisive=f"{fraction:.2f}")
+            right.zero_()
+            decisive = 0
             with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
             run.save(checkpoint)
