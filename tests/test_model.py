@@ -640,6 +640,7 @@ def test_the_tokenizer_may_come_from_elsewhere(llama_directory, tokenizer_withou
 def test_an_adapter_is_merged(llama_directory, plain, tmp_path, tiny_network):
     peft = pytest.importorskip("peft", reason="comes with the extra lm-eval")
     network = tiny_network("llama", num_hidden_layers=2)
+    torch.manual_seed(0)  # of lora_A
     adapted = peft.get_peft_model(
         network, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     )
