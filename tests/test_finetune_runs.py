@@ -182,12 +182,13 @@ def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_pat
         finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
 
 
+@pytest.mark.parametrize("step", [3, SETTINGS.steps])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_a_run_at_a_checkpoint(number, llama, tmp_path, monkeypatch):
+def test_signals_end_a_run_at_a_checkpoint(number, step, llama, tmp_path, monkeypatch):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stop_after(patch, 3, lambda: os.kill(os.getpid(), number))
-        message = "interrupted after step 3; checkpoint-3 is whole and can be resumed"
+        stop_after(patch, step, lambda: os.kill(os.getpid(), number))
+        message = f"interrupted after step {step}; checkpoint-{step} is whole and can be resumed"
         with pytest.raises(InterruptedRunError, match=f"^{message}$"):
             finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path / "cut")
     assert signal.getsignal(number) == before

@@ -190,7 +190,7 @@ def finetune(
                     save()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if stop and not is_last:
+            if stop:  # in the last step too: the same command then has only the ending left to do
                 raise InterruptedRunError(f"interrupted after step {done.step}{_resumable(run)}")
     ledger.include(counts.as_dict())
     trackers.close()
