@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
+from icl_ft_fast.cli.options import load_model
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.cost.machine import ceilings
 from icl_ft_fast.encoding import vocabulary_words
@@ -424,8 +425,11 @@ def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):
     names = [name for name, generator in GENERATORS.items() if generator.reads is None]
     for name in names:
         monkeypatch.setitem(GENERATORS, name, replace(GENERATORS[name], make=lambda seed, **_: few))
+    loads = []
+    monkeypatch.setattr(cli.compare, "load_model", lambda options: loads.append(load_model(options)) or loads[-1])
     code, printed, errors = run(files.compare(task="all", preset="small", seeds="0,1"))
     assert (code, errors) == (0, [])
+    assert len(loads) == 1
     table = (files.folder / "run" / "table.md").read_text().splitlines()
     assert printed[: len(table)] == table
     assert table[0] == "| task: split (answers) | chance | base | seconds |"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +48,7 @@ from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.executors import Executor, InProcess, follow
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.model import SHIPPED
+from icl_ft_fast.model import SHIPPED, Model
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -203,7 +204,7 @@ def _compare(options: argparse.Namespace) -> None:
     executor = executor_of(options)
     if options.task == ALL:
         _compare_all(options, executor)
-    elif (study := _compared(options, executor)) is not None:
+    elif (study := _compared(options, executor, lambda: _load(options))) is not None:
         _print(study, options)
 
 
@@ -222,12 +223,12 @@ def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
     """Every task that is made from a seed, each in a folder of its own in --out, and one table of them all."""
     if options.facts:
         raise UsageError("--facts: is simple-reversals' alone; leave it out with --task all")
-    studies = []
+    studies, loaded = [], cache(lambda: _load(options))  # once for all tasks
     for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
         if show_progress(options) and executor.rank == 0:
             print(f"{name}:", file=sys.stderr)
         one = argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})
-        if (study := _compared(one, executor)) is not None:
+        if (study := _compared(one, executor, loaded)) is not None:
             studies.append(study)
     if executor.rank:
         return
@@ -243,7 +244,17 @@ def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
     return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
 
 
-def _compared(options: argparse.Namespace, executor: Executor) -> Derived | None:
+def _load(options: argparse.Namespace) -> tuple[Model, Ledger]:
+    """The model and what loading it cost."""
+    load = Ledger(meter=Meter("cpu"))
+    with load.phase("load"):
+        model = load_model(options)
+    return model, load
+
+
+def _compared(
+    options: argparse.Namespace, executor: Executor, loaded: Callable[[], tuple[Model, Ledger]]
+) -> Derived | None:
     """Run what is not kept yet of a task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
     settings = compare.Settings(
@@ -266,7 +277,7 @@ def _compared(options: argparse.Namespace, executor: Executor) -> Derived | None
     if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
     with nullcontext() if options.out is None or executor.rank else alone(options, "results.json"):
-        found = _study(options, make_task, settings, executor)
+        found = _study(options, make_task, settings, executor, loaded)
     if found is None:
         return None
     name = options.task if options.out is None else options.out.name
@@ -274,15 +285,18 @@ def _compared(options: argparse.Namespace, executor: Executor) -> Derived | None
 
 
 def _study(
-    options: argparse.Namespace, make_task: Callable[[int], Task], settings: compare.Settings, executor: Executor
+    options: argparse.Namespace,
+    make_task: Callable[[int], Task],
+    settings: compare.Settings,
+    executor: Executor,
+    loaded: Callable[[], tuple[Model, Ledger]],
 ) -> dict[str, Any] | None:
     """Run what is not kept yet; returns what results.json holds, in rank 0."""
     follow(executor)  # until it holds the lock, and measures nothing any more of a study before
-    out, progress, load = options.out, show_progress(options) and executor.rank == 0, Ledger(meter=Meter("cpu"))
+    out, progress = options.out, show_progress(options) and executor.rank == 0
     kept = Kept(None if out is None else out / "kept.jsonl")
     before, arguments, made = len(kept.values), arguments_digest(options), list[compare.Run]()
-    with load.phase("load"):
-        model = load_model(options)
+    model, load = loaded()
     has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
     if not isinstance(executor, InProcess):
         key = compare.study_key(model, settings)
