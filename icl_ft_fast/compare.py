@@ -195,7 +195,10 @@ class Planned:
         """What the model writes for the run; nothing for most arms."""
         if self.arm not in WRITTEN:
             return []
-        return augment.parts_of(model, self.task.documents, settings.strategy, seed=self.seed, key=self.written_key)
+        return augment.parts_of(
+            model, self.task.documents, settings.strategy, among=_icl_documents(self.task, self.seed, settings),
+            seed=self.seed, key=self.written_key,
+        )  # fmt: skip
 
 
 def plan(
@@ -294,11 +297,16 @@ def _as_begun(model: Model, context: str, at: At, key: str) -> ContextStore | No
     return store.up_to(at.kept.once(digest(key, "stored tokens"), stored_tokens))
 
 
-def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:
-    """The documents that ICL reads, what stands before each prompt then, and how many documents did not fit."""
-    documents = evaluate.select_documents(
+def _icl_documents(task: Task, seed: int, settings: Settings) -> list[Document]:
+    """The documents that ICL reads, and that the global strategy of augmentation shows, as far as they fit."""
+    return evaluate.select_documents(
         task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
     )
+
+
+def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:
+    """The documents that ICL reads, what stands before each prompt then, and how many documents did not fit."""
+    documents = _icl_documents(task, seed, settings)
     chosen = len(documents)
     if settings.icl_tokens is not None:
         documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)

@@ -227,6 +227,7 @@ def prompts(
     generator: Generator,
     max_new_tokens: int,
     *,
+    among: Sequence[Document] | None = None,
     most: int | None = None,
     seed: int = 0,
 ) -> tuple[list[Ask], Sequence[Document]]:
@@ -237,7 +238,8 @@ def prompts(
         documents: to ask about.
         generator: who will be asked; what our engine's model has no positions for is not shown.
         max_new_tokens: of an answer.
-        most: documents to show; None for all.
+        among: documents to show; None for those asked about.
+        most: of them; None for all.
         seed: of their selection where not all are shown.
 
     Raises:
@@ -245,15 +247,16 @@ def prompts(
     """
     shown: Sequence[Document] = ()
     if prompting.strategy == "global" and documents:
+        among = documents if among is None else among
         longest = max(documents, key=lambda document: len(document.text))
         room = generator.model.max_positions if isinstance(generator, Engine) else None
 
         def fits(selected: Sequence[Document]) -> bool:
             (ask,) = prompting.asks([longest], selected)
             count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
-            return len(selected) <= (most or len(documents)) and count <= (room or 0)
+            return len(selected) <= (most or len(among)) and count <= (room or 0)
 
-        shown = fitting(documents, fits, seed)
+        shown = fitting(among, fits, seed)
     return prompting.asks(documents, shown), shown
 
 
@@ -281,7 +284,13 @@ class Part:
 
 
 def parts_of(
-    model: Model, documents: Sequence[Document], strategy: str = "local", *, seed: int = 0, key: str = ""
+    model: Model,
+    documents: Sequence[Document],
+    strategy: str = "local",
+    *,
+    among: Sequence[Document] | None = None,
+    seed: int = 0,
+    key: str = "",
 ) -> list[Part]:
     """What a model is asked to write about documents, call by call (Lampinen et al. 2025, section 2.2).
 
@@ -289,6 +298,7 @@ def parts_of(
         model: a base model: it gets the strategy's prompts for those.
         documents: to augment.
         strategy: a key of LABELS.
+        among: global: the documents in context; None for all that are augmented.
         seed: global: of the documents in context, where not all fit.
         key: of the model, under which the parts are named together with their prompts and sampling.
 
@@ -296,7 +306,7 @@ def parts_of(
         AugmentError: an unknown strategy.
     """
     prompting, sampling = Prompting.of(strategy), Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
-    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, seed=seed)
+    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, among=among, seed=seed)
     found = []
     for first in range(0, len(asks), Engine.together):
         call = tuple(asks[first : first + Engine.together])

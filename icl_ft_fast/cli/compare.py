@@ -93,9 +93,9 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
     defaults = FinetuneSettings()
     parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
     parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=defaults.steps, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help=f"of training (default: the preset's, or {defaults.steps})")
     parser.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, help=f"default: the preset's, or {defaults.learning_rate}")
     parser.add_argument(
         "--icl-per-topic", type=positive, help="documents of a topic in the context (default: the preset's, or all)"
     )
@@ -267,9 +267,9 @@ def _compared(
         template=_template(options.template),
         strategy=options.strategy or preset.strategy,
         finetune=FinetuneSettings(
-            steps=options.steps,
+            steps=options.steps or preset.steps,
             batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
+            learning_rate=preset.learning_rate if options.learning_rate is None else options.learning_rate,
             splitting=options.splitting or preset.splitting,
         ),
     )

@@ -30,6 +30,7 @@ class Preset:
         icl_per_topic: documents of a topic that ICL reads; None for all.
         icl_subsample: of those, one in this many.
         splitting: of documents for training, see tasks.sentences.
+        learning_rate, steps: of the fine-tuning.
         strategy: of augmentation by the model, see augment.
     """
 
@@ -37,6 +38,8 @@ class Preset:
     icl_per_topic: int | None = None
     icl_subsample: int = 1
     splitting: str = "none"
+    learning_rate: float = 3e-4
+    steps: int = 500
     strategy: str = "local"
 
 
@@ -63,7 +66,7 @@ GENERATORS: dict[str, Generator] = {
         simple_syllogisms,
         {
             "paper": Preset(NO_ENGLISH, splitting="independent", strategy="document"),
-            "small": Preset({"num_examples": 27}, strategy="document"),
+            "small": Preset({"num_examples": 18}, strategy="document"),
         },
     ),
     "semantic-structure": Generator(
@@ -71,7 +74,11 @@ GENERATORS: dict[str, Generator] = {
         {
             "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
             "small": Preset(
-                {"num_categories": 16, "num_articles": 20, "sentences": (4, 6), "num_questions": 40},
+                {"num_categories": 12, "num_articles": 72, "sentences": (2, 6), "num_questions": 40},
+                icl_per_topic=1,
+                splitting="independent",
+                learning_rate=1e-3,
+                steps=1000,
                 strategy="global",
             ),
         },
@@ -81,7 +88,7 @@ GENERATORS: dict[str, Generator] = {
         {
             "paper": Preset(NO_ENGLISH, strategy="global"),
             "small": Preset(
-                {"num_functions": (3, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}, strategy="global"
+                {"num_functions": (2, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}, strategy="global"
             ),
         },
     ),

@@ -72,7 +72,7 @@ def process(
 
     Args:
         seed: of the words, the rules, what is held out and every order.
-        num_functions: of one and of two arguments; at least 3 and 2, at most 7 and 5 (a rule each).
+        num_functions: of one and of two arguments; at least 2 and 2, at most 7 and 5 (a rule each).
         num_atoms: at least 4.
         num_examples: worked examples of each combination of an outer and an inner function, at most `num_atoms - 1`.
         num_questions: at most so many a split.
@@ -88,7 +88,7 @@ def process(
         ValueError: an argument out of its range.
     """
     for name, count, low, high in (
-        ("num_functions[0]", num_functions[0], 3, len(RULES_OF_ONE)),
+        ("num_functions[0]", num_functions[0], 2, len(RULES_OF_ONE)),
         ("num_functions[1]", num_functions[1], 2, len(RULES_OF_TWO)),
         ("num_atoms", num_atoms, 4, 100),
         ("num_examples", num_examples, 1, num_atoms - 1),

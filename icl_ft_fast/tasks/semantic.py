@@ -125,7 +125,7 @@ def semantic_structure(
         seed: of everything.
         num_categories: in two trees; at least 12. A tenth are held out: leaves of which only the parent is told.
         num_articles: at least one a category; a twentieth as many question-and-answer documents come on top.
-        sentences: least and most of an article. Its first article tells every fact of a category, 9 at most.
+        sentences: least and most of an article; it always tells every fact of its category, 9 at most.
         num_questions: at most so many a split, in equal parts by kind of fact as far as there are.
         exclude: nonsense words not to draw, see words.sample_words().
 
@@ -186,9 +186,7 @@ def sample_world(
 
 
 def _article(rng: random.Random, world: World, category: str, index: int, sentences: tuple[int, int]) -> Document:
-    count = rng.randint(*sentences)
-    if index < len(world.parent):
-        count = max(count, len(world.own[category]))
+    count = max(rng.randint(*sentences), len(world.own[category]))
     return Document(f"article{index}", article(rng, world, category, count)[0], category)
 
 
