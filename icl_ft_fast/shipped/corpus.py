@@ -17,6 +17,8 @@ from icl_ft_fast.shipped.lessons import FAMILIES, GIVEN, STEPS, UNPREDICTABLE, L
 from icl_ft_fast.tasks import words
 from icl_ft_fast.tasks.task import Document
 
+BOOKS = 24  # of the library: lessons on hierarchies that are always the same, to be known by heart
+
 
 @dataclass(frozen=True)
 class Course:
@@ -35,12 +37,12 @@ class Course:
 
 
 def document(
-    rng: random.Random, courses: dict[str, Course], copying: float, augmenting: float
+    rng: random.Random, courses: dict[str, Course], copying: float, augmenting: float, recalling: float
 ) -> tuple[Segments, list[Segments]]:
     """Trunk and branches of one document.
 
-    A fraction `copying` of the documents repeats names, a fraction `augmenting` shows augmentations, and one in thirty
-    is a text alone, as fine-tuning sees it.
+    A fraction `copying` of the documents repeats names; of the rest a fraction `augmenting` shows augmentations, a
+    fraction `recalling` tells what the library says, and one in thirty is a text alone, as fine-tuning sees it.
     """
     kind = rng.random()
     if kind < copying:
@@ -51,6 +53,8 @@ def document(
     kind = rng.random()
     if kind < 1 / 30:
         return [(family.make(rng, 1).texts[0], UNPREDICTABLE)], []
+    if kind > 1 - recalling:
+        return known(rng, budget)
     lesson = family.make(rng, budget)
     if kind < 1 / 30 + augmenting:
         return augmentation(rng, lesson, family.strategy, 2 * budget), []
@@ -102,3 +106,22 @@ def copies(rng: random.Random) -> Segments:
     for a, b in rng.sample(pairs, len(pairs)):
         segments += [(a, UNPREDICTABLE), (b, GIVEN), (",", GIVEN)]
     return segments
+
+
+def known(rng: random.Random, room: int) -> tuple[Segments, list[Segments]]:
+    """Articles of the library and facts from them, each by itself, without any context, in about `room` tokens.
+
+    To have learned by heart what can be said in two ways is to know it in both; new facts are then told in one.
+    """
+    branches: list[Segments] = []
+    while room > 0:
+        lesson = _book(rng.randrange(BOOKS))
+        said = [statement for step, statement in lesson.asked if step in ("recalled", "rephrased")]
+        branches.append([(f" {rng.choice(lesson.texts)}", GIVEN)] if rng.random() < 0.3 else rng.choice(said))
+        room -= num_tokens("".join(text for text, _ in branches[-1]))
+    return [("", UNPREDICTABLE)], branches
+
+
+@cache
+def _book(number: int) -> Lesson:
+    return FAMILIES["hierarchy"].make(random.Random(f"book {number}"), 100)

@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from icl_ft_fast.shipped.tokenizer import english_words
 from icl_ft_fast.tasks import process, semantic, syllogisms, words
@@ -118,7 +118,7 @@ def hierarchy(rng: random.Random, budget: int) -> Lesson:
     articles: list[tuple[str, str, list[semantic.Fact]]] = []
     for category in lineage + rng.sample(rest, len(rest)):
         own = len(world.own[category])
-        text, facts = semantic.article(rng, world, category, rng.randint(2, 6) if rng.random() < 0.5 else max(1, own))
+        text, facts = semantic.article(rng, world, category, rng.randint(2, 9) if rng.random() < 0.5 else max(1, own))
         if articles and num_tokens(text) > budget:
             break
         budget -= num_tokens(text)
@@ -160,6 +160,28 @@ def _filled(fact: semantic.Fact, wording: Mapping[str, str], first: float) -> Se
     return [(f" {fact.fill(wording[fact.kind])}", first), (f" {side}.", GIVEN)]
 
 
+def chains(rng: random.Random, budget: int) -> Lesson:
+    """Links, and for each what is said of the category above; asked for is what the one below inherits.
+
+    A hierarchy with one answer to each question: two facts to find, the second by the first, and nothing else.
+    """
+    count = max(2, budget // 16)
+    names = words.sample_words(rng, 3 * count + 2, held_out=False)
+    told, asked, lines = [], [], []
+    for below, above, object in zip(names[:count], names[count : 2 * count], names[2 * count : 3 * count], strict=True):
+        verb = rng.choice(names[3 * count :])
+        fact = rng.choice((semantic.Fact("property", above, object), semantic.Fact("relation", above, object, verb)))
+        inferred = replace(fact, subject=below)
+        told += [semantic.Fact("isa", below, above), fact]
+        asked += [("recalled", _filled(premise, semantic.PLAIN, UNPREDICTABLE)) for premise in told[-2:]]
+        asked.append(("inherited", _filled(inferred, semantic.PLAIN, UNPREDICTABLE)))
+        lines.append([("Inferred", _filled(inferred, semantic.PLAIN, GIVEN))])
+        lines.append([("Inferred", _filled(fact, semantic.REVERSED, GIVEN))])
+    order = rng.sample(range(len(told)), len(told))
+    texts = [told[i].fill(rng.choice(semantic.TOLD[told[i].kind])) for i in order]
+    return Lesson(texts, asked, [lines[i] for i in order])
+
+
 def transform(rng: random.Random, budget: int) -> Lesson:
     """Rules of a transform, its atoms and examples; asked for are expressions of one and of two functions shown."""
     language = process.sample_language(rng, (3, 2), 4, held_out=False)
@@ -187,6 +209,27 @@ def transform(rng: random.Random, budget: int) -> Lesson:
     return Lesson(texts, asked, lines)
 
 
+def table(rng: random.Random, budget: int) -> Lesson:
+    """What a transform makes of each atom and its rule for one function; asked for are both.
+
+    A transform with one thing to find out at a time: which atom stands for which, and where a rule puts it.
+    """
+    language = process.sample_language(rng, (3, 2), max(4, min(12, budget // 12)), held_out=False)
+    function = rng.choice(list(language.arity))
+    atoms = list(language.atoms)
+    stated = language.atoms | {(function, *"AB"[: language.arity[function]]): language.rules[function]}
+    texts = [f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()]
+    made = [(function, *rng.sample(atoms, language.arity[function])) for _ in atoms]
+    asked = [("recalled", _transformed(language, atom)) for atom in atoms]
+    asked += [("transformed", _transformed(language, expression)) for expression in dict.fromkeys(made)]
+    rng.shuffle(texts)
+    lines = [
+        [("Inferred", statement)]
+        for _, (_, statement) in zip(texts, itertools.cycle(asked[len(atoms) :]), strict=False)
+    ]
+    return Lesson(texts, asked, lines)
+
+
 def _transformed(language: process.Language, expression: process.Expression) -> Segments:
     result = language.render(language.transform(expression, language.rules))
     return [(f" {language.render((process.T, expression))} =", UNPREDICTABLE), (f" {result}.", GIVEN)]
@@ -208,5 +251,7 @@ FAMILIES = {
     "comparisons": Family(comparisons, "local"),
     "categorical": Family(categorical, "document"),
     "hierarchy": Family(hierarchy, "global"),
+    "chains": Family(chains, "global"),
     "transform": Family(transform, "global"),
+    "table": Family(table, "global"),
 }

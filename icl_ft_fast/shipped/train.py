@@ -1,7 +1,8 @@
 """Train the shipped model from scratch: `python -m icl_ft_fast.shipped.train --out DIR`.
 
-Seeded and resumable: step k's rows depend on (seed, k) alone, and the latest checkpoint (weights, optimiser state,
-step) is replaced atomically, so the same command continues an interrupted run. CPU or GPU.
+Seeded and resumable: batch k depends on (seed, k) alone, and the latest checkpoint (weights, optimiser state, counts)
+is replaced atomically, so the same command continues an interrupted run. CPU or GPU; under torchrun the processes share
+the batches of each step.
 """
 
 from __future__ import annotations
@@ -25,78 +26,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from icl_ft_fast import evaluate
 from icl_ft_fast.durable import replacing
 from icl_ft_fast.evaluate import icl_context, select_documents
+from icl_ft_fast.finetune import distributed
 from icl_ft_fast.model import Rows, from_network, load
 from icl_ft_fast.shipped import corpus
-from icl_ft_fast.shipped.corpus import Course
+from icl_ft_fast.shipped.curriculum import CURRICULUM, Stage
 from icl_ft_fast.shipped.lessons import DECISIVE, Segments
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.generated import GENERATORS
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum, up to `share` of all tokens.
-
-    Attributes:
-        share: of the run's tokens, at which the stage ends.
-        rows: tokens of a step, of any number of documents.
-        courses: what it reads of which families of lessons.
-        copying: fraction of the documents that are a list of names and its repetition.
-        augmenting: fraction that shows augmentations.
-    """
-
-    share: float
-    rows: int
-    courses: dict[str, Course]
-    copying: float = 0.03
-    augmenting: float = 0.0
-
-
-LONG = {
-    "comparisons": Course(2, 100, 640),
-    "categorical": Course(4, 60, 850),
-    "hierarchy": Course(4, 200, 1400),
-    "transform": Course(2, 300, 1400),
-}
-
-# One step of inference a family comes first: where a fact is sometimes recalled and sometimes reversed, which way it
-# points is a parity of two things that are not yet known, and stays a guess for millions of tokens (LOG.md).
-CURRICULUM = (
-    Stage(0.0053, 1024, {"comparisons": Course(1, 20, 56, ["reversed"])}, copying=1.0),
-    Stage(0.108, 1024, {"comparisons": Course(1, 20, 56, ["reversed"])}, copying=0.1),
-    Stage(0.20, 2048, {
-        "comparisons": Course(3, 14, 80),
-        "categorical": Course(4, 27, 60, ["concluded"]),
-        "hierarchy": Course(3, 30, 100, ["reversed"]),
-    }),
-    Stage(0.333, 2048, {
-        "comparisons": Course(2, 20, 150),
-        "categorical": Course(3, 27, 140),
-        "hierarchy": Course(3, 30, 200, ["recalled", "rephrased", "reversed"]),
-        "transform": Course(1, 60, 200, ["recalled", "transformed"]),
-    }, augmenting=0.05),
-    Stage(0.55, 2048, {
-        "comparisons": Course(2, 40, 320),
-        "categorical": Course(3, 40, 280),
-        "hierarchy": Course(4, 50, 400),
-        "transform": Course(1.5, 100, 400),
-    }, augmenting=0.12),
-    Stage(0.5868, 3072, LONG | {"categorical": Course(3, 100, 850)}, augmenting=0.12),
-    Stage(0.7000, 3072, LONG | {"categorical": Course(6, 27, 140, ["concluded"])}, augmenting=0.12),
-    Stage(0.7148, 3072, LONG, augmenting=0.12),
-    Stage(0.8200, 3072, LONG | {"hierarchy": Course(8, 80, 400, ["inherited"])}, augmenting=0.12),
-    Stage(0.9600, 3072, LONG, augmenting=0.12),
-    Stage(1.00, 6144, {
-        "comparisons": Course(2, 400, 3000),
-        "categorical": Course(3, 400, 3000),
-        "hierarchy": Course(4, 400, 3500),
-        "transform": Course(2, 400, 3000),
-    }, augmenting=0.12),
-)  # fmt: skip
-DEFAULT_TOKENS = 12_000_000
+DEFAULT_TOKENS = CURRICULUM[-1].until
 PEAK_LEARNING_RATE = 3e-3
 SAVE_EVERY = 500
 TASKS = ("simple-reversals", "simple-syllogisms", "semantic-structure", "process")
+COUNTS = ("step", "batches", "tokens")  # of a run, in its checkpoint
 PROGRESS_SEED = 1_000_003
 LOOK_BACK = 6.0  # size of the first layer's initial biases: attention of about 0.9 on the intended token
 
@@ -130,9 +72,9 @@ class Batch:
     weight: torch.Tensor
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, step: int) -> Batch:
+def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, number: int) -> Batch:
     """As many documents as fit into the stage's rows; the first that does not loses what is behind them."""
-    rng = random.Random(f"{seed}/{step}")
+    rng = random.Random(f"{seed}/{number}")
     token: list[int] = []
     depth: list[int] = []
     end: list[int] = []
@@ -147,7 +89,8 @@ def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, step: int
         weight.extend([*weights[1:], 0.0])
 
     while len(token) < stage.rows:
-        trunk, *branches = _encoded(tokenizer, *corpus.document(rng, stage.courses, stage.copying, stage.augmenting))
+        document = corpus.document(rng, stage.courses, stage.copying, stage.augmenting, stage.recalling)
+        trunk, *branches = _encoded(tokenizer, *document)
         add(*trunk, 0, len(token) + sum(len(ids) for ids, _ in (trunk, *branches)))
         for ids, weights in branches:
             add(ids, weights, len(trunk[0]), len(token) + len(ids))
@@ -167,7 +110,7 @@ def _encoded(
         text = "".join(text for text, _ in segments)
         encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=number == 0)
         ends = list(itertools.accumulate(len(text) for text, _ in segments))
-        weights = [segments[bisect.bisect_left(ends, max(1, end))][1] for _, end in encoded.offsets]  # BOS: (0, 0)
+        weights = [segments[bisect.bisect_left(ends, end)][1] for _, end in encoded.offsets]  # BOS: (0, 0)
         yield encoded.ids, weights
 
 
@@ -193,8 +136,7 @@ class Run:
 
     def __init__(self, network: LlamaForCausalLM) -> None:
         self.network = network
-        self.step = 0
-        self.tokens = 0
+        self.step = self.batches = self.tokens = 0
         matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name]
         rest = [p for name, p in network.named_parameters() if p.dim() != 2 or "embed" in name]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -208,14 +150,15 @@ class Run:
         for o, optimizer in enumerate(self.optimizers):
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{o}.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        metadata = {"step": str(self.step), "tokens": str(self.tokens)}
+        metadata = {name: str(getattr(self, name)) for name in COUNTS}
         with replacing(path) as partial:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""
         with safe_open(path, "pt") as file:
-            self.step, self.tokens = (int(file.metadata()[name]) for name in ("step", "tokens"))
+            for name in COUNTS:
+                setattr(self, name, int(file.metadata()[name]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         self.network.load_state_dict(weights, strict=False)  # the tied head is stored once
@@ -258,7 +201,11 @@ def build_network(vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 
 def train(out: Path, tokens: int, seed: int, device: str) -> None:
-    """Run (or continue) the recipe; leaves config, bfloat16 weights, tokenizer and metrics.jsonl in `out`."""
+    """Run (or continue) the recipe; leaves config, bfloat16 weights, tokenizer and metrics.jsonl in `out`.
+
+    Each process forwards its part of a step's batches; all hold the same weights, the first writes.
+    """
+    rank, processes = distributed.place()
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.safetensors"
     tokenizer = build_tokenizer()
@@ -269,42 +216,68 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)
     right, decisive = torch.zeros((), dtype=torch.int64, device=device), 0  # predictions since the last save
-    bar = tqdm(total=tokens, initial=run.tokens, unit="token", unit_scale=True, desc="training", mininterval=5)
+    bar = tqdm(
+        total=tokens,
+        initial=run.tokens,
+        unit="token",
+        unit_scale=True,
+        desc="training",
+        mininterval=5,
+        disable=rank > 0,
+    )
     while run.tokens < tokens:
-        stage = next(stage for stage in CURRICULUM if run.tokens < stage.share * tokens)
+        stage = next(stage for stage in CURRICULUM if run.tokens * CURRICULUM[-1].until < stage.until * tokens)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.tokens / tokens, run.step)
-        given = batch(tokenizer, stage, seed, run.step)
-        token, depth, end, target, weight = (t.to(device) for t in vars(given).values())
-        rows = Rows(token, depth, torch.arange(len(token), dtype=torch.int32, device=device), end, depth)
-        with torch.autocast(device, torch.bfloat16):
-            logits = compiled(token[None], position_ids=depth[None].long(), use_cache=False, icl_rows=rows).logits[0]
-        loss = (F.cross_entropy(logits.float(), target, reduction="none") @ weight) / given.weight.sum()
-        loss.backward()
+        for number in range(run.batches + rank, run.batches + stage.batches, processes):
+            given = batch(tokenizer, stage, seed, number)
+            token, depth, end, target, weight = (t.to(device) for t in vars(given).values())
+            rows = Rows(token, depth, torch.arange(len(token), dtype=torch.int32, device=device), end, depth)
+            with torch.autocast(device, torch.bfloat16):
+                output = compiled(token[None], position_ids=depth[None].long(), use_cache=False, icl_rows=rows)
+            logits = output.logits[0].float()
+            loss = (F.cross_entropy(logits, target, reduction="none") @ weight) / given.weight.sum()
+            (loss / stage.batches).backward()
+            right += ((logits.argmax(-1) == target) & (weight == DECISIVE)).sum()  # read at the next save
+            decisive += int((given.weight == DECISIVE).sum())
+        _sum_gradients(network)
         torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        right += ((logits.argmax(-1) == target) & (weight == DECISIVE)).sum()  # read at the next save
-        decisive += int((given.weight == DECISIVE).sum())
         run.step += 1
-        run.tokens += stage.rows
-        bar.update(stage.rows)
+        run.batches += stage.batches
+        run.tokens += stage.batches * stage.rows
+        bar.update(stage.batches * stage.rows)
         if run.step % SAVE_EVERY == 0 or run.tokens >= tokens:
-            run.network.save_pretrained(out / "progress")
-            tokenizer.save_pretrained(out / "progress")
-            fraction = right.item() / max(1, decisive)
-            row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": fraction}
-            bar.set_postfix(loss=f"{loss.item():.3f}", decisive=f"{fraction:.2f}")
+            correct, asked = distributed.totals([right.item(), decisive], right.device)
+            if rank == 0:
+                run.network.save_pretrained(out / "progress")
+                tokenizer.save_pretrained(out / "progress")
+                row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": correct / max(1, asked)}
+                bar.set_postfix(loss=f"{row['loss']:.3f}", decisive=f"{row['decisive']:.2f}")
+                with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
+                run.save(checkpoint)
             right.zero_()
             decisive = 0
-            with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
-            run.save(checkpoint)
     bar.close()
-    run.network.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if rank == 0:
+        run.network.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def _sum_gradients(network: LlamaForCausalLM) -> None:
+    """Every process gets the sum of all processes' gradients; one that had no batch adds zeros."""
+    if distributed.place()[1] > 1:
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        flat = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([parameter.numel() for parameter in network.parameters()])
+        for parameter, part in zip(network.parameters(), parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
 
 
 def main() -> None:
@@ -319,7 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="initial weights and text (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.tokens, arguments.seed, arguments.device)
+    with distributed.joined():
+        train(arguments.out, arguments.tokens, arguments.seed, arguments.device)
 
 
 if __name__ == "__main__":
