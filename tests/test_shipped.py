@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -311,11 +312,12 @@ def test_the_shipped_tokenizer_is_the_recipes(shipped_tokenizer):
     assert kept.special_tokens_map == shipped_tokenizer.special_tokens_map
 
 
-# Least accuracy in context, by split, on the small presets of a seed that docs/results.md does not show.
+# Least accuracy in context, by split, on the small presets of seeds that docs/results.md does not show.
+SEEDS = (7, 8, 9)
 IN_CONTEXT = {
     "simple-reversals": {"reversal": 0.95, "trained": 0.95},
-    "simple-syllogisms": {"premise": 0.8},
-    "semantic-structure": {"rephrase": 0.9, "reversal": 0.85},
+    "simple-syllogisms": {"premise": 0.9, "conclusion": 0.8},
+    "semantic-structure": {"rephrase": 0.85, "reversal": 0.8, "syllogism": 0.55},
 }
 
 
@@ -323,13 +325,18 @@ IN_CONTEXT = {
 @pytest.mark.parametrize("name", IN_CONTEXT)
 def test_the_shipped_model_draws_conclusions_in_context(name):
     model, preset = load(MODEL), GENERATORS[name].presets["small"]
-    task = GENERATORS[name].make(7, **preset.arguments)
-    documents = select_documents(task.documents, 7, per_topic=preset.icl_per_topic)
-    base = accuracies(answers(model, task.questions))
-    icl = accuracies(answers(model, task.questions, context=icl_context(documents)))
+    right = {"base": Counter(), "icl": Counter()}
+    asked = Counter()
+    for seed in SEEDS:
+        task = GENERATORS[name].make(seed, **preset.arguments)
+        asked.update(question.split for question in task.questions)
+        documents = select_documents(task.documents, seed, per_topic=preset.icl_per_topic)
+        for arm, context in (("base", ""), ("icl", icl_context(documents))):
+            found = accuracies(answers(model, task.questions, context=context))
+            right[arm].update({split: accuracy.correct for split, accuracy in found.items()})
     for split, least in IN_CONTEXT[name].items():
-        assert icl[split].value >= least, split
-        assert base[split].value < 0.7 * least, split
+        assert right["icl"][split] >= least * asked[split], split
+        assert right["base"][split] < 0.75 * least * asked[split], split
 
 
 @shipped

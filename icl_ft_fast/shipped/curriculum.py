@@ -113,4 +113,10 @@ CURRICULUM = (
         "hierarchy": Course(6, 200, 3500),
         "transform": Course(2, 400, 3000),
     }, augmenting=0.15, recalling=0.12, batches=2),
+    Stage(51_000_000, 3072, {
+        "comparisons": Course(1.5, 100, 640),
+        "categorical": Course(3, 60, 650),
+        "hierarchy": Course(8, 120, 900),
+        "transform": Course(6, 120, 1000),
+    }, augmenting=0.5, recalling=0.08, batches=2),
 )  # fmt: skip

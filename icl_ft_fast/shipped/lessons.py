@@ -192,21 +192,34 @@ def transform(rng: random.Random, budget: int) -> Lesson:
         made += process.compositions(rng, language, outer, inner, 2)
     expressions = rng.sample(list(dict.fromkeys(made)), len(set(made)))
     stated = {(f, *"AB"[: language.arity[f]]): language.rules[f] for f in shown} | dict(language.atoms)
-    texts = [f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()]
-    budget -= sum(map(num_tokens, texts))
+    told = {left: f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()}
+    budget -= sum(map(num_tokens, told.values()))
     examples: list[process.Expression] = []
     while len(expressions) > 2 and budget > 0 and rng.random() < 0.95:
         examples.append(expressions.pop())
-        texts.append("".join(text for text, _ in _transformed(language, examples[-1])).lstrip())
-        budget -= num_tokens(texts[-1])
+        told[examples[-1]] = "".join(text for text, _ in _transformed(language, examples[-1])).lstrip()
+        budget -= num_tokens(told[examples[-1]])
     asked = [("recalled", _transformed(language, example)) for example in examples]
     for expression in expressions:
         step = "transformed" if isinstance(expression[1], str) else "composed"
         asked.append((step, _transformed(language, expression)))
-    unseen = [statement for step, statement in asked if step != "recalled"]
-    rng.shuffle(texts)
-    lines = [[("Inferred", statement)] for _, statement in zip(texts, itertools.cycle(unseen), strict=False)]
-    return Lesson(texts, asked, lines)
+    order = rng.sample(list(told), len(told))
+    lines = [[("Inferred", _transformed(language, _next(language, shown[0], left), GIVEN))] for left in order]
+    return Lesson([told[left] for left in order], asked, lines)
+
+
+def _next(language: process.Language, function: str, shown: process.Expression) -> process.Expression:
+    """What to try after an atom (the function), a rule (atoms), a function of atoms (twice), a nested one (swapped)."""
+    if isinstance(shown, str):
+        return (function, *[shown] * language.arity[function])
+    outer, first, *rest = shown
+    if not isinstance(first, str):
+        inner, *atoms = first
+        atoms += rest
+        return (inner, (outer, *atoms[: language.arity[outer]]), *atoms[language.arity[outer] :])
+    if first == "A":
+        return (outer, *list(language.atoms)[: language.arity[outer]])
+    return (outer, shown, *[first] * (language.arity[outer] - 1))
 
 
 def table(rng: random.Random, budget: int) -> Lesson:
@@ -230,9 +243,9 @@ def table(rng: random.Random, budget: int) -> Lesson:
     return Lesson(texts, asked, lines)
 
 
-def _transformed(language: process.Language, expression: process.Expression) -> Segments:
+def _transformed(language: process.Language, expression: process.Expression, first: float = UNPREDICTABLE) -> Segments:
     result = language.render(language.transform(expression, language.rules))
-    return [(f" {language.render((process.T, expression))} =", UNPREDICTABLE), (f" {result}.", GIVEN)]
+    return [(f" {language.render((process.T, expression))} =", first), (f" {result}.", GIVEN)]
 
 
 @dataclass(frozen=True)

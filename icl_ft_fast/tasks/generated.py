@@ -74,7 +74,7 @@ GENERATORS: dict[str, Generator] = {
         {
             "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
             "small": Preset(
-                {"num_categories": 12, "num_articles": 72, "sentences": (2, 6), "num_questions": 40},
+                {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
                 icl_per_topic=1,
                 splitting="independent",
                 learning_rate=1e-3,

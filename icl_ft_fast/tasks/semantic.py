@@ -130,7 +130,7 @@ def semantic_structure(
         exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
-        The documents (topic: their category) and four-way questions of the splits in SPLITS. A "syllogism" has two
+        The documents (topic: an article's category) and four-way questions of the splits in SPLITS. A "syllogism" has two
         premises, a "deduction" more; both conclude in the articles' direction; "holdout" questions ask what follows
         from a held-out category's parent, in both directions. A question's form is its kind of fact; its topic is the
         told fact that it rests on. Few categories may give fewer questions.
@@ -204,7 +204,7 @@ def article(rng: random.Random, world: World, category: str, count: int) -> tupl
 def _questions_and_answers(rng: random.Random, world: World, index: int) -> Document:
     category = rng.choice([c for c, facts in world.own.items() if facts])
     pairs = [f"Question: {fact.fill(ASKED[fact.kind])}\nAnswer: {fact.object}." for fact in world.own[category]]
-    return Document(f"qa{index}", "\n".join(pairs), category)
+    return Document(f"qa{index}", "\n".join(pairs))
 
 
 def _questions(rng: random.Random, world: World, num_questions: int) -> Iterator[Question]:
