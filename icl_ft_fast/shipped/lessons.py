@@ -236,11 +236,8 @@ def table(rng: random.Random, budget: int) -> Lesson:
     asked = [("recalled", _transformed(language, atom)) for atom in atoms]
     asked += [("transformed", _transformed(language, expression)) for expression in dict.fromkeys(made)]
     rng.shuffle(texts)
-    lines = [
-        [("Inferred", statement)]
-        for _, (_, statement) in zip(texts, itertools.cycle(asked[len(atoms) :]), strict=False)
-    ]
-    return Lesson(texts, asked, lines)
+    inferred = itertools.cycle(statement for step, statement in asked if step == "transformed")
+    return Lesson(texts, asked, [[("Inferred", statement)] for _, statement in zip(texts, inferred, strict=False)])
 
 
 def _transformed(language: process.Language, expression: process.Expression, first: float = UNPREDICTABLE) -> Segments:

@@ -216,15 +216,7 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)
     right, decisive = torch.zeros((), dtype=torch.int64, device=device), 0  # predictions since the last save
-    bar = tqdm(
-        total=tokens,
-        initial=run.tokens,
-        unit="token",
-        unit_scale=True,
-        desc="training",
-        mininterval=5,
-        disable=rank > 0,
-    )
+    bar = tqdm(total=tokens, initial=run.tokens, desc="training", unit="token", unit_scale=True, disable=rank > 0)
     while run.tokens < tokens:
         stage = next(stage for stage in CURRICULUM if run.tokens * CURRICULUM[-1].until < stage.until * tokens)
         for optimizer in run.optimizers:
@@ -292,6 +284,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="initial weights and text (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse_args()
+    if distributed.device() != "cpu":
+        torch.cuda.set_device(distributed.device())  # each process of torchrun has a GPU of its own
     with distributed.joined():
         train(arguments.out, arguments.tokens, arguments.seed, arguments.device)
 

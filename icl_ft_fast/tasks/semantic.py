@@ -130,8 +130,8 @@ def semantic_structure(
         exclude: nonsense words not to draw, see words.sample_words().
 
     Returns:
-        The documents (topic: an article's category) and four-way questions of the splits in SPLITS. A "syllogism" has two
-        premises, a "deduction" more; both conclude in the articles' direction; "holdout" questions ask what follows
+        The documents (topic: an article's category) and four-way questions of the splits in SPLITS. A "syllogism" has
+        two premises, a "deduction" more; both conclude in the articles' direction; "holdout" questions ask what follows
         from a held-out category's parent, in both directions. A question's form is its kind of fact; its topic is the
         told fact that it rests on. Few categories may give fewer questions.
 
