@@ -209,12 +209,17 @@ def transform(rng: random.Random, budget: int) -> Lesson:
 
 
 def _next(language: process.Language, function: str, shown: process.Expression) -> process.Expression:
-    """What to try after an atom (the function), a rule (atoms), a function of atoms (twice), a nested one (swapped)."""
+    """What to try after an atom (the function), a rule (atoms), a function of atoms (twice), a nested one (swapped).
+
+    A function within itself would be the same again: then what is within.
+    """
     if isinstance(shown, str):
         return (function, *[shown] * language.arity[function])
     outer, first, *rest = shown
     if not isinstance(first, str):
         inner, *atoms = first
+        if inner == outer:
+            return first
         atoms += rest
         return (inner, (outer, *atoms[: language.arity[outer]]), *atoms[language.arity[outer] :])
     if first == "A":
