@@ -216,15 +216,16 @@ def _next(language: process.Language, function: str, shown: process.Expression) 
     if isinstance(shown, str):
         return (function, *[shown] * language.arity[function])
     outer, first, *rest = shown
+    count = language.arity[str(outer)]
     if not isinstance(first, str):
         inner, *atoms = first
         if inner == outer:
             return first
         atoms += rest
-        return (inner, (outer, *atoms[: language.arity[outer]]), *atoms[language.arity[outer] :])
+        return (inner, (outer, *atoms[:count]), *atoms[count:])
     if first == "A":
-        return (outer, *list(language.atoms)[: language.arity[outer]])
-    return (outer, shown, *[first] * (language.arity[outer] - 1))
+        return (outer, *list(language.atoms)[:count])
+    return (outer, shown, *[first] * (count - 1))
 
 
 def table(rng: random.Random, budget: int) -> Lesson:
