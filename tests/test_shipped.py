@@ -317,7 +317,7 @@ SEEDS = (7, 8, 9)
 IN_CONTEXT = {
     "simple-reversals": {"reversal": 0.95, "trained": 0.95},
     "simple-syllogisms": {"premise": 0.9, "conclusion": 0.8},
-    "semantic-structure": {"rephrase": 0.85, "reversal": 0.8, "syllogism": 0.55},
+    "semantic-structure": {"rephrase": 0.9, "reversal": 0.85, "syllogism": 0.55},
 }
 
 
@@ -336,7 +336,7 @@ def test_the_shipped_model_draws_conclusions_in_context(name):
             right[arm].update({split: accuracy.correct for split, accuracy in found.items()})
     for split, least in IN_CONTEXT[name].items():
         assert right["icl"][split] >= least * asked[split], split
-        assert right["base"][split] < 0.75 * least * asked[split], split
+        assert right["base"][split] < 0.7 * least * asked[split], split
 
 
 @shipped

@@ -257,6 +257,8 @@ def _compared(
 ) -> Derived | None:
     """Run what is not kept yet of a task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
+    defaults = FinetuneSettings()
+    rates = (options.learning_rate, preset.learning_rate, defaults.learning_rate)  # 0 is refused, not left out
     settings = compare.Settings(
         arms=_arms(options.arms),
         seeds=_seeds(options.seeds),
@@ -267,9 +269,9 @@ def _compared(
         template=_template(options.template),
         strategy=options.strategy or preset.strategy,
         finetune=FinetuneSettings(
-            steps=options.steps or preset.steps,
+            steps=options.steps or preset.steps or defaults.steps,
             batch_size=options.batch_size,
-            learning_rate=preset.learning_rate if options.learning_rate is None else options.learning_rate,
+            learning_rate=next(rate for rate in rates if rate is not None),
             splitting=options.splitting or preset.splitting,
         ),
     )

@@ -115,13 +115,15 @@ def known(rng: random.Random, room: int) -> tuple[Segments, list[Segments]]:
     """
     branches: list[Segments] = []
     while room > 0:
-        lesson = _book(rng.randrange(BOOKS))
-        said = [statement for step, statement in lesson.asked if step in ("recalled", "rephrased")]
-        branches.append([(f" {rng.choice(lesson.texts)}", GIVEN)] if rng.random() < 0.3 else rng.choice(said))
+        articles, said = _book(rng.randrange(BOOKS))
+        branches.append(rng.choice(articles) if rng.random() < 0.3 else rng.choice(said))
         room -= num_tokens("".join(text for text, _ in branches[-1]))
     return [("", UNPREDICTABLE)], branches
 
 
 @cache
-def _book(number: int) -> Lesson:
-    return FAMILIES["hierarchy"].make(random.Random(f"book {number}"), 100)
+def _book(number: int) -> tuple[list[Segments], list[Segments]]:
+    """Its articles and the facts in them, told forwards."""
+    lesson = FAMILIES["hierarchy"].make(random.Random(f"book {number}"), 100)
+    said = [statement for step, statement in lesson.asked if step in ("recalled", "rephrased")]
+    return [[(f" {text}", GIVEN)] for text in lesson.texts], said

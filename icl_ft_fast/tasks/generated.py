@@ -30,7 +30,7 @@ class Preset:
         icl_per_topic: documents of a topic that ICL reads; None for all.
         icl_subsample: of those, one in this many.
         splitting: of documents for training, see tasks.sentences.
-        learning_rate, steps: of the fine-tuning.
+        learning_rate, steps: of the fine-tuning; None for its own defaults.
         strategy: of augmentation by the model, see augment.
     """
 
@@ -38,8 +38,8 @@ class Preset:
     icl_per_topic: int | None = None
     icl_subsample: int = 1
     splitting: str = "none"
-    learning_rate: float = 3e-4
-    steps: int = 500
+    learning_rate: float | None = None
+    steps: int | None = None
     strategy: str = "local"
 
 
