@@ -421,7 +421,10 @@ def test_the_process_is_proved_by_its_stated_rules(seed, arguments):
         assert (left in examples) == (question.split == "trained")
         assert (nested.match(left).groups() in shown) == (question.split != "held out")
         assert question.topic == "-".join(nested.match(left).groups())
-    if not arguments:
+    if arguments:
+        held_out = Counter(q.topic for q in task.questions if q.split == "held out")
+        assert set(held_out.values()) == {arguments["num_atoms"]}
+    else:
         assert Counter(q.split for q in task.questions) == {"trained": 100, "new atoms": 75, "held out": 100}
 
 

@@ -80,9 +80,10 @@ def process(
 
     Returns:
         A document for each rule, example and atom. Splits: "trained" (examples of the documents), "new atoms" (trained
-        combinations on other atoms) and "held out" (the quarter of the combinations that no document shows). Four
-        choices; the wrong ones follow other rules or none. A question's form counts the arguments, "1 in 2" being a
-        function of one argument inside a function of two; its topic is the combination.
+        combinations on other atoms) and "held out" (the quarter of the combinations that no document shows, as many
+        questions on each as there are atoms). Four choices; the wrong ones follow other rules or none. A question's
+        form counts the arguments, "1 in 2" being a function of one argument inside a function of two; its topic is the
+        combination.
 
     Raises:
         ValueError: an argument out of its range.
@@ -104,10 +105,10 @@ def process(
     examples: list[Expression] = [(f, *rng.sample(atoms, language.arity[f])) for f in functions for _ in range(3)]
     asked: dict[str, list[Expression]] = {"trained": [], "new atoms": [], "held out": []}
     for outer, inner in pairs:
-        mine = compositions(rng, language, outer, inner, num_examples + 1)
         if (outer, inner) in held_out:
-            asked["held out"] += mine
+            asked["held out"] += compositions(rng, language, outer, inner, num_atoms)
         else:
+            mine = compositions(rng, language, outer, inner, num_examples + 1)
             examples += mine[:-1]
             asked["trained"] += mine[:-1]
             asked["new atoms"].append(mine[-1])
