@@ -54,7 +54,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see evaluate.prompt_context.
-        strategy: of augmented-ft, see augment.parts_of().
+        strategy, samples: of augmented-ft, see augment.parts_of().
         finetune: steps, batch size, learning rate.
     """
 
@@ -66,6 +66,7 @@ class Settings:
     normalization: str = "sum"
     template: str = "base"
     strategy: str = "local"
+    samples: int = 1
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
 
 
@@ -196,8 +197,8 @@ class Planned:
         if self.arm not in WRITTEN:
             return []
         return augment.parts_of(
-            model, self.task.documents, settings.strategy, among=_icl_documents(self.task, self.seed, settings),
-            seed=self.seed, key=self.written_key,
+            model, self.task.documents, settings.strategy, samples=settings.samples,
+            among=_icl_documents(self.task, self.seed, settings), seed=self.seed, key=self.written_key,
         )  # fmt: skip
 
 

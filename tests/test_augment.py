@@ -16,7 +16,7 @@ from icl_ft_fast.augment import (
     parts_of,
 )
 from icl_ft_fast.augment.generators import Engine, Written
-from icl_ft_fast.augment.prompts import LABELS, Prompting, fitting
+from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
 from icl_ft_fast.augment.run import Run, prompts
 from icl_ft_fast.augment.run import _key as key
 from icl_ft_fast.augment.steps import (
@@ -194,6 +194,24 @@ def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch
     assert augment_by_model(llama, parts, kept=kept, ledger=ledgers[1]) == first
     assert counted.asks == 1
     assert unmeasured(ledgers[1].as_dict()) == unmeasured(ledgers[0].as_dict())
+
+
+def test_several_answers_a_prompt_are_drawn_apart_and_counted_in_calls(llama, monkeypatch):
+    documents = [Document(f"d{n}", f"the cat {n}") for n in range(3)]
+    monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
+    monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", text)], 0, 0))
+    monkeypatch.setitem(MAX_NEW_TOKENS, "global", 6)
+    monkeypatch.setattr(Engine, "together", 4)
+    parts = parts_of(llama, documents, "global", samples=2, seed=5)
+    assert [len(part.asks) for part in parts] == [2, 1]  # of two answers each: four a call
+    assert {part.name for part in parts}.isdisjoint(part.name for part in parts_of(llama, documents, "global", seed=5))
+    rows = augment_by_model(llama, parts).rows
+    assert [(row.source_id, row.origin["seed"]) for row in rows] == [(f"d{n}", s) for n in range(3) for s in (5, 6)]
+    hows = [Sampling(6, TEMPERATURE["global"], stop=("\n\n",), seed=seed) for seed in (5, 6)] * 3
+    asked = [document.text for document in documents for _ in range(2)]
+    assert [row.text for row in rows] == [made.text for made in generate(llama, asked, hows)]
+    with pytest.raises(AugmentError, match="samples: the strategy local is greedy, 2 answers would be all alike"):
+        parts_of(llama, documents, "local", samples=2)
 
 
 class Counted:

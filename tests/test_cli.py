@@ -410,13 +410,23 @@ def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatc
     arguments = ["task", name, "--preset", "small", "--seed", "3", "--out", str(files.folder / name)]
     assert run(arguments)[0] == 0
     generator = GENERATORS[name]
-    task = generator.make(3, **generator.presets["small"].arguments)
+    preset = generator.presets["small"]
+    task = generator.make(3, **preset.arguments)
     assert Task.read(files.folder / name) == task
     few = Task(task.documents[:2], task.questions[:4])
     monkeypatch.setitem(GENERATORS, name, replace(generator, make=lambda seed, **_: few))
     code, printed, errors = run(files.compare(task=name, preset="small"))
     assert (code, errors) == (0, [])
     assert any(line.startswith("base ") for line in printed)
+    assert strategy_and_samples(files.folder / "run") == (preset.strategy, preset.samples)
+    other = files.folder / "other"
+    assert run(files.compare(task=name, preset="small", strategy="self-qa", out=other))[0] == 0
+    assert strategy_and_samples(other) == ("self-qa", 1)
+
+
+def strategy_and_samples(folder):
+    settings = json.loads((folder / "results.json").read_text())["settings"]
+    return settings["strategy"], settings["samples"]
 
 
 def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):

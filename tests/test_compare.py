@@ -248,6 +248,7 @@ def test_results_json(llama, runs, tmp_path):
         "normalization": "sum",
         "template": "base",
         "strategy": "local",
+        "samples": 1,
         "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
     assert results["machine"].keys() == fingerprint("cpu").keys() | {"ceilings"}

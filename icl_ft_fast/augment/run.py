@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from icl_ft_fast.augment.generators import Engine, Generator
-from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, Ask, Prompting, fitting
+from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, TEMPERATURE, Ask, AugmentError, Prompting, fitting
 from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.cost import Ledger
@@ -266,18 +266,19 @@ class Part:
 
     Attributes:
         name: a digest of all that decides the answers.
-        prompting, asks, sampling: as in Run.
+        prompting, asks, sampling, samples: as in Run.
     """
 
     name: str
     prompting: Prompting
     asks: tuple[Ask, ...]
     sampling: Sampling
+    samples: int
 
     def write(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
         """The rows of the answers, what was dropped, and what it took, all that is in `ledger` then."""
         with ledger.phase("filter"):  # all but the phase "generate" within it
-            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling)
+            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling, self.samples)
             run.collect(progress=progress)
             made = run.read()
         return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": ledger.as_dict()}
@@ -288,6 +289,7 @@ def parts_of(
     documents: Sequence[Document],
     strategy: str = "local",
     *,
+    samples: int = 1,
     among: Sequence[Document] | None = None,
     seed: int = 0,
     key: str = "",
@@ -298,20 +300,24 @@ def parts_of(
         model: a base model: it gets the strategy's prompts for those.
         documents: to augment.
         strategy: a key of LABELS.
+        samples: answers a prompt.
         among: global: the documents in context; None for all that are augmented.
-        seed: global: of the documents in context, where not all fit.
+        seed: global: of the draws, and of the documents in context where not all fit.
         key: of the model, under which the parts are named together with their prompts and sampling.
 
     Raises:
-        AugmentError: an unknown strategy.
+        AugmentError: an unknown strategy, or several samples of one that is greedy.
     """
-    prompting, sampling = Prompting.of(strategy), Sampling(MAX_NEW_TOKENS[strategy], stop=("\n\n",))
+    prompting = Prompting.of(strategy)
+    if samples > 1 and not TEMPERATURE[strategy]:
+        raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} answers would be all alike")
+    sampling = Sampling(MAX_NEW_TOKENS[strategy], TEMPERATURE[strategy], stop=("\n\n",), seed=seed)
     asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, among=among, seed=seed)
-    found = []
-    for first in range(0, len(asks), Engine.together):
-        call = tuple(asks[first : first + Engine.together])
-        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.prompt) for ask in call])
-        found.append(Part(name, prompting, call, sampling))
+    found, size = [], max(1, Engine.together // samples)
+    for first in range(0, len(asks), size):
+        call = tuple(asks[first : first + size])
+        name = digest(key, prompting.digest, asdict(sampling), samples, [(ask.id, ask.prompt) for ask in call])
+        found.append(Part(name, prompting, call, sampling, samples))
     return found
 
 
@@ -319,7 +325,7 @@ def augment_by_model(
     model: Model, parts: Sequence[Part], *, kept: Kept | None = None, ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Augmented:  # fmt: skip
-    """Let the model write what it is asked for, greedily.
+    """Let the model write what it is asked for.
 
     Args:
         model: the one that parts_of() was given.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from icl_ft_fast.augment import steps
 from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
-from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, Prompting
+from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
 from icl_ft_fast.augment.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--template", type=Path, help="a jinja2 file in place of the strategy's own")
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
     parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 1 in the global strategy, else 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 384)")
     parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
@@ -159,11 +159,12 @@ def _generator(options: argparse.Namespace) -> Generator:
 
 def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
+    temperature = TEMPERATURE[options.strategy] if options.temperature is None else options.temperature
     sampling = Sampling(
-        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy], options.temperature, top_p=options.top_p,
+        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy], temperature, top_p=options.top_p,
         seed=options.seed, stop=() if options.chat else ("\n\n",),
     )  # fmt: skip
-    if options.samples > 1 and not options.temperature:
+    if options.samples > 1 and not temperature:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
     asks, shown = prompts(

@@ -121,6 +121,9 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
         "--strategy", choices=LABELS, help="of augmentation by the model (default: the preset's, or local)"
     )
     parser.add_argument(
+        "--samples", type=positive, help="answers a prompt of a strategy that samples (default: the preset's, or 1)"
+    )
+    parser.add_argument(
         "--out", type=Path, default=out,
         help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
         "docs/durability.md (default: %(default)s)",
@@ -258,6 +261,7 @@ def _compared(
     """Run what is not kept yet of a task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
     defaults = FinetuneSettings()
+    strategy = options.strategy or preset.strategy
     rates = (options.learning_rate, preset.learning_rate, defaults.learning_rate)  # 0 is refused, not left out
     settings = compare.Settings(
         arms=_arms(options.arms),
@@ -267,7 +271,8 @@ def _compared(
         icl_tokens=options.icl_tokens,
         normalization=options.normalization,
         template=_template(options.template),
-        strategy=options.strategy or preset.strategy,
+        strategy=strategy,
+        samples=options.samples or (preset.samples if strategy == preset.strategy else 1),
         finetune=FinetuneSettings(
             steps=options.steps or preset.steps or defaults.steps,
             batch_size=options.batch_size,

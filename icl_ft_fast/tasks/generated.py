@@ -31,7 +31,7 @@ class Preset:
         icl_subsample: of those, one in this many.
         splitting: of documents for training, see tasks.sentences.
         learning_rate, steps: of the fine-tuning; None for its own defaults.
-        strategy: of augmentation by the model, see augment.
+        strategy, samples: of augmentation by the model, see augment.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -41,6 +41,7 @@ class Preset:
     learning_rate: float | None = None
     steps: int | None = None
     strategy: str = "local"
+    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ GENERATORS: dict[str, Generator] = {
         simple_reversals,
         {
             "paper": Preset(NO_ENGLISH),
-            "small": Preset({"num_facts": 40}, icl_per_topic=1),
+            "small": Preset({"num_facts": 40}, icl_per_topic=1, learning_rate=1e-3),
             "reverses": Preset({"reversed_fraction": 0.4, **NO_ENGLISH}),
         },
     ),
@@ -80,6 +81,7 @@ GENERATORS: dict[str, Generator] = {
                 learning_rate=1e-3,
                 steps=1000,
                 strategy="global",
+                samples=4,
             ),
         },
     ),
