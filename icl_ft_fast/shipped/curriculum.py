@@ -37,6 +37,13 @@ LONG = {
     "hierarchy": Course(6, 150, 1200),
     "transform": Course(4, 150, 1300),
 }
+DRAWN = {
+    "comparisons": Course(1.5, 100, 640),
+    "categorical": Course(4, 60, 650),
+    "chains": Course(3, 60, 400, ["inherited"]),
+    "hierarchy": Course(12, 200, 1100, ["rephrased", "reversed", "inherited"]),
+    "transform": Course(4, 120, 1000),
+}
 
 # One step of inference a family comes first: where a fact is sometimes recalled and sometimes reversed, which way it
 # points is a parity of two things that are not yet known, and stays a guess for millions of tokens (LOG.md).
@@ -113,10 +120,7 @@ CURRICULUM = (
         "hierarchy": Course(6, 200, 3500),
         "transform": Course(2, 400, 3000),
     }, augmenting=0.15, recalling=0.12, batches=2),
-    Stage(51_000_000, 3072, {
-        "comparisons": Course(1.5, 100, 640),
-        "categorical": Course(3, 60, 650),
-        "hierarchy": Course(8, 120, 900),
-        "transform": Course(6, 120, 1000),
-    }, augmenting=0.5, recalling=0.08, batches=2),
+    Stage(58_000_000, 3072, DRAWN, augmenting=0.3, recalling=0.1, batches=2),
+    Stage(64_000_000, 3072, DRAWN, augmenting=0.4, recalling=0.08, batches=2),
+    Stage(72_000_000, 3072, DRAWN, augmenting=0.45, recalling=0.15, batches=2),
 )  # fmt: skip

@@ -90,23 +90,27 @@ def categorical(rng: random.Random, budget: int) -> Lesson:
         form = rng.choice(syllogisms.FORMS)
         text, premises, conclusion = syllogisms.example(rng, form, nouns[3 * e : 3 * e + 3])
         texts.append(text)
-        asked.append(("concluded", _stated(rng, conclusion, UNPREDICTABLE)))
-        asked += [("recalled", _stated(rng, premise, UNPREDICTABLE)) for premise in premises]
-        lines.append([("Rephrased", _stated(rng, premise, LITTLE)) for premise in premises])
-        lines[-1].append(("Inferred", _stated(rng, conclusion, LITTLE)))
+        claims = [("recalled", "Rephrased", premise) for premise in premises]
+        claims.append(("concluded", "Inferred", conclusion))
+        lines.append([])
+        for step, label, claim in claims:
+            ends = claim[1:]
+            asked.append((step, _stated(claim, rng.sample(ends, 2), rng.sample(ends, 2), UNPREDICTABLE)))
+            lines[-1] += [(label, _stated(claim, named, named, GIVEN)) for named in (ends, ends[::-1])]
     return Lesson(texts, asked, lines)
 
 
-def _stated(rng: random.Random, claim: syllogisms.Claim, first: float) -> Segments:
-    """`The relationships between a and b are: No b are a.`; `first` is the weight up to the colon."""
-    mood, *entities = claim
-    opening = syllogisms.opening(rng, entities)
-    if mood != "A" and rng.random() < 0.5:  # "some" and "no" hold in both directions
-        entities.reverse()
-    subject, object = entities
+def _stated(claim: syllogisms.Claim, named: Sequence[str], told: Sequence[str], first: float) -> Segments:
+    """`The relationships between a and b are: No b are a.`; `first` is the weight up to the colon.
+
+    Entities are named in one order; in the other, or the same, is told what holds in both directions.
+    """
+    mood, *ends = claim
+    subject, object = ends if mood == "A" else told
     return [
-        (f" {opening}", first), (f" {syllogisms.QUANTIFIERS[mood]}", DECISIVE),
-        (f" {subject}", GIVEN if mood == "A" else LITTLE), (" are", LITTLE), (f" {object}", GIVEN), (".", LITTLE),
+        (f" {syllogisms.opening(named)}", first), (f" {syllogisms.QUANTIFIERS[mood]}", DECISIVE),
+        (f" {subject}", GIVEN if mood == "A" else max(first, LITTLE)), (" are", LITTLE), (f" {object}", GIVEN),
+        (".", LITTLE),
     ]  # fmt: skip
 
 
@@ -117,14 +121,15 @@ def hierarchy(rng: random.Random, budget: int) -> Lesson:
     rest = [category for category in world.parent if category not in lineage]
     articles: list[tuple[str, str, list[semantic.Fact]]] = []
     for category in lineage + rng.sample(rest, len(rest)):
-        own = len(world.own[category])
-        text, facts = semantic.article(rng, world, category, rng.randint(2, 9) if rng.random() < 0.5 else max(1, own))
+        count = rng.randint(2, 9) if rng.random() < 0.5 else max(1, len(world.own[category]))
+        text, facts = semantic.article(rng, world, category, count)
         if articles and num_tokens(text) > budget:
             break
         budget -= num_tokens(text)
         articles.append((category, text, facts))
     rng.shuffle(articles)
-    told = list(dict.fromkeys(fact for _, _, facts in articles for fact in facts))
+    own = [fact for category, _, facts in articles for fact in facts if fact.subject == category]
+    told = list(dict.fromkeys(itertools.chain(own, *(facts for _, _, facts in articles))))
     inherited = {category: _inherited(world, category, told) for category, _, _ in articles}
     asked = [(step, _filled(fact, wording, UNPREDICTABLE)) for fact in told for step, wording in _ASKED]
     for fact in itertools.chain.from_iterable(inherited.values()):
@@ -143,14 +148,17 @@ _DRAWN = (semantic.PLAIN, semantic.REVERSED)
 
 
 def _inherited(world: semantic.World, category: str, told: Sequence[semantic.Fact]) -> list[semantic.Fact]:
-    """What follows of the category from told facts alone, in the order in which they are told."""
+    """What follows of the category from told facts alone: ancestor by ancestor, of each in the order of `told`.
+
+    Where that is the order of the ancestor's article, what to infer next stands behind what was inferred last.
+    """
+    lineage = world.lineage(category)
+    links = [semantic.Fact("isa", *pair) for pair in itertools.pairwise(lineage)]
     found = {}
     for _, fact, source in world.inferences(category):
-        above = world.lineage(category)
-        path = above[: above.index(source.subject) + 1]
-        links = [semantic.Fact("isa", *pair) for pair in itertools.pairwise(path)]
-        if all(premise in told for premise in (*links, source)):
-            found[fact] = told.index(source)
+        distance = lineage.index(source.subject)
+        if all(premise in told for premise in (*links[:distance], source)):
+            found[fact] = (distance, told.index(source))
     return sorted(found, key=found.__getitem__)
 
 

@@ -7,7 +7,6 @@ text, so that a word is the same token wherever it stands on a line; a text that
 
 from __future__ import annotations
 
-import random
 import re
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -35,7 +34,7 @@ def english_words() -> list[str]:
     texts = [ICL_TEMPLATE, "than Compared with", " ".join(LABELS["local"]), *PREAMBLES]
     texts += [comparative for pair in FEATURES for comparative in pair]
     texts += [Prompting.of(strategy).source for strategy in LABELS]
-    texts += [syllogisms.opening(random.Random(0), ("", "")), *syllogisms.QUANTIFIERS.values()]
+    texts += [syllogisms.opening(("", "")), *syllogisms.QUANTIFIERS.values()]
     texts += [wording for wordings in semantic.TOLD.values() for wording in wordings]
     for asked in (semantic.ASKED, semantic.PLAIN, semantic.REPHRASED, semantic.REVERSED):
         texts += asked.values()

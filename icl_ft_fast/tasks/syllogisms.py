@@ -65,7 +65,7 @@ def example(rng: random.Random, form: str, nouns: Sequence[str]) -> tuple[str, l
     term = dict(zip("SMP", nouns, strict=True))
     premises = [(mood, term[a], term[b]) for mood, (a, b) in zip(form[:2], FIGURES[form[3]], strict=True)]
     rng.shuffle(premises)
-    text = " ".join((opening(rng, nouns), *(statement(*premise) for premise in premises)))
+    text = " ".join((opening(rng.sample(nouns, len(nouns))), *(statement(*premise) for premise in premises)))
     return text, premises, (form[2], term["S"], term["P"])
 
 
@@ -74,16 +74,16 @@ def statement(mood: str, subject: str, object: str) -> str:
     return f"{QUANTIFIERS[mood]} {subject} are {object}."
 
 
-def opening(rng: random.Random, entities: Sequence[str]) -> str:
-    """What stands before statements about the entities, named in a random order."""
-    *others, last = rng.sample(entities, len(entities))
+def opening(entities: Sequence[str]) -> str:
+    """What stands before statements about the entities, named in this order."""
+    *others, last = entities
     return f"The relationships between {', '.join(others)} and {last} are:"
 
 
 def _question(rng: random.Random, question_id: str, claim: Claim, split: str, topic: str, form: str) -> Question:
     """All six statements about the claim's two entities, in a random order."""
     mood, subject, object = claim
-    prompt = opening(rng, (subject, object))
+    prompt = opening(rng.sample((subject, object), 2))
     statements = [statement(m, *pair) for m in QUANTIFIERS for pair in ((subject, object), (object, subject))]
     rng.shuffle(statements)
     true = [claim] if mood == "A" else [claim, (mood, object, subject)]
