@@ -92,11 +92,10 @@ def categorical(rng: random.Random, budget: int) -> Lesson:
         texts.append(text)
         claims = [("recalled", "Rephrased", premise) for premise in premises]
         claims.append(("concluded", "Inferred", conclusion))
-        lines.append([])
-        for step, label, claim in claims:
-            ends = claim[1:]
-            asked.append((step, _stated(claim, rng.sample(ends, 2), rng.sample(ends, 2), UNPREDICTABLE)))
-            lines[-1] += [(label, _stated(claim, named, named, GIVEN)) for named in (ends, ends[::-1])]
+        for step, _, claim in claims:
+            asked.append((step, _stated(claim, rng.sample(claim[1:], 2), rng.sample(claim[1:], 2), UNPREDICTABLE)))
+        orders = [(label, claim, named) for _, label, claim in claims for named in itertools.permutations(claim[1:])]
+        lines.append([(label, _stated(claim, named, named, GIVEN)) for label, claim, named in orders])
     return Lesson(texts, asked, lines)
 
 
