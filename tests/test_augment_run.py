@@ -328,6 +328,11 @@ def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, l
     (row,) = (json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines())
     assert (row["text"], row["kind"], row["source_ids"], row["strategy"]) == ("a b.", "inferred", ["d0"], "document")
     assert {"template_sha256", "generator", "sampling", "seed", "time", "logp", "prompt_tokens"} <= row.keys()
+    assert row["sampling"]["temperature"] == 0
+    drawn = ["augment", "--task", str(task), "--quiet", "--strategy", "global", "--recorded", str(recorded)]
+    assert main([*drawn, "--out", str(tmp_path / "drawn")]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "drawn" / "rows.jsonl").read_text().splitlines())
+    assert row["sampling"]["temperature"] == 1
     dropped = json.loads((out / "report.json").read_text())["dropped"]
     assert (dropped["unanswered"], dropped["unparsed"], dropped["duplicates"]) == (1, 1, 1)
     template = tmp_path / "short.jinja"

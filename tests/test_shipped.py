@@ -116,15 +116,19 @@ SAID = {
 }
 
 
-def is_inherited(texts, statement):
-    """Whether the statement, in any wording of a question, is in the closure of the articles' sentences."""
-    plain = re.sub(r"This article is about \w+\.|\(See also: \w+\.\)|^\d+\.|^\*", "", "\n".join(texts), flags=re.M)
-    told = set()
+def facts_in(text):
+    """(kind, subject, verb, object) of each sentence of articles or lines, in their order."""
+    plain = re.sub(r"This article is about \w+\.|\(See also: \w+\.\)|^\d+\.|^\*", "", text, flags=re.M)
     for sentence in re.findall(r"[^.\n]+\.", plain):
         match, kind = next(
             (match, kind) for form, kind in SAID.items() if (match := re.fullmatch(form, sentence.strip()))
         )
-        told.add((kind, *match.groups()))
+        yield (kind, *match.groups())
+
+
+def is_inherited(texts, statement):
+    """Whether the statement, in any wording of a question, is in the closure of the articles' sentences."""
+    told = set(facts_in("\n".join(texts)))
     parent = {child: above for kind, child, _, above in told if kind == "isa"}
     for kind, subject, verb, object in told:
         below = [subject]
@@ -202,6 +206,32 @@ def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
 ])  # fmt: skip
 def test_the_oracles_refuse_what_does_not_follow(oracle, text, statement):
     assert not oracle(text.split("\n") if oracle is is_rewritten else [text], statement)
+
+
+def test_a_syllogisms_augmentation_says_each_claim_for_both_orders_of_its_entities():
+    for lines in lessons.categorical(random.Random(0), 300).lines:
+        assert [label for label, _ in lines] == ["Rephrased"] * 4 + ["Inferred"] * 2
+        opened = [re.match(r" The relationships between (\w+) and (\w+) are: (\w+) ", text_of(s)) for _, s in lines]
+        said = [match.groups() for match in opened]
+        assert [(b, a, quantifier) for a, b, quantifier in said[::2]] == said[1::2]
+
+
+def test_what_is_inherited_comes_as_the_parents_article_tells_it():
+    rng, followed = random.Random(0), 0
+    for budget in (200, 500, 900) * 4:
+        lesson = lessons.hierarchy(rng, budget)
+        articles = [list(facts_in(text)) for text in lesson.texts]
+        named = {facts[0][1]: facts for facts in articles}  # an article's own facts come first
+        for facts, lines in zip(articles, lesson.lines, strict=True):
+            category, own = facts[0][1], {fact[2:] for fact in facts if fact[1] == facts[0][1]}
+            above = [fact[3] for fact in facts if fact[:2] == ("isa", category)]
+            inferred = [text_of(statement) for _, statement in lines[2 * len(facts) :: 2]]
+            for parent in set(above) & named.keys():
+                passed_on = [fact for fact in named[parent] if fact[1] == parent and fact[2:] not in own]
+                expected = [(kind, category, verb, object) for kind, _, verb, object in passed_on]
+                assert list(facts_in("\n".join(inferred)))[: len(expected)] == expected
+                followed += len(expected) > 1
+    assert followed > 20
 
 
 def test_what_is_known_by_heart_is_told_forwards_and_always_the_same():

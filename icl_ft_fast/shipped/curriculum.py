@@ -37,7 +37,7 @@ LONG = {
     "hierarchy": Course(6, 150, 1200),
     "transform": Course(4, 150, 1300),
 }
-DRAWN = {
+INFERRED = {
     "comparisons": Course(1.5, 100, 640),
     "categorical": Course(4, 60, 650),
     "chains": Course(3, 60, 400, ["inherited"]),
@@ -120,7 +120,7 @@ CURRICULUM = (
         "hierarchy": Course(6, 200, 3500),
         "transform": Course(2, 400, 3000),
     }, augmenting=0.15, recalling=0.12, batches=2),
-    Stage(58_000_000, 3072, DRAWN, augmenting=0.3, recalling=0.1, batches=2),
-    Stage(64_000_000, 3072, DRAWN, augmenting=0.4, recalling=0.08, batches=2),
-    Stage(72_000_000, 3072, DRAWN, augmenting=0.45, recalling=0.15, batches=2),
+    Stage(58_000_000, 3072, INFERRED, augmenting=0.3, recalling=0.1, batches=2),
+    Stage(64_000_000, 3072, INFERRED, augmenting=0.4, recalling=0.08, batches=2),
+    Stage(72_000_000, 3072, INFERRED, augmenting=0.45, recalling=0.15, batches=2),
 )  # fmt: skip
