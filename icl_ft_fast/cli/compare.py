@@ -110,19 +110,13 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
         "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
     )
     parser.add_argument(
-        "--template",
-        default="base",
-        help="of the prompt: base (default), chat, or a file with {documents} and {prompt}",
+        "--template", default="base", help="base (default), chat, or a file with {documents} and {prompt}"
     )
     parser.add_argument(
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
-    parser.add_argument(
-        "--strategy", choices=LABELS, help="of augmentation by the model (default: the preset's, or local)"
-    )
-    parser.add_argument(
-        "--samples", type=positive, help="answers a prompt of a strategy that samples (default: the preset's, or 1)"
-    )
+    parser.add_argument("--strategy", choices=LABELS, help="of augmentation (default: the preset's, or local)")
+    parser.add_argument("--samples", type=positive, help="global: answers a prompt (default: the preset's, or 1)")
     parser.add_argument(
         "--out", type=Path, default=out,
         help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "

@@ -37,8 +37,7 @@ LONG = {
     "hierarchy": Course(6, 150, 1200),
     "transform": Course(4, 150, 1300),
 }
-INFERRED = {
-    "comparisons": Course(1.5, 100, 640),
+INFERRED = LONG | {
     "categorical": Course(4, 60, 650),
     "chains": Course(3, 60, 400, ["inherited"]),
     "hierarchy": Course(12, 200, 1100, ["rephrased", "reversed", "inherited"]),
