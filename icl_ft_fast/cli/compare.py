@@ -109,9 +109,7 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
     parser.add_argument(
         "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
     )
-    parser.add_argument(
-        "--template", default="base", help="base (default), chat, or a file with {documents} and {prompt}"
-    )
+    parser.add_argument("--template", default="base", help="base (default), chat, a file with {documents} and {prompt}")
     parser.add_argument(
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
