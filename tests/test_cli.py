@@ -419,9 +419,10 @@ def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatc
     assert (code, errors) == (0, [])
     assert any(line.startswith("base ") for line in printed)
     assert strategy_and_samples(files.folder / "run") == (preset.strategy, preset.samples)
-    other = files.folder / "other"
-    assert run(files.compare(task=name, preset="small", strategy="self-qa", out=other))[0] == 0
-    assert strategy_and_samples(other) == ("self-qa", 1)
+    if preset.samples > 1:  # of its own strategy
+        other = files.folder / "other"
+        assert run(files.compare(task=name, preset="small", strategy="self-qa", out=other))[0] == 0
+        assert strategy_and_samples(other) == ("self-qa", 1)
 
 
 def strategy_and_samples(folder):
