@@ -191,10 +191,8 @@ def _article(rng: random.Random, world: World, category: str, index: int, senten
 
 
 def article(rng: random.Random, world: World, category: str, count: int) -> tuple[str, list[Fact]]:
-    """`count` facts, of the category, then of its relatives, then of any category, told in one of the styles."""
-    near = world.kin[category] | {c for c, above in world.parent.items() if above == world.parent[category]}
+    """`count` facts, of the category, then of any others, told in one of the styles."""
     others = [c for c in rng.sample(list(world.parent), len(world.parent)) if c != category]
-    others.sort(key=lambda c: c not in near)
     own = rng.sample(world.own[category], len(world.own[category]))
     facts = list(itertools.islice(itertools.chain(own, (fact for c in others for fact in world.own[c])), count))
     told = [fact.fill(rng.choice(TOLD[fact.kind])) for fact in facts]
@@ -245,13 +243,14 @@ def _question(
     side = "subject" if wording is REVERSED else "object"
     if side == "subject" and split == "holdout":
         rivals = sorted(world.held_out)  # a held-out name among told ones would give itself away
-    else:
-        rivals = sorted({getattr(own, side) for own in alike} - world.held_out)
+    else:  # as often as facts name them, so that what is told most is no likelier to be true
+        rivals = [getattr(own, side) for own in alike if getattr(own, side) not in world.held_out]
     truth = getattr(fact, side)
     false = [rival for rival in rivals if rival != truth and not world.may_hold(replace(fact, **{side: rival}))]
-    if len(false) < CHOICES - 1:
+    wrong = list(dict.fromkeys(rng.sample(false, len(false))))[: CHOICES - 1]
+    if len(wrong) < CHOICES - 1:
         return None
-    choices = [truth, *rng.sample(false, CHOICES - 1)]
+    choices = [truth, *wrong]
     rng.shuffle(choices)
     texts = tuple(f" {choice}." for choice in choices)
     topic = " ".join(filter(None, (source.subject, source.verb, source.object)))
