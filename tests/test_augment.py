@@ -230,7 +230,7 @@ class Counted:
 
 def test_a_model_shows_and_asks_about_what_fits_its_positions(llama):
     documents = [Document(f"d{n}", f"the cat {n} sat on the mat. " * 2) for n in range(20)]
-    prompting, engine = Prompting.of("global"), Engine(llama)
+    prompting, engine = Prompting("global", "{{ documents | join }} {{ document }}", "here"), Engine(llama)
     asks, shown = prompts(prompting, documents, engine, 64, seed=1)
     assert 1 < len(shown) < 20
     assert [ask.source_ids[0] for ask in asks] == [document.id for document in documents]
@@ -258,6 +258,11 @@ def test_self_qa_joins_each_question_with_its_answer():
     found, unparsed, repeats = parse("self-qa", "told", text)
     assert found == [("answer", "Who? Femp."), ("answer", "Where? Here.")]
     assert (unparsed, repeats) == (3, 0)
+
+
+def test_premises_are_read_past():
+    text = "Given: femp are glon.\nGiven: glon are red.\nInferred: femp are red.\nGiven: no more\nSo: it is."
+    assert parse("global", "femp are glon.", text) == ([("inferred", "femp are red.")], 1, 0)
 
 
 def test_syllogisms_close_over_all_documents():

@@ -26,9 +26,11 @@ LABELS = {
     "global": ("Rephrased", "Inferred"),
     "self-qa": ("Question", "Answer"),
 }
+# The label of a premise, which an answer may write down before what follows from it; the documents say it already.
+PREMISE = "Given"
 # Of an answer, unless asked otherwise. What follows from many documents comes in no order: asked for the most likely
 # line after a line, a model soon repeats itself (LOG.md), so those answers are drawn.
-MAX_NEW_TOKENS = {"local": 64, "document": 128, "global": 384, "self-qa": 128}
+MAX_NEW_TOKENS = {"local": 64, "document": 128, "global": 512, "self-qa": 128}
 TEMPERATURE = {"local": 0.0, "document": 0.0, "global": 1.0, "self-qa": 0.0}
 _FOLDER = Path(__file__).parent / "templates"
 

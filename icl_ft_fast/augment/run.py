@@ -222,15 +222,9 @@ def _key(ask: Ask, sampling: Sampling) -> str:
 
 
 def prompts(
-    prompting: Prompting,
-    documents: Sequence[Document],
-    generator: Generator,
-    max_new_tokens: int,
-    *,
-    among: Sequence[Document] | None = None,
-    most: int | None = None,
-    seed: int = 0,
-) -> tuple[list[Ask], Sequence[Document]]:
+    prompting: Prompting, documents: Sequence[Document], generator: Generator, max_new_tokens: int, *,
+    among: Sequence[Document] | None = None, most: int | None = None, seed: int = 0,
+) -> tuple[list[Ask], Sequence[Document]]:  # fmt: skip
     """The prompts about the documents and, in the global strategy, the documents that each of them shows.
 
     Args:
@@ -285,15 +279,9 @@ class Part:
 
 
 def parts_of(
-    model: Model,
-    documents: Sequence[Document],
-    strategy: str = "local",
-    *,
-    samples: int = 1,
-    among: Sequence[Document] | None = None,
-    seed: int = 0,
-    key: str = "",
-) -> list[Part]:
+    model: Model, documents: Sequence[Document], strategy: str = "local", *, samples: int = 1,
+    among: Sequence[Document] | None = None, seed: int = 0, key: str = "",
+) -> list[Part]:  # fmt: skip
     """What a model is asked to write about documents, call by call (Lampinen et al. 2025, section 2.2).
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from icl_ft_fast.augment.prompts import LABELS, AugmentError
+from icl_ft_fast.augment.prompts import LABELS, PREMISE, AugmentError
 from icl_ft_fast.cost import Ledger
 from icl_ft_fast.model import Model
 from icl_ft_fast.score import loglikelihood
@@ -51,7 +51,8 @@ class Augmented:
 def parse(strategy: str, told: str, text: str) -> tuple[list[tuple[str, str]], int, int]:
     """(kind, statement) of each line of an answer; lines without a known label; lines that repeat.
 
-    A line repeats if it says what the prompt's sentence or document says, or an earlier line of the answer.
+    Lines that state a premise count as none of these. A line repeats if it says what the prompt's sentence or document
+    says, or an earlier line of the answer.
     """
     found, unparsed, repeats, seen, question = [], 0, 0, {normalized(told)}, None
     for line in text.strip().splitlines():
@@ -60,6 +61,8 @@ def parse(strategy: str, told: str, text: str) -> tuple[list[tuple[str, str]], i
         if label == "Question" and strategy == "self-qa":
             unparsed += question is not None
             question = statement
+            continue
+        if label == PREMISE:
             continue
         if label not in LABELS[strategy] or (label == "Answer" and question is None):
             unparsed += 1
@@ -123,10 +126,7 @@ def without_near_duplicates(rows: Iterable[Augmentation], similarity: float) -> 
 
 
 def self_consistent(
-    model: Model,
-    rows: Sequence[Augmentation],
-    context: Callable[[Augmentation], str],
-    ledger: Ledger | None = None,
+    model: Model, rows: Sequence[Augmentation], context: Callable[[Augmentation], str], ledger: Ledger | None = None
 ) -> tuple[list[Augmentation], int]:
     """Rows that the model, given a row's `context`, finds likelier than their contradiction; how many could be asked.
 

@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: 1 in the global strategy, else 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 384)")
+    parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 512)")
     parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
     parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
     parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
