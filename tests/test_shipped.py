@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from icl_ft_fast.augment.prompts import LABELS, Prompting
+from icl_ft_fast.augment.prompts import LABELS, PREMISE, Prompting
 from icl_ft_fast.augment.steps import parse
 from icl_ft_fast.evaluate import accuracies, answers, icl_context, select_documents
 from icl_ft_fast.model import load
@@ -142,7 +142,9 @@ def is_inherited(texts, statement):
 
 
 def is_rewritten(texts, statement):
-    """Whether the right-hand side is what the texts' rules make of the left."""
+    """Whether the right-hand side is what the texts' rules make of the left, or the texts' own."""
+    if statement in texts:
+        return True
     rules = dict(text.removesuffix(".").split(" = ") for text in texts)
     name = statement.partition("(")[0]
 
@@ -192,7 +194,7 @@ def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
             assert oracle(lesson.texts, statement), statement
         assert {step for step, _ in lesson.asked} <= set(lessons.STEPS)
         assert len(lesson.lines) == len(lesson.texts)
-        assert {label for lines in lesson.lines for label, _ in lines} <= set(LABELS[family.strategy])
+        assert {label for lines in lesson.lines for label, _ in lines} <= {*LABELS[family.strategy], PREMISE}
         assert len(lesson.texts) == 1 or sum(map(lessons.num_tokens, lesson.texts)) < 1.5 * budget + 60
         checked += len(asked)
     assert checked > 80
@@ -216,7 +218,7 @@ def test_a_syllogisms_augmentation_says_each_claim_for_both_orders_of_its_entiti
         assert [(b, a, quantifier) for a, b, quantifier in said[::2]] == said[1::2]
 
 
-def test_what_is_inherited_comes_as_the_parents_article_tells_it():
+def test_what_is_inherited_comes_as_the_parents_article_tells_it_each_behind_its_premise():
     rng, followed = random.Random(0), 0
     for budget in (200, 500, 900) * 4:
         lesson = lessons.hierarchy(rng, budget)
@@ -225,12 +227,18 @@ def test_what_is_inherited_comes_as_the_parents_article_tells_it():
         for facts, lines in zip(articles, lesson.lines, strict=True):
             category, own = facts[0][1], {fact[2:] for fact in facts if fact[1] == facts[0][1]}
             above = [fact[3] for fact in facts if fact[:2] == ("isa", category)]
-            inferred = [text_of(statement) for _, statement in lines[2 * len(facts) :: 2]]
+            forward = [line for line in lines[2 * len(facts) :] if " include " not in text_of(line[1])]
+            derived = [(label, fact) for label, said in forward for fact in facts_in(text_of(said))]
             for parent in set(above) & named.keys():
-                passed_on = [fact for fact in named[parent] if fact[1] == parent and fact[2:] not in own]
-                expected = [(kind, category, verb, object) for kind, _, verb, object in passed_on]
-                assert list(facts_in("\n".join(inferred)))[: len(expected)] == expected
-                followed += len(expected) > 1
+                expected = [(PREMISE, ("isa", category, "", parent))]
+                for kind, subject, verb, object in named[parent]:
+                    if subject == parent and (verb, object) not in own:
+                        expected += [
+                            (PREMISE, (kind, parent, verb, object)),
+                            ("Inferred", (kind, category, verb, object)),
+                        ]
+                assert len(expected) == 1 or derived[: len(expected)] == expected
+                followed += len(expected) > 3
     assert followed > 20
 
 
@@ -274,7 +282,7 @@ def test_segments_of_a_statement_put_the_weight_on_its_direction():
 def test_tokens_are_counted_nearly(shipped_tokenizer):
     for segments in documents(40):
         text = text_of(segments)
-        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.08, abs=3)
+        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.1, abs=3)
 
 
 def test_a_nonsense_word_is_two_tokens(shipped_tokenizer):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from icl_ft_fast.augment.prompts import PREMISE
 from icl_ft_fast.shipped.tokenizer import english_words
 from icl_ft_fast.tasks import process, semantic, syllogisms, words
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, article
@@ -131,34 +132,46 @@ def hierarchy(rng: random.Random, budget: int) -> Lesson:
     told = list(dict.fromkeys(itertools.chain(own, *(facts for _, _, facts in articles))))
     inherited = {category: _inherited(world, category, told) for category, _, _ in articles}
     asked = [(step, _filled(fact, wording, UNPREDICTABLE)) for fact in told for step, wording in _ASKED]
-    for fact in itertools.chain.from_iterable(inherited.values()):
+    for fact, _ in itertools.chain.from_iterable(inherited.values()):
         wording = semantic.PLAIN if rng.random() < 0.7 else semantic.REVERSED
         asked.append(("inherited", _filled(fact, wording, UNPREDICTABLE)))
     lines = []
     for category, _, facts in articles:
         lines.append([(label, _filled(fact, wording, GIVEN)) for fact in facts for label, wording in _RETOLD])
-        lines[-1] += [("Inferred", _filled(fact, wording, GIVEN)) for fact in inherited[category] for wording in _DRAWN]
+        lines[-1] += [line for fact, premises in inherited[category] for line in _derived(fact, premises)]
     return Lesson([text for _, text, _ in articles], asked, lines)
 
 
 _ASKED = (("recalled", semantic.PLAIN), ("rephrased", semantic.REPHRASED), ("reversed", semantic.REVERSED))
 _RETOLD = (("Rephrased", semantic.REPHRASED), ("Inferred", semantic.REVERSED))
-_DRAWN = (semantic.PLAIN, semantic.REVERSED)
 
 
-def _inherited(world: semantic.World, category: str, told: Sequence[semantic.Fact]) -> list[semantic.Fact]:
-    """What follows of the category from told facts alone: ancestor by ancestor, of each in the order of `told`.
+def _derived(fact: semantic.Fact, premises: Sequence[semantic.Fact]) -> list[tuple[str, Segments]]:
+    """The premises, and what follows from them in both directions."""
+    lines = [(PREMISE, _filled(premise, semantic.PLAIN, GIVEN)) for premise in premises]
+    return lines + [("Inferred", _filled(fact, wording, GIVEN)) for wording in (semantic.PLAIN, semantic.REVERSED)]
 
-    Where that is the order of the ancestor's article, what to infer next stands behind what was inferred last.
+
+def _inherited(
+    world: semantic.World, category: str, told: Sequence[semantic.Fact]
+) -> list[tuple[semantic.Fact, list[semantic.Fact]]]:
+    """What follows of the category from told facts alone, each with its premises.
+
+    Ancestor by ancestor, of each in the order of `told`: where that is the order of the ancestor's article, the next
+    premise stands there behind the last one. The links that lead to an ancestor are premises of the first fact only.
     """
     lineage = world.lineage(category)
     links = [semantic.Fact("isa", *pair) for pair in itertools.pairwise(lineage)]
-    found = {}
+    found = []
     for _, fact, source in world.inferences(category):
         distance = lineage.index(source.subject)
         if all(premise in told for premise in (*links[:distance], source)):
-            found[fact] = (distance, told.index(source))
-    return sorted(found, key=found.__getitem__)
+            found.append((distance, told.index(source), fact))
+    ordered, above = [], 0
+    for distance, position, fact in sorted(found, key=lambda one: one[:2]):
+        ordered.append((fact, [*links[above:distance], told[position]]))
+        above = distance
+    return ordered
 
 
 def _filled(fact: semantic.Fact, wording: Mapping[str, str], first: float) -> Segments:
@@ -182,7 +195,7 @@ def chains(rng: random.Random, budget: int) -> Lesson:
         told += [semantic.Fact("isa", below, above), fact]
         asked += [("recalled", _filled(premise, semantic.PLAIN, UNPREDICTABLE)) for premise in told[-2:]]
         asked.append(("inherited", _filled(inferred, semantic.PLAIN, UNPREDICTABLE)))
-        lines.append([("Inferred", _filled(inferred, semantic.PLAIN, GIVEN))])
+        lines.append(_derived(inferred, told[-2:]))
         lines.append([("Inferred", _filled(fact, semantic.REVERSED, GIVEN))])
     order = rng.sample(range(len(told)), len(told))
     texts = [told[i].fill(rng.choice(semantic.TOLD[told[i].kind])) for i in order]
@@ -192,7 +205,7 @@ def chains(rng: random.Random, budget: int) -> Lesson:
 def transform(rng: random.Random, budget: int) -> Lesson:
     """Rules of a transform, its atoms and examples; asked for are expressions of one and of two functions shown."""
     language = process.sample_language(rng, (3, 2), 4, held_out=False)
-    shown = rng.sample(list(language.arity), max(1, min(len(language.arity), budget // 120)))
+    shown = rng.sample(list(language.arity), rng.randint(1, max(1, min(len(language.arity), budget // 40))))
     atoms = list(language.atoms)
     made: list[process.Expression] = [(f, *rng.sample(atoms, language.arity[f])) for f in shown for _ in range(3)]
     for outer, inner in itertools.product(shown, repeat=2):
@@ -202,16 +215,17 @@ def transform(rng: random.Random, budget: int) -> Lesson:
     told = {left: f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()}
     budget -= sum(map(num_tokens, told.values()))
     examples: list[process.Expression] = []
-    while len(expressions) > 2 and budget > 0 and rng.random() < 0.95:
+    while len(expressions) > len(shown) and budget > 0:
         examples.append(expressions.pop())
         told[examples[-1]] = "".join(text for text, _ in _transformed(language, examples[-1])).lstrip()
         budget -= num_tokens(told[examples[-1]])
-    asked = [("recalled", _transformed(language, example)) for example in examples]
+    asked = [("recalled", _equal(language, left, right, UNPREDICTABLE)) for left, right in stated.items()]
+    asked += [("recalled", _transformed(language, example)) for example in examples]
     for expression in expressions:
         step = "transformed" if isinstance(expression[1], str) else "composed"
         asked.append((step, _transformed(language, expression)))
     order = rng.sample(list(told), len(told))
-    lines = [[("Inferred", _transformed(language, _next(language, shown[0], left), GIVEN))] for left in order]
+    lines = [_worked(language, _next(language, shown[0], left), left) for left in order]
     return Lesson([told[left] for left in order], asked, lines)
 
 
@@ -235,6 +249,28 @@ def _next(language: process.Language, function: str, shown: process.Expression) 
     return (outer, shown, *[first] * (count - 1))
 
 
+def _worked(
+    language: process.Language, expression: process.Expression, known: process.Expression
+) -> list[tuple[str, Segments]]:
+    """An expression's transform from the inside out, each function's behind its rule and the atoms that it asks for.
+
+    What is `known` already is not worked out again.
+    """
+    if isinstance(expression, str):
+        return [(PREMISE, _transformed(language, expression, GIVEN))]
+    outer, *arguments = expression
+    rule = language.rules[str(outer)]
+    asked = [x for a, x in zip("AB", arguments, strict=False) if f"{language.name}({a})" in language.render(rule)]
+    lines = []
+    for inner in asked:
+        if not isinstance(inner, str) and inner != known:
+            lines += _worked(language, inner, known)
+    lines.append((PREMISE, _equal(language, (outer, *"AB"[: len(arguments)]), rule, GIVEN)))
+    for atom in dict.fromkeys(x for x in asked if isinstance(x, str) and x != known):
+        lines += _worked(language, atom, known)
+    return [*lines, ("Inferred", _transformed(language, expression, GIVEN))]
+
+
 def table(rng: random.Random, budget: int) -> Lesson:
     """What a transform makes of each atom and its rule for one function; asked for are both.
 
@@ -249,13 +285,16 @@ def table(rng: random.Random, budget: int) -> Lesson:
     asked = [("recalled", _transformed(language, atom)) for atom in atoms]
     asked += [("transformed", _transformed(language, expression)) for expression in dict.fromkeys(made)]
     rng.shuffle(texts)
-    inferred = itertools.cycle(statement for step, statement in asked if step == "transformed")
-    return Lesson(texts, asked, [[("Inferred", statement)] for _, statement in zip(texts, inferred, strict=False)])
+    worked = itertools.cycle(_worked(language, expression, "") for expression in dict.fromkeys(made))
+    return Lesson(texts, asked, list(itertools.islice(worked, len(texts))))
 
 
 def _transformed(language: process.Language, expression: process.Expression, first: float = UNPREDICTABLE) -> Segments:
-    result = language.render(language.transform(expression, language.rules))
-    return [(f" {language.render((process.T, expression))} =", first), (f" {result}.", GIVEN)]
+    return _equal(language, expression, language.transform(expression, language.rules), first)
+
+
+def _equal(language: process.Language, left: process.Expression, right: process.Expression, first: float) -> Segments:
+    return [(f" {language.render((process.T, left))} =", first), (f" {language.render(right)}.", GIVEN)]
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,7 @@ GENERATORS: dict[str, Generator] = {
             "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
             "small": Preset(
                 {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
-                icl_per_topic=1,
-                splitting="independent",
-                learning_rate=1e-3,
-                steps=1000,
-                strategy="global",
-                samples=4,
+                icl_per_topic=1, splitting="independent", learning_rate=1e-3, steps=1000, strategy="global", samples=4,
             ),
         },
     ),
@@ -90,7 +85,8 @@ GENERATORS: dict[str, Generator] = {
         {
             "paper": Preset(NO_ENGLISH, strategy="global"),
             "small": Preset(
-                {"num_functions": (2, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40}, strategy="global"
+                {"num_functions": (2, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40},
+                strategy="global", samples=4,
             ),
         },
     ),
