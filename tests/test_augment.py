@@ -263,6 +263,7 @@ def test_self_qa_joins_each_question_with_its_answer():
 def test_premises_are_read_past():
     text = "Given: femp are glon.\nGiven: glon are red.\nInferred: femp are red.\nGiven: no more\nSo: it is."
     assert parse("global", "femp are glon.", text) == ([("inferred", "femp are red.")], 1, 0)
+    assert parse("document", "femp are glon.", text) == ([("inferred", "femp are red.")], 4, 0)
 
 
 def test_syllogisms_close_over_all_documents():

@@ -142,9 +142,9 @@ def is_inherited(texts, statement):
 
 
 def is_rewritten(texts, statement):
-    """Whether the right-hand side is what the texts' rules make of the left, or the texts' own."""
-    if statement in texts:
-        return True
+    """Whether the right-hand side is what the texts' rules make of the left; a rule, whether the texts state it."""
+    if "A" in statement:
+        return statement in texts
     rules = dict(text.removesuffix(".").split(" = ") for text in texts)
     name = statement.partition("(")[0]
 
@@ -194,7 +194,10 @@ def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
             assert oracle(lesson.texts, statement), statement
         assert {step for step, _ in lesson.asked} <= set(lessons.STEPS)
         assert len(lesson.lines) == len(lesson.texts)
-        assert {label for lines in lesson.lines for label, _ in lines} <= {*LABELS[family.strategy], PREMISE}
+        assert {label for lines in lesson.lines for label, _ in lines} <= {
+            *LABELS[family.strategy],
+            *([PREMISE] if family.strategy == "global" else []),
+        }
         assert len(lesson.texts) == 1 or sum(map(lessons.num_tokens, lesson.texts)) < 1.5 * budget + 60
         checked += len(asked)
     assert checked > 80
@@ -282,7 +285,7 @@ def test_segments_of_a_statement_put_the_weight_on_its_direction():
 def test_tokens_are_counted_nearly(shipped_tokenizer):
     for segments in documents(40):
         text = text_of(segments)
-        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.1, abs=3)
+        assert lessons.num_tokens(text) == pytest.approx(len(shipped_tokenizer(text)["input_ids"]), rel=0.08, abs=3)
 
 
 def test_a_nonsense_word_is_two_tokens(shipped_tokenizer):

@@ -51,8 +51,8 @@ class Augmented:
 def parse(strategy: str, told: str, text: str) -> tuple[list[tuple[str, str]], int, int]:
     """(kind, statement) of each line of an answer; lines without a known label; lines that repeat.
 
-    Lines that state a premise count as none of these. A line repeats if it says what the prompt's sentence or document
-    says, or an earlier line of the answer.
+    The global strategy's premises count as none of these. A line repeats if it says what the prompt's sentence or
+    document says, or an earlier line of the answer.
     """
     found, unparsed, repeats, seen, question = [], 0, 0, {normalized(told)}, None
     for line in text.strip().splitlines():
@@ -62,7 +62,7 @@ def parse(strategy: str, told: str, text: str) -> tuple[list[tuple[str, str]], i
             unparsed += question is not None
             question = statement
             continue
-        if label == PREMISE:
+        if label == PREMISE and strategy == "global":
             continue
         if label not in LABELS[strategy] or (label == "Answer" and question is None):
             unparsed += 1

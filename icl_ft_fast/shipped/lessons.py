@@ -45,8 +45,9 @@ class Lesson:
 
 
 def num_tokens(text: str) -> int:
-    """Tokens of the shipped model's tokenizer, nearly: two a nonsense word, one for anything else."""
-    return sum(1 if len(piece) == 1 or piece in _ENGLISH else 2 for piece in _PIECE.findall(text))
+    """Tokens of the shipped model's tokenizer, nearly: two a nonsense word or ` =`, one for anything else."""
+    pieces = _PIECE.findall(text)
+    return sum(1 if piece in _ENGLISH or (len(piece) == 1 and piece != "=") else 2 for piece in pieces)
 
 
 def comparisons(rng: random.Random, budget: int) -> Lesson:
@@ -281,11 +282,11 @@ def table(rng: random.Random, budget: int) -> Lesson:
     atoms = list(language.atoms)
     stated = language.atoms | {(function, *"AB"[: language.arity[function]]): language.rules[function]}
     texts = [f"{language.render((process.T, left))} = {language.render(right)}." for left, right in stated.items()]
-    made = [(function, *rng.sample(atoms, language.arity[function])) for _ in atoms]
+    made = dict.fromkeys((function, *rng.sample(atoms, language.arity[function])) for _ in atoms)
     asked = [("recalled", _transformed(language, atom)) for atom in atoms]
-    asked += [("transformed", _transformed(language, expression)) for expression in dict.fromkeys(made)]
+    asked += [("transformed", _transformed(language, expression)) for expression in made]
     rng.shuffle(texts)
-    worked = itertools.cycle(_worked(language, expression, "") for expression in dict.fromkeys(made))
+    worked = itertools.cycle(_worked(language, expression, "") for expression in made)
     return Lesson(texts, asked, list(itertools.islice(worked, len(texts))))
 
 
