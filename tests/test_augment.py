@@ -17,7 +17,7 @@ from icl_ft_fast.augment import (
 )
 from icl_ft_fast.augment.generators import Engine, Written
 from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
-from icl_ft_fast.augment.run import Run, prompts
+from icl_ft_fast.augment.run import SAMPLES_APART, Run, prompts
 from icl_ft_fast.augment.run import _key as key
 from icl_ft_fast.augment.steps import (
     normalized,
@@ -206,8 +206,9 @@ def test_several_answers_a_prompt_are_drawn_apart_and_counted_in_calls(llama, mo
     assert [len(part.asks) for part in parts] == [2, 1]  # of two answers each: four a call
     assert {part.name for part in parts}.isdisjoint(part.name for part in parts_of(llama, documents, "global", seed=5))
     rows = augment_by_model(llama, parts).rows
-    assert [(row.source_id, row.origin["seed"]) for row in rows] == [(f"d{n}", s) for n in range(3) for s in (5, 6)]
-    hows = [Sampling(6, TEMPERATURE["global"], stop=("\n\n",), seed=seed) for seed in (5, 6)] * 3
+    seeds = (5, 5 + SAMPLES_APART)
+    assert [(row.source_id, row.origin["seed"]) for row in rows] == [(one.id, s) for one in documents for s in seeds]
+    hows = [Sampling(6, TEMPERATURE["global"], stop=("\n\n",), seed=seed) for seed in seeds] * 3
     asked = [document.text for document in documents for _ in range(2)]
     assert [row.text for row in rows] == [made.text for made in generate(llama, asked, hows)]
     with pytest.raises(AugmentError, match="samples: the strategy local is greedy, 2 answers would be all alike"):
@@ -245,7 +246,7 @@ def test_the_engine_answers_as_generate_does(llama):
     prompting = Prompting("local", "{{ document }}", "here")
     run = Run(prompting, prompting.asks(documents), Engine(llama), Sampling(4, temperature=1.0, seed=3), 2)
     run.collect()
-    hows = [Sampling(4, temperature=1.0, seed=seed) for seed in (3, 4)] * 2
+    hows = [Sampling(4, temperature=1.0, seed=seed) for seed in (3, 3 + SAMPLES_APART)] * 2
     expected = generate(llama, ["the cat", "the cat", "the mat", "the mat"], hows)
     answers = [run.store.answers[key(*job)] for job in run.jobs]
     assert [answer.text for answer in answers] == [made.text for made in expected]

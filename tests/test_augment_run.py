@@ -112,6 +112,12 @@ def test_killed_at_any_moment_it_goes_on_and_repeats_nothing(tmp_path):
     assert run.read() == again.read()
 
 
+def test_neighbouring_seeds_share_no_draw():
+    drawn = [{sampling.seed for _, sampling in run_of(None, Echo(), samples=4, seed=seed).jobs} for seed in range(9)]
+    assert len(set.union(*drawn)) == 9 * 4
+    assert max(map(max, drawn)) < 2**31  # some endpoints cut a seed to so many bits
+
+
 @pytest.mark.parametrize(
     "other", [{"template": "{{ document }}!"}, {"generator": Echo("other")}, {"top_p": 0.5}, {"seed": 100}]
 )

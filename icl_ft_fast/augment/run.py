@@ -25,6 +25,8 @@ from icl_ft_fast.tasks.task import Document
 
 Job: TypeAlias = tuple[Ask, Sampling]
 
+SAMPLES_APART = 1_000_003  # seeds between the samples of a prompt, so that neighbouring seeds of a study share no draw
+
 
 @dataclass(frozen=True)
 class Price:
@@ -82,7 +84,7 @@ class Run:
         prompting: the strategy and its template.
         asks: from prompting.asks().
         generator: see generators.
-        sampling: of each answer; sample n has the seed sampling.seed + n.
+        sampling: of each answer; sample n has the seed sampling.seed + n * SAMPLES_APART.
         samples: answers a prompt.
         folder: where answers are kept; None for in memory alone.
     """
@@ -92,9 +94,8 @@ class Run:
         folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.prompting, self.generator, self.folder = prompting, generator, folder
-        self.jobs = [
-            (replace(ask, sample=n), replace(sampling, seed=sampling.seed + n)) for ask in asks for n in range(samples)
-        ]
+        draws = [replace(sampling, seed=sampling.seed + n * SAMPLES_APART) for n in range(samples)]
+        self.jobs = [(replace(ask, sample=n), draw) for ask in asks for n, draw in enumerate(draws)]
         how = {name: value for name, value in asdict(sampling).items() if name != "seed"}
         self.identity = {
             "strategy": prompting.strategy, "template_sha256": prompting.digest, "template": prompting.source,
