@@ -198,7 +198,7 @@ class Planned:
             return []
         return augment.parts_of(
             model, self.task.documents, settings.strategy, samples=settings.samples,
-            among=_icl_documents(self.task, self.seed, settings), seed=self.seed, key=self.written_key,
+            among=lambda drawn: _icl_documents(self.task, drawn, settings), seed=self.seed, key=self.written_key,
         )  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def _as_begun(model: Model, context: str, at: At, key: str) -> ContextStore | No
 
 
 def _icl_documents(task: Task, seed: int, settings: Settings) -> list[Document]:
-    """The documents that ICL reads, and that the global strategy of augmentation shows, as far as they fit."""
+    """The documents that ICL reads, and that first samples of the global strategy of augmentation show, if they fit."""
     return evaluate.select_documents(
         task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
     )

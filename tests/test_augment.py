@@ -203,7 +203,7 @@ def test_several_answers_a_prompt_are_drawn_apart_and_counted_in_calls(llama, mo
     monkeypatch.setitem(MAX_NEW_TOKENS, "global", 6)
     monkeypatch.setattr(Engine, "together", 4)
     parts = parts_of(llama, documents, "global", samples=2, seed=5)
-    assert [len(part.asks) for part in parts] == [2, 1]  # of two answers each: four a call
+    assert [len(part.asks) for part in parts] == [4, 2]
     assert {part.name for part in parts}.isdisjoint(part.name for part in parts_of(llama, documents, "global", seed=5))
     rows = augment_by_model(llama, parts).rows
     seeds = (5, 5 + SAMPLES_APART)
@@ -241,10 +241,37 @@ def test_a_model_shows_and_asks_about_what_fits_its_positions(llama):
     assert prompts(Prompting.of("document"), documents, engine, 64)[1] == ()
 
 
+def test_each_sample_shows_documents_of_its_own_in_an_order_of_its_own(llama):
+    documents = [Document(f"d{n}", f"the cat {n}.") for n in range(6)]
+    prompting, engine = Prompting("global", "{{ documents | join }} {{ document }}", "here"), Engine(llama)
+
+    def shown(ask):
+        return ask.prompt.removesuffix(f" {ask.told}")
+
+    asks, first = prompts(prompting, documents, engine, 8, samples=3, seed=1)
+    assert [(ask.id, ask.sample) for ask in asks] == [(document.id, n) for document in documents for n in range(3)]
+    assert [document.id for document in first] == [document.id for document in documents]
+    contexts = [{shown(ask) for ask in asks if ask.sample == n} for n in range(3)]
+    assert [len(context) for context in contexts] == [1, 1, 1]
+    assert contexts[0] == {"".join(document.text for document in documents)}
+    assert len(set.union(*contexts)) == 3
+    assert {"".join(sorted(context)) for (context,) in contexts} == {"".join(sorted(*contexts[0]))}
+    drawn = []
+    asks, first = prompts(
+        prompting, documents, engine, 8, samples=3, seed=1, among=lambda seed: drawn.append(seed) or documents[-2:]
+    )
+    assert drawn == [1, 1 + SAMPLES_APART, 1 + 2 * SAMPLES_APART]
+    assert {shown(ask) for ask in asks} == {"the cat 4.the cat 5."}
+    assert first == documents[-2:]
+    chosen = prompts(prompting, documents, engine, 8, samples=9, most=2)[0]
+    assert len({frozenset(ask.source_ids[1:]) for ask in chosen}) > 2
+
+
 def test_the_engine_answers_as_generate_does(llama):
     documents = [Document("a", "the cat"), Document("b", "the mat")]
     prompting = Prompting("local", "{{ document }}", "here")
-    run = Run(prompting, prompting.asks(documents), Engine(llama), Sampling(4, temperature=1.0, seed=3), 2)
+    asks, _ = prompts(prompting, documents, Engine(llama), 4, samples=2)
+    run = Run(prompting, asks, Engine(llama), Sampling(4, temperature=1.0, seed=3))
     run.collect()
     hows = [Sampling(4, temperature=1.0, seed=seed) for seed in (3, 3 + SAMPLES_APART)] * 2
     expected = generate(llama, ["the cat", "the cat", "the mat", "the mat"], hows)

@@ -17,7 +17,7 @@ import pytest
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.augment.generators import Endpoint, Recorded, Written
 from icl_ft_fast.augment.prompts import Prompting
-from icl_ft_fast.augment.run import Price, Run
+from icl_ft_fast.augment.run import Price, Run, prompts
 from icl_ft_fast.cli import main
 from icl_ft_fast.durable import DamagedError, Journal
 from icl_ft_fast.generate import Sampling
@@ -70,7 +70,8 @@ class Echo:
 
 def run_of(folder, generator, template="{{ document }}", samples=2, **how):
     prompting = Prompting("local", template, "here")
-    return Run(prompting, prompting.asks(DOCUMENTS), generator, Sampling(50, temperature=1.0, **how), samples, folder)
+    asks, _ = prompts(prompting, DOCUMENTS, generator, 50, samples=samples)
+    return Run(prompting, asks, generator, Sampling(50, temperature=1.0, **how), folder)
 
 
 def lines(folder):

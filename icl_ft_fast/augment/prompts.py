@@ -48,7 +48,7 @@ class Ask:
         source_ids: ids of the documents that the prompt shows, the one asked about first.
         told: the sentence or document asked about.
         prompt: the rendered template.
-        sample: counts the answers asked for with this prompt.
+        sample: counts the answers about this sentence or document.
     """
 
     id: str

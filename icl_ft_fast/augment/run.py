@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,20 +83,18 @@ class Run:
 
     Args:
         prompting: the strategy and its template.
-        asks: from prompting.asks().
+        asks: from prompts().
         generator: see generators.
-        sampling: of each answer; sample n has the seed sampling.seed + n * SAMPLES_APART.
-        samples: answers a prompt.
+        sampling: of each answer; that of sample n has the seed sampling.seed + n * SAMPLES_APART.
         folder: where answers are kept; None for in memory alone.
     """
 
     def __init__(
-        self, prompting: Prompting, asks: Sequence[Ask], generator: Generator, sampling: Sampling, samples: int = 1,
+        self, prompting: Prompting, asks: Sequence[Ask], generator: Generator, sampling: Sampling,
         folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.prompting, self.generator, self.folder = prompting, generator, folder
-        draws = [replace(sampling, seed=sampling.seed + n * SAMPLES_APART) for n in range(samples)]
-        self.jobs = [(replace(ask, sample=n), draw) for ask in asks for n, draw in enumerate(draws)]
+        self.jobs = [(ask, replace(sampling, seed=sampling.seed + ask.sample * SAMPLES_APART)) for ask in asks]
         how = {name: value for name, value in asdict(sampling).items() if name != "seed"}
         self.identity = {
             "strategy": prompting.strategy, "template_sha256": prompting.digest, "template": prompting.source,
@@ -224,35 +223,41 @@ def _key(ask: Ask, sampling: Sampling) -> str:
 
 def prompts(
     prompting: Prompting, documents: Sequence[Document], generator: Generator, max_new_tokens: int, *,
-    among: Sequence[Document] | None = None, most: int | None = None, seed: int = 0,
+    samples: int = 1, among: Callable[[int], Sequence[Document]] | None = None, most: int | None = None, seed: int = 0,
 ) -> tuple[list[Ask], Sequence[Document]]:  # fmt: skip
-    """The prompts about the documents and, in the global strategy, the documents that each of them shows.
+    """The prompts about the documents and, in the global strategy, the documents that the first samples show.
+
+    Each sample shows a selection and an order of its own: what a model overlooks in one context it finds in another.
 
     Args:
         prompting: the strategy and its template.
         documents: to ask about.
         generator: who will be asked; what our engine's model has no positions for is not shown.
         max_new_tokens: of an answer.
-        among: documents to show; None for those asked about.
+        samples: answers to each, in turn.
+        among: documents to show, by seed; None for those asked about, as they are and then in other orders.
         most: of them; None for all.
-        seed: of their selection where not all are shown.
+        seed: of the first samples' selection; see SAMPLES_APART for the others'.
 
     Raises:
         AugmentError: a template that fails on a document, or not one document fits.
     """
-    shown: Sequence[Document] = ()
+    room = generator.model.max_positions if isinstance(generator, Engine) else None
+
+    def fits(selected: Sequence[Document]) -> bool:
+        (ask,) = prompting.asks([max(documents, key=lambda document: len(document.text))], selected)
+        count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
+        return len(selected) <= (most or len(selected)) and count <= (room or 0)
+
+    def mixed(drawn: int) -> Sequence[Document]:
+        return documents if drawn == seed else random.Random(drawn).sample(documents, len(documents))
+
+    shown: list[Sequence[Document]] = [()] * samples
     if prompting.strategy == "global" and documents:
-        among = documents if among is None else among
-        longest = max(documents, key=lambda document: len(document.text))
-        room = generator.model.max_positions if isinstance(generator, Engine) else None
-
-        def fits(selected: Sequence[Document]) -> bool:
-            (ask,) = prompting.asks([longest], selected)
-            count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
-            return len(selected) <= (most or len(among)) and count <= (room or 0)
-
-        shown = fitting(among, fits, seed)
-    return prompting.asks(documents, shown), shown
+        draws = [seed + n * SAMPLES_APART for n in range(samples)]
+        shown = [fitting((among or mixed)(drawn), fits, drawn) for drawn in draws]
+    asked = [[replace(ask, sample=n) for ask in prompting.asks(documents, shown[n])] for n in range(samples)]
+    return [ask for asks in zip(*asked, strict=True) for ask in asks], shown[0]
 
 
 @dataclass(frozen=True)
@@ -261,19 +266,18 @@ class Part:
 
     Attributes:
         name: a digest of all that decides the answers.
-        prompting, asks, sampling, samples: as in Run.
+        prompting, asks, sampling: as in Run.
     """
 
     name: str
     prompting: Prompting
     asks: tuple[Ask, ...]
     sampling: Sampling
-    samples: int
 
     def write(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
         """The rows of the answers, what was dropped, and what it took, all that is in `ledger` then."""
         with ledger.phase("filter"):  # all but the phase "generate" within it
-            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling, self.samples)
+            run = Run(self.prompting, self.asks, Engine(model, ledger=ledger), self.sampling)
             run.collect(progress=progress)
             made = run.read()
         return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": ledger.as_dict()}
@@ -281,7 +285,7 @@ class Part:
 
 def parts_of(
     model: Model, documents: Sequence[Document], strategy: str = "local", *, samples: int = 1,
-    among: Sequence[Document] | None = None, seed: int = 0, key: str = "",
+    among: Callable[[int], Sequence[Document]] | None = None, seed: int = 0, key: str = "",
 ) -> list[Part]:  # fmt: skip
     """What a model is asked to write about documents, call by call (Lampinen et al. 2025, section 2.2).
 
@@ -289,9 +293,9 @@ def parts_of(
         model: a base model: it gets the strategy's prompts for those.
         documents: to augment.
         strategy: a key of LABELS.
-        samples: answers a prompt.
-        among: global: the documents in context; None for all that are augmented.
-        seed: global: of the draws, and of the documents in context where not all fit.
+        samples: answers about each document.
+        among: global: the documents in context, see prompts().
+        seed: global: of the draws, and of the documents in context.
         key: of the model, under which the parts are named together with their prompts and sampling.
 
     Raises:
@@ -301,12 +305,14 @@ def parts_of(
     if samples > 1 and not TEMPERATURE[strategy]:
         raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} answers would be all alike")
     sampling = Sampling(MAX_NEW_TOKENS[strategy], TEMPERATURE[strategy], stop=("\n\n",), seed=seed)
-    asks, _ = prompts(prompting, documents, Engine(model), sampling.max_new_tokens, among=among, seed=seed)
-    found, size = [], max(1, Engine.together // samples)
-    for first in range(0, len(asks), size):
-        call = tuple(asks[first : first + size])
-        name = digest(key, prompting.digest, asdict(sampling), samples, [(ask.id, ask.prompt) for ask in call])
-        found.append(Part(name, prompting, call, sampling, samples))
+    asks, _ = prompts(
+        prompting, documents, Engine(model), sampling.max_new_tokens, samples=samples, among=among, seed=seed
+    )
+    found = []
+    for first in range(0, len(asks), Engine.together):
+        call = tuple(asks[first : first + Engine.together])
+        name = digest(key, prompting.digest, asdict(sampling), [(ask.id, ask.sample, ask.prompt) for ask in call])
+        found.append(Part(name, prompting, call, sampling))
     return found
 
 

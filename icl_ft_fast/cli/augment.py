@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompts for chat models, through the chat template")
     parser.add_argument("--template", type=Path, help="a jinja2 file in place of the strategy's own")
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=positive, default=1, help="answers a document (default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: 1 in the global strategy, else 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 512)")
@@ -168,11 +168,12 @@ def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
     asks, shown = prompts(
-        prompting, task.documents, generator, sampling.max_new_tokens, most=options.global_documents, seed=options.seed
-    )
+        prompting, task.documents, generator, sampling.max_new_tokens,
+        samples=options.samples, most=options.global_documents, seed=options.seed,
+    )  # fmt: skip
     if options.strategy == "global":
         print(f"{len(shown)} of {len(task.documents)} documents in context")
-    return Run(prompting, asks, generator, sampling, options.samples, options.out / "answers")
+    return Run(prompting, asks, generator, sampling, options.out / "answers")
 
 
 def _told(estimate: Estimate) -> str:
