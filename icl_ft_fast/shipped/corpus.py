@@ -13,7 +13,7 @@ from functools import cache
 
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.shipped.lessons import DECISIVE, FAMILIES, GIVEN, STEPS, UNPREDICTABLE, Lesson, Segments, num_tokens
+from icl_ft_fast.shipped.lessons import FAMILIES, GIVEN, STEPS, UNPREDICTABLE, Lesson, Segments, num_tokens
 from icl_ft_fast.tasks import words
 from icl_ft_fast.tasks.task import Document
 
@@ -84,7 +84,7 @@ def augmentation(rng: random.Random, lesson: Lesson, strategy: str, room: int) -
         segments.append((prompt, UNPREDICTABLE))
         for label, statement in lesson.lines[d]:
             segments += [(f"{label}:", GIVEN), *statement, ("\n", GIVEN)]
-        segments.append(("\n", DECISIVE))  # that nothing more follows
+        segments.append(("\n", GIVEN))  # that nothing more follows: as likely as it is, or drawn answers end early
         if num_tokens("".join(text for text, _ in segments)) > room:
             break
     return segments

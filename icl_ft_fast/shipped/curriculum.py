@@ -31,18 +31,13 @@ class Stage:
 
 
 LONG = {
-    "comparisons": Course(1.5, 100, 640),
-    "categorical": Course(4, 60, 800),
-    "chains": Course(2, 60, 300),
-    "hierarchy": Course(6, 150, 1200),
-    "transform": Course(4, 150, 1300),
-}
+    "comparisons": Course(1.5, 100, 640), "categorical": Course(4, 60, 800), "chains": Course(2, 60, 300),
+    "hierarchy": Course(6, 150, 1200), "transform": Course(4, 150, 1300),
+}  # fmt: skip
 INFERRED = LONG | {
-    "categorical": Course(4, 60, 650),
-    "chains": Course(3, 60, 400, ["inherited"]),
-    "hierarchy": Course(12, 200, 1100, ["rephrased", "reversed", "inherited"]),
-    "transform": Course(4, 120, 1000),
-}
+    "categorical": Course(4, 60, 650), "chains": Course(3, 60, 400, ["inherited"]),
+    "hierarchy": Course(12, 200, 1100, ["rephrased", "reversed", "inherited"]), "transform": Course(4, 120, 1000),
+}  # fmt: skip
 LOOKUPS = {
     "comparisons": Course(1, 40, 320), "categorical": Course(2, 40, 320), "chains": Course(2, 40, 200, ["inherited"]),
     "hierarchy": Course(6, 80, 600, ["rephrased", "reversed", "inherited"]),
@@ -111,5 +106,5 @@ CURRICULUM = (
     Stage(88_000_000, 3072, PREMISED, augmenting=0.4, recalling=0.15, batches=2),
     Stage(92_000_000, 2048, LOOKUPS | {"transform": Course(14, 60, 500, ["recalled", "transformed"])},
           augmenting=0.4, recalling=0.12, batches=2),
-    Stage(108_000_000, 3072, PREMISED, augmenting=0.45, recalling=0.15, batches=2),
+    Stage(112_000_000, 3072, PREMISED, augmenting=0.45, recalling=0.15, batches=2),
 )  # fmt: skip
