@@ -419,15 +419,22 @@ def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatc
     assert (code, errors) == (0, [])
     assert any(line.startswith("base ") for line in printed)
     assert strategy_and_samples(files.folder / "run") == (preset.strategy, preset.samples)
+    assert schedule(files.folder / "run") == (preset.lr_scheduler_type or "constant")
     if preset.samples > 1:  # of its own strategy
         other = files.folder / "other"
-        assert run(files.compare(task=name, preset="small", strategy="self-qa", out=other))[0] == 0
+        options = {"strategy": "self-qa", "lr_scheduler_type": "cosine", "out": other}
+        assert run(files.compare(task=name, preset="small", **options))[0] == 0
         assert strategy_and_samples(other) == ("self-qa", 1)
+        assert schedule(other) == "cosine"
 
 
 def strategy_and_samples(folder):
     settings = json.loads((folder / "results.json").read_text())["settings"]
     return settings["strategy"], settings["samples"]
+
+
+def schedule(folder):
+    return json.loads((folder / "results.json").read_text())["settings"]["finetune"]["lr_scheduler_type"]
 
 
 def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):

@@ -48,6 +48,7 @@ from icl_ft_fast.durable import Kept, digest, replacing
 from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
 from icl_ft_fast.executors import Executor, InProcess, follow
 from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.finetune.settings import SCHEDULES
 from icl_ft_fast.model import SHIPPED, Model
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
@@ -97,6 +98,9 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
     parser.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, help=f"default: the preset's, or {defaults.learning_rate}")
     parser.add_argument(
+        "--lr-scheduler-type", choices=SCHEDULES, help=f"default: the preset's, or {defaults.lr_scheduler_type}"
+    )
+    parser.add_argument(
         "--icl-per-topic", type=positive, help="documents of a topic in the context (default: the preset's, or all)"
     )
     parser.add_argument(
@@ -114,7 +118,7 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
         "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
     )
     parser.add_argument("--strategy", choices=LABELS, help="of augmentation (default: the preset's, or local)")
-    parser.add_argument("--samples", type=positive, help="global: answers a prompt (default: the preset's, or 1)")
+    parser.add_argument("--samples", type=positive, help="global: answers a document (default: the preset's, or 1)")
     parser.add_argument(
         "--out", type=Path, default=out,
         help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
@@ -269,6 +273,7 @@ def _compared(
             steps=options.steps or preset.steps or defaults.steps,
             batch_size=options.batch_size,
             learning_rate=next(rate for rate in rates if rate is not None),
+            lr_scheduler_type=options.lr_scheduler_type or preset.lr_scheduler_type or defaults.lr_scheduler_type,
             splitting=options.splitting or preset.splitting,
         ),
     )

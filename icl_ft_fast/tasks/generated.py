@@ -30,7 +30,7 @@ class Preset:
         icl_per_topic: documents of a topic that ICL reads; None for all.
         icl_subsample: of those, one in this many.
         splitting: of documents for training, see tasks.sentences.
-        learning_rate, steps: of the fine-tuning; None for its own defaults.
+        learning_rate, steps, lr_scheduler_type: of the fine-tuning; None for its own defaults.
         strategy, samples: of augmentation by the model, see augment.
     """
 
@@ -40,6 +40,7 @@ class Preset:
     splitting: str = "none"
     learning_rate: float | None = None
     steps: int | None = None
+    lr_scheduler_type: str | None = None
     strategy: str = "local"
     samples: int = 1
 
@@ -59,7 +60,9 @@ GENERATORS: dict[str, Generator] = {
         simple_reversals,
         {
             "paper": Preset(NO_ENGLISH),
-            "small": Preset({"num_facts": 40}, icl_per_topic=1, learning_rate=1e-3),
+            "small": Preset(
+                {"num_facts": 40}, icl_per_topic=1, learning_rate=1e-3, steps=600, lr_scheduler_type="linear"
+            ),
             "reverses": Preset({"reversed_fraction": 0.4, **NO_ENGLISH}),
         },
     ),
@@ -76,7 +79,8 @@ GENERATORS: dict[str, Generator] = {
             "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
             "small": Preset(
                 {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
-                icl_per_topic=1, splitting="independent", learning_rate=1e-3, steps=1000, strategy="global", samples=4,
+                icl_per_topic=1, splitting="independent", learning_rate=1e-3, steps=2000, lr_scheduler_type="linear",
+                strategy="global", samples=4,
             ),
         },
     ),
