@@ -243,9 +243,10 @@ def prompts(
         AugmentError: a template that fails on a document, or not one document fits.
     """
     room = generator.model.max_positions if isinstance(generator, Engine) else None
+    longest = sorted(documents, key=lambda document: len(document.text), reverse=True)[:1]
 
     def fits(selected: Sequence[Document]) -> bool:
-        (ask,) = prompting.asks([max(documents, key=lambda document: len(document.text))], selected)
+        (ask,) = prompting.asks(longest, selected)
         count = generator.prompt_tokens(ask.prompt) + max_new_tokens if room else 0
         return len(selected) <= (most or len(selected)) and count <= (room or 0)
 
