@@ -27,6 +27,7 @@ ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
 BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
+SHIPPED_FOLDER = Path(__file__).parent / "shipped" / "model"
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
 UNSERVED = {
@@ -348,7 +349,7 @@ def load(
         raise ModelError(str(error)) from error
     given = str(name)
     if name == SHIPPED:
-        name = Path(__file__).parent / "shipped" / "model"
+        name = SHIPPED_FOLDER
         if not name.is_dir():
             raise ModelError(
                 f"{SHIPPED}: this edition comes without the shipped model's weights; train your own with "

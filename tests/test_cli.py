@@ -24,6 +24,7 @@ from icl_ft_fast.evaluate import icl_context
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.score import loglikelihood, score
+from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -565,6 +566,8 @@ def test_nonsense_words_keep_out_of_what_they_are_told(files, run, tokenizer):
     assert Task.read(out) == simple_reversals(2, num_facts=4, exclude=unwanted)
     assert {"the", "cat", "sat", "that"} <= vocabulary_words(tokenizer)
     assert {word.lower() for word in vocabulary_words(tokenizer)} == vocabulary_words(tokenizer)
+    assert run([*arguments, "--overwrite", "--exclude-words", "shipped"])[0] == 0
+    assert Task.read(out) == simple_reversals(2, num_facts=4, exclude=ENGLISH | vocabulary_words(build_tokenizer()))
 
 
 def test_compare_writes_results_and_prints_the_table(files, run, refused):

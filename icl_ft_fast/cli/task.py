@@ -18,6 +18,7 @@ from icl_ft_fast.cli.options import (
     load_model,
     positive,
 )
+from icl_ft_fast.model import SHIPPED, SHIPPED_FOLDER
 from icl_ft_fast.printable import printable
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
@@ -91,7 +92,7 @@ def _add_exclude_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude-words", nargs="+", default=(), metavar="WORDS",
         help="no nonsense word from these, besides what the preset excludes: english (a list of ours), a text file of "
-        "words, or a checkpoint (the words of its vocabulary)",
+        f"words, or the words in the vocabulary of a checkpoint: a directory, a hub id, or '{SHIPPED}'",
     )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _words(source: str) -> frozenset[str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(SHIPPED_FOLDER if source == SHIPPED else source)
     except (OSError, ValueError) as error:
         raise UsageError(f"--exclude-words: {source}: neither english, a file nor a checkpoint's tokenizer") from error
     return encoding.vocabulary_words(tokenizer)
