@@ -107,4 +107,9 @@ CURRICULUM = (
     Stage(92_000_000, 2048, LOOKUPS | {"transform": Course(14, 60, 500, ["recalled", "transformed"])},
           augmenting=0.4, recalling=0.12, batches=2),
     Stage(112_000_000, 3072, PREMISED, augmenting=0.45, recalling=0.15, batches=2),
+    Stage(136_000_000, 3072, PREMISED | {
+        "comparisons": Course(2, 100, 640), "categorical": Course(5, 60, 650),
+        "hierarchy": Course(24, 200, 1100, ["rephrased", "reversed", "inherited"]),
+    }, augmenting=0.6, recalling=0.12, batches=2),
+    Stage(144_000_000, 3072, PREMISED, augmenting=0.4, recalling=0.25, batches=2),
 )  # fmt: skip
