@@ -80,7 +80,7 @@ GENERATORS: dict[str, Generator] = {
             "small": Preset(
                 {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
                 icl_per_topic=1, splitting="independent", learning_rate=1e-3, steps=2000, lr_scheduler_type="linear",
-                strategy="global", samples=4,
+                strategy="global", samples=8,
             ),
         },
     ),
