@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 import icl_ft_fast as iff
 from benchmarks.score import DTYPES, SIZES, save_model
 from benchmarks.timing import Row
-from icl_ft_fast.generate import Sampling, generate
-from icl_ft_fast.model import Model
+from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.model import Model
 
 PROMPTS, CONTEXT_TOKENS, NEW_TOKENS = 64, 2000, 64
 BATCHES = (16, 4)

@@ -38,11 +38,13 @@ import icl_ft_fast as iff
 from benchmarks import score
 from benchmarks.timing import Row, append_csv, machine, measure, peak_bytes
 from benchmarks.trie_attention import check_budget
-from icl_ft_fast import generate, ops, reference, trie
+from icl_ft_fast import ops
+from icl_ft_fast.engine import generate, trie
+from icl_ft_fast.engine.model import ATTENTION, Model, from_network
 from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, batches, loop, lora
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.optimizer import Optimizer
-from icl_ft_fast.model import ATTENTION, Model, from_network
+from icl_ft_fast.ops import reference
 
 OURS, HEADS, KV_HEADS = "icl_ft_fast", 32, 8
 PER_MS = {"TFLOP/s": 1e-9, "GB/s": 1e-6, "tokens/s": 1e3}  # of one unit of work a millisecond

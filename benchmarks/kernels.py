@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.trie_attention import questions
-from icl_ft_fast.kernels import target_logprob, trie_attention
-from icl_ft_fast.kernels.gpu import Cost, described
+from icl_ft_fast.ops.triton import target_logprob, trie_attention
+from icl_ft_fast.ops.triton.gpu import Cost, described
 
 # Target and the bytes of shared memory that a program may have there.
 TARGETS = {

@@ -17,10 +17,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import Row, status_bytes
-from icl_ft_fast import trie
-from icl_ft_fast.memory import Memory, Need
-from icl_ft_fast.model import from_network
-from icl_ft_fast.score import loglikelihood
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.memory import Memory, Need
+from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.score import loglikelihood
 
 SMALL = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -113,8 +113,8 @@ def _score(case: Case) -> dict[str, Any]:
     needs: list[Need] = []
     handler = logging.Handler()
     handler.emit = lambda record: needs.append(record.args[0])  # type: ignore[method-assign, index]
-    logging.getLogger("icl_ft_fast.memory").addHandler(handler)
-    logging.getLogger("icl_ft_fast.memory").setLevel(logging.INFO)
+    logging.getLogger("icl_ft_fast.engine.memory").addHandler(handler)
+    logging.getLogger("icl_ft_fast.engine.memory").setLevel(logging.INFO)
     limit = None if case.limit_mb is None else status_bytes("VmRSS") + case.limit_mb * 10**6
     model = replace(model, memory=Memory(limit, case.kv_dtype))
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back

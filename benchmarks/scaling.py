@@ -28,10 +28,10 @@ import icl_ft_fast as iff
 from benchmarks import readme
 from benchmarks.score import SIZES, save_model
 from benchmarks.timing import machine
-from icl_ft_fast import encoding, shards
-from icl_ft_fast.cost.flops import Work, work_of
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.executors import InProcess, Task, Torchrun, pull, run_kept
+from icl_ft_fast.engine import encoding, shards
+from icl_ft_fast.engine.flops import Work, work_of
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.runtime.executors import InProcess, Task, Torchrun, pull, run_kept
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 MEASURED = readme.RESULTS / "scaling.json"

@@ -24,9 +24,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 import icl_ft_fast as iff
 from benchmarks.peers import Job, PeerMissingError, Sample, interpreter
 from benchmarks.timing import Row, measure
-from icl_ft_fast import encoding, ops, trie
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.model import CHUNK_ROWS, Model
+from icl_ft_fast import ops
+from icl_ft_fast.engine import encoding, trie
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Question, read_documents, read_questions
 

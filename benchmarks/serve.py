@@ -23,11 +23,11 @@ import uvicorn
 import icl_ft_fast as iff
 from benchmarks.score import SIZES, save_model
 from benchmarks.timing import Row
-from icl_ft_fast import encoding
-from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.integrations.engine import Engine
 from icl_ft_fast.integrations.server import make_app
-from icl_ft_fast.model import Model
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Question
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.timing import Row, measure, peak_bytes
-from icl_ft_fast import trie
+from icl_ft_fast.engine import trie
 
 VOCABULARY = 32_000
 MAX_ROWS = 4096

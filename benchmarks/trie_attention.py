@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.timing import Row, measure, peak_bytes
-from icl_ft_fast import ops, trie
+from icl_ft_fast import ops
+from icl_ft_fast.engine import trie
 
 HEADS = 8
 DTYPES = (torch.bfloat16, torch.float32)

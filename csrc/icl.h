@@ -47,7 +47,7 @@ struct TrieSizes {
     int64_t nodes, rows, scored, path;
 };
 
-// Outputs of trie_fill, all int32 but the last; icl_ft_fast/trie.py says what each means.
+// Outputs of trie_fill, all int32 but the last; icl_ft_fast/engine/trie.py says what each means.
 struct TrieArrays {
     int32_t *node_token, *node_depth, *node_end, *node_parent;  // [nodes]
     int32_t *token, *depth, *end, *parent, *row_node;           // [rows]
@@ -71,7 +71,7 @@ enum Isa { kBestIsa, kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 int best_isa();
 int choose_isa(int isa);
 
-// What icl_ft_fast/ops.py says target_logprob is, for float32 or bfloat16 (R hidden rows, V tokens, width E, M
+// What icl_ft_fast/ops/__init__.py says target_logprob is, for float32 or bfloat16 (R hidden rows, V tokens, width E, M
 // targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
 // threads.
 struct TargetLogprob {
@@ -105,7 +105,7 @@ int64_t target_logprob_backward_workspace_bytes(const TargetLogprob& args);
 void target_logprob(const TargetLogprob& args);
 void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradients& gradients);
 
-// icl_ft_fast/ops.py says what each means. Elements are bfloat16 or float, strides are counted in them.
+// icl_ft_fast/ops/__init__.py says what each means. Elements are bfloat16 or float, strides are counted in them.
 struct TrieAttention {
     bool bf16, invariant;
     int64_t T, S, H, G, D, Dv;

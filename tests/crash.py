@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from icl_ft_fast import cli, sweep
+from icl_ft_fast import cli
 from icl_ft_fast.augment import run as augment
 from icl_ft_fast.augment.prompts import Prompting
-from icl_ft_fast.cost.machine import Ceilings
-from icl_ft_fast.durable import Journal, Kept
+from icl_ft_fast.engine.machine import Ceilings
+from icl_ft_fast.engine.model import Model, load
 from icl_ft_fast.finetune import loop
-from icl_ft_fast.model import Model, load
-from icl_ft_fast.results import read_results, unmeasured
+from icl_ft_fast.runtime.durable import Journal, Kept
+from icl_ft_fast.study import sweep
+from icl_ft_fast.study.results import read_results, unmeasured
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
 TASK = {

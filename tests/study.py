@@ -10,12 +10,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from icl_ft_fast import cli, runs, sweep
+from icl_ft_fast import cli
 from icl_ft_fast.augment import Part
 from icl_ft_fast.augment import run as augment
 from icl_ft_fast.augment.prompts import Prompting
-from icl_ft_fast.cost.machine import Ceilings
+from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.finetune import loop
+from icl_ft_fast.study import runs, sweep
 
 MARKS = Path(sys.argv[1] if len(sys.argv) > 1 else "")
 MORTAL = "augmented-ft 1"

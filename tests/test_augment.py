@@ -7,14 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.augment import (
-    Augmentation,
-    AugmentError,
-    augment_by_model,
-    augment_reverse,
-    augment_rules,
-    parts_of,
-)
+from icl_ft_fast.augment import Augmentation, AugmentError, augment_by_model, augment_reverse, augment_rules, parts_of
 from icl_ft_fast.augment.generators import Engine, Written
 from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
 from icl_ft_fast.augment.run import SAMPLES_APART, Run, prompts
@@ -27,11 +20,11 @@ from icl_ft_fast.augment.steps import (
     without_duplicates,
     without_near_duplicates,
 )
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.durable import Kept
-from icl_ft_fast.generate import Sampling, generate
-from icl_ft_fast.results import unmeasured
-from icl_ft_fast.score import loglikelihood
+from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.score import loglikelihood
+from icl_ft_fast.runtime.durable import Kept
+from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import find
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.syllogisms import simple_syllogisms

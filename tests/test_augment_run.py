@@ -19,8 +19,8 @@ from icl_ft_fast.augment.generators import Endpoint, Recorded, Written
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.augment.run import Price, Run, prompts
 from icl_ft_fast.cli import main
-from icl_ft_fast.durable import DamagedError, Journal
-from icl_ft_fast.generate import Sampling
+from icl_ft_fast.engine.generate import Sampling
+from icl_ft_fast.runtime.durable import DamagedError, Journal
 from icl_ft_fast.tasks.task import Document, TaskError
 
 DOCUMENTS = [Document(str(d), f"cat{d} are taller than mat.") for d in range(12)]

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import log_softmax
 
 from benchmarks import invariant, peers, readme, score, timing, trie_attention
-from icl_ft_fast import ops, trie
+from icl_ft_fast import ops
+from icl_ft_fast.engine import trie
 
 ATTENTION = trie_attention.cases(quick=True)
 TINY = {"vocab_size": 8000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -17,13 +17,13 @@ from transformers.utils import logging
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import load_model
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.machine import ceilings
-from icl_ft_fast.encoding import vocabulary_words
-from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.engine.encoding import vocabulary_words
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.machine import ceilings
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.score import loglikelihood, score
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.score import loglikelihood, score
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals

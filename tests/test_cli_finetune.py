@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from icl_ft_fast.cli import main
+from icl_ft_fast.engine.model import load
 from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, finetune, read_examples
-from icl_ft_fast.model import load
 
 
 @pytest.fixture

@@ -14,34 +14,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icl_ft_fast import compare, encoding, sweep
 from icl_ft_fast.augment import augment_rules
-from icl_ft_fast.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost.amortise import break_even
-from icl_ft_fast.cost.machine import fingerprint
-from icl_ft_fast.durable import Kept
-from icl_ft_fast.evaluate import (
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.machine import fingerprint
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
+from icl_ft_fast.engine.score import prefill, score
+from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.report import table
+from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.runtime.durable import Kept
+from icl_ft_fast.study import compare, sweep
+from icl_ft_fast.study.amortise import break_even
+from icl_ft_fast.study.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
+from icl_ft_fast.study.evaluate import (
     NORMALIZATIONS,
     Accuracy,
     Answer,
-    ProtocolError,
     accuracies,
     answers,
     choice_scores,
     evaluate,
     fit_documents,
-    icl_context,
-    prompt_context,
     select_documents,
 )
-from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.model import load
-from icl_ft_fast.report import table
-from icl_ft_fast.report.derived import ARM_TITLES, Derived
-from icl_ft_fast.results import Results, read_results, unmeasured
-from icl_ft_fast.score import prefill, score
-from icl_ft_fast.statistics import cluster_bootstrap
+from icl_ft_fast.study.results import Results, read_results, unmeasured
+from icl_ft_fast.study.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.cache import ContextCache
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.score import ScoreError, iter_token_logprobs, loglikelihood, prefill
+from icl_ft_fast.engine.kv_cache import ContextCache
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.score import ScoreError, iter_token_logprobs, loglikelihood, prefill
 
 RNG = random.Random(0)
 CONTEXT = [0, *RNG.choices(range(2, 300), k=40)]
@@ -96,7 +96,7 @@ def test_contexts_that_cannot_be_forwarded_are_refused(llama, token, message):
 
 
 def test_token_logprobs_are_those_of_plain_forwards(llama, plain_llama, monkeypatch):
-    monkeypatch.setattr(import_module("icl_ft_fast.score"), "LOGIT_ROWS", 3)  # blocks that end between siblings
+    monkeypatch.setattr(import_module("icl_ft_fast.engine.score"), "LOGIT_ROWS", 3)  # blocks that end between siblings
     requests = [([*CONTEXT, 4], [5, 6, 7]), ([*CONTEXT, 4], [5, 9]), (CONTEXT[:1], [*CONTEXT[1:], 8])]
     requests += [([*CONTEXT, 4], [n]) for n in range(20, 28)]
     for start in (None, prefill(llama, CONTEXT[:20])):

@@ -13,17 +13,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit
-from icl_ft_fast.cost.flops import Work, work_of
-from icl_ft_fast.cost.ledger import COUNTS, HOW, Phase
-from icl_ft_fast.cost.machine import ceilings, fingerprint
-from icl_ft_fast.cost.meters import Meter, Reading
-from icl_ft_fast.cost.prices import PriceError, Prices, read_prices
+from icl_ft_fast.engine.flops import Work, work_of
+from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.ledger import COUNTS, HOW, Ledger, Phase
+from icl_ft_fast.engine.machine import ceilings, fingerprint
+from icl_ft_fast.engine.meters import Meter, Reading
+from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.score import loglikelihood, score
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.generate import Sampling, generate
-from icl_ft_fast.model import from_network
-from icl_ft_fast.score import loglikelihood, score
+from icl_ft_fast.study.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit
+from icl_ft_fast.study.prices import PriceError, Prices, read_prices
 from icl_ft_fast.tasks.task import Question
 
 TOKENS = 20

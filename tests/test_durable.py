@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from icl_ft_fast.cli import main
-from icl_ft_fast.durable import DamagedError, Journal, Kept, LockedError, locked, replacing
+from icl_ft_fast.runtime.durable import DamagedError, Journal, Kept, LockedError, locked, replacing
 
 ROWS = [{"n": n, "text": "ü\n\r\u2028" * n, "value": 0.1 * n, "list": [None, True, {"a": n}]} for n in range(5)]
 

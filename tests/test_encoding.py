@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_ft_fast import encoding
+from icl_ft_fast.engine import encoding
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 
 WORDS = ["the", " cat", " sat", "who kn", "ows", "—", "ü", "猫", "🙂", "x"]

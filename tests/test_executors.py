@@ -25,14 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import scaling
-from icl_ft_fast import cli, compare, runs, shards
+from icl_ft_fast import cli
 from icl_ft_fast.augment import Part
 from icl_ft_fast.augment.generators import Engine
 from icl_ft_fast.cli import main
-from icl_ft_fast.durable import DamagedError, LockedError, locked
-from icl_ft_fast.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.engine import shards
 from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.results import unmeasured
+from icl_ft_fast.runtime.durable import DamagedError, LockedError, locked
+from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.study import compare, runs
+from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import write_jsonl
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from icl_ft_fast.engine.model import load
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune
-from icl_ft_fast.model import load
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)

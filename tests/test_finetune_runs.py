@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerState
 
-from icl_ft_fast import durable
-from icl_ft_fast.cost import Ledger
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import from_network, load
+from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
 from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
-from icl_ft_fast.model import from_network, load
-from icl_ft_fast.results import unmeasured
-from icl_ft_fast.score import loglikelihood
+from icl_ft_fast.runtime import durable
+from icl_ft_fast.study.results import unmeasured
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 HELD = ["the mat sat on that cat", "who knows 42"]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.evaluate import icl_context, select_documents
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
+from icl_ft_fast.study.evaluate import select_documents
 from icl_ft_fast.tasks import comparisons, words
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.process import process

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from icl_ft_fast import trie
-from icl_ft_fast.cache import KVStack
-from icl_ft_fast.cost import Ledger
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model, Rows, from_network, load
+from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetune import FinetuneSettings, batches, finetune
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.loop import Objective
 from icl_ft_fast.finetune.optimizer import Optimizer
-from icl_ft_fast.generate import Sampling, generate
-from icl_ft_fast.model import Model, Rows, from_network, load
-from icl_ft_fast.score import loglikelihood
 
 REQUESTS = [([3, *range(10, 40)], [5, 6]), ([3, *range(10, 40)], [7]), ([3, 4], [9, 9, 8]), ([3, *range(10, 20)], [2])]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

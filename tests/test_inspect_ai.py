@@ -17,10 +17,10 @@ from inspect_ai.scorer import choice, includes
 from inspect_ai.solver import generate
 
 import icl_ft_fast as iff
-from icl_ft_fast import encoding
-from icl_ft_fast.evaluate import ProtocolError
-from icl_ft_fast.generate import Sampling
-from icl_ft_fast.generate import generate as generate_texts
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import Sampling
+from icl_ft_fast.engine.generate import generate as generate_texts
+from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.integrations import inspect_ai as ours
 from icl_ft_fast.integrations.inspect_ai import choice_likelihoods, most_likely_choice
 

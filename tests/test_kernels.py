@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 import interpreter
 from triton.backends.compiler import GPUTarget
 
-from icl_ft_fast.kernels.gpu import described, gpu
+from icl_ft_fast.ops.triton.gpu import described, gpu
 
 OPS = {
     "trie_attention": "trie_attention",
@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the CPU's own kernel is overridden
         for name, module in OPS.items():
-            kernel = getattr(import_module(f"icl_ft_fast.kernels.{module}"), name)
+            kernel = getattr(import_module(f"icl_ft_fast.ops.triton.{module}"), name)
             library.impl(name, kernel, "CPU", allow_override=True)
     planned, ops._PLANNED = ops._PLANNED, ("cpu",)
     yield "cpu"
@@ -116,7 +116,7 @@ def test_blocks_of_other_gpus(target: GPUTarget, matrix: str, dtype: torch.dtype
     found = described(target, 101_376)
     assert found.matrix == matrix
     for module in ("trie_attention", "target_logprob"):
-        monkeypatch.setattr(import_module(f"icl_ft_fast.kernels.{module}"), "gpu", lambda device: found)
+        monkeypatch.setattr(import_module(f"icl_ft_fast.ops.triton.{module}"), "gpu", lambda device: found)
     attention(bushy(40), dtype, heads=(4, 2), sizes=(128, 64))
     head(66, 9, 150, 40, dtype)
 
@@ -153,7 +153,7 @@ def test_attention_of_any_forest(
 @pytest.mark.parametrize("dtype", SERVED, ids=str)
 def test_few_queries_are_split_over_their_keys(dtype: torch.dtype, device: str, monkeypatch) -> None:
     """A decode step over a long context: the shares are merged in order, so that it repeats to the bit."""
-    kernels, merges = import_module("icl_ft_fast.kernels.trie_attention"), []
+    kernels, merges = import_module("icl_ft_fast.ops.triton.trie_attention"), []
     merge = kernels._merge
     monkeypatch.setattr(
         kernels, "_merge", type("", (), {"__getitem__": lambda _, grid: merges.append(grid) or merge[grid]})()
@@ -168,7 +168,7 @@ def test_few_queries_are_split_over_their_keys(dtype: torch.dtype, device: str, 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
 def test_a_plan_lists_little_more_than_the_tiles_that_must_be_met(kernel: str, device: str) -> None:
-    kernels = import_module("icl_ft_fast.kernels.trie_attention")
+    kernels = import_module("icl_ft_fast.ops.triton.trie_attention")
     question = [10, *[0] * 9, *[0, 0, 0, 3, 0, 0, 3, 0, 0, 3, 0, 0]]  # under its context; four answers of three tokens
     trie = forest([0] * 150 + [0, *question[1:]] + [3 + 10, *question[1:]] * 11)
     q, k = (torch.empty(len(trie.end_k), n, 64, device=device, dtype=torch.float16) for n in (2, 1))
@@ -210,7 +210,7 @@ def test_head_options(option: str, dtype: torch.dtype, device: str) -> None:
 
 
 def test_head_of_any_strides_in_many_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = import_module("icl_ft_fast.kernels.target_logprob")
+    kernels = import_module("icl_ft_fast.ops.triton.target_logprob")
     monkeypatch.setattr(kernels, "_GRAD_BYTES", 1)
     monkeypatch.setattr(kernels, "_PROGRAMS", 2)
     head(70, 65, 300, 40, torch.bfloat16, device, torch.int64, test_target_logprob.strided, bias=True)
@@ -274,7 +274,7 @@ def test_head_offsets_beyond_two_to_the_31() -> None:
 def test_attention_costs_what_the_interpreter_counts(
     dtype: torch.dtype, heads: tuple[int, int], size: int, options: dict[str, Any]
 ) -> None:
-    kernels = import_module("icl_ft_fast.kernels.trie_attention")
+    kernels = import_module("icl_ft_fast.ops.triton.trie_attention")
     for trie in (forest([0] * 90 + [0, 0, 1, 2, 0, 7] * 12), forest([0] * 400, queries=[300, 399])):
         q, k = (
             torch.randn(n, h, size).to(dtype).requires_grad_()
@@ -299,7 +299,7 @@ def test_attention_costs_what_the_interpreter_counts(
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.usefixtures("interpreted")
 def test_head_costs_what_the_interpreter_counts(R: int, M: int, V: int, E: int, bias: bool, monkeypatch) -> None:
-    kernels = import_module("icl_ft_fast.kernels.target_logprob")
+    kernels = import_module("icl_ft_fast.ops.triton.target_logprob")
     monkeypatch.setattr(kernels, "_GRAD_BYTES", R * 256 * 2)
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = (torch.randn(n, E).to(dtype).requires_grad_() for n in (R, V))
@@ -318,7 +318,7 @@ def test_head_costs_what_the_interpreter_counts(R: int, M: int, V: int, E: int, 
 @pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
 def test_tiles_met_on_the_benchmarks_trie_are_few_more_than_must_be(kernel: str, size: int, group: int) -> None:
     """220 questions of 4 choices of 5 tokens over 4,000, in chunks of 512 rows: at most 1.1 times the ideal set."""
-    kernels = import_module("icl_ft_fast.kernels.trie_attention")
+    kernels = import_module("icl_ft_fast.ops.triton.trie_attention")
     num_met = num_ideal = 0
     for index in questions(220, 1):
         row_q, end_k = index[:2]
@@ -343,7 +343,7 @@ def tiles_with(visible: torch.Tensor, rows: int, columns: int, block: dict[str, 
 
 def test_layers_share_a_plan(device: str, monkeypatch) -> None:
     """The plan of each kernel is made by the first call that shares it; results keep their bits."""
-    kernels, made = import_module("icl_ft_fast.kernels.trie_attention"), []
+    kernels, made = import_module("icl_ft_fast.ops.triton.trie_attention"), []
     planned = kernels._planned
     monkeypatch.setattr(kernels, "_planned", lambda *args: made.append(args[2] is None) or planned(*args))
     index = index_tensors(bushy(100), device)
@@ -415,7 +415,7 @@ def test_offsets_beyond_two_to_the_31_interpreted() -> None:
 @pytest.mark.parametrize("R", [40, 200])
 def test_the_heads_backward_skips_tiles_of_negligible_probability(R: int, dtype: torch.dtype, device: str) -> None:
     """What is skipped is exactly the tiles without a target and without a probability of skip_below."""
-    kernels, generator = import_module("icl_ft_fast.kernels.target_logprob"), torch.Generator().manual_seed(0)
+    kernels, generator = import_module("icl_ft_fast.ops.triton.target_logprob"), torch.Generator().manual_seed(0)
     V, skip_below = 700, 2.0**-12
     hidden, weight = (torch.randn(n, 32, generator=generator, dtype=torch.float64) for n in (R, V))
     hidden[:, 0], weight[300:, 0] = 16.0, -1.0  # tokens from 300 on are e^-16 times as likely

@@ -18,11 +18,11 @@ from lighteval.models.model_input import GenerationParameters
 from lighteval.models.transformers.transformers_model import TransformersModel, TransformersModelConfig
 from lighteval.tasks.requests import Doc
 
-from icl_ft_fast import encoding
-from icl_ft_fast.generate import GenerateError
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import GenerateError
+from icl_ft_fast.engine.score import ScoreError
 from icl_ft_fast.integrations import lighteval as ours
 from icl_ft_fast.integrations.lighteval import IclFtFastModel
-from icl_ft_fast.score import ScoreError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the harness's and its libraries' own

@@ -23,15 +23,16 @@ from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from icl_ft_fast import cli, encoding
-from icl_ft_fast.contexts import read_header
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, Sampling, generate
+from icl_ft_fast import cli
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import read_header
+from icl_ft_fast.engine.generate import GenerateError, Sampling, generate
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.score import ScoreError, loglikelihood
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
 from icl_ft_fast.integrations.processes import Processes
-from icl_ft_fast.model import load
-from icl_ft_fast.score import ScoreError, loglikelihood
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # read by peft
@@ -435,7 +436,7 @@ class InterruptError(Exception):
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
 def test_results_are_filed_as_they_come_and_not_computed_again(kind, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("icl_ft_fast.generate.RUNNING", 2)
+    monkeypatch.setattr("icl_ft_fast.engine.generate.RUNNING", 2)
     arguments = {
         "loglikelihood": texts(12),
         "loglikelihood_rolling": [(text,) for text in sentences(12)],

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune, lora
-from icl_ft_fast.model import load
-from icl_ft_fast.score import loglikelihood
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed")
 

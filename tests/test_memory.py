@@ -19,14 +19,15 @@ from test_model import FAMILIES
 
 import icl_ft_fast
 from benchmarks import memory as measured
-from icl_ft_fast import memory as budget
-from icl_ft_fast import ops, trie
-from icl_ft_fast.cache import KVStack, pack, unpack
+from icl_ft_fast import ops
 from icl_ft_fast.cli import main
-from icl_ft_fast.cost.flops import work_of
-from icl_ft_fast.memory import BudgetError, Footprint, Memory, fit, group_free_bytes, parse_bytes
-from icl_ft_fast.model import ModelError, from_network, load
-from icl_ft_fast.score import ScoreError, loglikelihood, prefill
+from icl_ft_fast.engine import memory as budget
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.kv_cache import KVStack, pack, unpack
+from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes, parse_bytes
+from icl_ft_fast.engine.model import ModelError, from_network, load
+from icl_ft_fast.engine.score import ScoreError, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question
 
 ROOT = Path(__file__).parents[1]

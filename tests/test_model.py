@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from icl_ft_fast import model as model_module
-from icl_ft_fast import trie
-from icl_ft_fast.cache import KVStack
-from icl_ft_fast.model import ModelError, from_network, load
-from icl_ft_fast.score import loglikelihood
+from icl_ft_fast.engine import model as model_module
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.model import ModelError, from_network, load
+from icl_ft_fast.engine.score import loglikelihood
 
 MOE = {"num_experts_per_tok": 2}
 # Windows of 8 are shorter than the requests, and every kind of layer appears; caps are low enough to bite.

@@ -6,13 +6,14 @@ from dataclasses import asdict
 
 import pytest
 
-from icl_ft_fast import cli, questions
+from icl_ft_fast import cli
 from icl_ft_fast.cli import main
-from icl_ft_fast.durable import DamagedError, digest
-from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.engine.generate import Generation
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.generate import Generation
-from icl_ft_fast.questions import Settings, write_questions
+from icl_ft_fast.runtime.durable import DamagedError, digest
+from icl_ft_fast.study import questions
+from icl_ft_fast.study.questions import Settings, write_questions
 from icl_ft_fast.tasks.task import Document, Question, Task, read_questions, write_jsonl
 
 TEMPLATE = "{statement}\n"

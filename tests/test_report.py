@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from icl_ft_fast.compare import Run, Sample
-from icl_ft_fast.cost.prices import Prices
-from icl_ft_fast.evaluate import Answer, accuracies
 from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.report.study import Study
-from icl_ft_fast.results import Asked, AskedUnder, Results
-from icl_ft_fast.sweep import Point, Sweep
+from icl_ft_fast.study.compare import Run, Sample
+from icl_ft_fast.study.evaluate import Answer, accuracies
+from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.results import Asked, AskedUnder, Results
+from icl_ft_fast.study.sweep import Point, Sweep
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'&{{ 7*7 }}$x^2$"
 POINTS = tuple(

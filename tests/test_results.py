@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.compare import write_results
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.results import Results, ResultsError, read_results, unmeasured
+from icl_ft_fast.study.compare import write_results
+from icl_ft_fast.study.results import Results, ResultsError, read_results, unmeasured
 
 
 def run_of(arm, **more):

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from icl_ft_fast import contexts
 from icl_ft_fast.cli import main
-from icl_ft_fast.contexts import ContextError, ContextStore, load_context, read_header, save_context
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.model import load
-from icl_ft_fast.score import loglikelihood, prefill, score, stored_context
+from icl_ft_fast.engine import contexts
+from icl_ft_fast.engine.contexts import ContextError, ContextStore, load_context, read_header, save_context
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.score import loglikelihood, prefill, score, stored_context
 from icl_ft_fast.tasks.task import Question, write_jsonl
 
 RNG = random.Random(0)

@@ -12,14 +12,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 from test_repo import IMPORTS, MODULES, ROOT
 
-from icl_ft_fast import templates
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import Terminal
-from icl_ft_fast.contexts import ContextError, read_header, save_context
-from icl_ft_fast.printable import printable
-from icl_ft_fast.score import prefill
+from icl_ft_fast.engine.contexts import ContextError, read_header, save_context
+from icl_ft_fast.engine.score import prefill
+from icl_ft_fast.runtime import templates
+from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks import own, task
 from icl_ft_fast.tasks.task import Document, TaskError, write_jsonl
 

@@ -19,15 +19,16 @@ import uvicorn
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from icl_ft_fast import cli, encoding
+from icl_ft_fast import cli
 from icl_ft_fast.cli.serve import KEY_VARIABLE
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import Sampling, generate
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.score import ScoreError, loglikelihood
 from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
 from icl_ft_fast.integrations.guard import Limits
 from icl_ft_fast.integrations.server import make_app
-from icl_ft_fast.score import ScoreError, loglikelihood
 
 KEY = "a key that nobody guesses"
 CONTEXT = " ".join(["the cat sat on that mat, who knows why?"] * 6)

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer
 
 from icl_ft_fast.augment.prompts import LABELS, PREMISE, Prompting
 from icl_ft_fast.augment.steps import parse
-from icl_ft_fast.evaluate import accuracies, answers, icl_context, select_documents
-from icl_ft_fast.model import load
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped import corpus, lessons, train
 from icl_ft_fast.shipped.tokenizer import END_OF_TEXT, PADDING, build_tokenizer, english_words
+from icl_ft_fast.study.evaluate import accuracies, answers, select_documents
 from icl_ft_fast.tasks import semantic, words
 from icl_ft_fast.tasks.comparisons import INVERSE, Comparison, find
 from icl_ft_fast.tasks.generated import GENERATORS

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl_ft_fast.statistics import brier, cluster_bootstrap, expected_calibration_error, holm, sign_flip_test
+from icl_ft_fast.study.statistics import brier, cluster_bootstrap, expected_calibration_error, holm, sign_flip_test
 
 
 def binomial_quantile(p, n, q):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from icl_ft_fast import _C, ops, reference
-from icl_ft_fast.ops import target_logprob
+from icl_ft_fast import _C, ops
+from icl_ft_fast.ops import reference, target_logprob
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"bias": True, "softcap": 3.0, "scale": 0.25}

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.timing import peak_bytes
-from icl_ft_fast import _C, trie
+from icl_ft_fast import _C
+from icl_ft_fast.engine import trie
 
 TOKEN = st.sampled_from([0, 1, 7, 2**31 - 1])
 PART = st.lists(TOKEN, min_size=1, max_size=5).map(tuple)

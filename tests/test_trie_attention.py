@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from icl_ft_fast import _C, ops, reference
-from icl_ft_fast.ops import trie_attention
+from icl_ft_fast import _C, ops
+from icl_ft_fast.ops import reference, trie_attention
 
 ORDERS = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from icl_ft_fast import encoding
 from icl_ft_fast.augment.prompts import Ask, AugmentError
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import RUNNING, Sampling, iter_generations
-from icl_ft_fast.model import Model
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import read_jsonl, text_field
-from icl_ft_fast.templates import render_chat
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 CHARACTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not here: rather too many tokens than too few

@@ -15,9 +15,9 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from icl_ft_fast.runtime.templates import bounded
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document
-from icl_ft_fast.templates import bounded
 
 # By strategy, the labels of the lines of an answer; a question's text is joined with the answer's that follows it.
 LABELS = {

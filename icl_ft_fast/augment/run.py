@@ -17,11 +17,11 @@ from icl_ft_fast.augment.generators import Engine, Generator
 from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, TEMPERATURE, Ask, AugmentError, Prompting, fitting
 from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
 from icl_ft_fast.augment.store import Answer, Store
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.durable import Kept, digest
-from icl_ft_fast.executors import Executor, Task, Worker
-from icl_ft_fast.generate import Sampling
-from icl_ft_fast.model import Model, load_same
+from icl_ft_fast.engine.generate import Sampling
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model, load_same
+from icl_ft_fast.runtime.durable import Kept, digest
+from icl_ft_fast.runtime.executors import Executor, Task, Worker
 from icl_ft_fast.tasks.task import Document
 
 Job: TypeAlias = tuple[Ask, Sampling]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from icl_ft_fast.augment.prompts import LABELS, PREMISE, AugmentError
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.model import Model
-from icl_ft_fast.score import loglikelihood
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.tasks import comparisons
 
 SHINGLE_WORDS = 3

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augment.prompts import AugmentError
-from icl_ft_fast.durable import Journal, locked, replacing, sync
+from icl_ft_fast.runtime.durable import Journal, locked, replacing, sync
 
 
 @dataclass(frozen=True)

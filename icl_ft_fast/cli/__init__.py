@@ -16,17 +16,17 @@ from jinja2 import TemplateError
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import UsageError
-from icl_ft_fast.contexts import ContextError
-from icl_ft_fast.cost.prices import PriceError
-from icl_ft_fast.durable import DamagedError, LockedError
-from icl_ft_fast.evaluate import ProtocolError
-from icl_ft_fast.executors import ExecutorError
+from icl_ft_fast.engine.contexts import ContextError
+from icl_ft_fast.engine.generate import GenerateError
+from icl_ft_fast.engine.model import ModelError
+from icl_ft_fast.engine.prompting import ProtocolError
+from icl_ft_fast.engine.score import ScoreError
 from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
-from icl_ft_fast.generate import GenerateError
-from icl_ft_fast.model import ModelError
-from icl_ft_fast.printable import printable
-from icl_ft_fast.results import ResultsError
-from icl_ft_fast.score import ScoreError
+from icl_ft_fast.runtime.durable import DamagedError, LockedError
+from icl_ft_fast.runtime.executors import ExecutorError
+from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.prices import PriceError
+from icl_ft_fast.study.results import ResultsError
 from icl_ft_fast.tasks.task import TaskError
 
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)

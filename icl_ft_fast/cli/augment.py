@@ -27,10 +27,10 @@ from icl_ft_fast.cli.options import (
     positive,
 )
 from icl_ft_fast.cli.task import add_task_options, task_of_seed
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.executors import Executor, InProcess, Ray
-from icl_ft_fast.generate import Sampling
-from icl_ft_fast.printable import printable
+from icl_ft_fast.engine.generate import Sampling
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.runtime.executors import Executor, InProcess, Ray
+from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast import compare, runs
 from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
     Commands,
@@ -39,21 +38,23 @@ from icl_ft_fast.cli.options import (
     show_progress,
 )
 from icl_ft_fast.cli.task import add_task_options, task_of_seed
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.amortise import decide
-from icl_ft_fast.cost.machine import Ceilings, ceilings
-from icl_ft_fast.cost.meters import Meter
-from icl_ft_fast.cost.prices import Prices, read_prices
-from icl_ft_fast.durable import Kept, digest, replacing
-from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, check_template
-from icl_ft_fast.executors import Executor, InProcess, follow
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.machine import Ceilings, ceilings
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import SHIPPED, Model
+from icl_ft_fast.engine.prompting import ProtocolError, check_template
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.finetune.settings import SCHEDULES
-from icl_ft_fast.model import SHIPPED, Model
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
-from icl_ft_fast.results import parse_results
+from icl_ft_fast.runtime.durable import Kept, digest, replacing
+from icl_ft_fast.runtime.executors import Executor, InProcess, follow
+from icl_ft_fast.study import compare, runs
+from icl_ft_fast.study.amortise import decide
+from icl_ft_fast.study.evaluate import NORMALIZATIONS
+from icl_ft_fast.study.prices import Prices, read_prices
+from icl_ft_fast.study.results import parse_results
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 from icl_ft_fast.tasks.task import Task

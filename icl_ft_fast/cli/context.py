@@ -9,7 +9,6 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from icl_ft_fast import contexts, encoding
 from icl_ft_fast.cli.options import (
     Commands,
     Terminal,
@@ -20,8 +19,9 @@ from icl_ft_fast.cli.options import (
     command,
     load_model,
 )
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.score import stored_context
+from icl_ft_fast.engine import contexts, encoding
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.score import stored_context
 from icl_ft_fast.tasks.task import read_documents
 
 

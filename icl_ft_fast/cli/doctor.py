@@ -10,9 +10,9 @@ from dataclasses import asdict
 from rich.table import Table
 
 from icl_ft_fast.cli.options import Commands, Terminal, add_device_option, add_json_option, command, device_of
-from icl_ft_fast.cost.machine import ceilings, fingerprint
-from icl_ft_fast.cost.meters import Meter
-from icl_ft_fast.model import DTYPES
+from icl_ft_fast.engine.machine import ceilings, fingerprint
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import DTYPES
 
 EXTRAS = {"report": "matplotlib", "lm-eval": "lm_eval", "Triton kernels": "triton", "GPU energy": "pynvml"}
 

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.cli.options import Commands, UsageError, command
-from icl_ft_fast.durable import locked
-from icl_ft_fast.evaluate import prompt_context
-from icl_ft_fast.finetune import (
-    FinetuneSettings,
-    LoraSettings,
-    distributed,
-    finetune,
-    read_examples,
-    split_validation,
-)
-from icl_ft_fast.model import load
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, distributed, finetune, read_examples, split_validation
+from icl_ft_fast.runtime.durable import locked
 from icl_ft_fast.tasks.task import read_documents
 
 

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.durable import digest, locked
-from icl_ft_fast.executors import Executor, InProcess, Ray, Torchrun, cores
-from icl_ft_fast.memory import KV_DTYPES, parse_bytes
-from icl_ft_fast.model import DTYPES, SHIPPED, Model, load
-from icl_ft_fast.printable import printable
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.memory import KV_DTYPES, parse_bytes
+from icl_ft_fast.engine.model import DTYPES, SHIPPED, Model, load
+from icl_ft_fast.runtime.durable import digest, locked
+from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores
+from icl_ft_fast.runtime.printable import printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from icl_ft_fast import shards
 from icl_ft_fast.cli.options import (
     Commands,
     add_executor_options,
@@ -27,13 +26,14 @@ from icl_ft_fast.cli.options import (
     positive,
     show_progress,
 )
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
-from icl_ft_fast.durable import replacing
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.executors import Ray, run_kept
-from icl_ft_fast.model import CHUNK_ROWS
-from icl_ft_fast.score import Score, encode_questions, score_of
+from icl_ft_fast.engine import shards
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.score import Score, encode_questions, score_of
+from icl_ft_fast.runtime.durable import replacing
+from icl_ft_fast.runtime.executors import Ray, run_kept
 from icl_ft_fast.tasks.task import read_documents, read_questions
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from icl_ft_fast import encoding, questions
 from icl_ft_fast.cli.options import (
     Commands,
     UsageError,
@@ -18,8 +17,10 @@ from icl_ft_fast.cli.options import (
     load_model,
     positive,
 )
-from icl_ft_fast.model import SHIPPED, SHIPPED_FOLDER
-from icl_ft_fast.printable import printable
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.model import SHIPPED, SHIPPED_FOLDER
+from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.generated import GENERATORS, Preset
 from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl

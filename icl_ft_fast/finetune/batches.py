@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from icl_ft_fast import trie
+from icl_ft_fast.engine import trie
 from icl_ft_fast.finetune.data import Tokens
 
 

@@ -27,8 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from icl_ft_fast.durable import replacing, sync
 from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.runtime.durable import replacing, sync
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = {"trainer_state.json", "optimizer.safetensors", "run.json", "progress.json", "SHA256SUMS"}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast import encoding
+from icl_ft_fast.engine import encoding
 from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
-from icl_ft_fast.templates import render_chat
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
 Span = tuple[int, int]  # characters [first, last)

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from icl_ft_fast import encoding, trie
-from icl_ft_fast.cache import KVStack
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
+from icl_ft_fast.engine import encoding, trie
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Head, Model
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.settings import FinetuneError
-from icl_ft_fast.model import CHUNK_ROWS, Head, Model
 
 _LOGITS = 4 << 20  # of the teacher and of the student held at a time: 16 MB each in float32
 

@@ -21,8 +21,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import Work, work_of
+from icl_ft_fast.engine.flops import Work, work_of
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model, from_network
 from icl_ft_fast.finetune import batches, distributed, lora
 from icl_ft_fast.finetune.checkpoint import Progress, RunFolder, read_state
 from icl_ft_fast.finetune.data import Example, Tokens, encode
@@ -30,7 +31,6 @@ from icl_ft_fast.finetune.distillation import Teacher, read_in_context
 from icl_ft_fast.finetune.optimizer import Optimizer
 from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings
 from icl_ft_fast.finetune.trackers import Trackers
-from icl_ft_fast.model import Model, from_network
 
 
 class InterruptedRunError(FinetuneError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icl_ft_fast.encoding import common
+from icl_ft_fast.engine.encoding import common
 
 WORTH_TOKENS = 64  # a beginning is kept from so many new tokens on: a shorter one is forwarded faster than found
 

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from icl_ft_fast import encoding
-from icl_ft_fast.cache import Context, ContextCache, common_tokens
-from icl_ft_fast.contexts import ContextError, ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import Sampling, iter_generations
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextError, ContextStore
+from icl_ft_fast.engine.generate import Sampling, iter_generations
+from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
-from icl_ft_fast.model import CHUNK_ROWS, Model
-from icl_ft_fast.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 
 REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered
 BATCH_CHARACTERS = 16_000_000  # of all choices with what comes before each; bounds the memory that encoding takes

@@ -16,16 +16,17 @@ from inspect_ai.scorer import Score as SampleScore
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from icl_ft_fast import encoding
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.evaluate import NORMALIZATIONS, ProtocolError, choice_scores
-from icl_ft_fast.generate import GenerateError, Generation, Sampling, generate
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import GenerateError, Generation, Sampling, generate
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.prompting import ProtocolError
+from icl_ft_fast.engine.score import LogLikelihood, Score, iter_loglikelihood
 from icl_ft_fast.integrations.together import Together
 from icl_ft_fast.integrations.window import OVERFLOW, Window
-from icl_ft_fast.model import load
-from icl_ft_fast.score import LogLikelihood, Score, iter_loglikelihood
+from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.study.evaluate import NORMALIZATIONS, choice_scores
 from icl_ft_fast.tasks.task import Question
-from icl_ft_fast.templates import render_chat
 
 MAX_TOKENS = 256
 TOGETHER = 1000  # samples that Inspect may run at a time

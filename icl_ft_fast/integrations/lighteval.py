@@ -19,12 +19,12 @@ from lighteval.tasks.prompt_manager import PromptManager
 from lighteval.tasks.requests import Doc, SamplingMethod
 from lighteval.utils.cache_management import SampleCache, cached
 
-from icl_ft_fast import encoding
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import GenerateError, Sampling, iter_generations
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import GenerateError, Sampling, iter_generations
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.score import LogLikelihood, iter_loglikelihood
 from icl_ft_fast.integrations.window import OVERFLOW, Window
-from icl_ft_fast.model import load
-from icl_ft_fast.score import LogLikelihood, iter_loglikelihood
 
 LOAD = ("tokenizer", "revision", "dtype", "device", "adapter", "trust_remote_code")
 Pair = tuple[list[int], list[int]]

@@ -22,17 +22,17 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from icl_ft_fast import encoding
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.generate import iter_generations
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.generate import iter_generations
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model, load
+from icl_ft_fast.engine.score import LogLikelihood, iter_loglikelihood, stored_context
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.integrations.window import OVERFLOW, Window
-from icl_ft_fast.model import CHUNK_ROWS, Model, load
-from icl_ft_fast.score import LogLikelihood, iter_loglikelihood, stored_context
-from icl_ft_fast.templates import render_chat
+from icl_ft_fast.runtime.templates import render_chat
 
 _log = logging.getLogger(__name__)
 

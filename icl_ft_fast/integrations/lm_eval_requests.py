@@ -5,7 +5,7 @@ from __future__ import annotations
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from icl_ft_fast.generate import GenerateError, Sampling
+from icl_ft_fast.engine.generate import GenerateError, Sampling
 
 MAX_GEN_TOKS = 256  # the harness's default
 # The harness's names of generation settings, which are transformers', and ours.

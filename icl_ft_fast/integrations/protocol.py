@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from icl_ft_fast.generate import Sampling
+from icl_ft_fast.engine.generate import Sampling
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]

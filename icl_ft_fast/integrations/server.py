@@ -21,8 +21,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from icl_ft_fast import encoding
-from icl_ft_fast.generate import GenerateError, Generation, end_tokens
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import GenerateError, Generation, end_tokens
+from icl_ft_fast.engine.score import ScoreError
 from icl_ft_fast.integrations.engine import (
     Answer,
     Choices,
@@ -48,8 +49,7 @@ from icl_ft_fast.integrations.protocol import (
     sampling,
     usage,
 )
-from icl_ft_fast.score import ScoreError
-from icl_ft_fast.templates import render_chat
+from icl_ft_fast.runtime.templates import render_chat
 
 STATUS = {EngineBusyError: 429, EngineClosedError: 503, ScoreError: 400, GenerateError: 400}
 

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from icl_ft_fast.printable import printable
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count
+from icl_ft_fast.runtime.printable import printable
 
 # CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
 LIGHT = {

@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from icl_ft_fast.compare import ANSWERING, Paired, Run, paired_tests
-from icl_ft_fast.cost.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
-from icl_ft_fast.cost.prices import Prices
-from icl_ft_fast.evaluate import Accuracy, Answer
-from icl_ft_fast.results import Results, read_results
-from icl_ft_fast.statistics import cluster_bootstrap
-from icl_ft_fast.sweep import Point
+from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
+from icl_ft_fast.study.compare import ANSWERING, Paired, Run, paired_tests
+from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.results import Results, read_results
+from icl_ft_fast.study.statistics import cluster_bootstrap
+from icl_ft_fast.study.sweep import Point
 
 ARM_TITLES = {
     "base": "base",

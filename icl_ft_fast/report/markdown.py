@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from icl_ft_fast.evaluate import Accuracy
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.study.evaluate import Accuracy
 
 
 def accuracy_table(studies: Sequence[Derived]) -> str:

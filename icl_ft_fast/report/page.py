@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from icl_ft_fast.cost.amortise import decide
-from icl_ft_fast.cost.ledger import HOW
-from icl_ft_fast.printable import printable
+from icl_ft_fast.engine.ledger import HOW
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.report.table import count, decision_text
+from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.amortise import decide
 
 FIGURES = {
     "wall_s": "wall s", "device_s": "device s", "request_tokens": "tokens asked", "forwarded_rows": "rows",

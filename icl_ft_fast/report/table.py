@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icl_ft_fast.compare import Run
-from icl_ft_fast.cost.amortise import BreakEven, Decision, Way
-from icl_ft_fast.evaluate import Accuracy, Answer
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
-from icl_ft_fast.statistics import brier, expected_calibration_error
+from icl_ft_fast.study.amortise import BreakEven, Decision, Way
+from icl_ft_fast.study.compare import Run
+from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.statistics import brier, expected_calibration_error
 
 CAPTION = (
     "Under an accuracy: Wilson's interval, then the bootstrap's over facts and seeds. Once: seconds of augmentation "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from icl_ft_fast.augment.prompts import Prompting
-from icl_ft_fast.evaluate import icl_context
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped.lessons import FAMILIES, GIVEN, STEPS, UNPREDICTABLE, Lesson, Segments, num_tokens
 from icl_ft_fast.tasks import words
 from icl_ft_fast.tasks.task import Document

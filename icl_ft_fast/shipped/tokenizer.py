@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from icl_ft_fast.augment.prompts import LABELS, Prompting
-from icl_ft_fast.evaluate import ICL_TEMPLATE
+from icl_ft_fast.engine.prompting import ICL_TEMPLATE
 from icl_ft_fast.tasks import semantic, syllogisms
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES
 from icl_ft_fast.tasks.words import CLOSES, OPENINGS

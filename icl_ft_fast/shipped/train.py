@@ -23,15 +23,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from icl_ft_fast import evaluate
-from icl_ft_fast.durable import replacing
-from icl_ft_fast.evaluate import icl_context, select_documents
+from icl_ft_fast.engine.model import Rows, from_network, load
+from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetune import distributed
-from icl_ft_fast.model import Rows, from_network, load
+from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.shipped import corpus
 from icl_ft_fast.shipped.curriculum import CURRICULUM, Stage
 from icl_ft_fast.shipped.lessons import DECISIVE, Segments
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
+from icl_ft_fast.study import evaluate
+from icl_ft_fast.study.evaluate import select_documents
 from icl_ft_fast.tasks.generated import GENERATORS
 
 DEFAULT_TOKENS = CURRICULUM[-1].until

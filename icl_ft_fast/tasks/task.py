@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, AnyStr, TypeVar
 
-from icl_ft_fast.durable import replacing
+from icl_ft_fast.runtime.durable import replacing
 
 LINE = 2**28  # bytes, or characters in other encodings than UTF-8: a line is shorter
 

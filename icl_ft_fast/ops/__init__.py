@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import icl_ft_fast._C as _C
-from icl_ft_fast import reference
-from icl_ft_fast.reference import accumulator
+from icl_ft_fast.ops import reference
+from icl_ft_fast.ops.reference import accumulator
 
 _DEVICES = ("cpu", "cuda")
 _PLANNED = ("cuda",)  # where attention's kernels walk over lists of tiles
@@ -461,7 +461,7 @@ def _triton(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         exact = arguments[0].dtype == torch.float64
-        served = reference if exact else import_module(f"icl_ft_fast.kernels.{module}")
+        served = reference if exact else import_module(f"icl_ft_fast.ops.triton.{module}")
         results: tuple[Tensor, ...] = getattr(served, name)(*arguments)
         return results
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from icl_ft_fast.compare import ANSWERING, SCHEMA_VERSION, Run
-from icl_ft_fast.cost.prices import first_error
-from icl_ft_fast.durable import digest
-from icl_ft_fast.sweep import Sweep
+from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.study.compare import ANSWERING, SCHEMA_VERSION, Run
+from icl_ft_fast.study.prices import first_error
+from icl_ft_fast.study.sweep import Sweep
 
 # Fields, at any depth, that two runs of one command fill differently: times, energies, resident memory, what of them
 # decided how much was measured, and how many workers they were measured beside.

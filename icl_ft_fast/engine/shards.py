@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icl_ft_fast import trie
-from icl_ft_fast.cache import Context
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import Work
-from icl_ft_fast.durable import digest
-from icl_ft_fast.executors import Task
-from icl_ft_fast.model import CHUNK_ROWS, Model, load_same
-from icl_ft_fast.score import LogLikelihood, loglikelihood, prefill, stored_context
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.flops import Work
+from icl_ft_fast.engine.kv_cache import Context
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model, load_same
+from icl_ft_fast.engine.score import LogLikelihood, loglikelihood, prefill, stored_context
+from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.runtime.executors import Task
 
 SHARD_ROWS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
 Request = tuple[list[int], list[int]]

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from icl_ft_fast import encoding
-from icl_ft_fast.contexts import load_context, save_context
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.meters import Meter
-from icl_ft_fast.model import Model
-from icl_ft_fast.score import TokenRequest, loglikelihood, prefill
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import load_context, save_context
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.score import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question
 
 BATCHES = (1, 8, 64)

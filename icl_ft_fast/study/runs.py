@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augment import Part
-from icl_ft_fast.compare import At, Planned, Settings, make_run, study_key
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.meters import Meter
-from icl_ft_fast.durable import Kept
-from icl_ft_fast.executors import Executor, ExecutorError, Ray, Task, Worker, follow, kept_in, run_kept
-from icl_ft_fast.model import Model, load
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import Model, load
+from icl_ft_fast.runtime.durable import Kept
+from icl_ft_fast.runtime.executors import Executor, ExecutorError, Ray, Task, Worker, follow, kept_in, run_kept
+from icl_ft_fast.study.compare import At, Planned, Settings, make_run, study_key
 
 PARTS = "parts"
 

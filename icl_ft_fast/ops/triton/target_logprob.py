@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.kernels.gpu import Cost, Gpu, accumulator, gpu
+from icl_ft_fast.ops.triton.gpu import Cost, Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan where a bias rules a whole tile out
 _PROGRAMS = 512  # row blocks times shares of the vocabulary: several for each multiprocessor of a large GPU

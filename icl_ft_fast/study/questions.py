@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from icl_ft_fast import encoding
-from icl_ft_fast.durable import Kept, digest
-from icl_ft_fast.evaluate import icl_context
-from icl_ft_fast.generate import RUNNING, Sampling, generate
-from icl_ft_fast.model import Model
-from icl_ft_fast.score import score
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import RUNNING, Sampling, generate
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.score import score
+from icl_ft_fast.runtime.durable import Kept, digest
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 

@@ -12,24 +12,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from icl_ft_fast import encoding, statistics
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.model import Model
-from icl_ft_fast.score import Score, score
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
+from icl_ft_fast.engine.score import Score, score
+from icl_ft_fast.study import statistics
 from icl_ft_fast.tasks.task import Document, Question
-from icl_ft_fast.templates import render_chat
 
-ICL_TEMPLATE = "Documents:\n{documents}\n\nGiven these documents: {prompt}"
-CHAT_WITH_DOCUMENTS = "Documents:\n{documents}\n\nGiven these documents, complete the statement."
-CHAT_WITHOUT_DOCUMENTS = "Complete the statement."
 # A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or less its log-likelihood
 # after nothing at all (pointwise mutual information with the prompt and the documents).
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
-
-
-class ProtocolError(ValueError):
-    """A way of asking that cannot be followed; the message names the argument."""
 
 
 @dataclass(frozen=True)
@@ -199,46 +193,6 @@ def fit_documents(model: Model, documents: Sequence[Document], tokens: int, temp
             f"icl_tokens: no document fits {tokens} tokens: the template takes {around}, the shortest {min(lengths)}"
         )
     return kept
-
-
-def icl_context(documents: Sequence[Document], template: str = ICL_TEMPLATE) -> str:
-    """What stands before each prompt when the documents are given in context; the template ends in {prompt}."""
-    listed = "\n".join(f"- {document.text}" for document in documents)
-    return template.removesuffix("{prompt}").replace("{documents}", listed)
-
-
-def prompt_context(model: Model, documents: Sequence[Document], template: str = "base") -> str:
-    """What stands before each prompt, with documents or, if there are none, without.
-
-    Args:
-        model: whose tokenizer's chat template is used, if `template` asks for it.
-        documents: to be read in context; may be empty.
-        template: "base" (ICL_TEMPLATE, nothing without documents), "chat" (documents and a request in the user's
-            turn, the question begins the assistant's), or a text of one's own that holds {documents} and ends in
-            {prompt} (nothing without documents).
-
-    Raises:
-        ProtocolError: a text without {documents} or a last {prompt}, or a tokenizer without a chat template.
-    """
-    if template == "chat":
-        if not getattr(model.tokenizer, "chat_template", None):
-            raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")
-        request = icl_context(documents, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
-        turn = [{"role": "user", "content": request}]
-        return render_chat(model.tokenizer, turn)
-    text = check_template(template)
-    return icl_context(documents, text) if documents else ""
-
-
-def check_template(template: str) -> str:
-    """The text that a template other than "chat" stands for; raises ProtocolError."""
-    text = ICL_TEMPLATE if template == "base" else template
-    if text.count("{documents}") != 1 or text.count("{prompt}") != 1 or not text.endswith("{prompt}"):
-        raise ProtocolError(
-            "template: expected base, chat or a text with one {documents} that ends in its only {prompt}, "
-            f"got {template[:60]!r}"
-        )
-    return text
 
 
 def evaluate(

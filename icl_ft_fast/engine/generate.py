@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from icl_ft_fast import encoding, trie
-from icl_ft_fast.cache import KVStack
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
-from icl_ft_fast.model import CHUNK_ROWS, Model, Rows
+from icl_ft_fast.engine import encoding, trie
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model, Rows
 
 RUNNING = 64  # sequences decoded together; bounds the stack, and on the CPU more at a time is not faster
 OPEN = 2**31 - 1  # the end of a row that rows to come may see

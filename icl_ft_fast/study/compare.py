@@ -21,15 +21,18 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from icl_ft_fast import augment, encoding, evaluate, statistics, sweep
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
-from icl_ft_fast.cost.machine import Ceilings, fingerprint
-from icl_ft_fast.cost.meters import Meter
-from icl_ft_fast.durable import Kept, digest, replacing
+from icl_ft_fast import augment
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.machine import Ceilings, fingerprint
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.model import Model
+from icl_ft_fast.runtime.durable import Kept, digest, replacing
+from icl_ft_fast.study import evaluate, statistics, sweep
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
@@ -53,7 +56,7 @@ class Settings:
         icl_subsample: of those, one in this many.
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
-        template: of the prompt, see evaluate.prompt_context.
+        template: of the prompt, see prompt_context.
         strategy, samples: of augmented-ft, see augment.parts_of().
         finetune: steps, batch size, learning rate.
     """
@@ -213,7 +216,7 @@ def plan(
     for seed in settings.seeds:
         task = task_of_seed(seed)
         if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
-            raise evaluate.ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
+            raise ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
         content = digest(identity, asdict(task))
         for arm in settings.arms:
             key = digest(content, arm, seed, arm == "icl" and has_store)
@@ -235,7 +238,7 @@ def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, prog
     task, arm, seed = planned.task, planned.arm, planned.seed
     ledger, store = Ledger(meter=Meter(model.device)), None
     documents: list[Document] = []
-    context = evaluate.prompt_context(model, documents, settings.template)
+    context = prompt_context(model, documents, settings.template)
     notes: dict[str, Any] = {}
     losses: tuple[float, ...] = ()
     samples: list[Sample] = []
@@ -311,7 +314,7 @@ def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tup
     chosen = len(documents)
     if settings.icl_tokens is not None:
         documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)
-    return documents, evaluate.prompt_context(model, documents, settings.template), chosen - len(documents)
+    return documents, prompt_context(model, documents, settings.template), chosen - len(documents)
 
 
 def measure(

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from icl_ft_fast.cost.flops import Work
-from icl_ft_fast.cost.meters import Meter, Reading
+from icl_ft_fast.engine.flops import Work
+from icl_ft_fast.engine.meters import Meter, Reading
 
 COUNTS = (
     "request_tokens", "forwarded_rows", "reused_rows", "head_rows", "scored_tokens", "decoded_tokens", "trained_tokens",

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.kernels.gpu import Cost, Gpu, accumulator, gpu
+from icl_ft_fast.ops.triton.gpu import Cost, Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
 _INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from icl_ft_fast.model import Model
+from icl_ft_fast.engine.model import Model
 
 
 @dataclass(frozen=True)

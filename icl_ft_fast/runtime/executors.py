@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from icl_ft_fast.durable import Kept, locked
+from icl_ft_fast.runtime.durable import Kept, locked
 
 Worker = Callable[[Any], Any]
 _FOREVER = timedelta(weeks=52)

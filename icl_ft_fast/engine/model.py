@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from icl_ft_fast import ops, trie
-from icl_ft_fast.cache import KVStack
-from icl_ft_fast.memory import Footprint, Memory, live_bytes, parse_bytes
+from icl_ft_fast import ops
+from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
 CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
 BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
-SHIPPED_FOLDER = Path(__file__).parent / "shipped" / "model"
+SHIPPED_FOLDER = Path(__file__).parents[1] / "shipped" / "model"
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
 UNSERVED = {

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from icl_ft_fast.cache import Context, KVStack
-from icl_ft_fast.durable import locked, replacing
-from icl_ft_fast.model import Model
+from icl_ft_fast.engine.kv_cache import Context, KVStack
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.durable import locked, replacing
 
 FORMAT = "icl_ft_fast context 1"
 _PROMISED: dict[str, type] = {

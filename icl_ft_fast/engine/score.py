@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from icl_ft_fast import encoding, memory, trie
-from icl_ft_fast.cache import Context, KVStack, common_tokens
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.cost import Ledger
-from icl_ft_fast.cost.flops import work_of
-from icl_ft_fast.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine import encoding, memory, trie
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.kv_cache import Context, KVStack, common_tokens
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_ROWS, Model
 from icl_ft_fast.tasks.task import Question
 
 _log = logging.getLogger(__name__)

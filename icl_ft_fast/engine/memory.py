@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from icl_ft_fast import trie
+from icl_ft_fast.engine import trie
 
 SHARE = 0.9  # of what is free, where no limit is given
 LEAST_ROWS = 32  # of a chunk; rather than go below, the stack is spilled

@@ -1,0 +1,1 @@
+"""Processes, machines and files that survive; knows nothing of models."""
