@@ -15,7 +15,17 @@ from pathlib import Path
 from benchmarks.timing import Row, append_csv, machine, record
 
 # Each is a module of this package with run(quick) -> list[Row], which checks its results before it times them.
-SUITES = ("target_logprob", "trie", "trie_attention", "score", "invariant", "generate", "serve", "finetune", "memory")
+SUITES = (
+    "target_logprob",
+    "trie",
+    "trie_attention",
+    "score",
+    "batch_invariant",
+    "generate",
+    "serve",
+    "finetune",
+    "memory",
+)
 
 
 def main() -> None:
@@ -38,7 +48,7 @@ def main() -> None:
 
     rows: list[Row] = []
     for suite in args.suite or SUITES:
-        options = {"data": args.data} if suite in ("score", "invariant") else {}
+        options = {"data": args.data} if suite in ("score", "batch_invariant") else {}
         measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured

@@ -30,9 +30,13 @@ from icl_ft_fast.tasks.semantic import semantic_structure
 
 BATCH = 8
 NARROW = {
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def run(quick: bool) -> list[Row]:
@@ -104,15 +108,30 @@ class _Case:
 
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = trl.SFTConfig(
-                output_dir=folder, max_steps=self._steps, per_device_train_batch_size=BATCH, weight_decay=0.0,
-                learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
-                use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=None,
-                train_sampling_strategy="sequential", dataloader_pin_memory=False,
-            )  # fmt: skip
+                output_dir=folder,
+                max_steps=self._steps,
+                per_device_train_batch_size=BATCH,
+                weight_decay=0.0,
+                learning_rate=1e-4,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
+                max_length=None,
+                train_sampling_strategy="sequential",
+                dataloader_pin_memory=False,
+            )
             trainer = trl.SFTTrainer(
-                model=self._network, args=arguments, processing_class=self._tokenizer, callbacks=[Clock()],
+                model=self._network,
+                args=arguments,
+                processing_class=self._tokenizer,
+                callbacks=[Clock()],
                 train_dataset=datasets.Dataset.from_list([{"text": text} for text in self._taken]),
-            )  # fmt: skip
+            )
             trainer.remove_callback(transformers.PrinterCallback)
 
         def call() -> tuple[list[float], list[float]]:

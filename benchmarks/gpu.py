@@ -48,11 +48,16 @@ from icl_ft_fast.ops import reference
 
 OURS, HEADS, KV_HEADS = "icl_ft_fast", 32, 8
 PER_MS = {"TFLOP/s": 1e-9, "GB/s": 1e-6, "tokens/s": 1e3}  # of one unit of work a millisecond
-CHUNK_ROWS = 4096  # rows forwarded at a time; the package's own default is also measured
+CHUNK_TOKENS = 4096  # rows forwarded at a time; the package's own default is also measured
 LLAMA_8B = {
-    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 131_072,
-}  # fmt: skip
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 131_072,
+}
 TOY = LLAMA_8B | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
 TESTS = {True: ["-m", "gpu", "tests/test_gpu.py", "tests/test_kernels.py"], False: ["tests/test_statistics.py"]}
@@ -90,9 +95,17 @@ class Bench:
         return torch.randn(*shape, generator=generator, device=self.device, dtype=torch.bfloat16)
 
     def measure(
-        self, case: str, variants: Variants, work: float, unit: str, *, sample: dict[str, float] | None = None,
-        rounds: int = 7, seconds: float = 0.4, peak: bool = False,
-    ) -> dict[str, Row]:  # fmt: skip
+        self,
+        case: str,
+        variants: Variants,
+        work: float,
+        unit: str,
+        *,
+        sample: dict[str, float] | None = None,
+        rounds: int = 7,
+        seconds: float = 0.4,
+        peak: bool = False,
+    ) -> dict[str, Row]:
         """Time the variants that run, tell each row, return them; `sample`: the share of the work that one does."""
         calls: dict[str, Callable[[], Any]] = {}
         for variant, call in variants.items():
@@ -108,9 +121,12 @@ class Bench:
                 self.tell(Note(case, variant, _first_lines(error)))
         found = {}
         timings = measure(
-            calls, device=self.device, min_rounds=1 if self.small else rounds, seconds=0.0 if self.small else seconds,
+            calls,
+            device=self.device,
+            min_rounds=1 if self.small else rounds,
+            seconds=0.0 if self.small else seconds,
             warm_up=False,
-        )  # fmt: skip
+        )
         for variant, t in timings.items():
             share = (sample or {}).get(variant, 1.0)
             ms = [x / share for x in (t.ms, t.p20_ms, t.p80_ms)]
@@ -304,8 +320,11 @@ def tests(bench: Bench) -> None:
     with log.open("w") as file:  # -W default: what another version deprecates is no fault of a kernel
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", *spread, *TESTS[bench.cuda]],
-            stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1], check=False,
-        )  # fmt: skip
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[1],
+            check=False,
+        )
     ms, last = 1e3 * (time.perf_counter() - start), log.read_text().rstrip().rpartition("\n")[2]
     passed = re.search(r"(\d+) passed", last)
     bench.tell(Row("gpu", "tests", "pytest", ms, ms, ms, float(passed[1]) if passed else 0.0, "passed"))
@@ -339,8 +358,8 @@ def _case(bench: Bench, context: list[int], prompts: list[list[int]], tokens: in
     return score.Case(_model(bench), "", [], requests, context, prompts, choices)
 
 
-def _logp(case: score.Case, rows: int = CHUNK_ROWS, ledger: iff.Ledger | None = None) -> list[float]:
-    return [r.logp for r in iff.loglikelihood(case.model, case.requests, chunk_rows=rows, ledger=ledger)]
+def _logp(case: score.Case, rows: int = CHUNK_TOKENS, ledger: iff.Ledger | None = None) -> list[float]:
+    return [r.logp for r in iff.loglikelihood(case.model, case.requests, chunk_tokens=rows, ledger=ledger)]
 
 
 def _check_logp(name: str, ours: list[float], theirs: list[float]) -> None:
@@ -386,8 +405,8 @@ def mmlu(bench: Bench) -> None:
     rivals = {f"hf as lm-eval, batch {size}": functools.partial(forwards, size) for size in batch_sizes}
     variants: Variants = {
         OURS: functools.partial(_logp, case),
-        f"{OURS}, default chunks": functools.partial(_logp, case, score.CHUNK_ROWS),
-        "floor": score.floor(case, CHUNK_ROWS),
+        f"{OURS}, default chunks": functools.partial(_logp, case, score.CHUNK_TOKENS),
+        "floor": score.floor(case, CHUNK_TOKENS),
         **rivals,
     }
     name = f"MMLU-like: {subjects} x {each:,} questions x 4 behind {shots} tokens"
@@ -401,10 +420,10 @@ def long_context(bench: Bench) -> None:
     context, *prompts = _ids(bench, 0, [length, *[20] * questions])
     case, ledger = _case(bench, context, prompts, 5), iff.Ledger()
     ours = _logp(case, ledger=ledger)
-    variants: Variants = {OURS: functools.partial(_logp, case), "floor": score.floor(case, CHUNK_ROWS)}
+    variants: Variants = {OURS: functools.partial(_logp, case), "floor": score.floor(case, CHUNK_TOKENS)}
     name = f"long context: {questions:,} questions x 4 over {length:,} tokens"
     found = bench.measure(name, variants, ledger.flops, "TFLOP/s", rounds=2, seconds=0)
-    peer = score.kv_loop(case, sample, chunk_rows=CHUNK_ROWS)
+    peer = score.kv_loop(case, sample, chunk_tokens=CHUNK_TOKENS)
     _check_logp(name, ours, [x for its in peer.logp for x in its])
     ms = 1e3 * (peer.once + statistics.median(peer.seconds) * questions)
     rate = ledger.flops / ms * PER_MS["TFLOP/s"]
@@ -443,8 +462,19 @@ def decode(bench: Bench) -> None:
     for by, together in ((OURS, prompts), ("transformers", sample)):
         step_ms = max(1e-3, ms[1][by].ms - ms[0][by].ms) * together / steps
         rate = weights / step_ms * PER_MS["GB/s"]
-        bench.tell(Row("gpu", f"step: of {name}", f"{by}, {together} at a time", step_ms, step_ms, step_ms, rate,
-                       "GB/s", bench.percent(rate, "GB/s")))  # fmt: skip
+        bench.tell(
+            Row(
+                "gpu",
+                f"step: of {name}",
+                f"{by}, {together} at a time",
+                step_ms,
+                step_ms,
+                step_ms,
+                rate,
+                "GB/s",
+                bench.percent(rate, "GB/s"),
+            )
+        )
 
 
 def lora_step(bench: Bench) -> None:

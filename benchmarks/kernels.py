@@ -59,7 +59,7 @@ class Built(NamedTuple):
 
     registers: int
     shared_bytes: int
-    spilled_bytes: int
+    offloaded_bytes: int
     matrix: int  # instructions of the matrix units: of sm_90 wgmma, of sm_100 tcgen05
     older_matrix: int  # of these two the others, mma.sync
     wide_loads: int  # of 16 bytes, from global memory
@@ -159,9 +159,9 @@ def build(launch: Launch) -> Built:
     compiled = triton.compile(source, target=TARGETS[launch.target][0], options=launch.options)
     if launch.target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{x}:\s+(\d+)", text)[1]) for x in ("vgpr_count", "vgpr_spill_count"))
+        registers, offloaded = (int(re.search(rf"\.{x}:\s+(\d+)", text)[1]) for x in ("vgpr_count", "vgpr_spill_count"))
         matrix, wide = (len(re.findall(x, text)) for x in ("v_mfma", "(?:global|buffer)_load_dwordx4"))
-        return Built(registers, compiled.metadata.shared, 4 * spilled, matrix, 0, wide)
+        return Built(registers, compiled.metadata.shared, 4 * offloaded, matrix, 0, wide)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -194,7 +194,7 @@ def main() -> int:
         return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
-    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'older':>6}{'16 bytes':>9}")
+    print(f"{'registers':>10}{'shared':>9}{'offloaded':>8}{'matrix':>7}{'older':>6}{'16 bytes':>9}")
     faults = 0
     with ProcessPoolExecutor(2) as pool:
         for launch, built in zip(chosen, pool.map(build, chosen), strict=True):
@@ -206,7 +206,7 @@ def main() -> int:
                 f"{launch.target:8}{launch.op + launch.kernel:29}{launch.case:24}{shape:>12}{warps:>6}{stages:>7}",
                 end="",
             )
-            print(f"{built.registers:10}{built.shared_bytes:9}{built.spilled_bytes:8}{built.matrix:7}", end="")
+            print(f"{built.registers:10}{built.shared_bytes:9}{built.offloaded_bytes:8}{built.matrix:7}", end="")
             print(f"{built.older_matrix:6}{built.wide_loads:9}", end="")
             print("  <--" if fault else "", flush=True)
     print(f"{len(chosen)} compiled, {faults} not as they should be")
@@ -254,8 +254,8 @@ def faulty(launch: Launch, built: Built) -> bool:
     threads = launch.options.get("num_warps", 4) * TARGETS[launch.target][0].warp_size
     registers = 65_536 if TARGETS[launch.target][0].backend == "cuda" else 131_072
     over = built.shared_bytes > TARGETS[launch.target][1] or built.registers * threads > registers
-    if over or built.spilled_bytes or "PRECISION" not in launch.constexprs:  # the last: no product
-        return over or built.spilled_bytes > 0
+    if over or built.offloaded_bytes or "PRECISION" not in launch.constexprs:  # the last: no product
+        return over or built.offloaded_bytes > 0
     largest = max(launch.constexprs.get(name, 0) for name in ("BLOCK_D", "BLOCK_DV"))
     older = "float32" in launch.case and (launch.target != "sm_90" or largest > 128)  # mma.sync is allowed
     return not built.wide_loads or not built.matrix + built.older_matrix or (built.older_matrix > 0 and not older)

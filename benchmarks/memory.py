@@ -39,7 +39,7 @@ class Case:
     shape: dict[str, Any]
     limit_mb: int | None = None  # beyond what the process holds before
     kv_dtype: str | None = None
-    chunk_rows: int = 512
+    chunk_tokens: int = 512
 
     @property
     def tokens(self) -> int:
@@ -119,7 +119,7 @@ def _score(case: Case) -> dict[str, Any]:
     model = replace(model, memory=Memory(limit, case.kv_dtype))
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back
     begun = time.perf_counter()
-    results = loglikelihood(model, requests, chunk_rows=case.chunk_rows)
+    results = loglikelihood(model, requests, chunk_tokens=case.chunk_tokens)
     ms = (time.perf_counter() - begun) * 1e3
     (need,) = needs
     return {
@@ -128,7 +128,7 @@ def _score(case: Case) -> dict[str, Any]:
         "ms": ms,
         "rows": need.rows,
         "capacity": need.capacity,
-        "spilled_bytes": need.spilled_bytes,
+        "offloaded_bytes": need.offloaded_bytes,
         "held_bytes": need.held_bytes,
         "kv_bytes": need.kv_bytes,
         "activation_bytes": need.activation_bytes,

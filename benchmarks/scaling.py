@@ -31,7 +31,7 @@ from benchmarks.timing import machine
 from icl_ft_fast.engine import encoding, shards
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.runtime.executors import InProcess, Task, Torchrun, pull, run_kept
+from icl_ft_fast.runtime.executors import InProcess, Task, Torchrun, pull, run_journaled
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 MEASURED = readme.RESULTS / "scaling.json"
@@ -54,9 +54,14 @@ class Costs:
 
 
 def simulate(
-    tasks: Sequence[Task], seconds: Sequence[float], stem_seconds: Mapping[str, float], workers: int,
-    *, startup_s: float = 0.0, pull_s: float = 0.0,
-) -> float:  # fmt: skip
+    tasks: Sequence[Task],
+    seconds: Sequence[float],
+    stem_seconds: Mapping[str, float],
+    workers: int,
+    *,
+    startup_s: float = 0.0,
+    pull_s: float = 0.0,
+) -> float:
     """Seconds until the last of so many workers ends.
 
     Args:
@@ -241,7 +246,7 @@ def worker(folder: Path, began: float) -> None:
     tasks = shards.tasks_of(requests, cuts, work, {"model": model.fingerprint()})
     startup_s, start = time.time() - began, time.perf_counter()
     kept = folder / f"shards-{getattr(executor, 'size', 1)}"
-    with run_kept(executor, lambda: shards.Scorer(model), tasks, kept) as results:
+    with run_journaled(executor, lambda: shards.Scorer(model), tasks, kept) as results:
         if results is None:
             return
         rows = []

@@ -26,21 +26,29 @@ from benchmarks.peers import Job, PeerMissingError, Sample, interpreter
 from benchmarks.timing import Row, measure
 from icl_ft_fast import ops
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Question, read_documents, read_questions
 
 SIZES = {
     "30M": {
-        "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 8000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     "135M": {
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
     },
-}  # fmt: skip
+}
 DTYPES = ("bfloat16", "float32")
 # A peer's log-likelihoods may differ from ours by this share of their size: rounding alone. llama.cpp's differ more the
 # later the position, in float32 too (1e-5 at 5 tokens, 1e-3 at 3,000, 2e-2 at 6,700).
@@ -129,7 +137,7 @@ def _ours(name: str, case: Case) -> list[Row]:
 
     def prepare() -> None:
         pairs = [(case.text + question.prompt, choice) for question in case.questions for choice in question.choices]
-        trie.plan(trie.build_from_lists(encoding.encode_pairs(case.model.tokenizer, pairs)), CHUNK_ROWS)
+        trie.plan(trie.build_from_lists(encoding.encode_pairs(case.model.tokenizer, pairs)), CHUNK_TOKENS)
 
     ledger = iff.Ledger()
     iff.score(case.model, case.questions, context=case.text, ledger=ledger)
@@ -145,10 +153,10 @@ def _ours(name: str, case: Case) -> list[Row]:
     return rows
 
 
-def floor(case: Case, chunk_rows: int = CHUNK_ROWS) -> Callable[[], None]:
+def floor(case: Case, chunk_tokens: int = CHUNK_TOKENS) -> Callable[[], None]:
     """The matrix products of the rows the engine forwards, its attention calls and its head calls; nothing else."""
     model = case.model
-    plan = trie.plan(trie.build_from_lists(case.requests), chunk_rows)
+    plan = trie.plan(trie.build_from_lists(case.requests), chunk_tokens)
     config, dtype, device = model.network.config, model.head.weight.dtype, model.device
     size = config.hidden_size // config.num_attention_heads
     generator = torch.Generator(device).manual_seed(0)
@@ -158,9 +166,9 @@ def floor(case: Case, chunk_rows: int = CHUNK_ROWS) -> Callable[[], None]:
 
     head = model.network.get_output_embeddings()
     weights = [m.weight for m in model.network.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    inputs = {width: random(chunk_rows, width) for width in {w.shape[1] for w in weights}}
+    inputs = {width: random(chunk_tokens, width) for width in {w.shape[1] for w in weights}}
     k, v = random(2, plan.capacity, config.num_key_value_heads, size).unbind()
-    q = random(chunk_rows, config.num_attention_heads, size)
+    q = random(chunk_tokens, config.num_attention_heads, size)
     chunks = []
     for chunk in plan.chunks:
         row = torch.arange(chunk.stack_rows, len(chunk.end_k), dtype=torch.int32, device=device)
@@ -221,7 +229,7 @@ def _ask(peer: str, job: Job, folder: Path) -> Sample:
 
 
 @torch.inference_mode()
-def kv_loop(case: Case, sample: int, *, chunk_rows: int = CHUNK_ROWS) -> Sample:
+def kv_loop(case: Case, sample: int, *, chunk_tokens: int = CHUNK_TOKENS) -> Sample:
     """What a good user writes: read the context once, expand its cache to the choices, batch them, crop, go on."""
     network: Any = case.model.network
     network.set_attn_implementation("sdpa")
@@ -229,8 +237,8 @@ def kv_loop(case: Case, sample: int, *, chunk_rows: int = CHUNK_ROWS) -> Sample:
         start = time.perf_counter()
         cache = DynamicCache(config=network.config)
         ids = torch.tensor([case.context], device=network.device)
-        for first in range(0, ids.shape[1], chunk_rows):
-            output = network(ids[:, first : first + chunk_rows], past_key_values=cache, logits_to_keep=1)
+        for first in range(0, ids.shape[1], chunk_tokens):
+            output = network(ids[:, first : first + chunk_tokens], past_key_values=cache, logits_to_keep=1)
         width = len(case.choices[0])
         cache.batch_repeat_interleave(width)
         output.logits.max().item()  # which is there when the device is done

@@ -158,10 +158,10 @@ icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::a
 }
 
 void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
-                    const py::array& row, const py::array& target, float scale, float softcap, bool invariant, int isa,
-                    int num_threads, py::array logp, py::array is_argmax, py::array lse) {
+                    const py::array& row, const py::array& target, float scale, float softcap, bool batch_invariant,
+                    int isa, int num_threads, py::array logp, py::array is_argmax, py::array lse) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
-    args.invariant = invariant;
+    args.batch_invariant = batch_invariant;
     args.logp = output<float, 1>(logp, "logp", {args.num_targets});
     args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.num_targets});
     py::gil_scoped_release release;
@@ -210,7 +210,7 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
 icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array& k, const py::array& v,
                                             const py::array& row_q, const py::array& end_k, const py::array& depth_q,
                                             const py::array& depth_k, const std::optional<py::array>& sinks,
-                                            float scale, int32_t window, float softcap, bool invariant, int isa,
+                                            float scale, int32_t window, float softcap, bool batch_invariant, int isa,
                                             py::array& out, py::array& lse) {
     icl::TrieAttention arguments{};
     const bool bf16 = arguments.bf16 = is_bfloat16(q);
@@ -238,7 +238,7 @@ icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array&
     arguments.scale = scale;
     arguments.softcap = softcap;
     arguments.window = window;
-    arguments.invariant = invariant;
+    arguments.batch_invariant = batch_invariant;
     arguments.out = bf16 ? static_cast<void*>(output<int16_t, 3>(out, "out", {T, H, arguments.Dv}))
                          : output<float, 3>(out, "out", {T, H, arguments.Dv});
     arguments.lse = output<float, 2>(lse, "lse", {T, H});
@@ -248,10 +248,10 @@ icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array&
 
 void trie_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
                     const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
-                    const std::optional<py::array>& sinks, float scale, int32_t window, float softcap, bool invariant,
-                    int isa, py::array out, py::array lse) {
+                    const std::optional<py::array>& sinks, float scale, int32_t window, float softcap,
+                    bool batch_invariant, int isa, py::array out, py::array lse) {
     const auto arguments = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window,
-                                                    softcap, invariant, isa, out, lse);
+                                                    softcap, batch_invariant, isa, out, lse);
     py::gil_scoped_release release;
     icl::trie_attention(arguments);
 }

@@ -75,7 +75,7 @@ int choose_isa(int isa);
 // targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
 // threads.
 struct TargetLogprob {
-    bool bfloat16, invariant;
+    bool bfloat16, batch_invariant;
     const void* hidden;  // [R, E]
     int64_t hidden_stride[2];
     const void* weight;  // [V, E]
@@ -107,7 +107,7 @@ void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradi
 
 // icl_ft_fast/ops/__init__.py says what each means. Elements are bfloat16 or float, strides are counted in them.
 struct TrieAttention {
-    bool bf16, invariant;
+    bool bf16, batch_invariant;
     int64_t T, S, H, G, D, Dv;
     const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
     int64_t q_strides[3], k_strides[3], v_strides[3];

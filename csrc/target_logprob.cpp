@@ -18,7 +18,7 @@ template <class K, class Source>
 class Head {
 public:
     Head(const TargetLogprob& args, Arena& arena)
-        : a(args), dot(a.num_rows <= kDotRows && !a.invariant), depth(round_up(a.width, K::kUnit)) {
+        : a(args), dot(a.num_rows <= kDotRows && !a.batch_invariant), depth(round_up(a.width, K::kUnit)) {
         direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
         depth_step = std::max<int64_t>(K::kUnit, direct ? std::min(depth, kDepth) : std::min(depth, kPackedDepth));
         const int64_t row_bytes = std::max<int64_t>(1, depth) * sizeof(Element);

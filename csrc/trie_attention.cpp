@@ -13,7 +13,7 @@ void trie_attention(const TrieAttention& arguments) {
     const int64_t threads = max_threads();
     // As few items as keep the threads evenly busy; how tiles are grouped changes no bit of the result.
     const int64_t tiles = (problem.T * (problem.H / problem.G) + kQueries - 1) / kQueries;
-    const int64_t outs = problem.invariant ? 2 : 1;
+    const int64_t outs = problem.batch_invariant ? 2 : 1;
     const int64_t state = sizeof(float) * kQueries * (problem.factors + outs * problem.Dv);
     const int64_t most = std::clamp<int64_t>(kMaxStateBytes / std::max<int64_t>(1, state), 1, kMaxTiles);
     const int64_t per_item = std::clamp<int64_t>(tiles * problem.G / (4 * threads), 1, most);

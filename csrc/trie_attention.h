@@ -113,7 +113,7 @@ inline Problem describe(const TrieAttention& arguments, int64_t per_factor) {
             tile.ends.include(problem.end_k[j]);
             tile.depths.include(problem.depth_k[j]);
         }
-        if (problem.window || problem.invariant) require_range("depth_k", tile.depths.least, 0);
+        if (problem.window || problem.batch_invariant) require_range("depth_k", tile.depths.least, 0);
         problem.key_tiles.push_back(tile);
     }
     return problem;

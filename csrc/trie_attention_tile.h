@@ -198,7 +198,7 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
         for (int64_t i = 0; i < problem.factors * kQueries; ++i) tile.q[i] ^= PAIRS ? 0x80008000 : 0x80000000;
     }
     std::fill_n(tile.out, problem.Dv * kVectors, Floats{});
-    if (problem.invariant) {
+    if (problem.batch_invariant) {
         std::fill_n(tile.open_total, kQueries, 0.0f);
         std::fill_n(tile.open, problem.Dv * kVectors, Floats{});
     }
@@ -457,13 +457,13 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
     Factor* v = reinterpret_cast<Factor*>(take(kKeys * problem.Dv));
     Floats* scores = reinterpret_cast<Floats*>(take(kKeys * kQueries));
     Tile tiles[kMaxTiles];
-    const auto pack_v = problem.invariant ? pack_values<false, T> : pack_values<PAIRS, T>;
-    const auto attend_to = problem.invariant ? attend_tile_in_order : attend_tile;
+    const auto pack_v = problem.batch_invariant ? pack_values<false, T> : pack_values<PAIRS, T>;
+    const auto attend_to = problem.batch_invariant ? attend_tile_in_order : attend_tile;
     Range rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
         tiles[i].q = reinterpret_cast<Factor*>(take(problem.factors * kQueries));
         tiles[i].out = reinterpret_cast<Floats*>(take(problem.Dv * kQueries));
-        tiles[i].open = problem.invariant ? reinterpret_cast<Floats*>(take(problem.Dv * kQueries)) : nullptr;
+        tiles[i].open = problem.batch_invariant ? reinterpret_cast<Floats*>(take(problem.Dv * kQueries)) : nullptr;
         load_tile<T>(problem, g, (first_tile + i) * kQueries, tiles[i]);
         rows.include(tiles[i].rows.least);
         rows.include(tiles[i].rows.greatest);
@@ -482,7 +482,7 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
         }
     }
     for (int64_t i = 0; i < num_tiles; ++i) {
-        if (problem.invariant) close_group(problem, tiles[i], nullptr);
+        if (problem.batch_invariant) close_group(problem, tiles[i], nullptr);
         store_tile<T>(problem, g, tiles[i]);
     }
 }

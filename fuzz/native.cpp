@@ -222,7 +222,7 @@ void fuzz_attention(FuzzedDataProvider& data) {
     a.softcap = data.ConsumeBool() ? 0 : wild ? std::abs(data.ConsumeFloatingPoint<float>()) : 2;
     a.window = data.ConsumeBool() ? 0 : wild ? data.ConsumeIntegral<int32_t>() : 5;
     a.isa = data.ConsumeIntegralInRange(0, icl::best_isa());
-    a.invariant = data.ConsumeBool();
+    a.batch_invariant = data.ConsumeBool();
     a.out = out.at.get();
     a.lse = lse.at.get();
     if (a.T > T || a.H > H) {  // only sizes that must be refused may be larger than the arrays
@@ -280,7 +280,7 @@ void fuzz_head(FuzzedDataProvider& data) {
     a.softcap = data.ConsumeBool() ? 0 : wild ? std::abs(data.ConsumeFloatingPoint<float>()) : 3;
     a.isa = data.ConsumeIntegralInRange(0, icl::best_isa());
     a.num_threads = data.ConsumeIntegral<int32_t>();
-    a.invariant = data.ConsumeBool();
+    a.batch_invariant = data.ConsumeBool();
     a.logp = logp.at.get(), a.is_argmax = is_argmax.at.get(), a.lse = lse.at.get();
     require(icl::target_logprob_workspace_bytes(a) > 0);
     icl::target_logprob(a);

@@ -29,7 +29,7 @@ from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
 from icl_ft_fast.finetune import loop
-from icl_ft_fast.runtime.durable import Journal, Kept
+from icl_ft_fast.runtime.durable import Journal, ResultJournal
 from icl_ft_fast.study import sweep
 from icl_ft_fast.study.results import read_results, unmeasured
 
@@ -48,7 +48,7 @@ COMMANDS = {
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
     "augment": "--task ../task --strategy document --template ../short.jinja --max-new-tokens 6 "
     "--samples 4 --temperature 1 --near-duplicates 1 --out out",
-    "score": "--questions ../task/questions.jsonl --documents ../task/documents.jsonl --shard-rows 1 "
+    "score": "--questions ../task/questions.jsonl --documents ../task/documents.jsonl --shard-tokens 1 "
     "--out out/scores.jsonl",
 }
 # Two numbers that outlive a child: moments so far, training steps so far.
@@ -157,7 +157,7 @@ def readable(command: str, out: Path) -> None:
     if command == "compare" and (out / "results.json").exists():
         read_results(out / "results.json")
     if command == "compare":
-        Kept(out / "kept.jsonl")
+        ResultJournal(out / "kept.jsonl")
     for checkpoint in out.glob("checkpoint-*"):
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=checkpoint, check=True)
 

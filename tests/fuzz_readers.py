@@ -52,12 +52,14 @@ def seeds() -> Path:
     """A folder of good files for each reader; numbers are taken from the end of an input, bytes from its beginning."""
     folder = FOLDER / "seeds"
     folder.mkdir()
-    for f, content in enumerate((
-        b'id,text,topic\na,"b ""c""",\n,d,e\n',
-        b"prompt,choice1,choice2,answer,also_correct\na,b,c,0,1\nd,e,,,\n",
-        b'{"id": "a", "text": "b \\u00fc", "topic": null}\n{"text": "c"}\n',
-        b'{"id": "a", "prompt": "b", "choices": ["c", "d"], "answer": 1, "also_correct": [0], "form": "f"}\n',
-    )):  # fmt: skip
+    for f, content in enumerate(
+        (
+            b'id,text,topic\na,"b ""c""",\n,d,e\n',
+            b"prompt,choice1,choice2,answer,also_correct\na,b,c,0,1\nd,e,,,\n",
+            b'{"id": "a", "text": "b \\u00fc", "topic": null}\n{"text": "c"}\n',
+            b'{"id": "a", "prompt": "b", "choices": ["c", "d"], "answer": 1, "also_correct": [0], "form": "f"}\n',
+        )
+    ):
         for reader in range(4):
             for suffix in range(len(SUFFIXES)):
                 (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, reader]))

@@ -117,8 +117,11 @@ def counted() -> Iterator[dict[str, list[int]]]:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     running = ""
     call, dot, load, store = (
-        executor.__call__, builder.create_dot, builder.create_masked_load, builder.create_masked_store
-    )  # fmt: skip
+        executor.__call__,
+        builder.create_dot,
+        builder.create_masked_load,
+        builder.create_masked_store,
+    )
 
     def count_call(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal running

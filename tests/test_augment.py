@@ -23,7 +23,7 @@ from icl_ft_fast.augment.steps import (
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.runtime.durable import Kept
+from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import find
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -174,7 +174,7 @@ def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch
     monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
     monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
     monkeypatch.setattr(Engine, "together", 2)
-    kept, ledgers = Kept(None), [Ledger(), Ledger()]
+    kept, ledgers = ResultJournal(None), [Ledger(), Ledger()]
     parts = parts_of(llama, documents, key="a")
     first = augment_by_model(llama, parts, kept=kept, ledger=ledgers[0])
     assert [row.source_id for row in first.rows] == [document.id for document in documents]
@@ -294,11 +294,18 @@ def test_syllogisms_close_over_all_documents():
     ]
     rows = augment_rules(documents).rows
     assert {row.text for row in rows} == {
-        "All dogs are dear.", "Some cats are pets.", "Some cats are dear.", "No pets are stones.",
+        "All dogs are dear.",
+        "Some cats are pets.",
+        "Some cats are dear.",
+        "No pets are stones.",
         "No dogs are stones.",
-        "Some dogs are cats.", "Some pets are cats.", "Some dear are cats.", "No stones are dear.",
-        "No stones are pets.", "No stones are dogs.",
-    }  # fmt: skip
+        "Some dogs are cats.",
+        "Some pets are cats.",
+        "Some dear are cats.",
+        "No stones are dear.",
+        "No stones are pets.",
+        "No stones are dogs.",
+    }
     (far,) = (row for row in rows if row.text == "Some cats are dear.")
     assert sorted(far.origin["source_ids"]) == ["a", "b"]
 

@@ -309,8 +309,10 @@ def test_the_command_by_rule_reports_what_the_rows_give_away(task, tmp_path, cap
     assert main(["augment", "--task", str(task), "--strategy", "rules", "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == [
-        "glon are shorter than femp.", "Compared with glon, femp are taller.", "All zota are blata.",
-    ]  # fmt: skip
+        "glon are shorter than femp.",
+        "Compared with glon, femp are taller.",
+        "All zota are blata.",
+    ]
     assert rows[0]["strategy"] == "rules"
     report = json.loads((out / "report.json").read_text())
     assert report["questions_contained"] == {"test": 1}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from benchmarks import invariant, peers, readme, score, timing, trie_attention
+from benchmarks import batch_invariant, peers, readme, score, timing, trie_attention
 from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
 
@@ -55,15 +55,15 @@ def test_the_end_to_end_suite_runs_and_gates(monkeypatch, capsys):
 
 
 def test_the_suite_of_invariant_scores_runs_and_gates(monkeypatch):
-    monkeypatch.setattr(invariant, "SIZES", {"tiny": TINY})
+    monkeypatch.setattr(batch_invariant, "SIZES", {"tiny": TINY})
     monkeypatch.setattr(
-        invariant, "article", lambda *_: _article(score.simple_reversals(0, num_facts=5, num_articles=1))
+        batch_invariant, "article", lambda *_: _article(score.simple_reversals(0, num_facts=5, num_articles=1))
     )
-    rows = invariant.run(quick=True)
-    assert [row.variant for row in rows] == ["as usual", "invariant"] * len(score.DTYPES)
-    monkeypatch.setattr(invariant, "TOLERANCE", dict.fromkeys(score.DTYPES, 0.0))
+    rows = batch_invariant.run(quick=True)
+    assert [row.variant for row in rows] == ["as usual", "batch_invariant"] * len(score.DTYPES)
+    monkeypatch.setattr(batch_invariant, "TOLERANCE", dict.fromkeys(score.DTYPES, 0.0))
     with pytest.raises(AssertionError, match=r"invariant, .* as usual"):
-        invariant.run(quick=True)
+        batch_invariant.run(quick=True)
 
 
 def _article(task):
@@ -102,12 +102,20 @@ def test_tables_are_made_of_the_newest_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     timing.append_csv(tmp_path, [row("score", "a", "icl_ft_fast", 9000.0), row("score", "a", "KV loop (12)", 1.0)], on)
     rows = [
-        row("score", "a", "icl_ft_fast", 2000.0), row("score", "a", "floor", 1600.0),
-        row("score", "a", "KV loop (12)", 40_000.0), row("score", "b", "icl_ft_fast", 500.0),
-        *(row("trie_attention", f"dense, {t} threads", v, ms) for t, v, ms in (
-            (1, "trie_attention", 10.0), (1, "torch SDPA", 25.0), (2, "trie_attention", 6.0), (2, "torch SDPA", 12.0),
-        )),
-    ]  # fmt: skip
+        row("score", "a", "icl_ft_fast", 2000.0),
+        row("score", "a", "floor", 1600.0),
+        row("score", "a", "KV loop (12)", 40_000.0),
+        row("score", "b", "icl_ft_fast", 500.0),
+        *(
+            row("trie_attention", f"dense, {t} threads", v, ms)
+            for t, v, ms in (
+                (1, "trie_attention", 10.0),
+                (1, "torch SDPA", 25.0),
+                (2, "trie_attention", 6.0),
+                (2, "torch SDPA", 12.0),
+            )
+        ),
+    ]
     timing.append_csv(tmp_path, rows, on)
     text = readme.BLOCKS["score"][1]() + readme.BLOCKS["ops"][1]()
     assert "| seconds (times ours) | icl_ft_fast | floor | KV loop (12) |" in text

@@ -125,8 +125,8 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
     correct = sum(result.is_correct is True for result in expected)
     assert re.fullmatch(
         rf"3 questions in \d+\.\d s, {correct} of 2 correct: {ledger.request_tokens:,} request tokens, "
-        rf"{ledger.forwarded_rows:,} rows forwarded \(1 in {ledger.request_tokens / ledger.forwarded_rows:.0f}\), "
-        rf"{ledger.head_rows:,} through the head\. Written to {re.escape(str(files.out))}",
+        rf"{ledger.forwarded_tokens:,} rows forwarded \(1 in {ledger.request_tokens / ledger.forwarded_tokens:.0f}\), "
+        rf"{ledger.head_tokens:,} through the head\. Written to {re.escape(str(files.out))}",
         line,
     )
 
@@ -134,13 +134,13 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
 def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
     budgets = []
 
-    def spy(*arguments, chunk_rows, **options):
-        budgets.append(chunk_rows)
-        return loglikelihood(*arguments, chunk_rows=chunk_rows, **options)
+    def spy(*arguments, chunk_tokens, **options):
+        budgets.append(chunk_tokens)
+        return loglikelihood(*arguments, chunk_tokens=chunk_tokens, **options)
 
     monkeypatch.setattr(cli.score.shards, "loglikelihood", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
-    code, (line,), errors = run(files.score("--chunk-rows", 1))
+    code, (line,), errors = run(files.score("--chunk-tokens", 1))
     assert (code, errors) == (0, [])
     assert "correct" not in line
     (result,) = score(llama, [Question("a", "the cat", (" sat", " is"))])
@@ -471,7 +471,10 @@ def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["score", "--model", "m", "--questions", "q", "--out", "o", "--chunk-rows", "0"], "--chunk-rows: expected a "),
+        (
+            ["score", "--model", "m", "--questions", "q", "--out", "o", "--chunk-tokens", "0"],
+            "--chunk-tokens: expected a ",
+        ),
         (
             ["compare", "--model", "m", "--task", "t", "--steps", "-3"],
             "--steps: expected a whole number above 0, got '-3'",

@@ -34,9 +34,13 @@ def test_options_from_yaml_and_the_command_line(data, llama_directory, tmp_path,
     out = tmp_path / "out"
     assert run("--config", config, "--output_dir", out, "--max_steps", 3, "--seed", 5, "--quiet") == 0
     settings = FinetuneSettings(
-        steps=3, learning_rate=1e-2, batch_size=2, clip_norm=0.5, completion_only=True,
+        steps=3,
+        learning_rate=1e-2,
+        batch_size=2,
+        clip_norm=0.5,
+        completion_only=True,
         lora=LoraSettings(r=4, target_modules=("q_proj", "v_proj")),
-    )  # fmt: skip
+    )
     losses = finetune(load(llama_directory), read_examples(data), settings, seed=5).losses
     lines = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(losses)
@@ -54,11 +58,32 @@ def test_options_from_yaml_and_the_command_line(data, llama_directory, tmp_path,
 def test_validation_epochs_and_a_teacher(data, llama_directory, tmp_path):
     documents = tmp_path / "documents.jsonl"
     documents.write_text(json.dumps({"id": "d", "text": "the cat sat on that mat."}) + "\n")
-    assert run(
-        "--model_name_or_path", llama_directory, "--train_file", data, "--output_dir", tmp_path / "out", "--quiet",
-        "--validation_split", 0.34, "--num_train_epochs", 1.5, "--per_device_train_batch_size", 2, "--eval_steps", 2,
-        "--teacher", "icl", "--teacher_documents", documents, "--bf16", "true",
-    ) == 0  # fmt: skip
+    assert (
+        run(
+            "--model_name_or_path",
+            llama_directory,
+            "--train_file",
+            data,
+            "--output_dir",
+            tmp_path / "out",
+            "--quiet",
+            "--validation_split",
+            0.34,
+            "--num_train_epochs",
+            1.5,
+            "--per_device_train_batch_size",
+            2,
+            "--eval_steps",
+            2,
+            "--teacher",
+            "icl",
+            "--teacher_documents",
+            documents,
+            "--bf16",
+            "true",
+        )
+        == 0
+    )
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert (state["global_step"], state["epoch"]) == (3, 1.5)
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 3]

@@ -24,7 +24,7 @@ from icl_ft_fast.engine.score import prefill, score
 from icl_ft_fast.finetune import FinetuneSettings, finetune
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
-from icl_ft_fast.runtime.durable import Kept
+from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import compare, sweep
 from icl_ft_fast.study.amortise import break_even
 from icl_ft_fast.study.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
@@ -85,7 +85,7 @@ def test_the_icl_arm_is_the_documents_in_context(llama, runs):
         assert run.counts["request_tokens"] == sum(map(len, requests))
         rows = {tuple(request[:n]) for request in requests for n in range(1, len(request))}
         shared = encoding.encode(llama.tokenizer, [context.rstrip()])[0]
-        assert run.counts["forwarded_rows"] == len(rows)
+        assert run.counts["forwarded_tokens"] == len(rows)
         assert (
             abs(run.query_rows * 4 - (len(rows) - len(shared))) <= 1
         )  # the prefill forwards a token after the context
@@ -111,7 +111,7 @@ def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
         assert run.losses == tuned.losses
         assert [sample.text for sample in run.samples] == [row.text for row in written.rows]
         assert {sample.source for sample in run.samples} <= {document.text for document in task.documents}
-        assert run.query_rows * 4 == run.counts["forwarded_rows"]
+        assert run.query_rows * 4 == run.counts["forwarded_tokens"]
 
 
 def test_the_plain_arms(llama):
@@ -151,8 +151,8 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
 
 def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypatch):
     settings, path = replace(SETTINGS, arms=("base", "icl"), seeds=(3,)), tmp_path / "kept.jsonl"
-    first = compare.compare(llama, task_of_seed, settings, kept=Kept(path))
-    costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path))
+    first = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(path))
+    costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=ResultJournal(path))
     make_run, done = compare.make_run, []
 
     def making(model, planned, *arguments, **named):
@@ -160,11 +160,11 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
         return make_run(model, planned, *arguments, **named)
 
     monkeypatch.setattr(compare, "make_run", making)
-    assert compare.compare(llama, task_of_seed, settings, kept=Kept(path)) == first
-    assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=Kept(path)) == costs
+    assert compare.compare(llama, task_of_seed, settings, kept=ResultJournal(path)) == first
+    assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=ResultJournal(path)) == costs
     assert done == []
     more = replace(settings, arms=("ft", "icl", "base"))
-    assert compare.compare(llama, task_of_seed, more, kept=Kept(path))[1:] == first[::-1]
+    assert compare.compare(llama, task_of_seed, more, kept=ResultJournal(path))[1:] == first[::-1]
     assert done == ["ft"]
     task = task_of_seed(3)
     another = replace(task, questions=(*task.questions[:-1], replace(task.questions[-1], prompt="other")))
@@ -176,7 +176,7 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
     ]
     for other in others:
         done.clear()
-        compare.compare(*other, kept=Kept(path))
+        compare.compare(*other, kept=ResultJournal(path))
         assert done == ["base", "icl"]
 
 
@@ -196,20 +196,20 @@ def test_a_store_saves_reading_the_context_and_changes_no_answer(llama, tmp_path
     assert all(found.counts["phases"].keys() == {"tokenise", "context", "prefill", "query"} for found in read)
     (found,) = mapped
     assert found.counts["phases"].keys() == {"tokenise", "context", "query"}
-    assert found.counts["forwarded_rows"] == read[1].counts["phases"]["query"]["forwarded_rows"]
-    assert found.counts["phases"]["query"]["reused_rows"] == 0  # which the phase "context" has
-    assert found.counts["forwarded_rows"] + found.counts["reused_rows"] == read[1].counts["forwarded_rows"]
+    assert found.counts["forwarded_tokens"] == read[1].counts["phases"]["query"]["forwarded_tokens"]
+    assert found.counts["phases"]["query"]["cached_tokens"] == 0  # which the phase "context" has
+    assert found.counts["forwarded_tokens"] + found.counts["cached_tokens"] == read[1].counts["forwarded_tokens"]
 
 
 def test_what_a_kill_left_in_the_store_is_not_counted_as_found(llama, tmp_path):
     settings, store = replace(SETTINGS, arms=("icl",), seeds=(0,)), ContextStore(tmp_path / "store", llama, 10**9)
-    whole = compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "a"), store=store)[0]
+    whole = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "a"), store=store)[0]
     store = ContextStore(tmp_path / "another", llama, 10**9)
-    compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "b"), store=store)
+    compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "b"), store=store)
     lines = (tmp_path / "b").read_bytes().splitlines(keepends=True)
     assert len(lines) == 2  # how much the store held, then the run
     (tmp_path / "b").write_bytes(lines[0])
-    resumed = compare.compare(llama, task_of_seed, settings, kept=Kept(tmp_path / "b"), store=store)[0]
+    resumed = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "b"), store=store)[0]
     assert unmeasured(asdict(resumed)) == unmeasured(asdict(whole))
 
 
@@ -338,10 +338,17 @@ def run_of(arm, seed=0, scale=1.0, **accuracy):
         {"filter": 12.3 * scale, "train": 98.7 * scale, "query": 1.0} if arm not in ("base", "icl") else {"query": 1.0}
     )
     return Run(
-        arm=arm, seed=seed, accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()}, answers=(),
-        setup_s=111.0 * scale * (len(seconds) > 1), query_s=0.002 * scale, query_tokens=1234 * scale, query_rows=12.5,
-        counts={"phases": {name: {"wall_s": value} for name, value in seconds.items()}}, notes={},
-    )  # fmt: skip
+        arm=arm,
+        seed=seed,
+        accuracy={name: Accuracy(*counts) for name, counts in accuracy.items()},
+        answers=(),
+        setup_s=111.0 * scale * (len(seconds) > 1),
+        query_s=0.002 * scale,
+        query_tokens=1234 * scale,
+        query_rows=12.5,
+        counts={"phases": {name: {"wall_s": value} for name, value in seconds.items()}},
+        notes={},
+    )
 
 
 TRAINED = set(ARMS) - {"base", "icl"}
@@ -398,9 +405,7 @@ def test_the_table_pools_seeds_and_averages_costs():
     assert cells(text, "icl") == [
         (["0.500", "1.000", "-", "1,234", "500.0"], ["0.39-0.61", "0.21-1.00", "-", "7.1", "30.0"])
     ]
-    assert cells(text, "ft")[0] == (
-        ["1.000", "-", "36.9", "3,702", "100.0"], ["0.91-1.00", "296.1", "-", "20.0"]
-    )  # fmt: skip
+    assert cells(text, "ft")[0] == (["1.000", "-", "36.9", "3,702", "100.0"], ["0.91-1.00", "296.1", "-", "20.0"])
 
 
 def test_the_table_counts_queries_to_break_even():

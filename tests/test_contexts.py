@@ -34,21 +34,21 @@ def cache_of(llama, *sequences, max_bytes=2**30):
     tails=st.lists(st.tuples(PART, PART), min_size=1, max_size=6),
     length=st.integers(1, len(CONTEXT)),
     inside=st.integers(0, 3),
-    chunk_rows=st.sampled_from([1, 7, 512]),
+    chunk_tokens=st.sampled_from([1, 7, 512]),
 )
-def test_scores_are_those_without_it_and_only_new_rows_are_forwarded(llama, tails, length, inside, chunk_rows):
+def test_scores_are_those_without_it_and_only_new_rows_are_forwarded(llama, tails, length, inside, chunk_tokens):
     requests = [([*CONTEXT, *context], continuation) for context, continuation in tails]
     requests += [(CONTEXT[: n + 1], CONTEXT[n + 1 :]) for n in range(inside)]  # probabilities within the context
-    start, alone, ledger = prefill(llama, CONTEXT[:length], chunk_rows=chunk_rows), Ledger(), Ledger()
+    start, alone, ledger = prefill(llama, CONTEXT[:length], chunk_tokens=chunk_tokens), Ledger(), Ledger()
     expected = loglikelihood(llama, requests, ledger=alone)
     for _ in range(2):  # the first run leaves the context as it found it
-        got = loglikelihood(llama, requests, start=start, chunk_rows=chunk_rows, ledger=ledger)
+        got = loglikelihood(llama, requests, start=start, chunk_tokens=chunk_tokens, ledger=ledger)
         for one, other, (_, continuation) in zip(got, expected, requests, strict=True):
             assert one.logp == pytest.approx(other.logp, rel=0, abs=1e-5 * len(continuation))
             assert one.is_greedy == other.is_greedy
-    assert ledger.forwarded_rows == 2 * (alone.forwarded_rows - length)
-    assert ledger.reused_rows == 2 * length
-    assert (ledger.head_rows, ledger.scored_tokens) == (2 * alone.head_rows, 2 * alone.scored_tokens)
+    assert ledger.forwarded_tokens == 2 * (alone.forwarded_tokens - length)
+    assert ledger.cached_tokens == 2 * length
+    assert (ledger.head_tokens, ledger.scored_tokens) == (2 * alone.head_tokens, 2 * alone.scored_tokens)
 
 
 def test_probabilities_within_a_context_forward_nothing(llama):
@@ -57,7 +57,7 @@ def test_probabilities_within_a_context_forward_nothing(llama):
     got = loglikelihood(llama, requests, start=start, ledger=ledger)
     expected = loglikelihood(llama, requests)
     assert [one.logp for one in got] == pytest.approx([one.logp for one in expected], rel=0, abs=1e-4)
-    assert (ledger.forwarded_rows, ledger.reused_rows) == (0, len(CONTEXT) - 1)
+    assert (ledger.forwarded_tokens, ledger.cached_tokens) == (0, len(CONTEXT) - 1)
 
 
 def test_a_context_near_another_forwards_what_differs(llama):
@@ -66,7 +66,7 @@ def test_a_context_near_another_forwards_what_differs(llama):
     got = prefill(llama, parted, near=near, ledger=ledger)
     want = prefill(llama, parted)
     torch.testing.assert_close(got.hidden, want.hidden, rtol=1e-5, atol=1e-5)
-    assert (ledger.forwarded_rows, ledger.reused_rows) == (3, 25)
+    assert (ledger.forwarded_tokens, ledger.cached_tokens) == (3, 25)
     request = [([*parted, 4], [11, 12])]
     assert loglikelihood(llama, request, start=got)[0].logp == pytest.approx(
         loglikelihood(llama, request)[0].logp, rel=0, abs=2e-5
@@ -100,7 +100,7 @@ def test_token_logprobs_are_those_of_plain_forwards(llama, plain_llama, monkeypa
     requests = [([*CONTEXT, 4], [5, 6, 7]), ([*CONTEXT, 4], [5, 9]), (CONTEXT[:1], [*CONTEXT[1:], 8])]
     requests += [([*CONTEXT, 4], [n]) for n in range(20, 28)]
     for start in (None, prefill(llama, CONTEXT[:20])):
-        results = dict(iter_token_logprobs(llama, requests, top=4, start=start, chunk_rows=16))
+        results = dict(iter_token_logprobs(llama, requests, top=4, start=start, chunk_tokens=16))
         for r, (context, continuation) in enumerate(requests):
             with torch.no_grad():
                 logits = plain_llama(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1 : -1]

@@ -89,20 +89,20 @@ def replace_experts(tiny_network, tokenizer, settings):
 
 
 def test_phases_add_up_and_do_not_overlap():
-    ledger = Ledger(forwarded_rows=5)
+    ledger = Ledger(forwarded_tokens=5)
     with ledger.phase("outer"):
-        ledger.forwarded_rows += 1
+        ledger.forwarded_tokens += 1
         with ledger.phase("inner"):
-            ledger.forwarded_rows += 10
+            ledger.forwarded_tokens += 10
             ledger.flops += 7
-        ledger.forwarded_rows += 100
+        ledger.forwarded_tokens += 100
         with contextlib.suppress(KeyError), ledger.phase("inner"):
-            ledger.forwarded_rows += 1000
+            ledger.forwarded_tokens += 1000
             raise KeyError
-    ledger.forwarded_rows += 10_000
-    assert {name: phase.forwarded_rows for name, phase in ledger.phases.items()} == {"inner": 1010, "outer": 101}
+    ledger.forwarded_tokens += 10_000
+    assert {name: phase.forwarded_tokens for name, phase in ledger.phases.items()} == {"inner": 1010, "outer": 101}
     assert ledger.phases["inner"].flops == 7
-    assert ledger.forwarded_rows == 11_116
+    assert ledger.forwarded_tokens == 11_116
     assert all(seconds > 0 for seconds in ledger.seconds.values())
 
 
@@ -118,9 +118,11 @@ class Told:
 
 def test_a_phase_is_the_difference_of_two_readings():
     readings = [
-        Reading(1.0, 10.0, 100.0, 1000, 1000), Reading(3.0, 13.0, 140.0, 1500, 5000),
-        Reading(4.0, 20.0, 200.0, 1500, 1500), Reading(4.5, 20.5, 201.0, 1500, 2500),
-    ]  # fmt: skip
+        Reading(1.0, 10.0, 100.0, 1000, 1000),
+        Reading(3.0, 13.0, 140.0, 1500, 5000),
+        Reading(4.0, 20.0, 200.0, 1500, 1500),
+        Reading(4.5, 20.5, 201.0, 1500, 2500),
+    ]
     ledger = Ledger(meter=Told(readings))
     for kv_bytes in (600, 0):
         with ledger.phase("p"):
@@ -145,11 +147,11 @@ def test_what_cannot_be_read_is_unavailable():
 def test_scoring_books_the_shared_rows_as_prefill(llama):
     context, ledger = list(range(5, 65)), Ledger()
     requests = [([*context, t], [t, 9]) for t in (10, 11, 12)]
-    results = loglikelihood(llama, requests, shared_tokens=60, chunk_rows=16, ledger=ledger)
+    results = loglikelihood(llama, requests, shared_tokens=60, chunk_tokens=16, ledger=ledger)
     plain = loglikelihood(llama, requests)
     assert [r.logp for r in results] == pytest.approx([r.logp for r in plain], abs=1e-5)
     prefill, query = ledger.phases["prefill"], ledger.phases["query"]
-    assert (prefill.forwarded_rows, query.forwarded_rows, query.scored_tokens) == (60, 6, 6)
+    assert (prefill.forwarded_tokens, query.forwarded_tokens, query.scored_tokens) == (60, 6, 6)
     work = work_of(llama)
     assert prefill.flops == work.flops(torch.arange(60), 0)
     assert query.flops == work.flops(torch.tensor([60, 61] * 3), 6)
@@ -167,7 +169,7 @@ def test_questions_after_a_context_have_a_prefill(llama):
     questions = [Question("a", "the cat", (" sat", " on")), Question("b", "who", (" knows", " why"))]
     score(llama, questions, context="the mat the mat the mat ", ledger=ledger)
     assert ledger.phases.keys() == {"tokenise", "prefill", "query"}
-    assert ledger.phases["prefill"].forwarded_rows == len(llama.tokenizer("the mat the mat the mat")["input_ids"])
+    assert ledger.phases["prefill"].forwarded_tokens == len(llama.tokenizer("the mat the mat the mat")["input_ids"])
 
 
 def test_generation_and_training_book_their_phases(llama):
@@ -179,7 +181,7 @@ def test_generation_and_training_book_their_phases(llama):
     assert ledger.phases["train"].flops == 3 * 2 * work.flops(torch.arange(rows // 2), rows // 2)
     wanted = ledger.phases["generate"]
     assert wanted.decoded_tokens == ledger.decoded_tokens > 0
-    assert wanted.flops > wanted.forwarded_rows * work.row_flops + wanted.decoded_tokens * work.head_flops
+    assert wanted.flops > wanted.forwarded_tokens * work.row_flops + wanted.decoded_tokens * work.head_flops
 
 
 def test_processors_energy_counters(tmp_path):
@@ -289,9 +291,15 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("queries", "points", "chosen"), [
-    (10, 2, "ICL kept"), (1e6, 2, "tuned"), (1e6, 0.5, "ICL kept"), (1e6, 50, "base"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("queries", "points", "chosen"),
+    [
+        (10, 2, "ICL kept"),
+        (1e6, 2, "tuned"),
+        (1e6, 0.5, "ICL kept"),
+        (1e6, 50, "base"),
+    ],
+)
 def test_the_decision_is_the_cheapest_accurate_way(queries, points, chosen):
     decision = decide(WAYS, queries, points)
     assert decision.chosen.name == chosen

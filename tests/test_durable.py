@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from icl_ft_fast.cli import main
-from icl_ft_fast.runtime.durable import DamagedError, Journal, Kept, LockedError, locked, replacing
+from icl_ft_fast.runtime.durable import DamagedError, Journal, LockedError, ResultJournal, locked, replacing
 
 ROWS = [{"n": n, "text": "ü\n\r\u2028" * n, "value": 0.1 * n, "list": [None, True, {"a": n}]} for n in range(5)]
 
@@ -181,14 +181,14 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 def test_a_value_is_made_once(tmp_path):
     for path in (None, tmp_path / "kept.jsonl"):
-        kept = Kept(path)
+        kept = ResultJournal(path)
         assert kept.once("a", lambda: {"x": [1.5]}) == {"x": [1.5]}
         assert kept.once("a", lambda: pytest.fail("made twice")) == {"x": [1.5]}
         kept.add({"b": 2, "c": None})
-    assert Kept(path).values == {"a": {"x": [1.5]}, "b": 2, "c": None}
+    assert ResultJournal(path).values == {"a": {"x": [1.5]}, "b": 2, "c": None}
     Journal(path).append({"key": "d"})
     with pytest.raises(DamagedError, match=r"kept\.jsonl: keeps something else; move the file away"):
-        Kept(path)
+        ResultJournal(path)
 
 
 @pytest.fixture
@@ -207,9 +207,15 @@ def test_the_second_run_on_one_folder_is_refused(command, task, tmp_path, llama_
     arguments = {
         "compare": ["--model", llama_directory, "--task", task, "--out", out],
         "augment": ["--strategy", "rules", "--task", task, "--out", out],
-        "finetune": ["--model_name_or_path", llama_directory, "--train_file", task / "documents.jsonl",
-                     "--output_dir", out],
-    }[command]  # fmt: skip
+        "finetune": [
+            "--model_name_or_path",
+            llama_directory,
+            "--train_file",
+            task / "documents.jsonl",
+            "--output_dir",
+            out,
+        ],
+    }[command]
     with locked(out / ".lock"):
         assert main([command, *map(str, arguments)]) == 2
         holder = f"process {os.getpid()} on {socket.gethostname()}"

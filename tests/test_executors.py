@@ -32,7 +32,7 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, LockedError, locked
-from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Task, cores, pull, run_kept
+from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Task, cores, pull, run_journaled
 from icl_ft_fast.study import compare, runs
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -72,7 +72,7 @@ def case(llama_directory, tmp_path_factory):
     files = ["--model", str(llama_directory), "--questions", str(folder / "questions.jsonl")]
 
     def command(out, *more):
-        return ["score", "--quiet", "--shard-rows", "16", *files, "--out", str(out), *more]
+        return ["score", "--quiet", "--shard-tokens", "16", *files, "--out", str(out), *more]
 
     assert main(command(folder / "whole.jsonl")) == 0
     return command, (folder / "whole.jsonl").read_bytes()
@@ -99,8 +99,12 @@ def tasks_in(*sizes, start_flops=5):
 
 
 @settings(deadline=None)
-@given(sizes=st.lists(st.integers(1, 6), max_size=6), workers=st.integers(1, 5), seed=st.integers(0, 99),
-       start_flops=st.sampled_from([0, 15, 10**9]))  # fmt: skip
+@given(
+    sizes=st.lists(st.integers(1, 6), max_size=6),
+    workers=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    start_flops=st.sampled_from([0, 15, 10**9]),
+)
 def test_every_task_is_pulled_once_in_whatever_order_workers_come(sizes, workers, seed, start_flops):
     tasks, counters, rng = tasks_in(*sizes, start_flops=start_flops), Counter(), random.Random(seed)
 
@@ -159,7 +163,7 @@ class Doubler:
 
 
 def keep(folder, tasks, worker):
-    with run_kept(InProcess(), lambda: worker, tasks, folder) as results:
+    with run_journaled(InProcess(), lambda: worker, tasks, folder) as results:
         return results
 
 
@@ -244,8 +248,14 @@ def test_another_model_or_other_questions_reuse_nothing(case, tmp_path, monkeypa
     monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
     real = shards.Scorer.__call__
     monkeypatch.setattr(shards.Scorer, "__call__", lambda self, shard: calls.append(shard) or real(self, shard))
-    changes = ([], ["--model", str(tmp_path / "other")], ["--questions", str(tmp_path / "questions.jsonl")],
-               ["--chunk-rows", "7"], ["--dtype", "bfloat16"], [])  # fmt: skip
+    changes = (
+        [],
+        ["--model", str(tmp_path / "other")],
+        ["--questions", str(tmp_path / "questions.jsonl")],
+        ["--chunk-tokens", "7"],
+        ["--dtype", "bfloat16"],
+        [],
+    )
     written, scored = [], []
     for change in changes:
         assert main(command(out, "--overwrite", *change)) == 0
@@ -318,7 +328,7 @@ class Mortal(shards.Scorer):
 class Elsewhere(shards.ScorerElsewhere):
     def __call__(self):
         made = super().__call__()
-        return Mortal(made.model, made.chunk_rows, made.store)
+        return Mortal(made.model, made.chunk_tokens, made.store)
 
 if __name__ == "__main__":
     shards.Scorer, shards.ScorerElsewhere = Mortal, Elsewhere
@@ -572,10 +582,25 @@ def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, 
 EXAMPLES = TESTS.parent / "examples"
 SKYPILOT = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run"}
 SKYPILOT_RESOURCES = {
-    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size",
-    "disk_tier", "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "any_of", "ordered",
+    "infra",
+    "accelerators",
+    "accelerator_args",
+    "cpus",
+    "memory",
+    "instance_type",
+    "use_spot",
+    "disk_size",
+    "disk_tier",
+    "network_tier",
+    "max_hourly_cost",
+    "image_id",
+    "ports",
+    "labels",
+    "autostop",
+    "any_of",
+    "ordered",
     "job_recovery",
-}  # fmt: skip
+}
 
 
 def check_script(script):
@@ -651,7 +676,11 @@ def test_the_documented_scaling_is_what_the_measurements_give():
     commands = re.findall(r"^    icl-ft-fast ((?:(?!\.\.\.).)*?)(?:  +#.*)?$", text, re.MULTILINE)
     parsed = [cli.parser().parse_args(shlex.split(command)) for command in commands]
     assert [(options.command, options.executor) for options in parsed] == [
-        ("score", None), ("score", "torchrun"), ("score", "ray"), ("compare", "torchrun"), ("compare", "ray"),
-    ]  # fmt: skip
+        ("score", None),
+        ("score", "torchrun"),
+        ("score", "ray"),
+        ("compare", "torchrun"),
+        ("compare", "ray"),
+    ]
     measured = json.loads(scaling.MEASURED.read_text())
     assert measured["one"]["seconds"] / measured["two"]["seconds"] >= 1.6

@@ -153,9 +153,16 @@ def test_a_seed_fixes_the_result_to_the_bit(llama):
 def test_dropout_of_the_config_draws_nothing(tokenizer):
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     gpt2 = from_network(GPT2LMHeadModel(config), tokenizer, "gpt2")
     settings = FinetuneSettings(steps=2, batch_size=2)
     torch.manual_seed(1)

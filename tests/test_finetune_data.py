@@ -212,9 +212,15 @@ def test_shared_prompts_train_as_they_would_apart(llama, plain_llama, monkeypatc
         total += count
     for accumulation, checkpointing in ((1, False), (5, True)):
         settings = FinetuneSettings(
-            steps=1, batch_size=5 // accumulation, gradient_accumulation_steps=accumulation, learning_rate=1.0,
-            warmup_steps=0, clip_norm=1e9, completion_only=True, gradient_checkpointing=checkpointing,
-        )  # fmt: skip
+            steps=1,
+            batch_size=5 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1.0,
+            warmup_steps=0,
+            clip_norm=1e9,
+            completion_only=True,
+            gradient_checkpointing=checkpointing,
+        )
         tuned = finetune(llama, examples, settings)
         after = dict(tuned.model.network.named_parameters())
         for name, parameter in llama.network.named_parameters():

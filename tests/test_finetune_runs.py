@@ -27,9 +27,16 @@ from icl_ft_fast.study.results import unmeasured
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 HELD = ["the mat sat on that cat", "who knows 42"]
 SETTINGS = FinetuneSettings(
-    steps=6, batch_size=2, learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2, save_steps=2, eval_steps=3,
-    logging_steps=2, gradient_accumulation_steps=2,
-)  # fmt: skip
+    steps=6,
+    batch_size=2,
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+    warmup_steps=2,
+    save_steps=2,
+    eval_steps=3,
+    logging_steps=2,
+    gradient_accumulation_steps=2,
+)
 
 
 def weights(model):

@@ -62,9 +62,9 @@ def text_of(tokenizer, ids, stop=(), ends=(1,)):
     return text[: min([text.find(mark) for mark in stop if mark in text], default=len(text))]
 
 
-@pytest.mark.parametrize(("chunk_rows", "running"), [(512, 64), (5, 64), (512, 3), (5, 1)])
-def test_continuations_are_those_of_each_prompt_alone(llama, alone, tokenizer, monkeypatch, chunk_rows, running):
-    monkeypatch.setattr(generate_module, "CHUNK_ROWS", chunk_rows)
+@pytest.mark.parametrize(("chunk_tokens", "running"), [(512, 64), (5, 64), (512, 3), (5, 1)])
+def test_continuations_are_those_of_each_prompt_alone(llama, alone, tokenizer, monkeypatch, chunk_tokens, running):
+    monkeypatch.setattr(generate_module, "CHUNK_TOKENS", chunk_tokens)
     monkeypatch.setattr(generate_module, "RUNNING", running)
     expected = [text_of(tokenizer, alone(prompt)) for prompt in PROMPTS]
     assert texts(llama, PROMPTS, NEW_TOKENS) == expected
@@ -154,8 +154,8 @@ def test_the_ledger_counts_shared_prefixes_and_equal_prompts_once(llama, tokeniz
     texts(llama, PROMPTS, 4, ledger=ledger)
     assert ledger == Ledger(
         request_tokens=sum(map(len, distinct)),
-        forwarded_rows=len(nodes) + 3 * len(distinct),
-        head_rows=4 * len(distinct),
+        forwarded_tokens=len(nodes) + 3 * len(distinct),
+        head_tokens=4 * len(distinct),
         decoded_tokens=1 + 4 * len(distinct),
     )
 
@@ -167,9 +167,12 @@ def test_continuations_are_yielded_as_they_end_and_free_places_are_refilled(llam
     lengths = [1 + 5 * (p % 3) for p in range(len(prompts))]
     ledger, done, written = Ledger(), {}, {}
     for p, generation in iter_generations(
-        llama, prompts, [Sampling(n) for n in lengths], ledger=ledger,
+        llama,
+        prompts,
+        [Sampling(n) for n in lengths],
+        ledger=ledger,
         on_token=lambda p, token, logp: written.setdefault(p, []).append((token, logp)),
-    ):  # fmt: skip
+    ):
         done[p] = (ledger.decoded_tokens, generation)
     assert [list(zip(done[p][1].ids, done[p][1].logp, strict=True)) for p in range(len(prompts))] == [
         written[p] for p in range(len(prompts))
@@ -236,9 +239,15 @@ def test_draws_are_those_of_transformers_under_every_control(llama, plain_llama,
         if "temperature" not in how:
             options = {"repetition_penalty": how.get("repetition_penalty", 1.0)}
         theirs = plain_llama.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample="temperature" in how,
-            max_new_tokens=NEW_TOKENS, eos_token_id=1, pad_token_id=0, no_repeat_ngram_size=ngram, **options,
-        )[0, len(prompt) :].tolist()  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample="temperature" in how,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=1,
+            pad_token_id=0,
+            no_repeat_ngram_size=ngram,
+            **options,
+        )[0, len(prompt) :].tolist()
         assert list(ours.ids) == (theirs[: theirs.index(1)] if 1 in theirs else theirs), how
         greedy.append(ours.ids == generate(llama, [prompt], Sampling(NEW_TOKENS))[0].ids)
     assert not any(greedy)  # every control shows
@@ -260,7 +269,7 @@ def test_samples_of_a_prompt_share_its_rows(llama, tokenizer, monkeypatch):
     ((*prompt,),) = encode(tokenizer, ["the cat sat"])
     ledger = Ledger()
     generate(llama, [prompt] * 5, [Sampling(3, temperature=1.0, seed=seed) for seed in range(5)], ledger=ledger)
-    assert ledger.forwarded_rows == len(prompt) + ledger.decoded_tokens - 5
+    assert ledger.forwarded_tokens == len(prompt) + ledger.decoded_tokens - 5
     assert ledger.request_tokens == len(prompt)
 
 

@@ -230,11 +230,16 @@ class Told:
 
 
 CLAIMS = (
-    (r"(W) are classified as (W)\.", "isa", ""), (r"(W) can be described as (W)\.", "property", ""),
-    (r"what (W) (W) are (W)\.", "relation", ""), (r"things that are (W) include (W)\.", "property", "back"),
-    (r"those that (W) (W) include (W)\.", "relation", "back"), (r"(W) include (W)\.", "isa", "back"),
-    (r"(W) are a type of (W)\.", "isa", ""), (r"(W) are (W)\.", "property", ""), (r"(W) (W) (W)\.", "relation", ""),
-)  # fmt: skip
+    (r"(W) are classified as (W)\.", "isa", ""),
+    (r"(W) can be described as (W)\.", "property", ""),
+    (r"what (W) (W) are (W)\.", "relation", ""),
+    (r"things that are (W) include (W)\.", "property", "back"),
+    (r"those that (W) (W) include (W)\.", "relation", "back"),
+    (r"(W) include (W)\.", "isa", "back"),
+    (r"(W) are a type of (W)\.", "isa", ""),
+    (r"(W) are (W)\.", "property", ""),
+    (r"(W) (W) (W)\.", "relation", ""),
+)
 
 
 def read_claim(text):
@@ -470,8 +475,9 @@ def curse(tmp_path):
 def test_reading_a_small_reversal_curse(curse):
     task = reversal_curse(curse)
     assert [document.text for document in task.documents][::4] == [
-        "Ann Bole is the A of it.", "The I of it is Ida Jot now smiles."
-    ]  # fmt: skip
+        "Ann Bole is the A of it.",
+        "The I of it is Ida Jot now smiles.",
+    ]
     assert Counter(q.split for q in task.questions) == dict.fromkeys(
         ("trained", "trained names", "reversal", "reversal targets"), 4
     )

@@ -64,13 +64,13 @@ def test_layers_can_be_compiled(tiny_network) -> None:
     from torch._dynamo.utils import counters
 
     model = from_network(tiny_network("llama", num_hidden_layers=1), None, "here", self_check=False)
-    want = {chunk_rows: loglikelihood(model, REQUESTS, chunk_rows=chunk_rows) for chunk_rows in (9, 13)}
+    want = {chunk_tokens: loglikelihood(model, REQUESTS, chunk_tokens=chunk_tokens) for chunk_tokens in (9, 13)}
     torch._dynamo.reset()
     counters.clear()
     for layer in model.body.layers:
         layer.compile(backend="aot_eager", dynamic=True)
-    for chunk_rows, exact in want.items():
-        results = loglikelihood(model, REQUESTS, chunk_rows=chunk_rows)
+    for chunk_tokens, exact in want.items():
+        results = loglikelihood(model, REQUESTS, chunk_tokens=chunk_tokens)
         assert [r.is_greedy for r in results] == [r.is_greedy for r in exact]
         assert [r.logp for r in results] == pytest.approx([r.logp for r in exact], abs=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
@@ -93,9 +93,9 @@ def test_a_model_proves_itself_on_the_gpu(dtype: str, llama_directory: Path) -> 
 @NEEDS_GPU
 @pytest.mark.gpu
 def test_scores_are_those_of_the_cpu(on_gpu: Model, llama: Model) -> None:
-    for chunk_rows in (7, 512):
-        exact = loglikelihood(llama, REQUESTS, chunk_rows=chunk_rows)
-        results = loglikelihood(on_gpu, REQUESTS, chunk_rows=chunk_rows)
+    for chunk_tokens in (7, 512):
+        exact = loglikelihood(llama, REQUESTS, chunk_tokens=chunk_tokens)
+        results = loglikelihood(on_gpu, REQUESTS, chunk_tokens=chunk_tokens)
         assert [r.is_greedy for r in results] == [r.is_greedy for r in exact]
         assert [r.logp for r in results] == pytest.approx([r.logp for r in exact], abs=1e-4)
 

@@ -88,13 +88,18 @@ def test_a_sample_is_scaled_and_bars_are_judged():
         return Row("gpu", case, variant, ms, ms, ms, rate, "TFLOP/s", percent, peak)
 
     told = [
-        row("rectangle d128: x", gpu.OURS, 1.0, 451.0), row("rectangle d64: x", gpu.OURS, 1.0, 349.0),
-        row("chain: x", gpu.OURS, 1.0), row("chain: x", "SDPA a", 1.1), row("chain: x", "SDPA b", 0.9),
+        row("rectangle d128: x", gpu.OURS, 1.0, 451.0),
+        row("rectangle d64: x", gpu.OURS, 1.0, 349.0),
+        row("chain: x", gpu.OURS, 1.0),
+        row("chain: x", "SDPA a", 1.1),
+        row("chain: x", "SDPA b", 0.9),
         row("head of 8,192: x", gpu.OURS, 1.0, 601.0, None, 65_000_000),
-        row("MMLU-like: x", gpu.OURS, 1.0, 1.0, 61.0), row("MMLU-like: x", "hf 1", 8.5),
-        row("head's: x", gpu.OURS, 1.0, 1.0, None, 5), row("head's: x", gpu.CUT[0], 2.0, 1.0, None, 6),
+        row("MMLU-like: x", gpu.OURS, 1.0, 1.0, 61.0),
+        row("MMLU-like: x", "hf 1", 8.5),
+        row("head's: x", gpu.OURS, 1.0, 1.0, None, 5),
+        row("head's: x", gpu.CUT[0], 2.0, 1.0, None, 6),
         gpu.Note("decode", "FAILED", "cut off after 3 s"),
-    ]  # fmt: skip
+    ]
     table = gpu.report(told, {"device": "An H200", "date": "today", "torch": "2.11"}, False)
     verdicts = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in table.splitlines() if gpu.OURS in line}
     assert verdicts["rectangle d128: x"] == "reached |"

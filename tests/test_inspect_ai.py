@@ -63,18 +63,23 @@ def expected(llama):
 def test_an_evaluation_gives_the_engine_s_likelihoods(normalization, model, llama, plain_llama, plain, tmp_path):
     reference = expected(llama)
     lengths = {
-        "sum": lambda q: [1] * 3, "token": lambda q: reference[q].num_tokens,
-        "character": lambda q: map(len, CHOICES[q]), "byte": lambda q: [len(c.encode()) for c in CHOICES[q]],
-    }  # fmt: skip
+        "sum": lambda q: [1] * 3,
+        "token": lambda q: reference[q].num_tokens,
+        "character": lambda q: map(len, CHOICES[q]),
+        "byte": lambda q: [len(c.encode()) for c in CHOICES[q]],
+    }
     best = []
     for q, result in enumerate(reference):
         scores = [logp / n for logp, n in zip(result.logp, lengths[normalization](q), strict=True)]
         best.append("ABC"[scores.index(max(scores))])
     targets = [mark if q % 3 else "ABC".replace(mark, "") for q, mark in enumerate(best)]  # every third is wrong
     log = run(
-        model, tmp_path, samples(targets), solver=choice_likelihoods("Documents. {question}\nAnswer:"),
+        model,
+        tmp_path,
+        samples(targets),
+        solver=choice_likelihoods("Documents. {question}\nAnswer:"),
         scorer=[most_likely_choice(normalization), choice()],
-    )  # fmt: skip
+    )
     assert log.status == "success", log.error
     assert log.results.scores[0].metrics["accuracy"].value == pytest.approx(8 / 12)
     for q, sample in enumerate(log.samples):
@@ -88,16 +93,19 @@ def test_an_evaluation_gives_the_engine_s_likelihoods(normalization, model, llam
                 pair = (f"Documents. {QUESTIONS[q]}\nAnswer:", f" {text}")
                 ((context, continuation),) = encoding.encode_pairs(llama.tokenizer, [pair])
                 assert logp == pytest.approx(plain(plain_llama, context, continuation)[0].sum().item(), rel=0, abs=1e-4)
-    assert model.api.ledger.forwarded_rows < model.api.ledger.request_tokens / 3  # one trie, or nearly
+    assert model.api.ledger.forwarded_tokens < model.api.ledger.request_tokens / 3  # one trie, or nearly
 
 
 def test_a_conversation_is_written_in_the_template(model, llama, tmp_path):
     model.api.model.tokenizer.chat_template = TEMPLATE
     conversation = [ChatMessageSystem(content="the mat"), ChatMessageUser(content="who sat")]
     log = run(
-        model, tmp_path, [Sample(conversation, choices=["the cat", "that"], target="A")],
-        solver=choice_likelihoods(chat=True), scorer=most_likely_choice(),
-    )  # fmt: skip
+        model,
+        tmp_path,
+        [Sample(conversation, choices=["the cat", "that"], target="A")],
+        solver=choice_likelihoods(chat=True),
+        scorer=most_likely_choice(),
+    )
     (result,) = iff.score(llama, [iff.Question("", "<system>the mat <user>who sat <assistant>", (" the cat", " that"))])
     assert log.samples[0].scores["most_likely_choice"].metadata["logp"] == pytest.approx(result.logp, abs=1e-4)
 
@@ -147,7 +155,7 @@ def test_what_generation_cannot_follow_is_refused(config, message, model, tmp_pa
         (Sample("the cat " * 300, choices=["a"], target="A", id="s2"), {"overflow": "error"}, "sample s2: choices[0]:"),
         (Sample("the cat", target="A", id="s3"), {}, "sample s3: no choices"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_scored_is_named(sample, options, message, llama_directory, tmp_path):
     model = get_model(f"icl-ft-fast/{llama_directory}", memoize=False, **options)
     log = run(model, tmp_path, [sample], solver=choice_likelihoods(delimiter=""), scorer=most_likely_choice())

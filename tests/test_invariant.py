@@ -28,10 +28,13 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {
     "llama": {"num_hidden_layers": 2},
     "gemma2": {
-        "num_hidden_layers": 2, "sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
+        "num_hidden_layers": 2,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
-}  # fmt: skip
+}
 ISAS = range(1, _C.best_isa() + 1)
 RNG = random.Random(0)
 CONTEXT = [0, *RNG.choices(range(2, 300), k=129)]  # longer than a group of attention's sums
@@ -49,7 +52,7 @@ WITH_CONTEXT = [r for r, (context, _) in enumerate(REQUESTS) if context[: len(CO
 def model(request, tiny_network):
     family, dtype = request.param
     network = tiny_network(family, **FAMILIES[family]).to(getattr(torch, dtype))
-    return from_network(network, None, family, invariant=True)
+    return from_network(network, None, family, batch_invariant=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +71,13 @@ def alone(model):
     chosen=st.permutations(range(len(REQUESTS))).flatmap(
         lambda order: st.integers(1, len(order)).map(lambda n: order[:n])
     ),
-    chunk_rows=st.sampled_from([16, 100, 128, 512]),
+    chunk_tokens=st.sampled_from([16, 100, 128, 512]),
     start=st.sampled_from([None, "read", "near another", "saved"]),
     threads=st.sampled_from([1, 2]),
     isa=st.sampled_from(ISAS),
 )
 def test_a_score_has_the_same_bits_in_any_company(
-    model, alone, tmp_path_factory, chosen, chunk_rows, start, threads, isa
+    model, alone, tmp_path_factory, chosen, chunk_tokens, start, threads, isa
 ):
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -84,34 +87,36 @@ def test_a_score_has_the_same_bits_in_any_company(
             context = None
             if start is not None:
                 chosen = [r for r in chosen if r in WITH_CONTEXT] or WITH_CONTEXT[:2]
-                near = prefill(model, CONTEXT[:60] + [5], chunk_rows=chunk_rows) if start == "near another" else None
-                context = prefill(model, CONTEXT, near=near, chunk_rows=chunk_rows)
+                near = (
+                    prefill(model, CONTEXT[:60] + [5], chunk_tokens=chunk_tokens) if start == "near another" else None
+                )
+                context = prefill(model, CONTEXT, near=near, chunk_tokens=chunk_tokens)
                 if start == "saved":
                     path = tmp_path_factory.mktemp("contexts") / "one.safetensors"
                     save_context(path, model, context, fingerprint="tiny")
                     context = load_context(path, model, fingerprint="tiny")
-            got = loglikelihood(model, [REQUESTS[r] for r in chosen], chunk_rows=chunk_rows, start=context)
+            got = loglikelihood(model, [REQUESTS[r] for r in chosen], chunk_tokens=chunk_tokens, start=context)
             assert got == [alone(r, threads, isa) for r in chosen]
         finally:
             torch.set_num_threads(before)
 
 
 def test_tokens_have_the_same_bits_in_any_company(model):
-    together = dict(iter_token_logprobs(model, REQUESTS, top=3, chunk_rows=100))
+    together = dict(iter_token_logprobs(model, REQUESTS, top=3, chunk_tokens=100))
     for r in (0, 5, len(REQUESTS) - 2):
         assert list(iter_token_logprobs(model, [REQUESTS[r]], top=3)) == [(0, together[r])]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_text_has_the_same_bits_in_any_company(tiny_network, tokenizer, temperature):
-    model = from_network(tiny_network("gemma2", **FAMILIES["gemma2"]), tokenizer, "gemma2", invariant=True)
+    model = from_network(tiny_network("gemma2", **FAMILIES["gemma2"]), tokenizer, "gemma2", batch_invariant=True)
     prompts, sampling = [context for context, _ in REQUESTS[::2]], Sampling(12, temperature=temperature, seed=1)
     assert generate(model, prompts, sampling)[:3] == [generate(model, [p], sampling)[0] for p in prompts[:3]]
 
 
 def test_scores_are_those_of_any_model(tiny_network, plain):
     """Exact as every other path: against one plain forward for each request."""
-    model = from_network(tiny_network("llama"), None, "llama", invariant=True)
+    model = from_network(tiny_network("llama"), None, "llama", batch_invariant=True)
     for request, got in zip(REQUESTS, loglikelihood(model, REQUESTS), strict=True):
         logp, is_greedy = plain(tiny_network("llama"), *request)
         assert got.logp == pytest.approx(logp.sum().item(), rel=0, abs=1e-4)
@@ -122,13 +127,13 @@ def test_contexts_of_other_models_have_other_bits_and_are_refused(llama, llama_d
     path = tmp_path / "one.safetensors"
     save_context(path, llama, prefill(llama, CONTEXT))
     with pytest.raises(ContextError, match="saved from"):
-        load_context(path, load(llama_directory, invariant=True))
+        load_context(path, load(llama_directory, batch_invariant=True))
 
 
 def test_a_trained_model_stays_invariant(llama_directory):
-    model = load(llama_directory, invariant=True)
+    model = load(llama_directory, batch_invariant=True)
     trained = finetune(model, ["the cat sat."], FinetuneSettings(steps=1), seed=0).model
-    together = loglikelihood(trained, REQUESTS, chunk_rows=100)
+    together = loglikelihood(trained, REQUESTS, chunk_tokens=100)
     assert loglikelihood(trained, REQUESTS[4:5]) == together[4:5]
 
 
@@ -143,17 +148,17 @@ def test_a_network_whose_bits_move_is_refused(depends_on, tiny_network):
 
     network.model.layers[1].mlp.register_forward_hook(off)
     with pytest.raises(
-        ModelError, match=r"^here: invariant: with \d+ threads of torch .* depend on its place in a block"
+        ModelError, match=r"^here: batch_invariant: with \d+ threads of torch .* depend on its place in a block"
     ):
-        from_network(network, None, "here", invariant=True)
+        from_network(network, None, "here", batch_invariant=True)
 
 
 def test_what_cannot_be_invariant_is_refused(tiny_network):
     experts = tiny_network("mixtral", num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(ModelError, match=r"^here: invariant: not for a mixture of experts \(num_.* = \d\)"):
-        from_network(experts, None, "here", invariant=True)
-    with pytest.raises(ModelError, match=r"^here: invariant: not on meta: "):
-        from_network(tiny_network("llama").to("meta"), None, "here", invariant=True)
+    with pytest.raises(ModelError, match=r"^here: batch_invariant: not for a mixture of experts \(num_.* = \d\)"):
+        from_network(experts, None, "here", batch_invariant=True)
+    with pytest.raises(ModelError, match=r"^here: batch_invariant: not on meta: "):
+        from_network(tiny_network("llama").to("meta"), None, "here", batch_invariant=True)
 
 
 QUESTIONS = [
@@ -192,15 +197,15 @@ def test_a_question_has_the_same_line_beside_any_others(llama_directory, tmp_pat
     write_jsonl(tmp_path / "documents.jsonl", [{"id": "d", "text": "the cat sat on the mat. " * 20}])
     common = [
         "score",
-        "--invariant",
+        "--batch-invariant",
         "--quiet",
         f"--model={llama_directory}",
         f"--documents={tmp_path}/documents.jsonl",
     ]
     lines = []
     for name, questions, more in (
-        ("all", QUESTIONS, [f"--store={tmp_path}/store", "--chunk-rows=16"]),
-        ("stored", QUESTIONS[::-1], [f"--store={tmp_path}/store", "--shard-rows=20"]),
+        ("all", QUESTIONS, [f"--store={tmp_path}/store", "--chunk-tokens=16"]),
+        ("stored", QUESTIONS[::-1], [f"--store={tmp_path}/store", "--shard-tokens=20"]),
         ("one", QUESTIONS[2:3], []),
     ):
         write_jsonl(tmp_path / name, map(asdict, questions))
@@ -218,7 +223,7 @@ def test_the_page_s_example_runs(llama):
         loglikelihood = staticmethod(loglikelihood)
 
         @staticmethod
-        def load(name, *, invariant):
-            return from_network(llama.network, llama.tokenizer, name, invariant=invariant)
+        def load(name, *, batch_invariant):
+            return from_network(llama.network, llama.tokenizer, name, batch_invariant=batch_invariant)
 
     exec(compile(code, "docs/determinism.md", "exec"), {"iff": Iff})

@@ -70,10 +70,14 @@ def model(llama_directory, tmp_path):
 def theirs(llama_directory, tmp_path):
     return TransformersModel(
         TransformersModelConfig(
-            model_name=str(llama_directory), dtype="float32", device="cpu", batch_size=4, model_parallel=False,
+            model_name=str(llama_directory),
+            dtype="float32",
+            device="cpu",
+            batch_size=4,
+            model_parallel=False,
             cache_dir=str(tmp_path / "hf"),
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -90,7 +94,7 @@ def test_likelihoods_are_those_of_lighteval_s_transformers_backend(chat, llama_d
         assert list(mine.input_tokens) == list(other.input_tokens)
         # theirs are padded to the longest choice, by which token normalization then divides every choice
         assert [list(ids) for ids in mine.output_tokens] == [[t for t in ids if t != -1] for ids in other.output_tokens]
-    assert model.ledger.forwarded_rows < model.ledger.request_tokens / 2
+    assert model.ledger.forwarded_tokens < model.ledger.request_tokens / 2
 
 
 def test_an_unconditioned_query_doubles_the_likelihoods(model, llama, plain_llama, plain):
@@ -133,10 +137,10 @@ def test_other_weights_in_the_same_place_get_no_stored_answers(llama_directory, 
         custom(llama_directory, tmp_path).tokenizer.save_pretrained(folder)
         model = custom(folder, tmp_path)
         model.loglikelihood([doc(0)])
-        assert model.ledger.forwarded_rows > 0
+        assert model.ledger.forwarded_tokens > 0
     again = custom(folder, tmp_path)
     again.loglikelihood([doc(0)])
-    assert again.ledger.forwarded_rows == 0  # the same weights do
+    assert again.ledger.forwarded_tokens == 0  # the same weights do
 
 
 @pytest.mark.parametrize(
@@ -168,13 +172,23 @@ def test_the_command_runs_a_local_task(llama_directory, tmp_path, llama, plain_l
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "local_task.py").write_text(TASK.replace("{folder!r}", repr(str(tmp_path))))
     environment = os.environ | {
-        "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
-    }  # fmt: skip
+    }
     command = [
-        str(Path(sys.executable).parent / "lighteval"), "custom", f"pretrained={llama_directory},dtype=float32",
-        ours.__file__, "local|2", "--custom-tasks", "local_task.py", "--output-dir", "out", "--save-details",
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "lighteval"),
+        "custom",
+        f"pretrained={llama_directory},dtype=float32",
+        ours.__file__,
+        "local|2",
+        "--custom-tasks",
+        "local_task.py",
+        "--output-dir",
+        "out",
+        "--save-details",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")

@@ -148,7 +148,7 @@ def test_a_run_gives_hf_s_answers_and_verdicts(chat, llama_directory, task_folde
         assert {metric: done["results"][name][metric] for metric in drop} == drop
     counts = done["config"]["icl_ft_fast"]
     assert (counts["over_length_requests"], counts["max_length"]) == (0, 256)
-    assert counts["forwarded_rows"] == model.ledger.forwarded_rows < counts["request_tokens"] / 3
+    assert counts["forwarded_tokens"] == model.ledger.forwarded_tokens < counts["request_tokens"] / 3
     assert {type(count) for count in counts.values()} == {int, str}  # the policy's name is the text
     assert done["config"]["model_dtype"] == "torch.float32"
 
@@ -184,9 +184,9 @@ def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder
 
 
 def test_an_invariant_model_scores_alike_beside_anything(llama_directory):
-    arguments = f"pretrained={llama_directory},dtype=float32,invariant=True,chunk_rows=9"
+    arguments = f"pretrained={llama_directory},dtype=float32,invariant=True,chunk_tokens=9"
     model, pairs = IclFtFastLM.create_from_arg_string(arguments, {"device": "cpu"}), texts()
-    assert model.model.invariant
+    assert model.model.batch_invariant
     together = model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
     assert [model.loglikelihood(instances("loglikelihood", [pair]), disable_tqdm=True)[0] for pair in pairs] == together
 
@@ -194,10 +194,26 @@ def test_an_invariant_model_scores_alike_beside_anything(llama_directory):
 def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_: None)  # it would stay after the test
     arguments = [
-        "lm-eval", "run", "--model", "icl-ft-fast", "--tasks", "choose", "--include_path", str(task_folder), "--device",
-        "cpu", "--batch_size", "auto", "--output_path", str(tmp_path), "--log_samples", "--limit", "3",
-        "--model_args", f"pretrained={llama_directory},dtype=float32,max_length=200",
-    ]  # fmt: skip
+        "lm-eval",
+        "run",
+        "--model",
+        "icl-ft-fast",
+        "--tasks",
+        "choose",
+        "--include_path",
+        str(task_folder),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "auto",
+        "--output_path",
+        str(tmp_path),
+        "--log_samples",
+        "--limit",
+        "3",
+        "--model_args",
+        f"pretrained={llama_directory},dtype=float32,max_length=200",
+    ]
     assert cli.main(arguments) == 0
     assert "acc_norm" in capsys.readouterr().out
     (results,) = tmp_path.rglob("results_*.json")
@@ -344,7 +360,7 @@ def test_equal_ids_split_at_different_points(llama, llama_directory, plain_llama
     lm = ours(llama)
     got = lm._loglikelihood_tokens(rows)
     assert_same(got, [(logp.sum().item(), is_greedy) for logp, is_greedy in expected])
-    assert lm.ledger.forwarded_rows == 5
+    assert lm.ledger.forwarded_tokens == 5
     cached = hf(llama_directory, logits_cache=True)._loglikelihood_tokens(rows, disable_tqdm=True)
     assert max(abs(a - b) for (a, _), (b, _) in zip(cached, got, strict=True)) > 1e-2, "hf is mended: say so in the log"
 
@@ -443,7 +459,7 @@ def test_results_are_filed_as_they_come_and_not_computed_again(kind, llama, tmp_
         "generate_until": [(text, {"until": ["zz"], "max_gen_toks": 3}) for text in sentences(12)],
     }[kind]
     requests = instances(kind, arguments)
-    whole, filed = ours(llama, chunk_rows=8), []
+    whole, filed = ours(llama, chunk_tokens=8), []
 
     def add_partial(self, attribute, request, result):
         filed.append(request)
@@ -454,12 +470,12 @@ def test_results_are_filed_as_they_come_and_not_computed_again(kind, llama, tmp_
     original = CacheHook.add_partial
     expected = getattr(whole, kind)(requests)
     monkeypatch.setattr(CacheHook, "add_partial", add_partial)
-    cached = CachingLM(ours(llama, chunk_rows=8), str(tmp_path / "results.db"))
+    cached = CachingLM(ours(llama, chunk_tokens=8), str(tmp_path / "results.db"))
     with pytest.raises(InterruptError):
         getattr(cached, kind)(requests)
     cached.dbdict.close()
     monkeypatch.setattr(CacheHook, "add_partial", original)
-    again = ours(llama, chunk_rows=8)
+    again = ours(llama, chunk_tokens=8)
     cached = CachingLM(again, str(tmp_path / "results.db"))
     got = getattr(cached, kind)(requests)
     cached.dbdict.close()
@@ -522,7 +538,7 @@ def test_a_second_run_maps_the_worked_examples_that_the_first_one_saved(llama, l
         else:
             lm = IclFtFastLM.create_from_arg_string(f"pretrained={llama_directory},store={tmp_path / 'store'}")
         results.append(lm.loglikelihood(instances("loglikelihood", asked)))
-        runs.append(lm.ledger.forwarded_rows)
+        runs.append(lm.ledger.forwarded_tokens)
     assert_same(results[0], expected)
     assert results[0] == results[1] == results[2]
     saved = [read_header(path).num_tokens for path in (tmp_path / "store").glob("*.safetensors")]
@@ -530,7 +546,7 @@ def test_a_second_run_maps_the_worked_examples_that_the_first_one_saved(llama, l
     assert min(saved) > 64
     assert runs[0] - runs[1] == sum(saved)
     assert runs[1] == runs[2]
-    assert runs[0] <= plain.ledger.forwarded_rows + 2
+    assert runs[0] <= plain.ledger.forwarded_tokens + 2
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 70)), max_size=8))
@@ -596,9 +612,16 @@ def test_what_decoding_cannot_follow_is_refused(settings, message, llama):
 
 def test_sampled_texts_are_the_engine_s_and_anew_in_each_repeat(llama):
     settings = {
-        "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7,
-        "no_repeat_ngram_size": 3, "max_gen_toks": 9, "until": ["cat"],
-    }  # fmt: skip
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "seed": 7,
+        "no_repeat_ngram_size": 3,
+        "max_gen_toks": 9,
+        "until": ["cat"],
+    }
     requests = instances("generate_until", [("who sat", settings), ("the mat", settings)])
     got = ours(llama).generate_until([request for request in requests for _ in range(3)])
     common = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}

@@ -1,4 +1,4 @@
-"""Budgets, plans that fit them, what is kept of keys and values, spilled stacks, and chunks that memory ran out on."""
+"""Budgets, plans that fit them, what is kept of keys and values, offloaded stacks, chunks that memory ran out on."""
 
 import errno
 import json
@@ -59,9 +59,15 @@ def assert_near(got, expected, within=1e-4):
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        (5, 5), ("5", 5), ("4GB", 4 * 10**9), ("4g", 4 * 10**9), (" 1.5 MiB ", 3 * 2**19), ("2 kB", 2000), ("7B", 7),
+        (5, 5),
+        ("5", 5),
+        ("4GB", 4 * 10**9),
+        ("4g", 4 * 10**9),
+        (" 1.5 MiB ", 3 * 2**19),
+        ("2 kB", 2000),
+        ("7B", 7),
     ],
-)  # fmt: skip
+)
 def test_sizes(text, size):
     assert parse_bytes(text) == size
 
@@ -148,37 +154,37 @@ FOOTPRINT = Footprint(weight_bytes=10**6, row_bytes=70_000, kv_row_bytes=30_000,
 
 
 @settings(max_examples=60, deadline=None)
-@given(requests=REQUESTS, chunk_rows=st.integers(1, 50), share=st.floats(0, 1.2), extra=st.integers(0, 10**6))
+@given(requests=REQUESTS, chunk_tokens=st.integers(1, 50), share=st.floats(0, 1.2), extra=st.integers(0, 10**6))
 @example([([0], [5])], 1, 0.0, 0)
-def test_the_plan_is_the_largest_that_fits(requests, chunk_rows, share, extra):
+def test_the_plan_is_the_largest_that_fits(requests, chunk_tokens, share, extra):
     forest, held = trie.build_from_lists(requests), 5 * 10**8
 
-    def total(size, spilled):
+    def total(size, offloaded):
         plan = trie.plan(forest, size)
         rows = max(len(chunk.token) for chunk in plan.chunks)
         assert trie.extent(forest, size) == (rows, plan.capacity)
-        kv = plan.capacity * FOOTPRINT.kv_row_bytes // (FOOTPRINT.layers if spilled else 1)
+        kv = plan.capacity * FOOTPRINT.kv_row_bytes // (FOOTPRINT.layers if offloaded else 1)
         index = plan.capacity * budget.INDEX_BYTES
         return held + kv + index + rows * FOOTPRINT.row_bytes + extra + budget.OTHER_BYTES
 
-    halves = [chunk_rows]
+    halves = [chunk_tokens]
     while halves[-1] > 1:
         halves.append(halves[-1] // 2)
-    ways = [(size, False) for size in halves if size >= min(32, chunk_rows)] + [(size, True) for size in halves]
+    ways = [(size, False) for size in halves if size >= min(32, chunk_tokens)] + [(size, True) for size in halves]
     least = total(1, True)
-    limit = int(least + share * (total(chunk_rows, False) - least))
+    limit = int(least + share * (total(chunk_tokens, False) - least))
     fitting = [way for way in ways if total(*way) <= limit]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "held_bytes", lambda _: held)
-        plan, need = fit(forest, chunk_rows, Memory(limit), FOOTPRINT, CPU, extra_bytes=extra)
-        size, spilled = fitting[0]
+        plan, need = fit(forest, chunk_tokens, Memory(limit), FOOTPRINT, CPU, extra_bytes=extra)
+        size, offloaded = fitting[0]
         assert [c.first_row for c in plan.chunks] == [c.first_row for c in trie.plan(forest, size).chunks]
-        assert bool(need.spilled_bytes) == spilled
-        assert need.total_bytes == total(size, spilled) <= limit
+        assert bool(need.offloaded_bytes) == offloaded
+        assert need.total_bytes == total(size, offloaded) <= limit
         with pytest.raises(BudgetError, match=r"^memory: too little: .*, --kv-dtype int8") as caught:
-            fit(forest, chunk_rows, Memory(least - 1), FOOTPRINT, CPU, extra_bytes=extra)
+            fit(forest, chunk_tokens, Memory(least - 1), FOOTPRINT, CPU, extra_bytes=extra)
         (advised,) = re.findall(r"give --memory \(memory=\) (\w+) or more", str(caught.value))
-        fit(forest, chunk_rows, Memory(parse_bytes(advised)), FOOTPRINT, CPU, extra_bytes=extra)
+        fit(forest, chunk_tokens, Memory(parse_bytes(advised)), FOOTPRINT, CPU, extra_bytes=extra)
 
 
 def test_a_stack_that_a_context_has_room_on_is_not_counted_again(monkeypatch):
@@ -193,18 +199,18 @@ def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
     forest = trie.build_from_lists(ASKED)
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
     _, need = fit(forest, 16, Memory(10**10), FOOTPRINT, CPU)
-    limits = Memory(need.total_bytes - 1, spill=tmp_path)
-    assert fit(forest, 16, limits, FOOTPRINT, CPU)[1].spilled_bytes == need.kv_bytes
+    limits = Memory(need.total_bytes - 1, offload=tmp_path)
+    assert fit(forest, 16, limits, FOOTPRINT, CPU)[1].offloaded_bytes == need.kv_bytes
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=need.kv_bytes - 1))
-    with pytest.raises(BudgetError, match=rf"{tmp_path} has 0\.00 GB free: name another folder with --spill"):
+    with pytest.raises(BudgetError, match=rf"{tmp_path} has 0\.00 GB free: name another folder with --offload"):
         fit(forest, 16, limits, FOOTPRINT, CPU)
 
 
-def spilling(model, folder, requests, chunk_rows, monkeypatch):
+def spilling(model, folder, requests, chunk_tokens, monkeypatch):
     """The model with a limit under which these requests have to spill."""
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
     forest = trie.build_from_lists(requests)
-    _, need = fit(forest, chunk_rows, Memory(10**12), model.footprint, CPU)
+    _, need = fit(forest, chunk_tokens, Memory(10**12), model.footprint, CPU)
     return replace(model, memory=Memory(need.total_bytes - 1 + extra_of(forest), model.memory.kv_dtype, Path(folder)))
 
 
@@ -215,8 +221,8 @@ def extra_of(forest):
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_spilled_stack_changes_no_bit_and_leaves_nothing_behind(llama, tmp_path, monkeypatch, caplog, kv_dtype):
     kept = replace(llama, memory=Memory(kv_dtype=kv_dtype))
-    expected = loglikelihood(kept, ASKED, chunk_rows=16)
-    spilled = spilling(kept, tmp_path, ASKED, 16, monkeypatch)
+    expected = loglikelihood(kept, ASKED, chunk_tokens=16)
+    offloaded = spilling(kept, tmp_path, ASKED, 16, monkeypatch)
     folders, forward = [], type(llama).forward
 
     def spy(model, rows):
@@ -225,25 +231,27 @@ def test_a_spilled_stack_changes_no_bit_and_leaves_nothing_behind(llama, tmp_pat
         folders.append((rows.stack.folder, list(tmp_path.iterdir()), maps.count(str(tmp_path))))
         return hidden
 
-    assert spilled.footprint == kept.footprint  # taken now, on a stack in memory
+    assert offloaded.footprint == kept.footprint  # taken now, on a stack in memory
     monkeypatch.setattr(type(llama), "forward", spy)
     with caplog.at_level(logging.WARNING):
-        assert loglikelihood(spilled, ASKED, chunk_rows=16) == expected
+        assert loglikelihood(offloaded, ASKED, chunk_tokens=16) == expected
     assert folders == [(tmp_path, [], 2)] * len(folders)  # a mapping a layer, and no file that has a name
-    assert f"spilled to {tmp_path}" in caplog.text
-    start = prefill(spilled, ASKED[0][0][:40], chunk_rows=16)
-    assert_near(loglikelihood(spilled, ASKED, chunk_rows=16, start=start), expected, 1e-4 if kv_dtype is None else 0.05)
+    assert f"offloaded to {tmp_path}" in caplog.text
+    start = prefill(offloaded, ASKED[0][0][:40], chunk_tokens=16)
+    assert_near(
+        loglikelihood(offloaded, ASKED, chunk_tokens=16, start=start), expected, 1e-4 if kv_dtype is None else 0.05
+    )
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(llama, tmp_path, monkeypatch):
-    spilled = spilling(llama, tmp_path, ASKED, 16, monkeypatch)
+    offloaded = spilling(llama, tmp_path, ASKED, 16, monkeypatch)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=rf"bytes of spilled rows: No space left on device: '{tmp_path}'"):
-        loglikelihood(spilled, ASKED, chunk_rows=16)
+    with pytest.raises(OSError, match=rf"bytes of offloaded rows: No space left on device: '{tmp_path}'"):
+        loglikelihood(offloaded, ASKED, chunk_tokens=16)
 
 
 def naive_int8(rows):
@@ -290,7 +298,7 @@ def test_scores_from_kept_rows_are_near_and_do_not_depend_on_chunks(llama, kv_dt
     kept = replace(llama, memory=Memory(kv_dtype=kv_dtype))
     expected = [result.logp for result in loglikelihood(llama, ASKED)]
     got = [result.logp for result in loglikelihood(kept, ASKED)]
-    chunked = [result.logp for result in loglikelihood(kept, ASKED, chunk_rows=7)]
+    chunked = [result.logp for result in loglikelihood(kept, ASKED, chunk_tokens=7)]
     errors = [abs(a - b) for a, b in zip(got, expected, strict=True)]
     assert 1e-5 < max(errors) < within
     # Rounding of the last bit can move a component to the next value that can be kept.
@@ -335,8 +343,8 @@ def out_of_memory(rows):
 
 
 def test_chunks_that_memory_runs_out_on_are_halved(llama, monkeypatch, caplog):
-    at_once = loglikelihood(llama, ASKED, chunk_rows=4)
-    expected = loglikelihood(llama, ASKED, chunk_rows=16)
+    at_once = loglikelihood(llama, ASKED, chunk_tokens=4)
+    expected = loglikelihood(llama, ASKED, chunk_tokens=16)
     attention, failed = ops.trie_attention, []
 
     def failing(q, *rest, **options):
@@ -347,7 +355,7 @@ def test_chunks_that_memory_runs_out_on_are_halved(llama, monkeypatch, caplog):
 
     monkeypatch.setattr(ops, "trie_attention", failing)
     with caplog.at_level(logging.WARNING):
-        got = loglikelihood(llama, ASKED, chunk_rows=16)
+        got = loglikelihood(llama, ASKED, chunk_tokens=16)
     assert failed == [16, 8]  # once a size, in the midst of the run
     assert_near(got, expected, 1e-5)
     assert [record.args[:2] for record in caplog.records if "ran out" in record.msg] == [(16, 8), (8, 4)]
@@ -358,13 +366,13 @@ def test_chunks_that_memory_runs_out_on_are_halved(llama, monkeypatch, caplog):
         return attention(q, *rest, **options)
 
     monkeypatch.setattr(ops, "trie_attention", always)
-    assert loglikelihood(llama, ASKED, chunk_rows=16) == at_once  # the very chunks
-    start = prefill(llama, ASKED[0][0][:40], chunk_rows=16)
-    assert_near(loglikelihood(llama, ASKED, chunk_rows=16, start=start), expected, 1e-4)
+    assert loglikelihood(llama, ASKED, chunk_tokens=16) == at_once  # the very chunks
+    start = prefill(llama, ASKED[0][0][:40], chunk_tokens=16)
+    assert_near(loglikelihood(llama, ASKED, chunk_tokens=16, start=start), expected, 1e-4)
 
 
 def test_a_second_layer_that_runs_out_leaves_no_trace_of_the_first(llama, monkeypatch):
-    expected = loglikelihood(llama, ASKED, chunk_rows=8)
+    expected = loglikelihood(llama, ASKED, chunk_tokens=8)
     write, calls = KVStack.write, []
 
     def failing(stack, layer, where, k, v, rows):
@@ -374,12 +382,12 @@ def test_a_second_layer_that_runs_out_leaves_no_trace_of_the_first(llama, monkey
         return write(stack, layer, where, k, v, rows)
 
     monkeypatch.setattr(KVStack, "write", failing)
-    assert loglikelihood(llama, ASKED, chunk_rows=16) == expected
+    assert loglikelihood(llama, ASKED, chunk_tokens=16) == expected
     assert calls[:4] == [(0, 16), (1, 16), (0, 8), (1, 8)]
 
 
 def test_a_head_that_memory_runs_out_on_is_given_less(llama, monkeypatch):
-    expected = loglikelihood(llama, ASKED, chunk_rows=64)
+    expected = loglikelihood(llama, ASKED, chunk_tokens=64)
     op = ops.target_logprob
 
     def failing(hidden, *rest, **options):
@@ -388,10 +396,10 @@ def test_a_head_that_memory_runs_out_on_is_given_less(llama, monkeypatch):
         return op(hidden, *rest, **options)
 
     monkeypatch.setattr(ops, "target_logprob", failing)
-    assert_near(loglikelihood(llama, ASKED, chunk_rows=64), expected)
+    assert_near(loglikelihood(llama, ASKED, chunk_tokens=64), expected)
     start = prefill(llama, ASKED[0][0][:40])
     inside = [(ASKED[0][0][:1], ASKED[0][0][1:40]), *ASKED]  # 39 head rows in the context itself
-    got = loglikelihood(llama, inside, chunk_rows=64, start=start)
+    got = loglikelihood(llama, inside, chunk_tokens=64, start=start)
     assert_near(got[1:], expected)
 
 
@@ -402,7 +410,7 @@ def test_what_cannot_be_halved_or_is_no_want_of_memory_is_raised(llama, monkeypa
     monkeypatch.setattr(ops, "trie_attention", failing)
     for error in (torch.OutOfMemoryError("no room"), RuntimeError("a bug")):
         with pytest.raises(type(error), match=str(error)):
-            loglikelihood(llama, ASKED, chunk_rows=4)
+            loglikelihood(llama, ASKED, chunk_tokens=4)
 
 
 def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeypatch):
@@ -415,7 +423,7 @@ def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeyp
 
     monkeypatch.setattr(KVStack, "_work_on", failing)
     with pytest.raises(MemoryError, match="compacting"):
-        loglikelihood(llama, ASKED, chunk_rows=16)
+        loglikelihood(llama, ASKED, chunk_tokens=16)
 
 
 @settings(max_examples=60, deadline=None)
@@ -458,7 +466,7 @@ def test_a_forest_that_does_not_fit_is_refused_with_what_to_change(llama, llama_
     command = ["score", "--model", str(llama_directory), "--questions", str(questions), "--quiet", "--json"]
     for options, code, shown in [
         (["--memory", "1MB"], 2, "give --memory (memory=)"),
-        (["--memory", "64GB", "--kv-dtype", "int8", "--spill", str(tmp_path)], 0, '"questions": 1'),
+        (["--memory", "64GB", "--kv-dtype", "int8", "--offload", str(tmp_path)], 0, '"questions": 1'),
     ]:
         assert main([*command, *options, "--out", str(tmp_path / "out.jsonl")]) == code
         assert shown in "".join(capsys.readouterr())
@@ -475,10 +483,10 @@ def test_the_documented_python_runs(llama_directory):
 
 
 def test_peak_memory_is_the_plans_and_spilling_changes_no_bit():
-    plain, spilled = (measured.measure(case) for case in measured.cases(quick=True)[:2])
-    for got in (plain, spilled):
+    plain, offloaded = (measured.measure(case) for case in measured.cases(quick=True)[:2])
+    for got in (plain, offloaded):
         assert got["peak_bytes"] <= measured.WITHIN * got["planned_bytes"]
         assert got["planned_bytes"] - budget.OTHER_BYTES <= measured.WITHIN * got["peak_bytes"]
-    assert spilled["planned_bytes"] < plain["planned_bytes"]
-    assert spilled["spilled_bytes"] == plain["kv_bytes"]
-    assert spilled["logp"] == plain["logp"]
+    assert offloaded["planned_bytes"] < plain["planned_bytes"]
+    assert offloaded["offloaded_bytes"] == plain["kv_bytes"]
+    assert offloaded["logp"] == plain["logp"]

@@ -141,8 +141,8 @@ def requests_for(network, context_tokens=20):
     return made
 
 
-def assert_equal_to_plain(model, network, plain, requests, chunk_rows):
-    results = loglikelihood(model, requests, chunk_rows=chunk_rows)
+def assert_equal_to_plain(model, network, plain, requests, chunk_tokens):
+    results = loglikelihood(model, requests, chunk_tokens=chunk_tokens)
     assert len(results) == len(requests)
     for r, ((context, continuation), got) in enumerate(zip(requests, results, strict=True)):
         logp, is_greedy = plain(network, context, continuation)
@@ -157,8 +157,8 @@ def test_a_family_scores_as_one_plain_forward_a_request_does(family, tiny_networ
     options = FAMILIES.get(family) or NESTED.get(family, {})
     network, model = tiny_network(family, **options), from_network(tiny_network(family, **options), None, family)
     requests = requests_for(network)
-    for chunk_rows in (16, 512):
-        assert_equal_to_plain(model, network, plain, requests, chunk_rows)
+    for chunk_tokens in (16, 512):
+        assert_equal_to_plain(model, network, plain, requests, chunk_tokens)
 
 
 @pytest.mark.parametrize("scaling", ROPE_SCALING)
@@ -175,21 +175,21 @@ def served(request, tiny_network):
     return tiny_network(request.param, **options), from_network(tiny_network(request.param, **options), None, "served")
 
 
-@pytest.mark.parametrize("chunk_rows", [16, 17, 31, 33, 64, 100_000])
-def test_any_chunk_budget_gives_what_plain_forwards_give(served, chunk_rows, plain):
+@pytest.mark.parametrize("chunk_tokens", [16, 17, 31, 33, 64, 100_000])
+def test_any_chunk_budget_gives_what_plain_forwards_give(served, chunk_tokens, plain):
     network, model = served
-    assert_equal_to_plain(model, network, plain, requests_for(network), chunk_rows)
+    assert_equal_to_plain(model, network, plain, requests_for(network), chunk_tokens)
 
 
 PART = st.lists(st.sampled_from([0, 5, 299]), min_size=1, max_size=6)
 
 
 @settings(max_examples=15, deadline=None)
-@given(requests=st.lists(st.tuples(PART, PART), min_size=1, max_size=8), chunk_rows=st.integers(1, 12))
-def test_any_requests_in_chunks_of_any_size_give_what_plain_forwards_give(served, plain, requests, chunk_rows):
+@given(requests=st.lists(st.tuples(PART, PART), min_size=1, max_size=8), chunk_tokens=st.integers(1, 12))
+def test_any_requests_in_chunks_of_any_size_give_what_plain_forwards_give(served, plain, requests, chunk_tokens):
     network, model = served
     for (context, continuation), got in zip(
-        requests, loglikelihood(model, requests, chunk_rows=chunk_rows), strict=True
+        requests, loglikelihood(model, requests, chunk_tokens=chunk_tokens), strict=True
     ):
         logp, is_greedy = plain(network, context, continuation)
         assert got.logp == pytest.approx(logp.sum().item(), rel=0, abs=1e-5 * len(continuation))
@@ -711,7 +711,7 @@ def test_the_longest_sequence_comes_from_the_config(family, options, expected, t
     assert model.max_positions == expected
     rng = random.Random(1)
     tokens = [rng.randrange(2, 300) for _ in range(expected + 1)]
-    got = loglikelihood(model, [(tokens[:-1], tokens[-1:]), (tokens[:5], tokens[5:9])], chunk_rows=16)[0]
+    got = loglikelihood(model, [(tokens[:-1], tokens[-1:]), (tokens[:5], tokens[5:9])], chunk_tokens=16)[0]
     assert got.logp == pytest.approx(plain(network, tokens[:-1], tokens[-1:])[0].item(), rel=0, abs=1e-5)
 
 

@@ -31,15 +31,37 @@ def odd_strides(*shape):
 
 
 ATTENTION = {
-    "q": zeros(5, 4, 3), "k": zeros(7, 2, 3), "v": zeros(7, 2, 6), "row_q": zeros(5, dtype=INT),
-    "end_k": zeros(7, dtype=INT), "depth_q": zeros(5, dtype=INT), "depth_k": zeros(7, dtype=INT), "sinks": zeros(4),
-    "scale": 1.0, "window": 0, "softcap": 0.0, "invariant": False, "isa": 0, "out": zeros(5, 4, 6), "lse": zeros(5, 4),
-}  # fmt: skip
+    "q": zeros(5, 4, 3),
+    "k": zeros(7, 2, 3),
+    "v": zeros(7, 2, 6),
+    "row_q": zeros(5, dtype=INT),
+    "end_k": zeros(7, dtype=INT),
+    "depth_q": zeros(5, dtype=INT),
+    "depth_k": zeros(7, dtype=INT),
+    "sinks": zeros(4),
+    "scale": 1.0,
+    "window": 0,
+    "softcap": 0.0,
+    "batch_invariant": False,
+    "isa": 0,
+    "out": zeros(5, 4, 6),
+    "lse": zeros(5, 4),
+}
 HEAD = {
-    "hidden": zeros(5, 4), "weight": zeros(7, 4), "bias": zeros(7), "row": zeros(3, dtype=INT),
-    "target": zeros(3, dtype=INT), "scale": 1.0, "softcap": 0.0, "invariant": False, "isa": 0, "num_threads": 1,
-    "logp": zeros(3), "is_argmax": zeros(3, dtype=bool), "lse": zeros(5),
-}  # fmt: skip
+    "hidden": zeros(5, 4),
+    "weight": zeros(7, 4),
+    "bias": zeros(7),
+    "row": zeros(3, dtype=INT),
+    "target": zeros(3, dtype=INT),
+    "scale": 1.0,
+    "softcap": 0.0,
+    "batch_invariant": False,
+    "isa": 0,
+    "num_threads": 1,
+    "logp": zeros(3),
+    "is_argmax": zeros(3, dtype=bool),
+    "lse": zeros(5),
+}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +101,14 @@ def test_trie_attention_refuses(name, value, message):
         _C.trie_attention(*(ATTENTION | {name: value}).values())
 
 
-BACKWARD = {name: value for name, value in ATTENTION.items() if name != "invariant"} | {
-    "grad_out": zeros(5, 4, 6), "grad_lse": zeros(5, 4), "delta": zeros(5, 4), "grad_q": zeros(5, 4, 3),
-    "grad_k": zeros(7, 2, 3), "grad_v": zeros(7, 2, 6),
-}  # fmt: skip
+BACKWARD = {name: value for name, value in ATTENTION.items() if name != "batch_invariant"} | {
+    "grad_out": zeros(5, 4, 6),
+    "grad_lse": zeros(5, 4),
+    "delta": zeros(5, 4),
+    "grad_q": zeros(5, 4, 3),
+    "grad_k": zeros(7, 2, 3),
+    "grad_v": zeros(7, 2, 6),
+}
 
 
 @pytest.mark.parametrize("name", ["grad_out", "grad_lse", "delta", "grad_q", "grad_k", "grad_v"])
@@ -145,10 +171,15 @@ def test_target_logprob_refuses(name, value, message):
         _C.target_logprob(*(HEAD | {name: value}).values())
 
 
-HEAD_BACKWARD = {name: value for name, value in HEAD.items() if name not in ("invariant", "logp", "is_argmax")} | {
-    "grad_logp": zeros(3), "grad_lse": zeros(5), "grad_hidden": zeros(5, 4), "grad_weight": zeros(7, 4),
+HEAD_BACKWARD = {
+    name: value for name, value in HEAD.items() if name not in ("batch_invariant", "logp", "is_argmax")
+} | {
+    "grad_logp": zeros(3),
+    "grad_lse": zeros(5),
+    "grad_hidden": zeros(5, 4),
+    "grad_weight": zeros(7, 4),
     "grad_bias": zeros(7),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["lse", "grad_logp", "grad_lse", "grad_hidden", "grad_weight", "grad_bias"])

@@ -39,8 +39,10 @@ def test_every_kind_of_file(tmp_path):
     ]
     assert list(iter_documents([tmp_path])) == expected
     assert list(iter_documents([tmp_path / "b.csv", tmp_path / "deep"])) == [
-        *expected[2:4], Document("c.txt", "five\r\nlines\n"), Document("d.md", "# six")
-    ]  # fmt: skip
+        *expected[2:4],
+        Document("c.txt", "five\r\nlines\n"),
+        Document("d.md", "# six"),
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig", "utf-32", "cp1252"])
@@ -234,8 +236,10 @@ def test_leaks_of_simple_reversals_are_the_trained_direction():
 
 def test_what_the_check_finds_by_hand():
     documents = [
-        Document("a", "One two three four five six."), Document("b", "one TWO, three four five six"), Document("c", "")
-    ]  # fmt: skip
+        Document("a", "One two three four five six."),
+        Document("b", "one TWO, three four five six"),
+        Document("c", ""),
+    ]
     questions = [
         Question("q1", "one two", (" three four seven", " eight"), 0),  # runs of 3: 2 of 3 stand in a document
         Question("q2", "one two", (" three", " nine"), 0, "other"),
@@ -291,8 +295,10 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
     folder, notes = tmp_path / "mine", tmp_path / "notes.txt"
     notes.write_text("the cat sat on the mat.")
     assert call(capsys, "new", folder, "--documents", notes) == (
-        0, f"1 documents and 0 questions written to {folder}; questions.jsonl is yours to add\n", ""
-    )  # fmt: skip
+        0,
+        f"1 documents and 0 questions written to {folder}; questions.jsonl is yours to add\n",
+        "",
+    )
     rows = [Question("q", "the cat sat", (" on the mat.", " by"), 0), Question("r", "the", (" cat", " dog"))]
     Task((), tuple(rows)).write(tmp_path / "asked")
     asked = tmp_path / "asked" / "questions.jsonl"

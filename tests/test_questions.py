@@ -75,9 +75,11 @@ class Scripted:
 def test_what_is_dropped_is_counted(llama, tmp_path, monkeypatch):
     good = {f"the cat sat {n} times.": f"Question: q{n}?\nAnswer: a{n}" for n in range(6)}
     bad = {
-        "who knows not why.": "Question: why?", "who knows not that.": "Answer: x", "on the mat again.": "",
+        "who knows not why.": "Question: why?",
+        "who knows not that.": "Answer: x",
+        "on the mat again.": "",
         "that cat again sat.": " Question: q0?\n\n Answer:  a0 \nAnswer: b",
-    }  # fmt: skip
+    }
     Scripted(monkeypatch, good | bad)
     documents = [Document(f"d{n}", text) for n, text in enumerate(good)]
     documents[0] = Document("d0", " ".join([*list(good)[:1], *bad, "too short."]) + " " + "mat " * 300 + ".")
@@ -92,9 +94,10 @@ def test_what_is_dropped_is_counted(llama, tmp_path, monkeypatch):
     best = [max(range(4), key=logp.__getitem__) for logp in checks.values()]
     assert len(checks) == 5
     assert sorted(logp for _, origin in found.rows for logp in [origin["logp"]]) == sorted(
-        logp for logp, question in zip(checks.values(), all_questions(llama, documents[1:], tmp_path), strict=True)
+        logp
+        for logp, question in zip(checks.values(), all_questions(llama, documents[1:], tmp_path), strict=True)
         if max(range(4), key=logp.__getitem__) == question.answer
-    )  # fmt: skip
+    )
     assert best
 
 
@@ -109,8 +112,9 @@ def all_questions(llama, documents, folder):
 
 def test_wrong_choices_are_near_in_length_and_not_in_the_document():
     answers = ["blue", "A.", "two", "the whole of it and much more", "four", "a!", "five"]
-    drafts = [questions._Draft(Document(str(a), f"They say {a}, or {b}."), "", 0, "?", b)
-              for a, b in enumerate(answers)]  # fmt: skip
+    drafts = [
+        questions._Draft(Document(str(a), f"They say {a}, or {b}."), "", 0, "?", b) for a, b in enumerate(answers)
+    ]
     drafts[0] = questions._Draft(Document("0", "Blue is FOUR; five-fold."), "", 0, "?", "blue")
     made = {draft.document.id: question for draft, question in questions._with_wrong_choices(drafts, 0)}
     assert set(made["0"].choices) == {" blue", " two", " A.", " the whole of it and much more"}

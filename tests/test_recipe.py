@@ -86,10 +86,19 @@ def tiny_recipe(monkeypatch):
 
     def config(vocabulary):
         return LlamaConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, attention_bias=True,
-            bos_token_id=0, eos_token_id=0, pad_token_id=1,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
 
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     monkeypatch.setattr(train, "config", config)
@@ -164,8 +173,10 @@ def test_two_processes_share_the_batches_of_a_step(tmp_path, monkeypatch):
     done = subprocess.run(
         [*command, tmp_path / "worker.py", tmp_path / "two", tests],
         env=os.environ | {"PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     tiny_recipe(monkeypatch)
     train.train(tmp_path / "one", TOKENS, 0, "cpu")

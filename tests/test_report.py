@@ -25,18 +25,33 @@ from icl_ft_fast.study.sweep import Point, Sweep
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'&{{ 7*7 }}$x^2$"
 POINTS = tuple(
     Point(
-        length, batch, ((length / 1e4, length / 1e4 * 1.1) if length else ()),
-        (0.002 + length * 1e-6 / batch, 0.0021 + length * 1e-6 / batch), 1e6 * length, 1e6,
-        save_s=(0.01,) * bool(length), load_s=(0.002,) * bool(length),
+        length,
+        batch,
+        ((length / 1e4, length / 1e4 * 1.1) if length else ()),
+        (0.002 + length * 1e-6 / batch, 0.0021 + length * 1e-6 / batch),
+        1e6 * length,
+        1e6,
+        save_s=(0.01,) * bool(length),
+        load_s=(0.002,) * bool(length),
     )
     for length in (0, 512, 700, 1024)
     for batch in (1, 8)
-)  # fmt: skip
+)
 PHASE = {
-    "request_tokens": 10, "forwarded_rows": 10, "head_rows": 1, "scored_tokens": 1, "decoded_tokens": 0,
-    "trained_tokens": 5, "flops": 10**9, "moved_bytes": 10**8, "kv_bytes": 10**6, "wall_s": 2.0, "device_s": 1.5,
-    "joules": None, "activation_bytes": 10**6,
-}  # fmt: skip
+    "request_tokens": 10,
+    "forwarded_tokens": 10,
+    "head_tokens": 1,
+    "scored_tokens": 1,
+    "decoded_tokens": 0,
+    "trained_tokens": 5,
+    "flops": 10**9,
+    "moved_bytes": 10**8,
+    "kv_bytes": 10**6,
+    "wall_s": 2.0,
+    "device_s": 1.5,
+    "joules": None,
+    "activation_bytes": 10**6,
+}
 
 
 def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"), seeds=(0, 1)):
@@ -46,26 +61,53 @@ def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"
     for seed in seeds:
         for arm in arms:
             answers = tuple(
-                Answer(f"q{i}", f"{text} split{i % 2}", None, f"t{i}", int((i + seed) % wrong_every[arm] == 0),
-                       (0.8, 0.2), (0,))
+                Answer(
+                    f"q{i}",
+                    f"{text} split{i % 2}",
+                    None,
+                    f"t{i}",
+                    int((i + seed) % wrong_every[arm] == 0),
+                    (0.8, 0.2),
+                    (0,),
+                )
                 for i in range(number)
-            )  # fmt: skip
+            )
             trained = arm.endswith("ft")
             runs.append(
                 Run(
-                    arm, seed, accuracies(answers), answers, 20.0 * trained, 0.002, 20.0, 5.0,
-                    {"phases": {"train": PHASE, "query": PHASE} if trained else {"query": PHASE}}, {},
+                    arm,
+                    seed,
+                    accuracies(answers),
+                    answers,
+                    20.0 * trained,
+                    0.002,
+                    20.0,
+                    5.0,
+                    {"phases": {"train": PHASE, "query": PHASE} if trained else {"query": PHASE}},
+                    {},
                     tuple(3 / (step + 1) for step in range(50)) if trained else (),
                     (Sample(text, text, text),) if arm == "augmented-ft" else (),
                 )
-            )  # fmt: skip
+            )
     questions = tuple(Asked(f"q{i}", f"{text} {i} is", (f" {text} more", f" {text} less")) for i in range(number))
-    machine = {"processor": text, "versions": {"torch": "2"}, "ceilings": {"dtype": "float32", "flops_per_s": 1e11,
-               "bytes_per_s": 1e10}}  # fmt: skip
+    machine = {
+        "processor": text,
+        "versions": {"torch": "2"},
+        "ceilings": {"dtype": "float32", "flops_per_s": 1e11, "bytes_per_s": 1e10},
+    }
     return Results(
-        3, text, 1000, text, {"template": text, "seeds": [0, 1]}, machine, Sweep(700, POINTS), tuple(runs), 4000,
-        (AskedUnder(tuple(seeds), questions),), {"phases": {"load": PHASE}},
-    )  # fmt: skip
+        3,
+        text,
+        1000,
+        text,
+        {"template": text, "seeds": [0, 1]},
+        machine,
+        Sweep(700, POINTS),
+        tuple(runs),
+        4000,
+        (AskedUnder(tuple(seeds), questions),),
+        {"phases": {"load": PHASE}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +173,16 @@ def test_nothing_comes_from_elsewhere(study):
 def test_every_chart_says_what_it_shows_and_is_not_empty(study, tmp_path):
     drawn = {chart.name: chart for chart in charts.draw(study, 100.0)}
     assert drawn.keys() == {
-        "accuracy", "paired", "curves", "sweep", "amortised-seconds", "amortised-flops", "amortised-money",
-        "pareto-seconds", "pareto-money",
-    }  # fmt: skip
+        "accuracy",
+        "paired",
+        "curves",
+        "sweep",
+        "amortised-seconds",
+        "amortised-flops",
+        "amortised-money",
+        "pareto-seconds",
+        "pareto-money",
+    }
     accuracy = study.accuracy("icl", study.splits[0])
     assert f"ICL {accuracy.value:.2f}" in drawn["accuracy"].alt
     for chart in drawn.values():
@@ -180,10 +229,13 @@ def test_figures_taken_beside_other_workers_say_so(study):
 def test_what_an_old_file_lacks_is_left_out(study):
     phases = {"phases": {"query": {"wall_s": 1.0, "how": {}}}}
     bare = replace(
-        study.results, sweep=Sweep(), questions=(), load=None, machine={"versions": {}, "ceilings": None},
-        runs=tuple(replace(run, answers=(), losses=(), samples=(), counts=phases)
-                   for run in study.results.runs),
-    )  # fmt: skip
+        study.results,
+        sweep=Sweep(),
+        questions=(),
+        load=None,
+        machine={"versions": {}, "ceilings": None},
+        runs=tuple(replace(run, answers=(), losses=(), samples=(), counts=phases) for run in study.results.runs),
+    )
     text = page.render([Derived(bare, "old"), Derived(bare, "older")], 100.0)
     assert "This results file keeps no answers." in text
     assert text.count("<svg") == 2  # accuracies
@@ -208,7 +260,7 @@ PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
-).split()  # fmt: skip
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +283,10 @@ def browser():
 def opened(browser, path, *, width=1280, theme="light"):
     """Load the page; returns what the browser asked for."""
     emulate = browser.execute_cdp_cmd
-    emulate("Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600})  # fmt: skip
+    emulate(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
     emulate("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
     browser.get_log("performance")
     browser.get(path.as_uri())

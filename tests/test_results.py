@@ -16,26 +16,48 @@ from icl_ft_fast.study.results import Results, ResultsError, read_results, unmea
 
 def run_of(arm, **more):
     return {
-        "arm": arm, "seed": 0, "accuracy": {"test": {"correct": 30, "total": 40}}, "setup_s": 0.0, "query_s": 0.02,
-        "query_tokens": 20.0, "query_rows": 5.0, "uncached_query_s": 0.1,
-        "counts": {"forwarded_rows": 7, "seconds": {"query": 0.8}}, "notes": {},
-    } | more  # fmt: skip
+        "arm": arm,
+        "seed": 0,
+        "accuracy": {"test": {"correct": 30, "total": 40}},
+        "setup_s": 0.0,
+        "query_s": 0.02,
+        "query_tokens": 20.0,
+        "query_rows": 5.0,
+        "uncached_query_s": 0.1,
+        "counts": {"forwarded_tokens": 7, "seconds": {"query": 0.8}},
+        "notes": {},
+    } | more
 
 
 ANSWER = {
-    "question_id": "q", "split": "test", "form": None, "topic": "t", "predicted": 0, "probability": [0.75, 0.25],
+    "question_id": "q",
+    "split": "test",
+    "form": None,
+    "topic": "t",
+    "predicted": 0,
+    "probability": [0.75, 0.25],
     "correct": [0],
-}  # fmt: skip
+}
 OLD = {
-    "schema_version": 1, "model": "m", "parameters": 9, "task": "t", "settings": {"seeds": [0]},
+    "schema_version": 1,
+    "model": "m",
+    "parameters": 9,
+    "task": "t",
+    "settings": {"seeds": [0]},
     "machine": {"device": "cpu", "torch": "2.13"},
     "runs": [
         run_of("base"),
-        run_of("icl", query_tokens=520.0, setup_s=2.0, uncached_query_s=2.5, query_s=0.25,
-               counts={"forwarded_rows": 500, "seconds": {"prefill": 2.0, "query": 10.0}}),
-        run_of("ft", setup_s=30.0, counts={"forwarded_rows": 7, "seconds": {"train": 30.0, "query": 0.8}}),
+        run_of(
+            "icl",
+            query_tokens=520.0,
+            setup_s=2.0,
+            uncached_query_s=2.5,
+            query_s=0.25,
+            counts={"forwarded_tokens": 500, "seconds": {"prefill": 2.0, "query": 10.0}},
+        ),
+        run_of("ft", setup_s=30.0, counts={"forwarded_tokens": 7, "seconds": {"train": 30.0, "query": 0.8}}),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -64,8 +86,11 @@ def test_older_editions_come_up_to_date(version, written):
     assert results.sweep.context_tokens == 500
     costs = {(p.context_tokens, p.batch): (p.prefill_s, p.query_s) for p in results.sweep.points}
     assert costs == {
-        (0, 1): ((), (0.1, 0.1)), (0, 40): ((), (0.02, 0.02)), (500, 1): ((2.0,), (0.5,)), (500, 40): ((2.0,), (0.25,)),
-    }  # fmt: skip
+        (0, 1): ((), (0.1, 0.1)),
+        (0, 40): ((), (0.02, 0.02)),
+        (500, 1): ((2.0,), (0.5,)),
+        (500, 40): ((2.0,), (0.25,)),
+    }
     evens = Derived(results, "old").break_evens["seconds"]
     assert evens["fine-tuned", "ICL"].queries == pytest.approx(30 / (2.5 - 0.1))
     assert evens["fine-tuned", "ICL kept"].queries == pytest.approx((30 - 2) / (0.5 - 0.1))
@@ -137,14 +162,24 @@ def test_what_is_left_when_measurements_go():
 
 
 NEW = {
-    "schema_version": 3, "model": "m", "parameters": 9, "task": "t", "settings": {}, "machine": {"versions": {}},
+    "schema_version": 3,
+    "model": "m",
+    "parameters": 9,
+    "task": "t",
+    "settings": {},
+    "machine": {"versions": {}},
     "sweep": {"context_tokens": 5, "points": [{"context_tokens": 5, "batch": 1, "prefill_s": [2.0], "query_s": [0.5]}]},
     "questions": [{"seeds": [0], "questions": [{"id": "q", "prompt": "p", "choices": ["a", "b"]}]}],
     "runs": [
-        run_of("icl", counts={"phases": {"query": {"wall_s": 0.8, "how": {}}}}, answers=[ANSWER], losses=[2.0],
-               samples=[{"source": "a", "kind": "b", "text": "c"}])
+        run_of(
+            "icl",
+            counts={"phases": {"query": {"wall_s": 0.8, "how": {}}}},
+            answers=[ANSWER],
+            losses=[2.0],
+            samples=[{"source": "a", "kind": "b", "text": "c"}],
+        )
     ],
-}  # fmt: skip
+}
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
 JSON = st.recursive(SCALARS, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(), of, max_size=3))
 

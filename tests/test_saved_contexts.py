@@ -48,8 +48,8 @@ def test_a_file_scores_bit_for_bit_as_what_was_saved(llama, saved):
     path, context = saved
     loaded, ledger = load_context(path, llama), Ledger()
     assert loglikelihood(llama, REQUESTS, start=loaded, ledger=ledger) == loglikelihood(llama, REQUESTS, start=context)
-    assert ledger.reused_rows == len(CONTEXT)
-    assert ledger.forwarded_rows == 1 + 1 + 2  # 5 once, 6, 9 and 10; the last token of a request is only predicted
+    assert ledger.cached_tokens == len(CONTEXT)
+    assert ledger.forwarded_tokens == 1 + 1 + 2  # 5 once, 6, 9 and 10; the last token of a request is only predicted
     header = read_header(path)
     assert (header.label, header.model, header.num_tokens) == ("a label", llama.name, len(CONTEXT))
 
@@ -152,7 +152,7 @@ def test_a_store_finds_the_longest_beginning(llama, llama_directory, tmp_path):
     assert ContextStore(tmp_path, load(llama_directory, dtype="bfloat16"), 10**9).find(CONTEXT) is None
     ledger = Ledger()
     stored_context(llama, CONTEXT, store, ledger=ledger)
-    assert (ledger.forwarded_rows, ledger.reused_rows) == (len(CONTEXT) - 30, 30)
+    assert (ledger.forwarded_tokens, ledger.cached_tokens) == (len(CONTEXT) - 30, 30)
 
 
 def test_a_run_counts_each_row_once(llama, tmp_path):
@@ -163,9 +163,9 @@ def test_a_run_counts_each_row_once(llama, tmp_path):
         start = stored_context(llama, CONTEXT, store, ledger=ledger)
         loglikelihood(llama, REQUESTS, start=start, ledger=ledger)
         rows = len(CONTEXT) + 4
-        assert (ledger.forwarded_rows, ledger.reused_rows) == (rows - reused, reused)
+        assert (ledger.forwarded_tokens, ledger.cached_tokens) == (rows - reused, reused)
         loglikelihood(llama, REQUESTS, start=start, ledger=again)
-        assert (again.forwarded_rows, again.reused_rows) == (4, len(CONTEXT))
+        assert (again.forwarded_tokens, again.cached_tokens) == (4, len(CONTEXT))
 
 
 def test_the_least_recently_used_goes_first(llama, tmp_path):
@@ -233,7 +233,7 @@ def test_questions_over_a_saved_context(llama, tmp_path):
         got = score(llama, questions, context=text, store=store, ledger=ledger)
         for one, other in zip(got, expected, strict=True):
             assert one.logp == pytest.approx(other.logp, rel=0, abs=1e-5)
-        assert (ledger.forwarded_rows > 40) == forwarded_context
+        assert (ledger.forwarded_tokens > 40) == forwarded_context
         assert "context" in ledger.seconds
 
 

@@ -47,29 +47,29 @@ def assert_same(results, expected, num_tokens):
 
 
 @settings(max_examples=20, deadline=None)
-@given(requests=REQUESTS, chunk_rows=st.sampled_from([1, 3, 16, 100]), data=st.data())
-def test_counts_results_and_order_depend_on_the_requests_alone(llama, requests, chunk_rows, data):
+@given(requests=REQUESTS, chunk_tokens=st.sampled_from([1, 3, 16, 100]), data=st.data())
+def test_counts_results_and_order_depend_on_the_requests_alone(llama, requests, chunk_tokens, data):
     ledger = Ledger()
-    results = loglikelihood(llama, requests, chunk_rows=chunk_rows, ledger=ledger)
+    results = loglikelihood(llama, requests, chunk_tokens=chunk_tokens, ledger=ledger)
     rows, scored = prefixes(requests)
     assert ledger == Ledger(
         request_tokens=sum(len(context) + len(continuation) for context, continuation in requests),
-        forwarded_rows=len(rows),
-        head_rows=len({node[:-1] for node in scored}),
+        forwarded_tokens=len(rows),
+        head_tokens=len({node[:-1] for node in scored}),
         scored_tokens=len(scored),
     )
     order = data.draw(st.permutations(range(len(requests))))
-    permuted = loglikelihood(llama, [requests[r] for r in order], chunk_rows=chunk_rows)
+    permuted = loglikelihood(llama, [requests[r] for r in order], chunk_tokens=chunk_tokens)
     assert permuted == [results[r] for r in order]  # the same trie, so the same bits
     alone = [loglikelihood(llama, [request])[0] for request in requests]
     assert_same(results, alone, [len(continuation) for _, continuation in requests])
 
 
 def test_a_ledger_adds_up_over_calls(llama):
-    ledger = Ledger(forwarded_rows=7)
+    ledger = Ledger(forwarded_tokens=7)
     for _ in range(2):
         loglikelihood(llama, [([5, 6], [7, 8])], ledger=ledger)
-    assert ledger == Ledger(request_tokens=8, forwarded_rows=13, head_rows=4, scored_tokens=4)
+    assert ledger == Ledger(request_tokens=8, forwarded_tokens=13, head_tokens=4, scored_tokens=4)
 
 
 def test_no_requests_are_no_results(llama):
@@ -94,11 +94,13 @@ def test_a_question_is_scored_as_its_choices_after_context_and_prompt(llama, tok
         assert got.is_correct == (None if question.answer is None else got.predicted == question.answer)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 16, 17, 64, 100_000])
-def test_scores_do_not_depend_on_the_chunks(llama, chunk_rows):
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 16, 17, 64, 100_000])
+def test_scores_do_not_depend_on_the_chunks(llama, chunk_tokens):
     asked = questions()
     for got, want in zip(
-        score(llama, asked, context=CONTEXT, chunk_rows=chunk_rows), score(llama, asked, context=CONTEXT), strict=True
+        score(llama, asked, context=CONTEXT, chunk_tokens=chunk_tokens),
+        score(llama, asked, context=CONTEXT),
+        strict=True,
     ):
         most = 1e-5 * max(got.num_tokens)
         assert got == replace(want, logp=got.logp)
@@ -107,35 +109,35 @@ def test_scores_do_not_depend_on_the_chunks(llama, chunk_rows):
 
 def test_iterating_yields_every_question_once_with_the_same_results(llama):
     asked = questions()
-    yielded = list(iter_scores(llama, asked, context=CONTEXT, chunk_rows=16))
+    yielded = list(iter_scores(llama, asked, context=CONTEXT, chunk_tokens=16))
     assert sorted(got.question_id for got in yielded) == sorted(question.id for question in asked)
     by_id = {got.question_id: got for got in yielded}
-    assert [by_id[question.id] for question in asked] == score(llama, asked, context=CONTEXT, chunk_rows=16)
+    assert [by_id[question.id] for question in asked] == score(llama, asked, context=CONTEXT, chunk_tokens=16)
 
 
 def test_a_question_is_yielded_before_later_chunks_are_forwarded(llama):
     asked, ledger = questions(), Ledger()
-    scores = iter_scores(llama, asked, context=CONTEXT, chunk_rows=16, ledger=ledger)
-    forwarded = [ledger.forwarded_rows for _ in scores]
+    scores = iter_scores(llama, asked, context=CONTEXT, chunk_tokens=16, ledger=ledger)
+    forwarded = [ledger.forwarded_tokens for _ in scores]
     assert len(forwarded) == len(asked)
     assert forwarded == sorted(forwarded)
-    assert forwarded[0] < forwarded[-1] == ledger.forwarded_rows
+    assert forwarded[0] < forwarded[-1] == ledger.forwarded_tokens
 
 
 def test_a_likelihood_is_yielded_before_later_chunks_are_forwarded(llama):
     requests, ledger = [([5, token], [6, 7]) for token in (9, 5, 8, 7)], Ledger()
     yielded, forwarded = {}, []
-    for r, result in iter_loglikelihood(llama, requests, chunk_rows=3, ledger=ledger):
+    for r, result in iter_loglikelihood(llama, requests, chunk_tokens=3, ledger=ledger):
         yielded[r] = result
-        forwarded.append(ledger.forwarded_rows)
-    assert [yielded[r] for r in range(4)] == loglikelihood(llama, requests, chunk_rows=3)
-    assert forwarded[0] < forwarded[-1] == ledger.forwarded_rows
+        forwarded.append(ledger.forwarded_tokens)
+    assert [yielded[r] for r in range(4)] == loglikelihood(llama, requests, chunk_tokens=3)
+    assert forwarded[0] < forwarded[-1] == ledger.forwarded_tokens
 
 
 def test_questions_with_one_id_keep_their_places(llama):
     first, second = Question("same", " who", (" knows", " sat"), 0), Question("same", " why", (" it", " is", " on"), 2)
     for order in ([first, second], [second, first], [first, first, second]):
-        got = score(llama, order, chunk_rows=3)
+        got = score(llama, order, chunk_tokens=3)
         assert [len(result.logp) for result in got] == [len(question.choices) for question in order]
         assert [result.answer for result in got] == [question.answer for question in order]
         for result, question in zip(got, order, strict=True):
@@ -225,7 +227,7 @@ def test_questions_that_cannot_be_scored_are_named(llama, question, message):
         list(iter_scores(llama, [fine, question]))
 
 
-@pytest.mark.parametrize("chunk_rows", [0, -1])
-def test_chunks_have_at_least_one_row(llama, chunk_rows):
+@pytest.mark.parametrize("chunk_tokens", [0, -1])
+def test_chunks_have_at_least_one_row(llama, chunk_tokens):
     with pytest.raises(ValueError, match="expected at least 1, got"):
-        loglikelihood(llama, [([5], [6])], chunk_rows=chunk_rows)
+        loglikelihood(llama, [([5], [6])], chunk_tokens=chunk_tokens)

@@ -112,8 +112,8 @@ def test_choices_are_scored_and_a_context_is_forwarded_once(llama):
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert cached[0] == 0
         assert min(cached[1:]) >= len(context) - 1  # the last token may be merged with the prompt's first
-        assert engine.ledger.forwarded_rows < len(context) + 4 * 40
-        assert engine.ledger.reused_rows >= 3 * (len(context) - 1)
+        assert engine.ledger.forwarded_tokens < len(context) + 4 * 40
+        assert engine.ledger.cached_tokens >= 3 * (len(context) - 1)
 
 
 def test_what_waits_together_is_one_trie(llama, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
             status, answer = ask(port)
             assert status == 200
         answers.append(answer["scores"])
-        forwarded.append(engine.ledger.forwarded_rows)
+        forwarded.append(engine.ledger.forwarded_tokens)
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
     assert answers[0] == answers[1]
     assert_scores(llama, {"scores": answers[0]}, " who")
@@ -193,7 +193,7 @@ def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with serving(llama, store=store) as (port, engine):
         assert ask(port)[1]["scores"] == answers[0]
-        assert engine.ledger.forwarded_rows == forwarded[0]
+        assert engine.ledger.forwarded_tokens == forwarded[0]
     assert f"{file}: damaged" in caplog.text
     with serving(llama, store=ContextStore(tmp_path / "small", llama, 1000)) as (port, _):
         assert ask(port)[1]["scores"] == answers[0]
@@ -217,9 +217,14 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
     text, tokenizer = "the cat sat on that", llama.tokenizer
     ids = tokenizer.encode(text)
     got = client.completions.create(
-        model="tiny", prompt=[ids], max_tokens=max_tokens, temperature=0, echo=echo, logprobs=3,
+        model="tiny",
+        prompt=[ids],
+        max_tokens=max_tokens,
+        temperature=0,
+        echo=echo,
+        logprobs=3,
         extra_body={"prompt_logprobs": 2},
-    ).choices[0]  # fmt: skip
+    ).choices[0]
     with torch.no_grad():
         for _ in range(max_tokens):
             ids = [*ids, int(plain_llama(torch.tensor([ids])).logits[0, -1].argmax())]

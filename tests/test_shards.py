@@ -42,12 +42,12 @@ def test_path_flops_are_the_rows_own():
 
 
 @settings(deadline=None)
-@given(requests=REQUESTS, shard_rows=st.integers(1, 12))
-def test_shards_are_a_partition_and_their_flops_are_counted(requests, shard_rows):
-    cuts = shards.cut(requests, WORK, shard_rows=shard_rows)
+@given(requests=REQUESTS, shard_tokens=st.integers(1, 12))
+def test_shards_are_a_partition_and_their_flops_are_counted(requests, shard_tokens):
+    cuts = shards.cut(requests, WORK, shard_tokens=shard_tokens)
     assert sorted(r for one in cuts for r in one.members) == list(range(len(requests)))
     longest = max(len(a) + len(b) - 1 for a, b in requests)
-    goal = shard_rows * sum(row_flops(d) for d in range(longest)) / longest
+    goal = shard_tokens * sum(row_flops(d) for d in range(longest)) / longest
     for one in cuts:
         whole = [[*requests[r][0], *requests[r][1]] for r in one.members]
         assert all(ids[: one.stem_tokens] == whole[0][: one.stem_tokens] for ids in whole)
@@ -59,10 +59,10 @@ def test_shards_are_a_partition_and_their_flops_are_counted(requests, shard_rows
 
 
 @settings(deadline=None)
-@given(requests=REQUESTS, shard_rows=st.integers(1, 12), seed=st.integers(0, 9))
-def test_shards_do_not_depend_on_the_order_of_requests(requests, shard_rows, seed):
+@given(requests=REQUESTS, shard_tokens=st.integers(1, 12), seed=st.integers(0, 9))
+def test_shards_do_not_depend_on_the_order_of_requests(requests, shard_tokens, seed):
     def named(given):
-        cuts = shards.cut(given, WORK, shard_rows=shard_rows)
+        cuts = shards.cut(given, WORK, shard_tokens=shard_tokens)
         return [task.name for task in shards.tasks_of(given, cuts, WORK, {})]
 
     assert named(requests) == named(random.Random(seed).sample(requests, len(requests)))
@@ -74,15 +74,19 @@ def test_names_stand_for_everything_a_result_depends_on():
         return one.name
 
     names = [
-        name([([2, 3], [4])]), name([([2], [3, 4])]), name([([2, 3], [5])]), name([([2, 3], [4])] * 2),
-        name([([2, 3], [4])], model="a"), name([([2, 3], [4])], model="b"),
-    ]  # fmt: skip
+        name([([2, 3], [4])]),
+        name([([2], [3, 4])]),
+        name([([2, 3], [5])]),
+        name([([2, 3], [4])] * 2),
+        name([([2, 3], [4])], model="a"),
+        name([([2, 3], [4])], model="b"),
+    ]
     assert len(set(names)) == len(names)
     assert name([([2, 3], [4])]) == names[0]
 
 
 def test_contexts_are_stems_and_each_is_forwarded_once(llama):
-    cuts = shards.cut(TWO, work_of(llama), shard_rows=32)
+    cuts = shards.cut(TWO, work_of(llama), shard_tokens=32)
     assert len(cuts) > 6
     assert {one.stem_tokens for one in cuts} == {61}
     tasks = shards.tasks_of(TWO, cuts, work_of(llama), {})
@@ -95,8 +99,8 @@ def test_contexts_are_stems_and_each_is_forwarded_once(llama):
     apart = Ledger()
     for n in (0, 20):  # the two share their first token only
         loglikelihood(llama, TWO[n : n + 20], ledger=apart)
-    assert (ledger.forwarded_rows, ledger.request_tokens) == (apart.forwarded_rows, apart.request_tokens)
-    assert ledger.phases["prefill"].forwarded_rows == 2 * 61
+    assert (ledger.forwarded_tokens, ledger.request_tokens) == (apart.forwarded_tokens, apart.request_tokens)
+    assert ledger.phases["prefill"].forwarded_tokens == 2 * 61
 
 
 @pytest.mark.parametrize("stem_tokens", [0, 30])
@@ -106,8 +110,8 @@ def test_results_are_those_of_one_trie(llama, stem_tokens):
         (CONTEXTS[0], [7]),
         (CONTEXTS[0][:59], [9, 8]),
     ]
-    cuts = shards.cut(requests, work_of(llama), shard_rows=64, stem_tokens=stem_tokens)
-    scorer = shards.Scorer(llama, chunk_rows=32)
+    cuts = shards.cut(requests, work_of(llama), shard_tokens=64, stem_tokens=stem_tokens)
+    scorer = shards.Scorer(llama, chunk_tokens=32)
     results = [scorer(task.work) for task in shards.tasks_of(requests, cuts, work_of(llama), {})]
     for got, expected in zip(shards.in_order(cuts, results), loglikelihood(llama, requests), strict=True):
         assert got.logp == pytest.approx(expected.logp, abs=1e-5)
@@ -123,7 +127,7 @@ def test_a_single_request_whose_rows_are_all_stem(llama):
 
 
 def test_a_shard_has_the_same_bits_whatever_was_scored_before(llama):
-    tasks = shards.tasks_of(TWO, shards.cut(TWO, work_of(llama), shard_rows=32), work_of(llama), {})
+    tasks = shards.tasks_of(TWO, shards.cut(TWO, work_of(llama), shard_tokens=32), work_of(llama), {})
     alone = [shards.Scorer(llama)(task.work)["logp_is_greedy"] for task in tasks]
     for seed in range(3):
         scorer = shards.Scorer(llama)

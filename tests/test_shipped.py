@@ -204,12 +204,15 @@ def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
     assert checked > 80
 
 
-@pytest.mark.parametrize(("oracle", "text", "statement"), [
-    (is_compared, "Note: femp are older than glon.", "glon are older than femp."),
-    (is_concluded, "x are: All a are b. Some b are c.", "The relationships between a and c are: Some a are c."),
-    (is_inherited, "a\n\na are a type of b. a are red.", "b are red."),
-    (is_rewritten, "f(g(A)) = h(f(A)).\nf(a) = b.", "f(g(a)) = h(a)."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("oracle", "text", "statement"),
+    [
+        (is_compared, "Note: femp are older than glon.", "glon are older than femp."),
+        (is_concluded, "x are: All a are b. Some b are c.", "The relationships between a and c are: Some a are c."),
+        (is_inherited, "a\n\na are a type of b. a are red.", "b are red."),
+        (is_rewritten, "f(g(A)) = h(f(A)).\nf(a) = b.", "f(g(a)) = h(a)."),
+    ],
+)
 def test_the_oracles_refuse_what_does_not_follow(oracle, text, statement):
     assert not oracle(text.split("\n") if oracle is is_rewritten else [text], statement)
 

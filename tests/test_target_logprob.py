@@ -232,8 +232,13 @@ def test_every_instruction_set_joins_strips(dtype: torch.dtype, isa: str) -> Non
     def plain(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return shaped(hidden @ weight.T, bias, scale=0.5).log_softmax(-1)[row.long(), target.long()]
 
-    for name, *tensors in zip(("hidden", "weight", "bias"), gradients(op, dtype), gradients(plain, dtype),
-                              gradients(plain, torch.float64), strict=True):  # fmt: skip
+    for name, *tensors in zip(
+        ("hidden", "weight", "bias"),
+        gradients(op, dtype),
+        gradients(plain, dtype),
+        gradients(plain, torch.float64),
+        strict=True,
+    ):
         assert_close(*tensors, f"grad_{name}")
 
 
@@ -259,7 +264,9 @@ def test_an_invariant_row_has_the_same_bits_in_any_company(E: int, dtype: torch.
     target = torch.randint(300, (600,), generator=generator)
 
     def results(rows: Tensor) -> tuple[Tensor, ...]:
-        return target_logprob(hidden[rows], weight, torch.arange(len(rows)), target[rows], softcap=20, invariant=True)
+        return target_logprob(
+            hidden[rows], weight, torch.arange(len(rows)), target[rows], softcap=20, batch_invariant=True
+        )
 
     whole = results(torch.arange(600))
     for rows in (torch.tensor([599]), torch.tensor([5, 77, 1]), torch.arange(4, 590, 11), torch.arange(599, -1, -1)):

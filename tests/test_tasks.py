@@ -132,7 +132,7 @@ def changed(row, **fields):
         (read_questions, changed(GOOD_QUESTION, answer=None, also_correct=[0]), ":1: also_correct: expected distinct"),
         (read_questions, b"\n".join([changed(GOOD_QUESTION)] * 2), ":2: id: 'q' was used before in this file"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_name_line_and_field(read, content, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)

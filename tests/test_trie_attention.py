@@ -104,7 +104,7 @@ def check(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> None:
     """out, lse and every gradient, of both outputs at once, within the error budget.
 
@@ -133,7 +133,13 @@ def check(
 
     def op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         index = index_tensors(trie, device)
-        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "invariant": invariant}
+        options = {
+            "scale": scale,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "batch_invariant": batch_invariant,
+        }
         return trie_attention(q, k, v, *index, **options, return_lse=True)
 
     def plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,7 +231,7 @@ def unaligned(x: Tensor) -> Tensor:
     softcap=st.none() | st.just(2.0),
     scale=st.none() | st.just(3.0),
     sinks=st.booleans(),
-    invariant=st.booleans(),
+    batch_invariant=st.booleans(),
 )
 def test_any_forest(
     isa: str,
@@ -236,11 +242,20 @@ def test_any_forest(
     softcap: float | None,
     scale: float | None,
     sinks: bool,
-    invariant: bool,
+    batch_invariant: bool,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         force(isa, patch)
-        check(trie, dtype, heads=heads, window=window, softcap=softcap, scale=scale, sinks=sinks, invariant=invariant)
+        check(
+            trie,
+            dtype,
+            heads=heads,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+            sinks=sinks,
+            batch_invariant=batch_invariant,
+        )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -272,7 +287,7 @@ def test_an_invariant_query_has_the_bits_of_its_path_alone(
     generator = torch.Generator().manual_seed(T + 1000 * S)
     q = torch.randn(T, H, 24, generator=generator).to(dtype)
     k, v = torch.randn(2, S, G, 24, generator=generator).to(dtype).unbind()
-    options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True, "invariant": True}
+    options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True, "batch_invariant": True}
     options["sinks"] = torch.randn(H, generator=generator) if sinks else None
     row_q, end_k, depth_q, depth_k = index_tensors(trie, "cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -296,13 +311,13 @@ def test_what_cannot_be_invariant_is_refused() -> None:
     for dtype in (torch.float64, torch.float16):
         q = torch.zeros(1, 1, 8, dtype=dtype)
         with pytest.raises(NotImplementedError, match=rf"^trie_attention: invariant expected False for {dtype} on cpu"):
-            trie_attention(q, q, q, *index, invariant=True)
+            trie_attention(q, q, q, *index, batch_invariant=True)
     with torch._subclasses.FakeTensorMode():
         q, index = torch.empty(1, 1, 8, device="cuda"), [torch.empty(1, dtype=torch.int32, device="cuda")] * 4
         with pytest.raises(
             NotImplementedError, match=r"^trie_attention: invariant expected False for torch.float32 on cu"
         ):
-            trie_attention(q, q, q, *index, invariant=True)
+            trie_attention(q, q, q, *index, batch_invariant=True)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])

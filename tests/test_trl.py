@@ -26,10 +26,19 @@ def sft(network, tokenizer, texts, folder, **changes):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(2)  # padding with EOS would leave EOS out of the loss
     peft_config = changes.pop("peft_config", None)
     arguments = trl.SFTConfig(
-        output_dir=str(folder), weight_decay=0.0, learning_rate=3e-3, logging_steps=1, save_strategy="no",
-        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-        train_sampling_strategy="sequential", **changes,
-    )  # fmt: skip
+        output_dir=str(folder),
+        weight_decay=0.0,
+        learning_rate=3e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **changes,
+    )
     rows = datasets.Dataset.from_list([{"text": text} for text in texts])
     trainer = trl.SFTTrainer(
         model=network, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
@@ -41,15 +50,28 @@ def sft(network, tokenizer, texts, folder, **changes):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_loss_curve_is_trls(schedule, llama, plain_llama, tmp_path):
     settings = FinetuneSettings(
-        steps=50 if schedule == "linear" else 10, batch_size=4, gradient_accumulation_steps=2, learning_rate=3e-3,
-        weight_decay=0.0, adam_beta2=0.999, warmup_steps=5, lr_scheduler_type=schedule,
-    )  # fmt: skip
+        steps=50 if schedule == "linear" else 10,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        adam_beta2=0.999,
+        warmup_steps=5,
+        lr_scheduler_type=schedule,
+    )
     ours = finetune(llama, TEXTS, settings, seed=SEED).losses
     taken = itertools.islice(order(encode(llama.tokenizer, TEXTS, 256), SEED), 8 * settings.steps)
     trainer = sft(
-        copy.deepcopy(plain_llama), llama.tokenizer, [TEXTS[i] for i in taken], tmp_path, max_steps=settings.steps,
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, warmup_steps=5, lr_scheduler_type=schedule,
-    )  # fmt: skip
+        copy.deepcopy(plain_llama),
+        llama.tokenizer,
+        [TEXTS[i] for i in taken],
+        tmp_path,
+        max_steps=settings.steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        warmup_steps=5,
+        lr_scheduler_type=schedule,
+    )
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == len(theirs) == settings.steps
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -59,9 +81,14 @@ def test_the_loss_curve_is_trls(schedule, llama, plain_llama, tmp_path):
 def test_an_adapter_trained_by_trl_scores_here_as_in_peft(llama, llama_directory, plain_llama, plain, tmp_path):
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = sft(
-        copy.deepcopy(plain_llama), llama.tokenizer, TEXTS, tmp_path, max_steps=5, per_device_train_batch_size=8,
+        copy.deepcopy(plain_llama),
+        llama.tokenizer,
+        TEXTS,
+        tmp_path,
+        max_steps=5,
+        per_device_train_batch_size=8,
         peft_config=config,
-    )  # fmt: skip
+    )
     trainer.save_model(str(tmp_path / "adapter"))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain_llama), tmp_path / "adapter")
     requests = [([0, 5, 9], [14, 80]), ([0, 7], [33, 250, 1])]
@@ -80,7 +107,8 @@ def test_ours_continues_in_trl(llama, plain_llama, tmp_path):
     trainer = sft(str(tmp_path / "ours"), llama.tokenizer, TEXTS[:8], tmp_path / "trl", **settings)
     continued = trainer.state.log_history[0]["loss"]
     once = finetune(
-        from_network(load(tmp_path / "ours").network, llama.tokenizer, "ours"), TEXTS[:8],
+        from_network(load(tmp_path / "ours").network, llama.tokenizer, "ours"),
+        TEXTS[:8],
         FinetuneSettings(steps=1, batch_size=8, learning_rate=1e-9),
-    )  # fmt: skip
+    )
     assert once.losses[0] == pytest.approx(continued, rel=1e-4)

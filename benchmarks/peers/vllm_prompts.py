@@ -15,9 +15,14 @@ def main() -> None:
     """Answer the Job named on the command line."""
     job, wants_logp = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2] == "vllm"
     llm = LLM(
-        job["model"], dtype=job["dtype"], skip_tokenizer_init=True, enable_prefix_caching=True, max_model_len=16_384,
-        max_num_seqs=4, enforce_eager=True,
-    )  # fmt: skip
+        job["model"],
+        dtype=job["dtype"],
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        max_model_len=16_384,
+        max_num_seqs=4,
+        enforce_eager=True,
+    )
     sampling = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0 if wants_logp else None)
 
     def ask(prompts: list[list[int]]) -> list:
@@ -32,10 +37,12 @@ def main() -> None:
         outputs = ask([job["context"] + prompt + choice for choice in choices])
         seconds.append(time.perf_counter() - start)
         if wants_logp:
-            results.append([
-                sum(output.prompt_logprobs[-len(choice) + i][token].logprob for i, token in enumerate(choice))
-                for output, choice in zip(outputs, choices, strict=True)
-            ])  # fmt: skip
+            results.append(
+                [
+                    sum(output.prompt_logprobs[-len(choice) + i][token].logprob for i, token in enumerate(choice))
+                    for output, choice in zip(outputs, choices, strict=True)
+                ]
+            )
     print(json.dumps({"once": 0.0 if wants_logp else once, "seconds": seconds, "logp": results}))
 
 

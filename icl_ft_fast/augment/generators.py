@@ -168,9 +168,13 @@ class Endpoint:
         if sampling != unserved:
             raise AugmentError("endpoint: takes temperature, top_p, stop and seed; no other control of sampling")
         options: dict[str, Any] = {
-            "model": self.model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
-            "top_p": sampling.top_p, "seed": sampling.seed, "stop": list(sampling.stop) or None,
-        }  # fmt: skip
+            "model": self.model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop) or None,
+        }
         if self.is_chat:
             made = client.chat.completions.create(messages=[{"role": "user", "content": ask.prompt}], **options)
             text = made.choices[0].message.content or ""

@@ -20,7 +20,7 @@ from icl_ft_fast.augment.store import Answer, Store
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, load_same
-from icl_ft_fast.runtime.durable import Kept, digest
+from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.runtime.executors import Executor, Task, Worker
 from icl_ft_fast.tasks.task import Document
 
@@ -90,16 +90,23 @@ class Run:
     """
 
     def __init__(
-        self, prompting: Prompting, asks: Sequence[Ask], generator: Generator, sampling: Sampling,
+        self,
+        prompting: Prompting,
+        asks: Sequence[Ask],
+        generator: Generator,
+        sampling: Sampling,
         folder: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.prompting, self.generator, self.folder = prompting, generator, folder
         self.jobs = [(ask, replace(sampling, seed=sampling.seed + ask.sample * SAMPLES_APART)) for ask in asks]
         how = {name: value for name, value in asdict(sampling).items() if name != "seed"}
         self.identity = {
-            "strategy": prompting.strategy, "template_sha256": prompting.digest, "template": prompting.source,
-            "generator": generator.fingerprint, "sampling": how,
-        }  # fmt: skip
+            "strategy": prompting.strategy,
+            "template_sha256": prompting.digest,
+            "template": prompting.source,
+            "generator": generator.fingerprint,
+            "sampling": how,
+        }
         self.store = Store(folder, self.identity)
 
     def missing(self) -> list[tuple[str, Job]]:
@@ -114,16 +121,22 @@ class Run:
         times = [answer.time for answer in self.store.answers.values()]
         elapsed_s = max(times, default=0) - min(times, default=0)
         return Estimate(
-            stored=len(self.store.answers), answers=len(jobs),
-            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
+            stored=len(self.store.answers),
+            answers=len(jobs),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
             usd=price.of(prompt_tokens, completion_tokens),
             seconds=elapsed_s / (len(times) - 1) * len(jobs) if elapsed_s else None,
-        )  # fmt: skip
+        )
 
     def collect(
-        self, *, price: Price | None = None, limit: int | None = None, max_usd: float | None = None,
+        self,
+        *,
+        price: Price | None = None,
+        limit: int | None = None,
+        max_usd: float | None = None,
         progress: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Ask for the answers that are missing, each stored as it comes.
 
         Args:
@@ -222,9 +235,16 @@ def _key(ask: Ask, sampling: Sampling) -> str:
 
 
 def prompts(
-    prompting: Prompting, documents: Sequence[Document], generator: Generator, max_new_tokens: int, *,
-    samples: int = 1, among: Callable[[int], Sequence[Document]] | None = None, most: int | None = None, seed: int = 0,
-) -> tuple[list[Ask], Sequence[Document]]:  # fmt: skip
+    prompting: Prompting,
+    documents: Sequence[Document],
+    generator: Generator,
+    max_new_tokens: int,
+    *,
+    samples: int = 1,
+    among: Callable[[int], Sequence[Document]] | None = None,
+    most: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Ask], Sequence[Document]]:
     """The prompts about the documents and, in the global strategy, the documents that the first samples show.
 
     Each sample shows a selection and an order of its own: what a model overlooks in one context it finds in another.
@@ -285,9 +305,15 @@ class Part:
 
 
 def parts_of(
-    model: Model, documents: Sequence[Document], strategy: str = "local", *, samples: int = 1,
-    among: Callable[[int], Sequence[Document]] | None = None, seed: int = 0, key: str = "",
-) -> list[Part]:  # fmt: skip
+    model: Model,
+    documents: Sequence[Document],
+    strategy: str = "local",
+    *,
+    samples: int = 1,
+    among: Callable[[int], Sequence[Document]] | None = None,
+    seed: int = 0,
+    key: str = "",
+) -> list[Part]:
     """What a model is asked to write about documents, call by call (Lampinen et al. 2025, section 2.2).
 
     Args:
@@ -318,9 +344,13 @@ def parts_of(
 
 
 def augment_by_model(
-    model: Model, parts: Sequence[Part], *, kept: Kept | None = None, ledger: Ledger | None = None,
+    model: Model,
+    parts: Sequence[Part],
+    *,
+    kept: ResultJournal | None = None,
+    ledger: Ledger | None = None,
     progress: bool = False,
-) -> Augmented:  # fmt: skip
+) -> Augmented:
     """Let the model write what it is asked for.
 
     Args:
@@ -333,7 +363,7 @@ def augment_by_model(
     Raises:
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
     """
-    kept, ledger = kept or Kept(None), ledger or Ledger()
+    kept, ledger = kept or ResultJournal(None), ledger or Ledger()
     rows: list[Augmentation] = []
     dropped: dict[str, int] = {}
     for part in parts:

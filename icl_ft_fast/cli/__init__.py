@@ -31,9 +31,21 @@ from icl_ft_fast.tasks.task import TaskError
 
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
 BAD_INPUT = (
-    UsageError, TaskError, ModelError, ScoreError, GenerateError, AugmentError, FinetuneError, ProtocolError,
-    ContextError, PriceError, ResultsError, LockedError, DamagedError, ExecutorError,
-)  # fmt: skip
+    UsageError,
+    TaskError,
+    ModelError,
+    ScoreError,
+    GenerateError,
+    AugmentError,
+    FinetuneError,
+    ProtocolError,
+    ContextError,
+    PriceError,
+    ResultsError,
+    LockedError,
+    DamagedError,
+    ExecutorError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,12 +40,15 @@ RULES = {"rules": augment_rules, "reverse": augment_reverse}
 def add(commands: Commands) -> None:
     """Add the command."""
     parser = command(
-        commands, "augment", _augment, "write what follows from a task's documents, to train on",
+        commands,
+        "augment",
+        _augment,
+        "write what follows from a task's documents, to train on",
         "icl-ft-fast augment --task FOLDER --model DIR --out out/augmented\n"
         "icl-ft-fast augment --task FOLDER --strategy global --chat --model NAME --endpoint http://HOST:8000/v1 "
         "--dry-run\n"
         "icl-ft-fast augment --task FOLDER --strategy rules --out out/by_rule",
-    )  # fmt: skip
+    )
     add_task_options(parser)
     parser.add_argument("--strategy", choices=[*LABELS, *RULES], help="default: the preset's, or local")
     add_model_options(parser, required=False)
@@ -61,10 +64,19 @@ def add(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
     parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
     parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
-    parser.add_argument("--near-duplicates", type=_fraction, default=0.9, metavar="J", help="drop rows this similar to "
-                        "another (Jaccard of 3-word shingles, default: %(default)s); 1 drops none")  # fmt: skip
-    parser.add_argument("--self-consistent", action="store_true", help="drop comparisons that --model, given the "
-                        "documents they come from, finds less likely than their opposites")  # fmt: skip
+    parser.add_argument(
+        "--near-duplicates",
+        type=_fraction,
+        default=0.9,
+        metavar="J",
+        help="drop rows this similar to another (Jaccard of 3-word shingles, default: %(default)s); 1 drops none",
+    )
+    parser.add_argument(
+        "--self-consistent",
+        action="store_true",
+        help="drop comparisons that --model, given the "
+        "documents they come from, finds less likely than their opposites",
+    )
     parser.add_argument("--limit", type=positive, help="ask for at most so many answers more")
     parser.add_argument("--price", type=_price, default=Price(), metavar="IN,OUT", help="dollars a million tokens")
     parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
@@ -105,9 +117,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
         model = generator.model if isinstance(generator, Engine) else None
         run = _run(options, task, generator)
         if isinstance(executor, InProcess):
-            run.collect(
-                price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
-            )  # fmt: skip
+            run.collect(price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet)
         else:
             fingerprint = model.fingerprint() if model else ""
             elsewhere = AnsweringElsewhere(options.model, loading(options), fingerprint, options.chat)
@@ -134,10 +144,13 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
     report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
     write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
-    write_jsonl(options.out / "rows.jsonl", (
-        {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
-        for number, row in enumerate(rows)
-    ))  # fmt: skip
+    write_jsonl(
+        options.out / "rows.jsonl",
+        (
+            {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
+            for number, row in enumerate(rows)
+        ),
+    )
     steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
     print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
     for split, ids in contained.items():
@@ -161,16 +174,24 @@ def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
     temperature = TEMPERATURE[options.strategy] if options.temperature is None else options.temperature
     sampling = Sampling(
-        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy], temperature, top_p=options.top_p,
-        seed=options.seed, stop=() if options.chat else ("\n\n",),
-    )  # fmt: skip
+        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy],
+        temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=() if options.chat else ("\n\n",),
+    )
     if options.samples > 1 and not temperature:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
     asks, shown = prompts(
-        prompting, task.documents, generator, sampling.max_new_tokens,
-        samples=options.samples, most=options.global_documents, seed=options.seed,
-    )  # fmt: skip
+        prompting,
+        task.documents,
+        generator,
+        sampling.max_new_tokens,
+        samples=options.samples,
+        most=options.global_documents,
+        seed=options.seed,
+    )
     if options.strategy == "global":
         print(f"{len(shown)} of {len(task.documents)} documents in context")
     return Run(prompting, asks, generator, sampling, options.out / "answers")

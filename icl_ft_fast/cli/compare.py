@@ -48,7 +48,7 @@ from icl_ft_fast.finetune.settings import SCHEDULES
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
-from icl_ft_fast.runtime.durable import Kept, digest, replacing
+from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
 from icl_ft_fast.runtime.executors import Executor, InProcess, follow
 from icl_ft_fast.study import compare, runs
 from icl_ft_fast.study.amortise import decide
@@ -72,21 +72,26 @@ def add(commands: Commands) -> None:
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
     comparison = command(
-        commands, "compare", _compare, "arms x seeds on a task: accuracy, cost, break-even",
+        commands,
+        "compare",
+        _compare,
+        "arms x seeds on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model shipped --task all --preset small --out out/all\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --queries-per-day 1000 --days 30 --prices prices.json\n"
         "icl-ft-fast compare --executor torchrun --workers 2 --model DIR --task my_task_folder --seeds 0,1,2",
-    )  # fmt: skip
+    )
     add_model_options(comparison)
     add_memory_options(comparison)
     add_task_options(comparison, more=f"; {ALL} for every one of them that is made from a seed")
     comparison.add_argument(
-        "--task-seed", type=int, metavar="SEED",
+        "--task-seed",
+        type=int,
+        metavar="SEED",
         help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
         "(default: a task for each seed)",
-    )  # fmt: skip
+    )
     _add_comparison_options(comparison, arms="base,icl,ft,augmented-ft", seeds="0", out=Path("out/compare"))
     add_executor_options(comparison)
 
@@ -108,9 +113,11 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
         "--icl-subsample", type=positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
     )
     parser.add_argument(
-        "--icl-tokens", type=positive, metavar="N",
+        "--icl-tokens",
+        type=positive,
+        metavar="N",
         help="of the context at most: documents that would not fit are left out, and counted (default: all must fit)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
     )
@@ -121,14 +128,19 @@ def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds
     parser.add_argument("--strategy", choices=LABELS, help="of augmentation (default: the preset's, or local)")
     parser.add_argument("--samples", type=positive, help="global: answers a document (default: the preset's, or 1)")
     parser.add_argument(
-        "--out", type=Path, default=out,
+        "--out",
+        type=Path,
+        default=out,
         help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
         "docs/durability.md (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--checkpoint-minutes", type=float, default=compare.CHECKPOINT_S / 60, metavar="M",
+        "--checkpoint-minutes",
+        type=float,
+        default=compare.CHECKPOINT_S / 60,
+        metavar="M",
         help="of training between checkpoints in --out (default: %(default)s)",
-    )  # fmt: skip
+    )
     add_store_options(parser)
     parser.add_argument(
         "--measure-seconds", type=amount, default=30.0, help="limit of measuring query costs (default: %(default)s)"
@@ -186,7 +198,7 @@ def reuse_of(options: argparse.Namespace) -> float:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    options.trust_remote_code = options.invariant = False
+    options.trust_remote_code = options.batch_invariant = False
     if not options.json:
         _describe_demo(options)
     _compare(options)
@@ -299,7 +311,7 @@ def _study(
     """Run what is not kept yet; returns what results.json holds, in rank 0."""
     follow(executor)  # until it holds the lock, and measures nothing any more of a study before
     out, progress = options.out, show_progress(options) and executor.rank == 0
-    kept = Kept(None if out is None else out / "kept.jsonl")
+    kept = ResultJournal(None if out is None else out / "kept.jsonl")
     before, arguments, made = len(kept.values), arguments_digest(options), list[compare.Run]()
     model, load = loaded()
     has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
@@ -307,7 +319,7 @@ def _study(
         key = compare.study_key(model, settings)
         start = runs.Runs(
             options.model, loading(options), key, settings, executor.workers, out.absolute(), checkpoint_s
-        )  # fmt: skip
+        )
         plans = compare.plan(model, make_task, settings, has_store=has_store)
         # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
         shared = [one for one in plans if one.arm != "icl" or not has_store]
@@ -323,18 +335,31 @@ def _study(
             compare.write_results(out / "results.json", found)
 
     compare.compare(
-        model, make_task, settings, kept=kept, checkpoints=None if out is None else out / "checkpoints",
-        checkpoint_s=checkpoint_s, store=open_store(options, model), progress=progress, on_run=keep,
-    )  # fmt: skip
+        model,
+        make_task,
+        settings,
+        kept=kept,
+        checkpoints=None if out is None else out / "checkpoints",
+        checkpoint_s=checkpoint_s,
+        store=open_store(options, model),
+        progress=progress,
+        on_run=keep,
+    )
     costs = compare.measure(
         model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, kept=kept, progress=progress
     )
     key = compare.study_key(model, settings)
     measured = kept.once(digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype)))
     found = compare.as_json(
-        model, options.task, settings, made, costs=costs, load=kept.once(digest(key, "load"), load.as_dict),
-        ceilings=Ceilings(**measured), arguments=arguments,
-    )  # fmt: skip
+        model,
+        options.task,
+        settings,
+        made,
+        costs=costs,
+        load=kept.once(digest(key, "load"), load.as_dict),
+        ceilings=Ceilings(**measured),
+        arguments=arguments,
+    )
     if out is not None:
         compare.write_results(out / "results.json", found)
     return found

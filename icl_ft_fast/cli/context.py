@@ -28,12 +28,15 @@ from icl_ft_fast.tasks.task import read_documents
 def add(commands: Commands) -> None:
     """Add the command with its subcommands."""
     parser = command(
-        commands, "context", lambda _: None, "contexts read once and kept in a folder, for `score --store`",
+        commands,
+        "context",
+        lambda _: None,
+        "contexts read once and kept in a folder, for `score --store`",
         "icl-ft-fast context save --model DIR --documents documents.jsonl --store contexts/\n"
         "icl-ft-fast context list --store contexts/\n"
         "icl-ft-fast context verify --store contexts/\n"
         "icl-ft-fast context remove --store contexts/ 3f2a",
-    )  # fmt: skip
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     save = actions.add_parser("save", help="read documents with a model and keep what it made of them")
     add_model_options(save)

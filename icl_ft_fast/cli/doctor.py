@@ -20,9 +20,12 @@ EXTRAS = {"report": "matplotlib", "lm-eval": "lm_eval", "Triton kernels": "trito
 def add(commands: Commands) -> None:
     """Add the command."""
     doctor = command(
-        commands, "doctor", _doctor, "this machine: its ceilings, its meters, what is installed",
+        commands,
+        "doctor",
+        _doctor,
+        "this machine: its ceilings, its meters, what is installed",
         "icl-ft-fast doctor\nicl-ft-fast doctor --device cuda --json",
-    )  # fmt: skip
+    )
     add_device_option(doctor)
     add_json_option(doctor)
 

@@ -83,11 +83,14 @@ LORA: dict[str, tuple[str, Callable[[str], Any], str]] = {
 def add(commands: Commands) -> None:
     """Add the command."""
     parser = command(
-        commands, "finetune", _finetune, "train a model, or adapters, on a file of examples",
+        commands,
+        "finetune",
+        _finetune,
+        "train a model, or adapters, on a file of examples",
         "icl-ft-fast finetune --model_name_or_path DIR --train_file data.jsonl --output_dir out/ft --max_steps 200\n"
         "icl-ft-fast finetune --config run.yaml --learning_rate 1e-4\n"
         "torchrun --nproc-per-node 2 -m icl_ft_fast.cli finetune --config run.yaml",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", type=Path, help="YAML with any of the options below; the command line wins")
     for name, (_, text) in RUN.items():
         _add(parser, name, text)
@@ -161,17 +164,26 @@ def _finetune(options: argparse.Namespace) -> None:
     out = given["output_dir"]
     with distributed.joined(), locked(out / ".lock") if distributed.place()[0] == 0 else nullcontext():
         model = load(
-            given["model_name_or_path"], dtype="bfloat16" if given.get("bf16") else "float32",
-            device=distributed.device(), trust_remote_code=given.get("trust_remote_code", False),
-        )  # fmt: skip
+            given["model_name_or_path"],
+            dtype="bfloat16" if given.get("bf16") else "float32",
+            device=distributed.device(),
+            trust_remote_code=given.get("trust_remote_code", False),
+        )
         context = None
         if "teacher" in given:
             context = prompt_context(model, read_documents(given["teacher_documents"]))
         tuned = finetune(
-            model, examples, settings, seed=seed, validation=validation, teacher_context=context,
-            output_dir=out, resume=given.get("resume_from_checkpoint", True), in_place=context is None,
+            model,
+            examples,
+            settings,
+            seed=seed,
+            validation=validation,
+            teacher_context=context,
+            output_dir=out,
+            resume=given.get("resume_from_checkpoint", True),
+            in_place=context is None,
             progress=not given.get("quiet", False),
-        )  # fmt: skip
+        )
         if distributed.place()[0] == 0:
             print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
 

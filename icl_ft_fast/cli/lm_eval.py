@@ -10,9 +10,12 @@ from icl_ft_fast.cli.options import Commands, UsageError, command
 def add(commands: Commands) -> None:
     """Add the command; what follows it is the harness's."""
     command(
-        commands, "lm-eval", _lm_eval, "lm-evaluation-harness's own command line, with the model icl-ft-fast",
+        commands,
+        "lm-eval",
+        _lm_eval,
+        "lm-evaluation-harness's own command line, with the model icl-ft-fast",
         "icl-ft-fast lm-eval run --model icl-ft-fast --model_args pretrained=DIR --tasks hellaswag --num_fewshot 5",
-    )  # fmt: skip
+    )
 
 
 def _lm_eval(options: argparse.Namespace) -> None:

@@ -35,15 +35,18 @@ def command(
     """A parser that runs `run`; its help ends with the examples, a line each."""
     indented = "\n".join("  " + line for line in examples.splitlines())
     parser = commands.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"examples:\n{indented}",
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{indented}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
     return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False, required: bool = True) -> None:
-    """--model, or MODEL; --dtype, --device, --trust-remote-code, --invariant: what load_model() reads."""
+    """--model, or MODEL; --dtype, --device, --trust-remote-code, --batch-invariant: what load_model() reads."""
     help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
     if positional:
         parser.add_argument("model", metavar="MODEL", help=help)
@@ -57,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
     )
     parser.add_argument(
-        "--invariant",
+        "--batch-invariant",
         action="store_true",
         help="the same bits of a score whatever else is scored (docs/determinism.md)",
     )
@@ -93,25 +96,28 @@ class Terminal(Console):
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """--memory, --kv-dtype, --spill: what scoring may take; load_model() reads them."""
+    """--memory, --kv-dtype, --offload: what scoring may take; load_model() reads them."""
     parser.add_argument(
-        "--memory", type=memory_size, metavar="SIZE",
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
         help="what the process may take while it scores, like 4GB (default: what it holds and most of what is free)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--kv-dtype", choices=list(KV_DTYPES), help="keep keys and values so: less memory, scores a little off"
     )
     parser.add_argument(
-        "--spill", type=Path, metavar="DIR", help="folder for keys and values that do not fit (default: the system's)"
+        "--offload", type=Path, metavar="DIR", help="folder for keys and values that do not fit (default: the system's)"
     )
 
 
 def add_executor_options(parser: argparse.ArgumentParser) -> None:
     """--executor, --workers, --ray-address: what executor_of() reads, beside --device."""
     parser.add_argument(
-        "--executor", choices=["in-process", "torchrun", "ray"],
+        "--executor",
+        choices=["in-process", "torchrun", "ray"],
         help="who works, see docs/executors.md (default: torchrun in processes that it started, else in-process)",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=positive, metavar="N", help="processes here, or actors of a Ray cluster")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one on this machine)")
 
@@ -179,8 +185,8 @@ def show_progress(options: argparse.Namespace) -> bool:
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
-    named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "invariant")}
-    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "spill")}  # of commands that have them
+    named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "batch_invariant")}
+    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "offload")}  # of commands that have them
     return named | {"device": str(device_of(options))} | limits
 
 
@@ -199,7 +205,7 @@ def load_model(options: argparse.Namespace) -> Model:
 def arguments_digest(options: argparse.Namespace) -> str:
     """A digest of all arguments but where the output goes, how it is shown and who takes what, for check_new()."""
     apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
-    apart |= {"memory", "spill"}
+    apart |= {"memory", "offload"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 

@@ -16,11 +16,14 @@ from icl_ft_fast.report.derived import Derived
 def add(commands: Commands) -> None:
     """Add the command."""
     report = command(
-        commands, "report", _report, "results as one HTML page, as chart files, or as tables",
+        commands,
+        "report",
+        _report,
+        "results as one HTML page, as chart files, or as tables",
         "icl-ft-fast report out/run1 --out report.html\n"
         "icl-ft-fast report out/run1 out/run2 --out both.html --charts charts/\n"
         "icl-ft-fast report out/run1 --queries-per-day 1000 --days 30 --prices prices.json",
-    )  # fmt: skip
+    )
     report.add_argument("results", type=Path, nargs="+", help="results.json files, or the folders that hold them")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page; without it, tables are printed")
     report.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")

@@ -29,37 +29,44 @@ from icl_ft_fast.cli.options import (
 from icl_ft_fast.engine import shards
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS
+from icl_ft_fast.engine.model import CHUNK_TOKENS
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import Score, encode_questions, score_of
 from icl_ft_fast.runtime.durable import replacing
-from icl_ft_fast.runtime.executors import Ray, run_kept
+from icl_ft_fast.runtime.executors import Ray, run_journaled
 from icl_ft_fast.tasks.task import read_documents, read_questions
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
     scoring = command(
-        commands, "score", _score, "log-likelihoods of multiple-choice questions over documents",
+        commands,
+        "score",
+        _score,
+        "log-likelihoods of multiple-choice questions over documents",
         "icl-ft-fast score --model DIR --documents documents.jsonl --questions questions.jsonl --out scores.jsonl",
-    )  # fmt: skip
+    )
     add_model_options(scoring)
     scoring.add_argument(
         "--questions", type=Path, required=True, help="JSON lines with id, prompt, choices, answer, split"
     )
     scoring.add_argument("--documents", type=Path, help="JSON lines with id, text: all go before every prompt")
     scoring.add_argument(
-        "--chunk-rows", type=positive, default=CHUNK_ROWS, help="rows a forward (default: %(default)s)"
+        "--chunk-tokens", type=positive, default=CHUNK_TOKENS, help="rows a forward (default: %(default)s)"
     )
     scoring.add_argument(
-        "--out", type=Path, required=True,
+        "--out",
+        type=Path,
+        required=True,
         help="JSON lines, one a question; until all are there, what is ready is in OUT.shards/, from which the same "
         "command goes on after a kill",
-    )  # fmt: skip
+    )
     scoring.add_argument(
-        "--shard-rows", type=positive, default=shards.SHARD_ROWS,
+        "--shard-tokens",
+        type=positive,
+        default=shards.SHARD_TOKENS,
         help="rows of an average shard, what a worker loses at most when it is killed (default: %(default)s)",
-    )  # fmt: skip
+    )
     add_executor_options(scoring)
     add_store_options(scoring)
     add_json_option(scoring)
@@ -76,16 +83,20 @@ def _score(options: argparse.Namespace) -> None:
     model, ledger = load_model(options), Ledger()
     encoded, shared = encode_questions(model, questions, context, ledger)
     requests, work, how = [request for its in encoded for request in its], work_of(model), loading(options)
-    cuts = shards.cut(requests, work, shard_rows=options.shard_rows, stem_tokens=len(shared))
-    identity = {"model": model.fingerprint(), "chunk_rows": options.chunk_rows, "loading": repr(how)}
+    cuts = shards.cut(requests, work, shard_tokens=options.shard_tokens, stem_tokens=len(shared))
+    identity = {"model": model.fingerprint(), "chunk_tokens": options.chunk_tokens, "loading": repr(how)}
     tasks = shards.tasks_of(requests, cuts, work, identity)
     elsewhere = shards.ScorerElsewhere(
-        options.model, how, identity["model"], options.chunk_rows, options.store if shared else None,
+        options.model,
+        how,
+        identity["model"],
+        options.chunk_tokens,
+        options.store if shared else None,
         int(options.store_limit * 1e9),
-    )  # fmt: skip
+    )
     start = elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
     progress = "scoring" if show_progress(options) else ""
-    with run_kept(executor, start, tasks, parts, progress=progress) as results:
+    with run_journaled(executor, start, tasks, parts, progress=progress) as results:
         if results is None:
             return
         for result in results:
@@ -108,12 +119,13 @@ def _tell(options: argparse.Namespace, scores: list[Score], ledger: Ledger, seco
         known_correct = {"known": known, "correct": correct}
         print(json.dumps({"questions": len(scores), **known_correct, "out": str(options.out), **ledger.as_dict()}))
         return
-    taken = ledger.phases["prefill"].reused_rows if "prefill" in ledger.phases else 0
+    taken = ledger.phases["prefill"].cached_tokens if "prefill" in ledger.phases else 0
     accuracy = f", {correct} of {known} correct" if known else ""
     print(
         f"{len(scores)} questions in {seconds:.1f} s{accuracy}: "
         f"{ledger.request_tokens:,} request tokens, "
-        f"{ledger.forwarded_rows:,} rows forwarded (1 in {ledger.request_tokens / max(1, ledger.forwarded_rows):.0f}), "
+        f"{ledger.forwarded_tokens:,} rows forwarded "
+        f"(1 in {ledger.request_tokens / max(1, ledger.forwarded_tokens):.0f}), "
         f"{f'{taken:,} taken from {options.store}, ' if options.store else ''}"
-        f"{ledger.head_rows:,} through the head. Written to {options.out}"
+        f"{ledger.head_tokens:,} through the head. Written to {options.out}"
     )

@@ -25,10 +25,13 @@ KEY_VARIABLE = "ICL_FT_FAST_API_KEY"
 def add(commands: Commands) -> None:
     """Add the command."""
     serving = command(
-        commands, "serve", _serve, "serve a model over HTTP: OpenAI's completions and chat, and likelihoods of choices",
+        commands,
+        "serve",
+        _serve,
+        "serve a model over HTTP: OpenAI's completions and chat, and likelihoods of choices",
         "icl-ft-fast serve DIR --port 8000\n"
         f"{KEY_VARIABLE}=$(cat key) icl-ft-fast serve DIR --host 0.0.0.0 --context-memory 8000",
-    )  # fmt: skip
+    )
     add_model_options(serving, positional=True)
     add_store_options(serving)
     add_memory_options(serving)
@@ -66,16 +69,24 @@ def _serve(options: argparse.Namespace) -> None:
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
     model = load_model(options)
     engine = Engine(
-        model, context_bytes=options.context_memory * 10**6, max_waiting=options.max_waiting,
+        model,
+        context_bytes=options.context_memory * 10**6,
+        max_waiting=options.max_waiting,
         store=open_store(options, model),
-    )  # fmt: skip
+    )
     limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
     app = make_app(engine, name, key=key, limits=limits)
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
     uvicorn.run(
-        app, host=options.host, port=options.port, limit_concurrency=options.max_connections, server_header=False,
-        timeout_graceful_shutdown=options.shutdown_timeout, log_level="warning", access_log=False,
-    )  # fmt: skip
+        app,
+        host=options.host,
+        port=options.port,
+        limit_concurrency=options.max_connections,
+        server_header=False,
+        timeout_graceful_shutdown=options.shutdown_timeout,
+        log_level="warning",
+        access_log=False,
+    )
 
 
 def _key(file: Path | None) -> str | None:

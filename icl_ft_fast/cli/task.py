@@ -30,13 +30,16 @@ from icl_ft_fast.tasks.words import ENGLISH
 def add(commands: Commands) -> None:
     """Add the command with a subcommand for each generator, `new`, `questions` and `check`."""
     task = command(
-        commands, "task", _generate, "write a task to a folder: generated, or of your own documents; check one",
+        commands,
+        "task",
+        _generate,
+        "write a task to a folder: generated, or of your own documents; check one",
         "icl-ft-fast task simple-reversals --preset small --seed 1 --out tasks/reversals\n"
         "icl-ft-fast task reversal-curse --data reversal_curse/ --out tasks/curse\n"
         "icl-ft-fast task new tasks/mine --documents handbook/ notes.jsonl --questions questions.jsonl\n"
         "icl-ft-fast task questions tasks/mine --model DIR\n"
         "icl-ft-fast task check tasks/mine",
-    )  # fmt: skip
+    )
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
     for name, generator in GENERATORS.items():
         made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
@@ -56,9 +59,11 @@ def add(commands: Commands) -> None:
         "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
     )
     new.add_argument(
-        "--questions", type=Path, metavar="FILE",
+        "--questions",
+        type=Path,
+        metavar="FILE",
         help=".jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer from 0)",
-    )  # fmt: skip
+    )
     new.add_argument("--encoding", default="utf-8", help="of all files (default: %(default)s)")
     new.add_argument("--delimiter", default=",", help="between the cells of .csv files, 'tab' for one (default: ,)")
     add_output_options(new)
@@ -91,10 +96,13 @@ def add_task_options(parser: argparse.ArgumentParser, *, more: str = "") -> None
 def _add_exclude_option(parser: argparse.ArgumentParser) -> None:
     """--exclude-words: what task_of_seed() keeps the nonsense words from."""
     parser.add_argument(
-        "--exclude-words", nargs="+", default=(), metavar="WORDS",
+        "--exclude-words",
+        nargs="+",
+        default=(),
+        metavar="WORDS",
         help="no nonsense word from these, besides what the preset excludes: english (a list of ours), a text file of "
         f"words, or the words in the vocabulary of a checkpoint: a directory, a hub id, or '{SHIPPED}'",
-    )  # fmt: skip
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:

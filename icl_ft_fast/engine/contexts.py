@@ -29,8 +29,12 @@ from icl_ft_fast.runtime.durable import locked, replacing
 
 FORMAT = "icl_ft_fast context 1"
 _PROMISED: dict[str, type] = {
-    "label": str, "model": str, "fingerprint": str, "num_tokens": int, "token_digest": str,
-}  # fmt: skip
+    "label": str,
+    "model": str,
+    "fingerprint": str,
+    "num_tokens": int,
+    "token_digest": str,
+}
 
 
 class ContextError(ValueError):
@@ -81,9 +85,13 @@ def save_context(path: Path, model: Model, context: Context, *, label: str = "",
     """
     tensors = _tensors(context)
     about = {
-        "format": FORMAT, "label": label, "model": model.name, "fingerprint": fingerprint or model.fingerprint(),
-        "num_tokens": len(context.token), "token_digest": _digest(context.token),
-    }  # fmt: skip
+        "format": FORMAT,
+        "label": label,
+        "model": model.name,
+        "fingerprint": fingerprint or model.fingerprint(),
+        "num_tokens": len(context.token),
+        "token_digest": _digest(context.token),
+    }
     about["checksum"] = _checksum(tensors, about)
     try:
         with replacing(path) as partial:

@@ -107,9 +107,11 @@ def encode_pairs(
             requests.append(([first], whole[1:] if whole[:1] == [first] else whole))
     if num_spanned:
         _log.warning(
-            "%d of %d continuations: a token spans the end of the context; %s", num_spanned, len(pairs),
+            "%d of %d continuations: a token spans the end of the context; %s",
+            num_spanned,
+            len(pairs),
             "it counts to the continuation" if whole_tokens else "they are cut as lm-evaluation-harness cuts them",
-        )  # fmt: skip
+        )
     return requests
 
 

@@ -21,7 +21,7 @@ from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVStack
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model, Rows
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, Rows
 
 RUNNING = 64  # sequences decoded together; bounds the stack, and on the CPU more at a time is not faster
 OPEN = 2**31 - 1  # the end of a row that rows to come may see
@@ -313,18 +313,22 @@ class _Decoder:
     ) -> torch.Tensor:
         """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
         device, hidden = self.model.device, []
-        for first in range(0, len(token), CHUNK_ROWS):
-            part = slice(first, first + CHUNK_ROWS)
+        for first in range(0, len(token), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
             rows = Rows(
-                token[part].long().to(device), depth[part].to(device), slots[part].int().to(device),
-                self.end_k[: self.top].to(device), self.depth_k[: self.top].to(device), self.stack,
+                token[part].long().to(device),
+                depth[part].to(device),
+                slots[part].int().to(device),
+                self.end_k[: self.top].to(device),
+                self.depth_k[: self.top].to(device),
+                self.stack,
                 slots[part].to(device),
-            )  # fmt: skip
-            wanted = needed[(needed >= first) & (needed < first + CHUNK_ROWS)] - first
+            )
+            wanted = needed[(needed >= first) & (needed < first + CHUNK_TOKENS)] - first
             hidden.append(self.model.forward(rows)[wanted.to(device)])
             self.ledger.ran(self.work, depth[part], self.top - len(depth[part]), len(wanted))
-        self.ledger.forwarded_rows += len(token)
-        self.ledger.head_rows += len(needed)
+        self.ledger.forwarded_tokens += len(token)
+        self.ledger.head_tokens += len(needed)
         return self.model.head.logits(torch.cat(hidden)) if hidden else self.logits[:0]
 
     def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Kept: TypeAlias = tuple[torch.Tensor, ...]
+ResultJournal: TypeAlias = tuple[torch.Tensor, ...]
 
 
-def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> Kept:
+def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> ResultJournal:
     """Rows [T, G, D] as a stack keeps them: as they are (None), rounded, or int8 with a scale for each row and head.
 
         scale = rows.abs().amax(-1, keepdim=True) / 127
@@ -39,7 +39,7 @@ def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> Kept:
     return (rows / scale.masked_fill(scale == 0, 1)).round().to(torch.int8), scale
 
 
-def unpack(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+def unpack(kept: ResultJournal, dtype: torch.dtype) -> torch.Tensor:
     """Rows [T, G, D] of pack() in `dtype`; the very tensor where that is how they are kept."""
     rows, *scale = kept
     return rows.to(dtype).mul_(scale[0]) if scale else rows.to(dtype)
@@ -58,7 +58,7 @@ class KVStack:
     def __init__(self, capacity: int, *, kv_dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
         self.capacity, self.kv_dtype, self.folder = capacity, kv_dtype, folder
         self.rows = 0
-        self._layers: dict[int, Kept] = {}  # keys as they are kept, then values
+        self._layers: dict[int, ResultJournal] = {}  # keys as they are kept, then values
         self._dtype = torch.float32  # what they come in
         self._files: dict[int, mmap.mmap] = {}
         self._at_work = -1  # the layer whose file may be resident
@@ -135,7 +135,7 @@ class KVStack:
         half = len(parts) // 2
         return unpack(parts[:half], self._dtype), unpack(parts[half:], self._dtype)
 
-    def _put(self, layer: int, where: slice | torch.Tensor, new: Kept) -> None:
+    def _put(self, layer: int, where: slice | torch.Tensor, new: ResultJournal) -> None:
         if layer not in self._layers:  # zeros: nobody sees a row that is not filled, but 0 * NaN is NaN
             shapes = [(self.capacity, *part.shape[1:]) for part in new]
             if self.folder is None:
@@ -158,7 +158,7 @@ class KVStack:
 _ALIGNED = 64  # bytes that a tensor's memory starts at a multiple of, as torch's own does
 
 
-def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[mmap.mmap, Kept]:
+def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[mmap.mmap, ResultJournal]:
     """Zero tensors that lie in a file without a name, which the system drops with the process whatever ends it."""
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
     starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
@@ -167,7 +167,7 @@ def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) 
             os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, not a signal later
             mapped = mmap.mmap(file.fileno(), starts[-1])
     except OSError as error:
-        raise OSError(error.errno, f"{starts[-1]:,} bytes of spilled rows: {error.strerror}", str(folder)) from error
+        raise OSError(error.errno, f"{starts[-1]:,} bytes of offloaded rows: {error.strerror}", str(folder)) from error
     tensors = tuple(
         torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
         for (dtype, shape), start in zip(shapes, starts, strict=False)

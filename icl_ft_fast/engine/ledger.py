@@ -14,8 +14,14 @@ from icl_ft_fast.engine.flops import Work
 from icl_ft_fast.engine.meters import Meter, Reading
 
 COUNTS = (
-    "request_tokens", "forwarded_rows", "reused_rows", "head_rows", "scored_tokens", "decoded_tokens", "trained_tokens",
-)  # fmt: skip
+    "request_tokens",
+    "forwarded_tokens",
+    "cached_tokens",
+    "head_tokens",
+    "scored_tokens",
+    "decoded_tokens",
+    "trained_tokens",
+)
 # How each figure of a phase comes about; one that is None could not be had on this machine.
 HOW = dict.fromkeys((*COUNTS, "wall_s", "device_s", "joules", "kv_bytes"), "measured") | dict.fromkeys(
     ("flops", "moved_bytes", "activation_bytes"), "estimated"
@@ -38,9 +44,9 @@ class Phase:
     """
 
     request_tokens: int = 0
-    forwarded_rows: int = 0
-    reused_rows: int = 0
-    head_rows: int = 0
+    forwarded_tokens: int = 0
+    cached_tokens: int = 0
+    head_tokens: int = 0
     scored_tokens: int = 0
     decoded_tokens: int = 0
     trained_tokens: int = 0
@@ -63,9 +69,9 @@ class Ledger:
 
     Attributes:
         request_tokens: tokens of all requests as given, what a scorer without sharing would forward.
-        forwarded_rows: rows that went through the network (trie nodes with a child, generated tokens).
-        head_rows: rows that went through the output head.
-        reused_rows: rows taken from a kept context instead of being forwarded.
+        forwarded_tokens: rows that went through the network (trie nodes with a child, generated tokens).
+        head_tokens: rows that went through the output head.
+        cached_tokens: rows taken from a kept context instead of being forwarded.
         scored_tokens: distinct (prefix, token) pairs whose log-probability was taken.
         decoded_tokens: tokens generated.
         trained_tokens: rows forwarded and differentiated while training.
@@ -75,9 +81,9 @@ class Ledger:
     """
 
     request_tokens: int = 0
-    forwarded_rows: int = 0
-    reused_rows: int = 0
-    head_rows: int = 0
+    forwarded_tokens: int = 0
+    cached_tokens: int = 0
+    head_tokens: int = 0
     scored_tokens: int = 0
     decoded_tokens: int = 0
     trained_tokens: int = 0
@@ -104,17 +110,17 @@ class Ledger:
         finally:
             self._switch(outer)
 
-    def ran(self, work: Work, depth_T: Tensor, stack_rows: int, head_rows: int, *, passes: int = 1) -> None:
+    def ran(self, work: Work, depth_T: Tensor, stack_rows: int, head_tokens: int, *, passes: int = 1) -> None:
         """Add the FLOPs and bytes of one forward; 3 passes are a forward and a backward.
 
         Args:
             work: of the network.
             depth_T: depths of the forwarded rows, int32 or int64 [T].
             stack_rows: rows of keys and values that were visible to some of them.
-            head_rows: rows that went through the output head.
+            head_tokens: rows that went through the output head.
             passes: matrix products of this forward's size.
         """
-        self.flops += passes * work.flops(depth_T, head_rows)
+        self.flops += passes * work.flops(depth_T, head_tokens)
         self.moved_bytes += passes * (work.weight_bytes + (stack_rows + len(depth_T)) * work.kv_row_bytes)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     total = held + rows * row_bytes + capacity * (kv_row_bytes + open_row_bytes + INDEX_BYTES) + other
 
 A process holds its weights and libraries; a chunk has `rows` rows, and the KV stack `capacity`, which the longest path
-bounds. Of a spilled stack only a layer counts. Knows tries and shapes, no network and no text.
+bounds. Of a offloaded stack only a layer counts. Knows tries and shapes, no network and no text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from icl_ft_fast.engine import trie
 
 SHARE = 0.9  # of what is free, where no limit is given
-LEAST_ROWS = 32  # of a chunk; rather than go below, the stack is spilled
+LEAST_ROWS = 32  # of a chunk; rather than go below, the stack is offloaded
 INDEX_BYTES = 64  # of a stack row's ends, depths and positions while a chunk is prepared
 OTHER_BYTES = 32 << 20  # workspaces of kernels and libraries, and what the allocator keeps, whatever the sizes
 KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -47,12 +47,12 @@ class Memory:
         limit_bytes: of the process on a CPU, of its allocations on a GPU. None: what it holds when a run begins and
             SHARE of what is free then.
         kv_dtype: "bfloat16" or "int8" keeps keys and values so, approximately; None as the network makes them.
-        spill: folder for keys and values that do not fit; None for the system's temporary one.
+        offload: folder for keys and values that do not fit; None for the system's temporary one.
     """
 
     limit_bytes: int | None = None
     kv_dtype: str | None = None
-    spill: Path | None = None
+    offload: Path | None = None
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in (None, *KV_DTYPES):
@@ -103,10 +103,10 @@ class Need:
         held_bytes: what the process holds before it, weights included.
         rows: of the longest chunk.
         capacity: rows of the KV stack.
-        kv_bytes: of the stack; of a spilled one what is resident.
+        kv_bytes: of the stack; of a offloaded one what is resident.
         activation_bytes: of a chunk, with what it reads of the stack in another dtype.
         other_bytes: everything else.
-        spilled_bytes: of the stack in its files; 0 where it is in memory.
+        offloaded_bytes: of the stack in its files; 0 where it is in memory.
         folder: of the files.
     """
 
@@ -117,7 +117,7 @@ class Need:
     kv_bytes: int
     activation_bytes: int
     other_bytes: int
-    spilled_bytes: int
+    offloaded_bytes: int
     folder: Path
 
     @property
@@ -126,17 +126,17 @@ class Need:
         return self.held_bytes + self.kv_bytes + self.activation_bytes + self.other_bytes
 
     def __str__(self) -> str:
-        spilled = f", spilled to {self.folder} ({_gb(self.spilled_bytes)})" if self.spilled_bytes else ""
+        offloaded = f", offloaded to {self.folder} ({_gb(self.offloaded_bytes)})" if self.offloaded_bytes else ""
         return (
             f"{_gb(self.total_bytes)} of {_gb(self.limit_bytes)}: {_gb(self.held_bytes)} held by the process with the "
-            f"weights, {_gb(self.kv_bytes)} keys and values of {self.capacity:,} rows{spilled}, "
+            f"weights, {_gb(self.kv_bytes)} keys and values of {self.capacity:,} rows{offloaded}, "
             f"{_gb(self.activation_bytes)} for {self.rows:,} rows at a time, {_gb(self.other_bytes)} else"
         )
 
 
 def fit(
     forest: trie.Trie,
-    chunk_rows: int,
+    chunk_tokens: int,
     memory: Memory,
     footprint: Footprint,
     device: torch.device,
@@ -146,14 +146,14 @@ def fit(
     room: int = 0,
     extra_bytes: int = 0,
 ) -> tuple[trie.Plan, Need]:
-    """The plan of a forest that fits the memory: as it is, with smaller chunks, or with its stack spilled.
+    """The plan of a forest that fits the memory: as it is, with smaller chunks, or with its stack offloaded.
 
     Args:
         forest: what will be forwarded.
-        chunk_rows: rows at a time, as long as they fit; halved until they do.
+        chunk_tokens: rows at a time, as long as they fit; halved until they do.
         memory: what may be taken.
         footprint: of the network.
-        device: where it is. Only a CPU's stack can be spilled.
+        device: where it is. Only a CPU's stack can be offloaded.
         known: see trie.plan().
         cut: see trie.plan().
         room: rows that there is a stack for already.
@@ -164,12 +164,12 @@ def fit(
     """
     held = held_bytes(device)
     limit = memory.limit_bytes or held + int(SHARE * free_bytes(device))
-    folder = memory.spill or Path(tempfile.gettempdir())
-    sizes = [chunk_rows]
+    folder = memory.offload or Path(tempfile.gettempdir())
+    sizes = [chunk_tokens]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     can_spill = device.type == "cpu" and hasattr(os, "posix_fallocate")
-    choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_rows) or not can_spill]
+    choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_tokens) or not can_spill]
     for size, spills in choices + [(rows, True) for rows in sizes if can_spill]:
         rows, capacity = trie.extent(forest, size, known=known, cut=cut)
         new = 0 if capacity <= room else capacity
@@ -184,7 +184,7 @@ def fit(
             + rows * footprint.row_bytes
             + capacity * (footprint.open_row_bytes + INDEX_BYTES),
             other_bytes=extra_bytes + OTHER_BYTES,
-            spilled_bytes=kv_bytes if spills else 0,
+            offloaded_bytes=kv_bytes if spills else 0,
             folder=folder,
         )
         if need.total_bytes <= limit:
@@ -196,12 +196,12 @@ def fit(
             f"{'shorter requests' if memory.kv_dtype else '--kv-dtype int8 (kv_dtype=), shorter requests'} "
             "or a smaller model"
         )
-    if need.spilled_bytes and need.spilled_bytes > (free := shutil.disk_usage(folder).free):
+    if need.offloaded_bytes and need.offloaded_bytes > (free := shutil.disk_usage(folder).free):
         raise BudgetError(
-            f"memory: too little: {need}; {folder} has {_gb(free)} free: name another folder with --spill (spill=), or "
-            "give --memory (memory=) more"
+            f"memory: too little: {need}; {folder} has {_gb(free)} free: name another folder with --offload "
+            "(offload=), or give --memory (memory=) more"
         )
-    _log.log(logging.WARNING if need.spilled_bytes or size < chunk_rows else logging.INFO, "memory: %s", need)
+    _log.log(logging.WARNING if need.offloaded_bytes or size < chunk_tokens else logging.INFO, "memory: %s", need)
     return trie.plan(forest, size, known=known, cut=cut), need
 
 

@@ -25,7 +25,7 @@ from icl_ft_fast.engine.kv_cache import KVStack
 from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
-CHUNK_ROWS = 512  # rows forwarded at a time, unless told otherwise
+CHUNK_TOKENS = 512  # rows forwarded at a time, unless told otherwise
 BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
 SHIPPED = "shipped"  # the name of the model that comes with the package
 SHIPPED_FOLDER = Path(__file__).parents[1] / "shipped" / "model"
@@ -69,7 +69,7 @@ class Rows:
         depth_k: int32 [S].
         stack: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] stack positions to write to; None appends after the stack's rows.
-        invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
+        batch_invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
         plans: what the layers' attention shares, see ops.trie_attention.
     """
 
@@ -80,7 +80,7 @@ class Rows:
     depth_k: torch.Tensor
     stack: KVStack | None = None
     slots: torch.Tensor | None = None
-    invariant: bool = False
+    batch_invariant: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
@@ -115,10 +115,20 @@ def _trie_attention(
         else:
             k, v = icl_rows.stack.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
     out = ops.trie_attention(
-        q, k, v, icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k,
-        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, plans=icl_rows.plans,
-        invariant=icl_rows.invariant,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        icl_rows.row_q,
+        icl_rows.end_k,
+        icl_rows.depth_q,
+        icl_rows.depth_k,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        plans=icl_rows.plans,
+        batch_invariant=icl_rows.batch_invariant,
+    )
     return _filled(out, query.shape[2])[None], None
 
 
@@ -135,11 +145,11 @@ class Head:
     bias: torch.Tensor | None
     scale: float
     softcap: float | None
-    invariant: bool = False
+    batch_invariant: bool = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
-        parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.invariant else [hidden]
+        parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.batch_invariant else [hidden]
         products = [torch.nn.functional.linear(part, self.weight, self.bias) for part in parts]
         logits = torch.cat(products)[: len(hidden)].float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
@@ -154,7 +164,7 @@ class Model:
         tokenizer: the transformers tokenizer.
         name: what load() was given.
         max_positions: the longest sequence the positions allow, in tokens.
-        invariant: whether a row's bits depend on its path alone, see load().
+        batch_invariant: whether a row's bits depend on its path alone, see load().
         memory: what scoring may take.
     """
 
@@ -162,7 +172,7 @@ class Model:
     tokenizer: Any
     name: str
     max_positions: int
-    invariant: bool = False
+    batch_invariant: bool = False
     memory: Memory = field(default_factory=Memory)
 
     @property
@@ -188,7 +198,7 @@ class Model:
         """
         config = {name: value for name, value in self.network.config.to_dict().items() if name[0] != "_"}
         described = [config, sorted(self.tokenizer.get_vocab().items()), self.tokenizer.special_tokens_map]
-        if self.invariant:  # its contexts have the bits of these alone
+        if self.batch_invariant:  # its contexts have the bits of these alone
             described += [BLOCK_ROWS, torch.get_num_threads(), torch.__version__, torch.__config__.show()]
         described += [self.memory.kv_dtype] if self.memory.kv_dtype else []
         digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
@@ -210,7 +220,7 @@ class Model:
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         bias = getattr(linear, "bias", None)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(linear.weight, bias, float(scale), softcap, self.invariant)
+        return Head(linear.weight, bias, float(scale), softcap, self.batch_invariant)
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -231,7 +241,7 @@ class Model:
             kv_row_bytes=stack.nbytes // most,
             layers=len(layers),
             open_row_bytes=0 if self.memory.kv_dtype is None else opened // most,
-            block_bytes=peaks[2] if self.invariant else 0,
+            block_bytes=peaks[2] if self.batch_invariant else 0,
         )
 
     def new_stack(self, capacity: int, folder: Path | None = None) -> KVStack:
@@ -240,17 +250,19 @@ class Model:
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
-        if self.invariant and rows.stack is not None:
+        if self.batch_invariant and rows.stack is not None:
             return torch.cat([self._forward(block) for block in _blocks(rows)])
         return self._forward(rows)
 
     def _forward(self, rows: Rows) -> torch.Tensor:
         num_rows = len(rows.token)
-        size = BLOCK_ROWS if rows.invariant else num_rows
+        size = BLOCK_ROWS if rows.batch_invariant else num_rows
         output = self.body(
-            input_ids=_filled(rows.token, size)[None], position_ids=_filled(rows.depth_q, size)[None].long(),
-            use_cache=False, icl_rows=rows,
-        )  # fmt: skip
+            input_ids=_filled(rows.token, size)[None],
+            position_ids=_filled(rows.depth_q, size)[None].long(),
+            use_cache=False,
+            icl_rows=rows,
+        )
         hidden: torch.Tensor = output.last_hidden_state[0, :num_rows]
         return hidden
 
@@ -278,9 +290,15 @@ class Model:
         """Log-probability float32 [M] of each target after its row of hidden [R, E], and whether it is the argmax."""
         head = self.head
         logp, is_argmax, _ = ops.target_logprob(
-            hidden, head.weight, row.to(hidden.device), target.to(hidden.device),
-            bias=head.bias, scale=head.scale, softcap=head.softcap, invariant=head.invariant,
-        )  # fmt: skip
+            hidden,
+            head.weight,
+            row.to(hidden.device),
+            target.to(hidden.device),
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+            batch_invariant=head.batch_invariant,
+        )
         return logp, is_argmax
 
 
@@ -290,7 +308,12 @@ def _blocks(rows: Rows) -> Iterator[Rows]:
         part = slice(first, first + BLOCK_ROWS)
         row_q = rows.row_q[part]
         yield replace(
-            rows, token=rows.token[part], depth_q=rows.depth_q[part], row_q=row_q, slots=row_q.long(), invariant=True
+            rows,
+            token=rows.token[part],
+            depth_q=rows.depth_q[part],
+            row_q=row_q,
+            slots=row_q.long(),
+            batch_invariant=True,
         )
 
 
@@ -307,10 +330,10 @@ def load(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
-    invariant: bool = False,
+    batch_invariant: bool = False,
     memory: int | str | None = None,
     kv_dtype: str | None = None,
-    spill: str | Path | None = None,
+    offload: str | Path | None = None,
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -322,15 +345,15 @@ def load(
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
-        self_check: compare a branching trie with plain forwards on the loaded weights; if invariant, try every place of
-            a block.
-        invariant: a request's score has the same bits whatever else is scored with it, in whatever order and chunks,
-            and whether its beginning was prefilled or saved, on one machine with one number of threads; see
+        self_check: compare a branching trie with plain forwards on the loaded weights; if batch_invariant, try every
+            place of a block.
+        batch_invariant: a request's score has the same bits whatever else is scored with it, in whatever order and
+            chunks, and whether its beginning was prefilled or saved, on one machine with one number of threads; see
             docs/determinism.md. On the CPU only, and not for mixtures of experts.
         memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
             it holds and most of what is free.
         kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
-        spill: folder for keys and values that do not fit the memory; None for the system's temporary one.
+        offload: folder for keys and values that do not fit the memory; None for the system's temporary one.
 
     Returns:
         The model, in evaluation mode.
@@ -345,7 +368,7 @@ def load(
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
     try:
         limit = None if memory is None else parse_bytes(memory)
-        limits = Memory(limit, kv_dtype, None if spill is None else Path(spill))
+        limits = Memory(limit, kv_dtype, None if offload is None else Path(offload))
     except ValueError as error:
         raise ModelError(str(error)) from error
     given = str(name)
@@ -369,9 +392,14 @@ def load(
         _check_family(config)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=DTYPES.get(dtype, dtype), attn_implementation=ATTENTION, use_safetensors=True,
-            output_loading_info=True, **origin,
-        )  # fmt: skip
+            name,
+            config=config,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            output_loading_info=True,
+            **origin,
+        )
         network = network.to(device)
     except ModelError:
         raise
@@ -386,7 +414,7 @@ def load(
     for weight, values in network.named_parameters():
         if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
             raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
-    return from_network(network, words, given, self_check=self_check, invariant=invariant, memory=limits)
+    return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
 
 
 def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
@@ -428,7 +456,7 @@ def from_network(
     name: str,
     *,
     self_check: bool = True,
-    invariant: bool = False,
+    batch_invariant: bool = False,
     memory: Memory | None = None,
 ) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
@@ -444,12 +472,12 @@ def from_network(
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config), invariant, memory or Memory())
-    if invariant:
+    model = Model(network, tokenizer, name, _max_positions(network.config), batch_invariant, memory or Memory())
+    if batch_invariant:
         _check_can_be_invariant(model)
     if self_check:
         _self_check(model)
-        if invariant:
+        if batch_invariant:
             _prove_invariant(model)
     return model
 
@@ -634,14 +662,14 @@ def _check_can_be_invariant(model: Model) -> None:
     """Refuse what is known not to be: a GPU's kernels, and experts, whose products have as many rows as chose them."""
     if model.device.type != "cpu":
         raise ModelError(
-            f"{model.name}: invariant: not on {model.device}: a GPU's kernels sum in an order that depends on what is "
-            "scored together; load it on the CPU, or without invariant"
+            f"{model.name}: batch_invariant: not on {model.device}: a GPU's kernels sum in an order that depends on "
+            "what is scored together; load it on the CPU, or without invariant"
         )
     for name, value in model.network.config.get_text_config().to_dict().items():
         if "experts" in name and value:
             raise ModelError(
-                f"{model.name}: invariant: not for a mixture of experts ({name} = {value}): how many rows an expert "
-                "multiplies depends on what is scored together; load it without invariant"
+                f"{model.name}: batch_invariant: not for a mixture of experts ({name} = {value}): how many rows an "
+                "expert multiplies depends on what is scored together; load it without invariant"
             )
 
 
@@ -663,7 +691,7 @@ def _prove_invariant(model: Model) -> None:
     mixed, moved, alike = outputs(token), outputs(token.roll(1)), outputs(token[:1].expand(BLOCK_ROWS))
     if not torch.equal(moved.roll(-1, 0), mixed) or not torch.equal(alike, mixed[:1].expand_as(alike)):
         raise ModelError(
-            f"{model.name}: invariant: with {torch.get_num_threads()} threads of torch {torch.__version__} a row's "
-            "bits depend on its place in a block or on its neighbours; try another number of threads "
+            f"{model.name}: batch_invariant: with {torch.get_num_threads()} threads of torch {torch.__version__} a "
+            "row's bits depend on its place in a block or on its neighbours; try another number of threads "
             "(OMP_NUM_THREADS), or load it without invariant"
         )

@@ -22,7 +22,7 @@ from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import Context, KVStack, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
 from icl_ft_fast.tasks.task import Question
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def loglikelihood(
     model: Model,
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     shared_tokens: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
@@ -85,7 +85,7 @@ def loglikelihood(
     Args:
         model: from load().
         requests: pairs; a continuation has at least one token, and so has a context of token ids.
-        chunk_rows: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
+        chunk_tokens: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
             rounding.
         shared_tokens: leading tokens that all requests have in common and that count as the ledger's phase "prefill";
             everything else forwarded is its phase "query".
@@ -101,7 +101,7 @@ def loglikelihood(
             vocabulary does not have, a request that does not begin with `start`, or too little memory.
     """
     encoded = _encode(model, requests)
-    results = dict(_run(model, encoded, chunk_rows, ledger or Ledger(), progress, start, shared_tokens))
+    results = dict(_run(model, encoded, chunk_tokens, ledger or Ledger(), progress, start, shared_tokens))
     return [results[r] for r in range(len(requests))]
 
 
@@ -109,13 +109,13 @@ def iter_loglikelihood(
     model: Model,
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
     progress: bool = False,
     start: Context | None = None,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Score as loglikelihood() does, each (index of the request, result) yielded as soon as its chunk is done."""
-    yield from _run(model, _encode(model, requests), chunk_rows, ledger or Ledger(), progress, start)
+    yield from _run(model, _encode(model, requests), chunk_tokens, ledger or Ledger(), progress, start)
 
 
 @torch.inference_mode()
@@ -124,7 +124,7 @@ def prefill(
     token: Sequence[int],
     *,
     near: Context | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
 ) -> Context:
     """Forward a beginning that requests have in common, so that loglikelihood(start=...) forwards the rest only.
@@ -133,7 +133,7 @@ def prefill(
         model: from load().
         token: ids, at least one.
         near: another context of this model; what it has in common with this one is copied, not forwarded.
-        chunk_rows: rows forwarded at a time.
+        chunk_tokens: rows forwarded at a time.
         ledger: counts of this call are added to it.
 
     Raises:
@@ -151,7 +151,7 @@ def prefill(
     forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
     weight = model.head.weight
     hidden = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    plan, stack = _fit(model, forest, chunk_rows, known=known, extra_bytes=hidden.nbytes)
+    plan, stack = _fit(model, forest, chunk_tokens, known=known, extra_bytes=hidden.nbytes)
     if near and known:
         hidden[:known] = near.hidden[:known]
         near.stack.copy(known, stack)
@@ -166,8 +166,8 @@ def prefill(
         for _ in _by_chunk(plan, stack, forward):
             pass
         ledger.request_tokens += len(ids)
-        ledger.reused_rows += known
-        ledger.forwarded_rows += len(ids) - known
+        ledger.cached_tokens += known
+        ledger.forwarded_tokens += len(ids) - known
         ledger.kv_bytes += stack.nbytes
     return Context(np.asarray(ids, np.int32), hidden, stack, is_counted)
 
@@ -178,7 +178,7 @@ def stored_context(
     store: ContextStore,
     *,
     label: str = "",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
 ) -> Context:
     """The context of these tokens, mapped from the store or forwarded (what no saved beginning has) and saved there.
@@ -189,10 +189,10 @@ def stored_context(
     """
     found = store.find(token, like=prefill(model, token[:1]))
     if found is None or len(found.token) < len(token):
-        found = prefill(model, token, near=found, chunk_rows=chunk_rows, ledger=ledger)
+        found = prefill(model, token, near=found, chunk_tokens=chunk_tokens, ledger=ledger)
         store.add(found, label)
     elif ledger is not None:
-        ledger.reused_rows += len(token)
+        ledger.cached_tokens += len(token)
         found.is_counted = True
     return found
 
@@ -217,7 +217,7 @@ def iter_token_logprobs(
     requests: Sequence[TokenRequest],
     *,
     top: int = 1,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
     start: Context | None = None,
 ) -> Iterator[tuple[int, TokenLogprobs]]:
@@ -241,7 +241,7 @@ def iter_token_logprobs(
 
     logit_bytes = 3 * 4 * LOGIT_ROWS * model.head.weight.shape[0]
     for completed in _forward(
-        model, forest, chunk_rows, ledger or Ledger(), False, start, head, extra_bytes=logit_bytes
+        model, forest, chunk_tokens, ledger or Ledger(), False, start, head, extra_bytes=logit_bytes
     ):
         for r in completed:
             path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
@@ -255,13 +255,13 @@ def iter_scores(
     questions: Sequence[Question],
     *,
     context: str = "",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
     progress: bool = False,
     store: ContextStore | None = None,
 ) -> Iterator[Score]:
     """Score multiple-choice questions, each yielded as soon as its last choice is done; see score()."""
-    for _, result in _scored(model, questions, context, chunk_rows, ledger, progress, store):
+    for _, result in _scored(model, questions, context, chunk_tokens, ledger, progress, store):
         yield result
 
 
@@ -269,7 +269,7 @@ def _scored(
     model: Model,
     questions: Sequence[Question],
     context: str,
-    chunk_rows: int,
+    chunk_tokens: int,
     ledger: Ledger | None,
     progress: bool,
     store: ContextStore | None,
@@ -285,10 +285,10 @@ def _scored(
     if store is not None and shared:
         with ledger.phase("context"):
             start = stored_context(
-                model, shared, store, label=" ".join(context.split())[:60], chunk_rows=chunk_rows, ledger=ledger
+                model, shared, store, label=" ".join(context.split())[:60], chunk_tokens=chunk_tokens, ledger=ledger
             )
     requests = [request for its in encoded for request in its]
-    for r, result in _run(model, requests, chunk_rows, ledger, progress, start, len(shared)):
+    for r, result in _run(model, requests, chunk_tokens, ledger, progress, start, len(shared)):
         results[r] = result
         q = owner[r]
         waiting[q] -= 1
@@ -347,7 +347,7 @@ def score(
     questions: Sequence[Question],
     *,
     context: str = "",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_tokens: int = CHUNK_TOKENS,
     ledger: Ledger | None = None,
     progress: bool = False,
     store: ContextStore | None = None,
@@ -358,7 +358,7 @@ def score(
         model: from load().
         questions: prompts and choices; choices are not shown to the model.
         context: text before every prompt, forwarded once.
-        chunk_rows: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
+        chunk_tokens: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
             rounding.
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
@@ -370,7 +370,7 @@ def score(
     Raises:
         ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
     """
-    scores = dict(_scored(model, questions, context, chunk_rows, ledger, progress, store))
+    scores = dict(_scored(model, questions, context, chunk_tokens, ledger, progress, store))
     return [scores[q] for q in range(len(questions))]
 
 
@@ -417,7 +417,7 @@ def check_fit(model: Model, encoded: Iterable[tuple[list[int], list[int]]], name
 def _run(
     model: Model,
     requests: list[tuple[list[int], list[int]]],
-    chunk_rows: int,
+    chunk_tokens: int,
     ledger: Ledger,
     progress: bool,
     start: Context | None = None,
@@ -434,7 +434,7 @@ def _run(
             logp[chunk.target_index] = values.double().cpu()
             is_argmax[chunk.target_index] = flags.cpu()
 
-    for completed in _forward(model, forest, chunk_rows, ledger, progress, start, head, shared_tokens):
+    for completed in _forward(model, forest, chunk_tokens, ledger, progress, start, head, shared_tokens):
         for r in completed:
             path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
             yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
@@ -443,7 +443,7 @@ def _run(
 def _forward(
     model: Model,
     forest: trie.Trie,
-    chunk_rows: int,
+    chunk_tokens: int,
     ledger: Ledger,
     progress: bool,
     start: Context | None,
@@ -458,12 +458,12 @@ def _forward(
         if not begins or not (forest.end[:known] == len(forest.token)).all():
             raise ScoreError("start: not every request begins with its tokens")
     shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
-    plan, stack = _fit(model, forest, chunk_rows, start, known, shared_rows, extra_bytes)
+    plan, stack = _fit(model, forest, chunk_tokens, start, known, shared_rows, extra_bytes)
     work = work_of(model)
     with ledger.phase("query"):
         ledger.request_tokens += forest.request_tokens
         if start is not None and not start.is_counted:
-            ledger.reused_rows += known
+            ledger.cached_tokens += known
     if start is not None:
         start.is_counted = False
 
@@ -478,8 +478,8 @@ def _forward(
                     ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
                 depth = forest.depth[chunk.first_row : chunk.last_row]
                 ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
-                ledger.forwarded_rows += len(chunk.token)
-            ledger.head_rows += len(chunk.head_rows)
+                ledger.forwarded_tokens += len(chunk.token)
+            ledger.head_tokens += len(chunk.head_rows)
             ledger.scored_tokens += len(chunk.target_index)
         with ledger.phase("query"):
             head(chunk, hidden[chunk.head_rows.to(hidden.device)])
@@ -499,7 +499,7 @@ def _forward(
 def _fit(
     model: Model,
     forest: trie.Trie,
-    chunk_rows: int,
+    chunk_tokens: int,
     start: Context | None = None,
     known: int = 0,
     cut: int = 0,
@@ -510,12 +510,19 @@ def _fit(
     results_bytes = 16 * len(forest.scored_token) + 160 * len(forest.path_offset)  # the caller's, mostly
     try:
         plan, need = memory.fit(
-            forest, chunk_rows, model.memory, model.footprint, model.device, known=known, cut=cut,
-            room=room, extra_bytes=extra_bytes + results_bytes,
-        )  # fmt: skip
+            forest,
+            chunk_tokens,
+            model.memory,
+            model.footprint,
+            model.device,
+            known=known,
+            cut=cut,
+            room=room,
+            extra_bytes=extra_bytes + results_bytes,
+        )
     except memory.BudgetError as error:
         raise ScoreError(str(error)) from error
-    stack = model.new_stack(plan.capacity, need.folder if need.spilled_bytes else None)
+    stack = model.new_stack(plan.capacity, need.folder if need.offloaded_bytes else None)
     return plan, stack if start is None else start.open(stack)
 
 

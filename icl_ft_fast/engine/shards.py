@@ -21,12 +21,12 @@ from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.flops import Work
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model, load_same
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load_same
 from icl_ft_fast.engine.score import LogLikelihood, loglikelihood, prefill, stored_context
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Task
 
-SHARD_ROWS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
+SHARD_TOKENS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
 Request = tuple[list[int], list[int]]
 
 
@@ -54,8 +54,10 @@ class Cut:
     flops: int
 
 
-def cut(requests: Sequence[Request], work: Work, *, shard_rows: int = SHARD_ROWS, stem_tokens: int = 0) -> list[Cut]:
-    """Cut requests into shards of about `shard_rows` average rows' FLOPs each.
+def cut(
+    requests: Sequence[Request], work: Work, *, shard_tokens: int = SHARD_TOKENS, stem_tokens: int = 0
+) -> list[Cut]:
+    """Cut requests into shards of about `shard_tokens` average rows' FLOPs each.
 
     From its leaves up, a node of the trie under which more than a shard's work is left becomes the stem of so many
     shards of nearly equal work; a child is never divided unless it was itself such a node.
@@ -63,7 +65,7 @@ def cut(requests: Sequence[Request], work: Work, *, shard_rows: int = SHARD_ROWS
     Args:
         requests: (context ids, continuation ids), neither empty.
         work: of the network.
-        shard_rows: see above.
+        shard_tokens: see above.
         stem_tokens: tokens that all requests begin with and that are the last stem; 0 for all that they have in common.
 
     Time is that of trie.build() and a few microseconds a request.
@@ -79,7 +81,7 @@ def cut(requests: Sequence[Request], work: Work, *, shard_rows: int = SHARD_ROWS
     shared = _shared_rows(leaf, depth)
     new_heads = np.maximum(0, rows - np.maximum(lengths[order] - 1, np.concatenate([[0], shared])))
     flops = work.path_flops(int(rows.max()))
-    goal = shard_rows * flops[-1] / rows.max()
+    goal = shard_tokens * flops[-1] / rows.max()
 
     found: list[Cut] = []
     common = int(shared.min()) if len(shared) else int(rows[0])
@@ -171,12 +173,12 @@ class Scorer:
 
     Args:
         model: from load().
-        chunk_rows: see score.loglikelihood().
+        chunk_tokens: see score.loglikelihood().
         store: stems are taken from it, or forwarded and saved there.
     """
 
-    def __init__(self, model: Model, chunk_rows: int = CHUNK_ROWS, store: ContextStore | None = None) -> None:
-        self.model, self.chunk_rows, self.store = model, chunk_rows, store
+    def __init__(self, model: Model, chunk_tokens: int = CHUNK_TOKENS, store: ContextStore | None = None) -> None:
+        self.model, self.chunk_tokens, self.store = model, chunk_tokens, store
         self._stem: tuple[tuple[int, ...], Context | None] = (), None
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class Scorer:
         ledger = Ledger()
         if shard.stem != self._stem[0]:
             self._stem = (), None  # freed before the next is made
-            options: dict[str, Any] = {"chunk_rows": self.chunk_rows, "ledger": ledger}
+            options: dict[str, Any] = {"chunk_tokens": self.chunk_tokens, "ledger": ledger}
             with ledger.phase("prefill"):
                 if self.store is None:
                     context = prefill(self.model, shard.stem, **options)
@@ -194,7 +196,7 @@ class Scorer:
                 ledger.request_tokens = 0  # the stem's are counted with each request
             self._stem = shard.stem, context
         results = loglikelihood(
-            self.model, shard.requests, chunk_rows=self.chunk_rows, ledger=ledger, start=self._stem[1]
+            self.model, shard.requests, chunk_tokens=self.chunk_tokens, ledger=ledger, start=self._stem[1]
         )
         return {"logp_is_greedy": results, "ledger": ledger.as_dict()}
 
@@ -206,7 +208,7 @@ class ScorerElsewhere:
     name: str
     loading: dict[str, Any]
     fingerprint: str
-    chunk_rows: int
+    chunk_tokens: int
     store: Path | None
     store_bytes: int
 
@@ -217,4 +219,4 @@ class ScorerElsewhere:
     def of(self, model: Model) -> Scorer:
         """A Scorer of a model that is loaded already."""
         store = None if self.store is None else ContextStore(self.store, model, self.store_bytes)
-        return Scorer(model, self.chunk_rows, store)
+        return Scorer(model, self.chunk_tokens, store)

@@ -119,9 +119,12 @@ def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) ->
         head.append(contexts[id(context)][0])
     lengths = np.diff(np.asarray(head_offsets))
     return build(
-        np.asarray(tokens), np.asarray(offsets), lengths[np.asarray(head)],
-        heads=(np.asarray(head_tokens), np.asarray(head_offsets)), head=np.asarray(head),
-    )  # fmt: skip
+        np.asarray(tokens),
+        np.asarray(offsets),
+        lengths[np.asarray(head)],
+        heads=(np.asarray(head_tokens), np.asarray(head_offsets)),
+        head=np.asarray(head),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVStack
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Head, Model
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Head, Model
 from icl_ft_fast.finetune.data import Tokens
 from icl_ft_fast.finetune.settings import FinetuneError
 
@@ -94,7 +94,7 @@ def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, l
             "positions; give it fewer documents"
         )
     forest = trie.build_from_lists(requests)
-    plan = trie.plan(forest, CHUNK_ROWS)
+    plan = trie.plan(forest, CHUNK_TOKENS)
     stack, kept, num_kept = KVStack(plan.capacity), [], 0
     place = torch.empty(len(forest.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
     work = work_of(model)
@@ -105,7 +105,7 @@ def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, l
         kept.append(hidden[chunk.head_rows.long().to(hidden.device)])
         num_kept += len(kept[-1])
     ledger.request_tokens += forest.request_tokens
-    ledger.forwarded_rows += len(forest.token)
+    ledger.forwarded_tokens += len(forest.token)
     rows, path = torch.cat(kept), forest.path.long()
     offsets = forest.path_offset.tolist()
     head = model.head

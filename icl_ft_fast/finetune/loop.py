@@ -134,11 +134,16 @@ def finetune(
         weights = distributed.whole_weights(adapted or network, lora.PART if adapted else "")
         state = optimizer.state()
         run.save(
-            done, state, partial(_write_model, network, adapted, model.tokenizer, weights),
-            max_steps=settings.steps, train_batch_size=settings.batch_size, logging_steps=settings.logging_steps,
-            eval_steps=settings.eval_steps, save_steps=settings.save_steps or 0,
+            done,
+            state,
+            partial(_write_model, network, adapted, model.tokenizer, weights),
+            max_steps=settings.steps,
+            train_batch_size=settings.batch_size,
+            logging_steps=settings.logging_steps,
+            eval_steps=settings.eval_steps,
+            save_steps=settings.save_steps or 0,
             epoch=done.step * per_step / len(examples),
-        )  # fmt: skip
+        )
         run.prune(settings.save_total_limit if checkpoint_s is None else 1, done.best and done.best[1])
         distributed.wait()
         saved = time.perf_counter()
@@ -148,18 +153,28 @@ def finetune(
         batches.order(examples, seed, group_by_prompt=settings.group_by_prompt), done.step * per_step, None
     )
     is_hidden = not progress or rank > 0
-    bar = tqdm(
-        total=settings.steps, initial=done.step, desc="fine-tuning", unit="step", disable=is_hidden, delay=1
-    )  # fmt: skip
+    bar = tqdm(total=settings.steps, initial=done.step, desc="fine-tuning", unit="step", disable=is_hidden, delay=1)
     work = work_of(model)
     with (
-        counts.phase("train"), bar, _asked_to_end(path is not None) as asked, _recomputed(network, settings),
+        counts.phase("train"),
+        bar,
+        _asked_to_end(path is not None) as asked,
+        _recomputed(network, settings),
         _named(run, done),
-    ):  # fmt: skip
+    ):
         while done.step < settings.steps and not _is_over(done, settings):
             start = time.perf_counter()
-            loss, norm, num_targets = _step(wrapped, optimizer, examples, list(itertools.islice(stream, per_step)),
-                                            settings, seed, done.step, counts, work)  # fmt: skip
+            loss, norm, num_targets = _step(
+                wrapped,
+                optimizer,
+                examples,
+                list(itertools.islice(stream, per_step)),
+                settings,
+                seed,
+                done.step,
+                counts,
+                work,
+            )
             rate = settings.rate(done.step)
             loss, stop = distributed.totals([loss, asked.is_set()], model.device)
             if not math.isfinite(loss + norm):
@@ -168,8 +183,13 @@ def finetune(
             optimizer.step(rate)
             done.step += 1
             done.losses.append(loss)
-            entry = {"step": done.step, "loss": loss, "grad_norm": norm, "learning_rate": rate,
-                     "epoch": done.step * per_step / len(examples)}  # fmt: skip
+            entry = {
+                "step": done.step,
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "epoch": done.step * per_step / len(examples),
+            }
             run.append_metrics(entry | {"target_tokens": num_targets, "seconds": time.perf_counter() - start})
             if done.step % settings.logging_steps == 0:
                 done.log.append(entry)
@@ -209,7 +229,12 @@ def finetune(
         network = adapted.merge_and_unload(safe_merge=True)
     network.requires_grad_(True)
     trained = from_network(
-        network, model.tokenizer, model.name, self_check=False, invariant=model.invariant, memory=model.memory
+        network,
+        model.tokenizer,
+        model.name,
+        self_check=False,
+        batch_invariant=model.batch_invariant,
+        memory=model.memory,
     )
     return Finetuned(trained, tuple(done.losses))
 
@@ -235,9 +260,16 @@ class Objective(torch.nn.Module):
 
 
 def _step(
-    objective: torch.nn.Module, optimizer: Optimizer, examples: Sequence[Tokens], indices: list[int],
-    settings: FinetuneSettings, seed: int, step: int, ledger: Ledger, work: Work,
-) -> tuple[float, float, int]:  # fmt: skip
+    objective: torch.nn.Module,
+    optimizer: Optimizer,
+    examples: Sequence[Tokens],
+    indices: list[int],
+    settings: FinetuneSettings,
+    seed: int,
+    step: int,
+    ledger: Ledger,
+    work: Work,
+) -> tuple[float, float, int]:
     """Gradients of a step's mean loss; returns this process's part of the loss, their norm and the step's targets."""
     (rank, processes), size = distributed.place(), settings.batch_size
     num_targets = sum(sum(examples[i].is_target) for i in indices)

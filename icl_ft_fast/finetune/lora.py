@@ -33,10 +33,14 @@ def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
         raise FinetuneError("lora: needs peft: pip install 'icl_ft_fast[lora]'") from error
     targets = settings.target_modules
     config = peft.LoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        task_type="CAUSAL_LM",
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        use_rslora=settings.use_rslora, use_dora=settings.use_dora,
-    )  # fmt: skip
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         try:

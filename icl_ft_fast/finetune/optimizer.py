@@ -20,10 +20,13 @@ class Optimizer:
             for name, p in self.weights.items()
         }
         self._adamw = torch.optim.AdamW(
-            self.masters.values(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon, weight_decay=settings.weight_decay,
+            self.masters.values(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
             fused=True if settings.optim == "adamw_torch_fused" else None,
-        )  # fmt: skip
+        )
 
     def gather(self) -> None:
         """Add what the last backward left in bfloat16 weights to their copies' gradients."""

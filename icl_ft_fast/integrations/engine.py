@@ -25,7 +25,7 @@ from icl_ft_fast.engine.contexts import ContextError, ContextStore
 from icl_ft_fast.engine.generate import Sampling, iter_generations
 from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
 from icl_ft_fast.engine.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
 
@@ -124,7 +124,7 @@ class Engine:
         max_waiting: questions that may wait.
         store: of saved contexts: what is to stay prefilled is taken from it, or saved there.
         merge: whether what waits together is scored together; False is for comparison.
-        chunk_rows: rows forwarded at a time.
+        chunk_tokens: rows forwarded at a time.
 
     `ledger` counts everything.
     """
@@ -137,9 +137,9 @@ class Engine:
         max_waiting: int = 256,
         store: ContextStore | None = None,
         merge: bool = True,
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
-        self.model, self.max_waiting, self.merge, self.chunk_rows = model, max_waiting, merge, chunk_rows
+        self.model, self.max_waiting, self.merge, self.chunk_tokens = model, max_waiting, merge, chunk_tokens
         self.ledger, self.contexts = Ledger(), ContextCache(context_bytes)
         self.store = store
         self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
@@ -242,11 +242,13 @@ class Engine:
     def _results(
         self, asked: Choices | Sequences | Prompts, start: Context | None, pairs: list[Pair]
     ) -> Iterator[tuple[int, Any]]:
-        model, chunk_rows, ledger = self.model, self.chunk_rows, self.ledger
+        model, chunk_tokens, ledger = self.model, self.chunk_tokens, self.ledger
         if isinstance(asked, Choices):
-            return iter_loglikelihood(model, pairs, chunk_rows=chunk_rows, ledger=ledger, start=start)
+            return iter_loglikelihood(model, pairs, chunk_tokens=chunk_tokens, ledger=ledger, start=start)
         if isinstance(asked, Sequences):
-            return iter_token_logprobs(model, pairs, top=asked.top, chunk_rows=chunk_rows, ledger=ledger, start=start)
+            return iter_token_logprobs(
+                model, pairs, top=asked.top, chunk_tokens=chunk_tokens, ledger=ledger, start=start
+            )
         return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
 
     def _encode(self, jobs: list[_Job]) -> list[_Job]:
@@ -299,9 +301,9 @@ class Engine:
         known.append(self._declared(asked.context) if isinstance(asked, Choices) and asked.context else None)
         shared = max((common_tokens(token, unit.token) for token in known if token is not None), default=0)
         if shared - found >= WORTH_TOKENS and shared < self._too_long:
-            forwarded = self.ledger.forwarded_rows
+            forwarded = self.ledger.forwarded_tokens
             start = self._prefilled(unit.token[:shared])
-            if self.ledger.forwarded_rows == forwarded:
+            if self.ledger.forwarded_tokens == forwarded:
                 unit.job.answer.reused_tokens += shared - found
             if start.nbytes > self.contexts.max_bytes:
                 self._too_long = shared
@@ -315,7 +317,7 @@ class Engine:
         if saved is not None and len(saved.token) == len(ids):
             return saved
         near = saved or self.contexts.find(token, whole=False)
-        made = prefill(self.model, ids, near=near, chunk_rows=self.chunk_rows, ledger=self.ledger)
+        made = prefill(self.model, ids, near=near, chunk_tokens=self.chunk_tokens, ledger=self.ledger)
         self._in_store(lambda store: store.add(made))
         return made
 

@@ -33,8 +33,14 @@ TOGETHER = 1000  # samples that Inspect may run at a time
 FOUND = "icl_ft_fast"  # where the solver leaves a sample's likelihoods for the scorer, in the sample's store
 SERVED = {"max_tokens", "stop_seqs"}
 WITHOUT_EFFECT = {
-    "adaptive_connections", "attempt_timeout", "cache", "max_connections", "max_retries", "system_message", "timeout",
-}  # fmt: skip
+    "adaptive_connections",
+    "attempt_timeout",
+    "cache",
+    "max_connections",
+    "max_retries",
+    "system_message",
+    "timeout",
+}
 Pair = tuple[list[int], list[int]]
 
 
@@ -76,9 +82,14 @@ class IclFtFastAPI(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         self.model = load(
-            model_name, tokenizer=tokenizer, revision=revision, dtype=dtype, device=device, adapter=adapter,
+            model_name,
+            tokenizer=tokenizer,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            adapter=adapter,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         self._window = Window(self.model.max_positions, max_length, overflow)
         self._scores, self._texts = Together(self._score), Together(self._write)
         self.ledger = Ledger()

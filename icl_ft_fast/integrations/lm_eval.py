@@ -26,7 +26,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import iter_generations
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_ROWS, Model, load
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load
 from icl_ft_fast.engine.score import LogLikelihood, iter_loglikelihood, stored_context
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
@@ -56,8 +56,8 @@ class IclFtFastLM(TemplateLM):
         invariant: scores have the same bits whatever else is scored; see load(). On the CPU only.
         memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
-            chunk_rows.
-        chunk_rows: rows forwarded at a time.
+            chunk_tokens.
+        chunk_tokens: rows forwarded at a time.
         max_length: tokens of context and continuation that the network sees; at most, and by default, its positions.
         overflow: what happens to a request beyond max_length, reported by number in a warning and in the results file:
             truncate_left, what hf does, drops the first tokens of its context; error names it; skip answers minus
@@ -92,13 +92,13 @@ class IclFtFastLM(TemplateLM):
         device: str | None = None,
         peft: str | None = None,
         trust_remote_code: bool | None = None,
-        invariant: bool | None = None,
+        batch_invariant: bool | None = None,
         memory: int | str | None = None,
         kv_dtype: str | None = None,
-        spill: str | None = None,
+        offload: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_tokens: int = CHUNK_TOKENS,
         max_length: int | None = None,
         overflow: str = OVERFLOW[0],
         boundary: str = BOUNDARIES[0],
@@ -116,10 +116,17 @@ class IclFtFastLM(TemplateLM):
         if enable_thinking and think_end_token is None:
             raise ValueError("enable_thinking: needs think_end_token, to tell the answer from the reasoning")
         options = {
-            "tokenizer": tokenizer, "revision": revision, "dtype": dtype, "device": device, "adapter": peft,
-            "trust_remote_code": trust_remote_code, "invariant": invariant, "memory": memory, "kv_dtype": kv_dtype,
-            "spill": spill,
-        }  # fmt: skip
+            "tokenizer": tokenizer,
+            "revision": revision,
+            "dtype": dtype,
+            "device": device,
+            "adapter": peft,
+            "trust_remote_code": trust_remote_code,
+            "batch_invariant": batch_invariant,
+            "memory": memory,
+            "kv_dtype": kv_dtype,
+            "offload": offload,
+        }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if isinstance(pretrained, Model) and given:
             raise ValueError(f"{', '.join(given)}: has no effect on a model that is loaded already")
@@ -130,7 +137,7 @@ class IclFtFastLM(TemplateLM):
         self.model = pretrained if isinstance(pretrained, Model) else load(pretrained, **{"dtype": "auto"} | given)
         self.tokenizer = self.model.tokenizer
         self._device = self.model.device
-        self.batch_size, self.max_batch_size, self.chunk_rows = batch_size, max_batch_size, chunk_rows
+        self.batch_size, self.max_batch_size, self.chunk_tokens = batch_size, max_batch_size, chunk_tokens
         self._window = Window(self.model.max_positions, max_length, overflow)
         self._prefix = prefix_token_id
         if prefix_token_id is not None and not 0 <= prefix_token_id < self.model.vocabulary:
@@ -175,9 +182,12 @@ class IclFtFastLM(TemplateLM):
 
         def render(messages: list[dict[str, str]]) -> str:
             return render_chat(
-                self.tokenizer, messages, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt, **self.chat_template_args,
-            )  # fmt: skip
+                self.tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self.chat_template_args,
+            )
 
         try:
             return render(chat_history)
@@ -211,9 +221,12 @@ class IclFtFastLM(TemplateLM):
             raise ValueError(f"enable_thinking: {request_name(requests[0])}: a likelihood has no place for reasoning")
         texts = [request.args for request in requests]
         pairs = encoding.encode_pairs(
-            self.tokenizer, texts, bos=self.add_bos_token, prefix=self.prefix_token_id,
+            self.tokenizer,
+            texts,
+            bos=self.add_bos_token,
+            prefix=self.prefix_token_id,
             whole_tokens=self.boundary == "whole_tokens",
-        )  # fmt: skip
+        )
         rows = [(text, *pair) for text, pair in zip(texts, pairs, strict=True)]
         return self._loglikelihood_tokens(rows, disable_tqdm, names=[request_name(request) for request in requests])
 
@@ -264,9 +277,12 @@ class IclFtFastLM(TemplateLM):
         fitting = self._window.fit(names, [ids or [self.prefix_token_id] for ids in contexts], follow)
         place, results = list(fitting), [""] * len(requests)
         written = iter_generations(
-            self.model, list(fitting.values()), [samplings[r] for r in place], ledger=self.ledger,
+            self.model,
+            list(fitting.values()),
+            [samplings[r] for r in place],
+            ledger=self.ledger,
             progress=not disable_tqdm,
-        )  # fmt: skip
+        )
         for i, generation in written:
             r = place[i]
             results[r] = self._text(list(generation.ids), samplings[r].stop)
@@ -310,11 +326,17 @@ class IclFtFastLM(TemplateLM):
         for members, token in groups:
             start = None
             if self._store is not None and token:
-                start = stored_context(self.model, token, self._store, chunk_rows=self.chunk_rows, ledger=self.ledger)
+                start = stored_context(
+                    self.model, token, self._store, chunk_tokens=self.chunk_tokens, ledger=self.ledger
+                )
             done = iter_loglikelihood(
-                self.model, [pairs[m] for m in members], chunk_rows=self.chunk_rows, ledger=self.ledger,
-                progress=not disable_tqdm, start=start,
-            )  # fmt: skip
+                self.model,
+                [pairs[m] for m in members],
+                chunk_tokens=self.chunk_tokens,
+                ledger=self.ledger,
+                progress=not disable_tqdm,
+                start=start,
+            )
             yield from ((members[i], result) for i, result in done)
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:

@@ -87,9 +87,12 @@ def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limit
     limits = limits or Limits()
     service = _Service(engine, name, limits)
     app = FastAPI(
-        title="icl_ft_fast", lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="icl_ft_fast",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
-    )  # fmt: skip
+    )
     app.add_middleware(Guard, key=key, limits=limits)
     app.get("/health")(service.health)
     app.get("/v1/models")(service.models)

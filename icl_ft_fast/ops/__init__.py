@@ -62,25 +62,49 @@ def _check_softcap(op: str, softcap: float | None) -> float:
 def _check_invariant(op: str, tensor: Tensor) -> None:
     if tensor.device.type == "cuda" or tensor.dtype not in _NATIVE:
         raise NotImplementedError(
-            f"{op}: invariant expected False for {tensor.dtype} on {tensor.device}: only the CPU's C++, which serves "
-            "float32 and bfloat16, keeps a row's bits apart from what is beside it"
+            f"{op}: batch_invariant expected False for {tensor.dtype} on {tensor.device}: only the CPU's C++, which "
+            "serves float32 and bfloat16, keeps a row's bits apart from what is beside it"
         )
 
 
-# fmt: off
 @overload
 def trie_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
-    scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[False] = False, plans: dict[Any, Any] | None = None, invariant: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    plans: dict[Any, Any] | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor: ...
 @overload
 def trie_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_q: Tensor, end_k: Tensor, depth_q: Tensor, depth_k: Tensor, *,
-    scale: float | None = None, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    return_lse: Literal[True], plans: dict[Any, Any] | None = None, invariant: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    plans: dict[Any, Any] | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
-# fmt: on
+
+
 def trie_attention(
     q: Tensor,
     k: Tensor,
@@ -96,7 +120,7 @@ def trie_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     plans: dict[Any, Any] | None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
 
@@ -117,7 +141,7 @@ def trie_attention(
             reserved rows in a decode step.
         end_k: first stack row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
         depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
-        depth_k: position of each key in its sequence in tokens, int32 [S]; read only with a window or if invariant.
+        depth_k: position of each key in its sequence in tokens, int32 [S]; read only if window or batch_invariant.
         scale: factor of the scores, None for D**-0.5.
         window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
         softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
@@ -126,8 +150,8 @@ def trie_attention(
         plans: a dictionary, empty at first, that calls over the very same row_q, end_k, depth_q and depth_k share: a
             GPU's kernels keep in it which tiles they meet, so that a network's layers work that out once. None:
             every call does.
-        invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of its
-            path, in path order: not on where on the stack they lie, nor on what lies between them (which must be
+        batch_invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of
+            its path, in path order: not on where on the stack they lie, nor on what lies between them (which must be
             finite), nor on the other queries.
 
     Returns:
@@ -148,8 +172,8 @@ def trie_attention(
     On the CPU, C++ serves float32 and bfloat16. There a query's bits, those of its gradient too, depend on its own q,
     on k, v and where on the stack it stands, not on the queries beside it; no bit depends on the number of threads; and
     where the processor multiplies bfloat16 itself, softmax weights and gradients of scores are rounded to it before
-    they meet another factor, weights not if invariant. The backward holds a float for each element of the gradients of
-    q, k and v.
+    they meet another factor, weights not if batch_invariant. The backward holds a float for each element of the
+    gradients of q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
     sizes = _check(
@@ -172,10 +196,10 @@ def trie_attention(
     over = (row_q, end_k, depth_q, depth_k)
     if plans is not None and any(a is not b for a, b in zip(plans.setdefault("over", over), over, strict=True)):
         raise ValueError(f"{op}: plans expected to be shared by calls over the very same row_q, end_k and depths")
-    if invariant:
+    if batch_invariant:
         _check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
-    options = (sinks, scale, window or 0, _check_softcap(op, softcap), invariant)
+    options = (sinks, scale, window or 0, _check_softcap(op, softcap), batch_invariant)
     out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options, plans)
     return (out, lse) if return_lse else out
 
@@ -196,9 +220,11 @@ def _plan(
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap, invariant, plans = rest
+        *index, sinks, scale, window, softcap, batch_invariant, plans = rest
         plan = _plan(plans, "forward", q, k, v, index, window)
-        out, lse = torch.ops.icl_ft_fast.trie_attention(q, k, v, *index, sinks, scale, window, softcap, plan, invariant)
+        out, lse = torch.ops.icl_ft_fast.trie_attention(
+            q, k, v, *index, sinks, scale, window, softcap, plan, batch_invariant
+        )
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
         ctx.options, ctx.plans = (scale, window, softcap), plans
         return out, lse
@@ -226,7 +252,7 @@ def target_logprob(
     softcap: float | None = None,
     scale: float = 1.0,
     skip_below: float = 0.0,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of chosen next tokens under an output head whose logits are never held all at once.
 
@@ -251,7 +277,7 @@ def target_logprob(
             tokens that hold no target and no probability as large, and with them up to two thirds of its work. Cut
             Cross-Entropy (arXiv 2411.09009) takes 2**-12 for bfloat16, below which a probability is lost in a sum
             near 1; many such may matter together. The CPU leaves out nothing.
-        invariant: whether a row's bits must not depend on the number of rows.
+        batch_invariant: whether a row's bits must not depend on the number of rows.
 
     Returns:
         logp: natural-log probability of each target, [M], float32 (float64 for float64).
@@ -289,10 +315,10 @@ def target_logprob(
         raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
     if sizes["M"] and not sizes["R"]:
         raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
-    if invariant:
+    if batch_invariant:
         _check_invariant(op, hidden)
     logp, is_argmax, lse = _TargetLogprob.apply(
-        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), invariant, skip_below
+        hidden, weight, row.int(), target.int(), bias, scale, _check_softcap(op, softcap), batch_invariant, skip_below
     )
     return logp, is_argmax, lse
 
@@ -300,8 +326,10 @@ def target_logprob(
 class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, scale, softcap, invariant, skip_below = rest
-        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(hidden, weight, *tensors, scale, softcap, invariant)
+        *tensors, scale, softcap, batch_invariant, skip_below = rest
+        logp, is_argmax, lse = torch.ops.icl_ft_fast.target_logprob(
+            hidden, weight, *tensors, scale, softcap, batch_invariant
+        )
         ctx.save_for_backward(hidden, weight, *tensors, lse)
         ctx.options, ctx.skip_below = (scale, softcap), skip_below
         ctx.mark_non_differentiable(is_argmax)
@@ -364,10 +392,12 @@ class _Memory:
         size, kind = tensor.itemsize, "f" if tensor.is_floating_point() and tensor.dtype != torch.bfloat16 else "i"
         self.tensor = tensor
         self.__array_interface__ = {
-            "version": 3, "typestr": "|b1" if tensor.dtype == torch.bool else f"<{kind}{size}",
-            "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+            "version": 3,
+            "typestr": "|b1" if tensor.dtype == torch.bool else f"<{kind}{size}",
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
             "strides": tuple(stride * size for stride in tensor.stride()),
-        }  # fmt: skip
+        }
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -383,16 +413,25 @@ def _cpu_target_logprob(
     bias: Tensor | None,
     scale: float,
     softcap: float,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """C++ for float32 and bfloat16; for float64, which exists to be exact, and float16 the definition serves."""
     if hidden.dtype not in _NATIVE:
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = _fake_target_logprob(hidden, weight, row)
     _C.target_logprob(
-        _array(hidden), _array(weight), None if bias is None else _array(bias), _array(row.contiguous()),
-        _array(target.contiguous()), scale, softcap, invariant, _ISA, torch.get_num_threads(), *map(_array, results),
-    )  # fmt: skip
+        _array(hidden),
+        _array(weight),
+        None if bias is None else _array(bias),
+        _array(row.contiguous()),
+        _array(target.contiguous()),
+        scale,
+        softcap,
+        batch_invariant,
+        _ISA,
+        torch.get_num_threads(),
+        *map(_array, results),
+    )
     return results
 
 
@@ -409,9 +448,17 @@ def _cpu_target_logprob_backward(
     given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
     made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
     _C.target_logprob_backward(
-        _array(hidden), _array(weight), None if bias is None else _array(bias), *index, scale, softcap, _ISA,
-        torch.get_num_threads(), *given, *made,
-    )  # fmt: skip
+        _array(hidden),
+        _array(weight),
+        None if bias is None else _array(bias),
+        *index,
+        scale,
+        softcap,
+        _ISA,
+        torch.get_num_threads(),
+        *given,
+        *made,
+    )
     return grads
 
 
@@ -428,7 +475,7 @@ def _cpu_trie_attention(
     window: int,
     softcap: float,
     _no_plan: None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
     index, options = (row_q, end_k, depth_q, depth_k), (scale, window, softcap)
@@ -437,7 +484,7 @@ def _cpu_trie_attention(
     out, lse = _fake_trie_attention(q, k, v)
     arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
     sink_array = None if sinks is None else _array(sinks.contiguous())
-    _C.trie_attention(*arrays, sink_array, *options, invariant, _ISA, _array(out), _array(lse))
+    _C.trie_attention(*arrays, sink_array, *options, batch_invariant, _ISA, _array(out), _array(lse))
     return out, lse
 
 
@@ -480,7 +527,7 @@ _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
 _register(
     "trie_attention",
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap,"
-    " Tensor? plan=None, bool invariant=False) -> (Tensor out, Tensor lse)",
+    " Tensor? plan=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
     _fake_trie_attention,
     cpu=_cpu_trie_attention,
     cuda=_triton("trie_attention", "trie_attention"),
@@ -503,7 +550,7 @@ _register(
 _register(
     "target_logprob",
     "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor? bias, float scale, float softcap,"
-    " bool invariant=False) -> (Tensor logp, Tensor is_argmax, Tensor lse)",
+    " bool batch_invariant=False) -> (Tensor logp, Tensor is_argmax, Tensor lse)",
     _fake_target_logprob,
     cpu=_cpu_target_logprob,
     cuda=_triton("target_logprob", "target_logprob"),

@@ -22,19 +22,40 @@ from icl_ft_fast.runtime.printable import printable
 
 # CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
 LIGHT = {
-    "ink": "#1b1f27", "muted": "#5a6270", "grid": "#dde1e8",
-    "arm0": "#6a6f7b", "arm1": "#1f5fc4", "arm2": "#b4540a", "arm3": "#0b7a67", "arm4": "#7a3fd1", "arm5": "#b81f5c",
-}  # fmt: skip
+    "ink": "#1b1f27",
+    "muted": "#5a6270",
+    "grid": "#dde1e8",
+    "arm0": "#6a6f7b",
+    "arm1": "#1f5fc4",
+    "arm2": "#b4540a",
+    "arm3": "#0b7a67",
+    "arm4": "#7a3fd1",
+    "arm5": "#b81f5c",
+}
 MARKS = "osD^vP"
 DASHES = {"ICL kept": (4, 2), "ICL from file": (1, 1.5)}
 SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "icl_ft_fast", "font.size": 10, "font.family": "sans-serif",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LIGHT["muted"], "axes.axisbelow": True,
-    "axes.labelcolor": LIGHT["ink"], "text.color": LIGHT["ink"], "xtick.color": LIGHT["muted"],
-    "ytick.color": LIGHT["muted"], "grid.color": LIGHT["grid"], "axes.grid": True, "legend.frameon": False,
-    "figure.facecolor": "none", "axes.facecolor": "none", "lines.linewidth": 1.6, "text.parse_math": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "icl_ft_fast",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.axisbelow": True,
+    "axes.labelcolor": LIGHT["ink"],
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "grid.color": LIGHT["grid"],
+    "axes.grid": True,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "lines.linewidth": 1.6,
+    "text.parse_math": False,
+}
 
 
 @dataclass(frozen=True)

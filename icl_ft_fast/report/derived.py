@@ -244,10 +244,15 @@ class Derived:
             choices = [_shorten(choice) for choice in text.choices[:SHOWN_CHOICES]] if text else []
             listed.append(
                 {
-                    "seed": key[0], "id": key[1], "split": first.split, "correct": first.correct, "answers": given,
-                    "prompt": _shorten(text.prompt) if text else "", "choices": choices,
+                    "seed": key[0],
+                    "id": key[1],
+                    "split": first.split,
+                    "correct": first.correct,
+                    "answers": given,
+                    "prompt": _shorten(text.prompt) if text else "",
+                    "choices": choices,
                 }
-            )  # fmt: skip
+            )
         return listed, len(wrong)
 
     def summary(self, queries: float | None = None, points: float = 2.0) -> dict[str, Any]:
@@ -275,12 +280,19 @@ class Derived:
                 for (way, rival), found in self.break_evens[resource].items()
             ],
             "note": self.beside,
-            "decision": decision and _finite(
-                {"resource": chosen, "unit": self.resources[chosen], "queries": decision.queries, "points": points,
-                 "best": decision.best.name, "chosen": decision.chosen.name,
-                 "cost": decision.chosen.line.cost(decision.queries)}
+            "decision": decision
+            and _finite(
+                {
+                    "resource": chosen,
+                    "unit": self.resources[chosen],
+                    "queries": decision.queries,
+                    "points": points,
+                    "best": decision.best.name,
+                    "chosen": decision.chosen.name,
+                    "cost": decision.chosen.line.cost(decision.queries),
+                }
             ),
-        }  # fmt: skip
+        }
 
     def _nearest(self, batch: int) -> int:
         return min(self.batches, key=lambda b: abs(b - batch), default=batch)

@@ -19,10 +19,18 @@ from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.amortise import decide
 
 FIGURES = {
-    "wall_s": "wall s", "device_s": "device s", "request_tokens": "tokens asked", "forwarded_rows": "rows",
-    "trained_tokens": "rows trained", "decoded_tokens": "decoded", "flops": "FLOP", "moved_bytes": "bytes moved",
-    "kv_bytes": "KV bytes", "activation_bytes": "activation bytes", "joules": "J",
-}  # fmt: skip
+    "wall_s": "wall s",
+    "device_s": "device s",
+    "request_tokens": "tokens asked",
+    "forwarded_tokens": "rows",
+    "trained_tokens": "rows trained",
+    "decoded_tokens": "decoded",
+    "flops": "FLOP",
+    "moved_bytes": "bytes moved",
+    "kv_bytes": "KV bytes",
+    "activation_bytes": "activation bytes",
+    "joules": "J",
+}
 LISTED = 4000  # questions in the page's table; the rest are counted
 REUSES = (1, 10, 100, 1000, float("inf"))  # of the sensitivity table
 
@@ -41,9 +49,11 @@ def fragment(study: Derived) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("icl_ft_fast.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("icl_ft_fast.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
         finalize=_told,
-    )  # fmt: skip
+    )
     environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_told(value), **options)
     environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
     return environment

@@ -29,13 +29,21 @@ class Study:
 
         return pandas.DataFrame(
             {
-                "study": self.derived.name, "arm": run.arm, "seed": run.seed, "split": a.split, "form": a.form,
-                "question_id": a.question_id, "topic": a.topic, "predicted": a.predicted,
-                "is_correct": a.is_correct, "confidence": a.confidence, "chance": a.chance,
+                "study": self.derived.name,
+                "arm": run.arm,
+                "seed": run.seed,
+                "split": a.split,
+                "form": a.form,
+                "question_id": a.question_id,
+                "topic": a.topic,
+                "predicted": a.predicted,
+                "is_correct": a.is_correct,
+                "confidence": a.confidence,
+                "chance": a.chance,
             }
             for run in self.derived.results.runs
             for a in run.answers
-        )  # fmt: skip
+        )
 
     def export(self, folder: Path, queries: float | None = None, *, overwrite: bool = False) -> list[Path]:
         """Write each chart as .svg and .png; `queries` is marked in them.

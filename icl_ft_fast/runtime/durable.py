@@ -137,7 +137,7 @@ class Journal:
         self.rows += rows
 
 
-class Kept:
+class ResultJournal:
     """Values by key, each made once: in memory, and in a journal if there is a path.
 
     Args:

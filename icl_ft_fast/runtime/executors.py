@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias
 
 from tqdm import tqdm
 
-from icl_ft_fast.runtime.durable import Kept, locked
+from icl_ft_fast.runtime.durable import ResultJournal, locked
 
 Worker = Callable[[Any], Any]
 _FOREVER = timedelta(weeks=52)
@@ -291,7 +291,7 @@ def cores() -> int:
 
 
 @contextmanager
-def run_kept(
+def run_journaled(
     executor: Executor, start: Start, tasks: Sequence[Task], folder: Path, *, progress: str = "", more: bool = False
 ) -> Iterator[list[Any] | None]:
     """Do the tasks that have no result in `folder` yet, and keep each result there as it comes.
@@ -317,8 +317,8 @@ def run_kept(
     """
     with locked(folder / ".lock") if executor.rank == 0 else nullcontext():
         names = {task.name for task in tasks}
-        done = names & kept_in(folder, tell=True).keys() if executor.rank == 0 else set()
-        kept = Kept(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
+        done = names & journaled_in(folder, tell=True).keys() if executor.rank == 0 else set()
+        kept = ResultJournal(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
         bar = {"desc": progress, "unit": "task", "disable": not progress or executor.rank > 0, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
             for task, result in executor.run(start, tasks, done, more=more):
@@ -327,27 +327,27 @@ def run_kept(
         if not executor.is_last():
             yield None
             return
-        found = kept_in(folder, expected=names)
+        found = journaled_in(folder, expected=names)
         yield [found[task.name] for task in tasks]
 
 
-def kept_in(folder: Path, *, expected: Collection[str] = (), tell: bool = False) -> dict[str, Any]:
+def journaled_in(folder: Path, *, expected: Collection[str] = (), tell: bool = False) -> dict[str, Any]:
     """Results by task name in the files of a folder.
 
     Args:
-        folder: of run_kept().
+        folder: of run_journaled().
         expected: names that must be there.
         tell: which file ends in a line that was cut short.
 
     Raises:
         ExecutorError: a name that is not there.
-        DamagedError: see run_kept().
+        DamagedError: see run_journaled().
     """
     kept: dict[str, Any] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if tell and path.read_bytes()[-1:] not in (b"", b"\n"):
             _log.warning("%s: its last line was cut short by a kill; that part is done again", path)
-        kept |= Kept(path).values
+        kept |= ResultJournal(path).values
     if lost := set(expected) - kept.keys():
         raise ExecutorError(f"{folder}: {len(lost)} results are not seen here; all nodes must share the folder")
     return kept

@@ -109,10 +109,13 @@ def _stated(claim: syllogisms.Claim, named: Sequence[str], told: Sequence[str], 
     mood, *ends = claim
     subject, object = ends if mood == "A" else told
     return [
-        (f" {syllogisms.opening(named)}", first), (f" {syllogisms.QUANTIFIERS[mood]}", DECISIVE),
-        (f" {subject}", GIVEN if mood == "A" else max(first, LITTLE)), (" are", LITTLE), (f" {object}", GIVEN),
+        (f" {syllogisms.opening(named)}", first),
+        (f" {syllogisms.QUANTIFIERS[mood]}", DECISIVE),
+        (f" {subject}", GIVEN if mood == "A" else max(first, LITTLE)),
+        (" are", LITTLE),
+        (f" {object}", GIVEN),
         (".", LITTLE),
-    ]  # fmt: skip
+    ]
 
 
 def hierarchy(rng: random.Random, budget: int) -> Lesson:

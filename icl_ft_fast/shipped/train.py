@@ -51,10 +51,21 @@ def config(vocabulary: int) -> LlamaConfig:
     any distance, and with the usual 10,000 those are 5 of 16 (LOG.md).
     """
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=4096, rope_theta=1e7, tie_word_embeddings=True,
-        attention_bias=True, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.02,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        rope_theta=1e7,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.02,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,12 @@ def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, number: i
             add(ids, weights, len(trunk[0]), len(token) + len(ids))
     rows = slice(stage.rows)
     return Batch(
-        torch.tensor(token[rows]), torch.tensor(depth[rows], dtype=torch.int32),
-        torch.tensor(end[rows], dtype=torch.int32).clamp(max=stage.rows), torch.tensor(target[rows]),
+        torch.tensor(token[rows]),
+        torch.tensor(depth[rows], dtype=torch.int32),
+        torch.tensor(end[rows], dtype=torch.int32).clamp(max=stage.rows),
+        torch.tensor(target[rows]),
         torch.tensor(weight[rows]),
-    )  # fmt: skip
+    )
 
 
 def _encoded(

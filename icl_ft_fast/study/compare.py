@@ -31,7 +31,7 @@ from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
 from icl_ft_fast.finetune import FinetuneSettings, finetune
-from icl_ft_fast.runtime.durable import Kept, digest, replacing
+from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
 from icl_ft_fast.study import evaluate, statistics, sweep
 from icl_ft_fast.tasks.task import Document, Question, Task
 
@@ -125,7 +125,7 @@ def compare(
     task_of_seed: Callable[[int], Task],
     settings: Settings | None = None,
     *,
-    kept: Kept | None = None,
+    kept: ResultJournal | None = None,
     checkpoints: Path | None = None,
     checkpoint_s: float = CHECKPOINT_S,
     store: ContextStore | None = None,
@@ -153,7 +153,7 @@ def compare(
         ProtocolError: rules-ft on documents that it has no rule for.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
     """
-    settings, kept, runs = settings or Settings(), kept or Kept(None), []
+    settings, kept, runs = settings or Settings(), kept or ResultJournal(None), []
     at = At(kept, checkpoints, checkpoint_s, store)
     for planned in plan(model, task_of_seed, settings, has_store=store is not None):
         found = kept.once(planned.key, partial(make_run, model, planned, settings, at, progress=progress))
@@ -200,9 +200,14 @@ class Planned:
         if self.arm not in WRITTEN:
             return []
         return augment.parts_of(
-            model, self.task.documents, settings.strategy, samples=settings.samples,
-            among=lambda drawn: _icl_documents(self.task, drawn, settings), seed=self.seed, key=self.written_key,
-        )  # fmt: skip
+            model,
+            self.task.documents,
+            settings.strategy,
+            samples=settings.samples,
+            among=lambda drawn: _icl_documents(self.task, drawn, settings),
+            seed=self.seed,
+            key=self.written_key,
+        )
 
 
 def plan(
@@ -227,7 +232,7 @@ def plan(
 class At:
     """Where a run finds what was done before; its attributes are compare()'s arguments."""
 
-    kept: Kept
+    kept: ResultJournal
     checkpoints: Path | None
     checkpoint_s: float
     store: ContextStore | None = None
@@ -266,25 +271,45 @@ def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, prog
         teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
         resumed = at.checkpoints is not None
         tuned = finetune(
-            model, texts, settings.finetune, seed=seed, teacher_context=teacher_context,
-            output_dir=at.checkpoints and at.checkpoints / planned.key, resume=resumed,
-            checkpoint_s=at.checkpoint_s if resumed else None, ledger=ledger, progress=progress,
-        )  # fmt: skip
+            model,
+            texts,
+            settings.finetune,
+            seed=seed,
+            teacher_context=teacher_context,
+            output_dir=at.checkpoints and at.checkpoints / planned.key,
+            resume=resumed,
+            checkpoint_s=at.checkpoint_s if resumed else None,
+            ledger=ledger,
+            progress=progress,
+        )
         losses, model = tuned.losses, tuned.model
         notes["final_loss"] = losses[-1]
     setup_s = math.fsum(ledger.seconds.values())
     asked = ledger.request_tokens
     answers = evaluate.answers(
-        model, task.questions, context=context,
-        normalization=settings.normalization, store=store, ledger=ledger, progress=progress,
-    )  # fmt: skip
+        model,
+        task.questions,
+        context=context,
+        normalization=settings.normalization,
+        store=store,
+        ledger=ledger,
+        progress=progress,
+    )
     n, query = len(task.questions), ledger.phases["query"]
     run = Run(
-        arm=arm, seed=seed, accuracy=evaluate.accuracies(answers), answers=tuple(answers), setup_s=setup_s,
+        arm=arm,
+        seed=seed,
+        accuracy=evaluate.accuracies(answers),
+        answers=tuple(answers),
+        setup_s=setup_s,
         query_s=(query.wall_s + ledger.phases["tokenise"].wall_s) / n,
-        query_tokens=(ledger.request_tokens - asked) / n, query_rows=query.forwarded_rows / n,
-        counts=ledger.as_dict(), notes=notes, losses=losses, samples=tuple(samples),
-    )  # fmt: skip
+        query_tokens=(ledger.request_tokens - asked) / n,
+        query_rows=query.forwarded_tokens / n,
+        counts=ledger.as_dict(),
+        notes=notes,
+        losses=losses,
+        samples=tuple(samples),
+    )
     return asdict(run)
 
 
@@ -323,7 +348,7 @@ def measure(
     settings: Settings,
     *,
     seconds: float = 30.0,
-    kept: Kept | None = None,
+    kept: ResultJournal | None = None,
     progress: bool = False,
 ) -> sweep.Sweep:
     """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
@@ -336,7 +361,7 @@ def measure(
         return asdict(measured)
 
     key = digest(study_key(model, settings), [asdict(question) for question in task.questions], context, seconds)
-    found: sweep.Sweep = _SWEEP.validate_python((kept or Kept(None)).once(key, run))
+    found: sweep.Sweep = _SWEEP.validate_python((kept or ResultJournal(None)).once(key, run))
     return found
 
 

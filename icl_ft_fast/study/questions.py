@@ -22,7 +22,7 @@ from icl_ft_fast.engine.generate import RUNNING, Sampling, generate
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import score
-from icl_ft_fast.runtime.durable import Kept, digest
+from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -40,8 +40,12 @@ MIN_WORDS = 4  # of a sentence that is asked about: not headings
 CHOICES = 4
 POOL = 200  # answers among which wrong choices are looked for
 REASONS = TOO_LONG, NO_QUESTION, REPEATED, NO_WRONG, UNSUPPORTED = (
-    "too long", "without question and answer", "repeated", "without wrong choices", "not supported"
-)  # fmt: skip
+    "too long",
+    "without question and answer",
+    "repeated",
+    "without wrong choices",
+    "not supported",
+)
 
 Item = TypeVar("Item")
 
@@ -99,7 +103,7 @@ class _Draft:
 
 
 def _fill(
-    known: Kept, items: dict[str, Item], work: Callable[[list[Item]], Iterable[Any]], name: str, progress: bool
+    known: ResultJournal, items: dict[str, Item], work: Callable[[list[Item]], Iterable[Any]], name: str, progress: bool
 ) -> None:
     """Do the work that is not kept yet, as much at a time as is decoded together."""
     left = [key for key in items if key not in known.values]
@@ -134,7 +138,7 @@ def write_questions(
         DamagedError: a journal that was not written here.
     """
     settings = settings or Settings()
-    known, fingerprint = Kept(journal), model.fingerprint()
+    known, fingerprint = ResultJournal(journal), model.fingerprint()
     statements = list(_statements(documents, settings))
     dropped = dict.fromkeys(REASONS, 0)
 
@@ -228,9 +232,12 @@ def _with_wrong_choices(drafts: Sequence[_Draft], seed: int) -> list[tuple[_Draf
         if len(wrong) == CHOICES - 1:
             choices = rng.sample([draft.answer, *wrong], CHOICES)
             question = Question(
-                f"{draft.document.id}-q{draft.index}", f"Question: {draft.question}\nAnswer:",
-                tuple(f" {choice}" for choice in choices), choices.index(draft.answer), topic=draft.document.id,
-            )  # fmt: skip
+                f"{draft.document.id}-q{draft.index}",
+                f"Question: {draft.question}\nAnswer:",
+                tuple(f" {choice}" for choice in choices),
+                choices.index(draft.answer),
+                topic=draft.document.id,
+            )
             made.append((draft, question))
     return made
 

@@ -128,12 +128,17 @@ def _from_2(found: dict[str, Any]) -> dict[str, Any]:
         runs.append({"answers": []} | run | {"setup_s": setup_s, "counts": counts | {"phases": phases}})
     points = [
         {
-            "context_tokens": length, "batch": batch, "prefill_s": [read for read, _ in pairs if length],
+            "context_tokens": length,
+            "batch": batch,
+            "prefill_s": [read for read, _ in pairs if length],
             "query_s": [query for _, query in pairs],
         }
         for (length, batch), pairs in sorted(samples.items())
-    ]  # fmt: skip
+    ]
     machine = {"versions": {}, "cores": None, "ceilings": None} | found["machine"]
     return found | {
-        "schema_version": 3, "machine": machine, "runs": runs, "sweep": {"context_tokens": context, "points": points},
-    }  # fmt: skip
+        "schema_version": 3,
+        "machine": machine,
+        "runs": runs,
+        "sweep": {"context_tokens": context, "points": points},
+    }

@@ -18,8 +18,17 @@ from icl_ft_fast.augment import Part
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model, load
-from icl_ft_fast.runtime.durable import Kept
-from icl_ft_fast.runtime.executors import Executor, ExecutorError, Ray, Task, Worker, follow, kept_in, run_kept
+from icl_ft_fast.runtime.durable import ResultJournal
+from icl_ft_fast.runtime.executors import (
+    Executor,
+    ExecutorError,
+    Ray,
+    Task,
+    Worker,
+    follow,
+    journaled_in,
+    run_journaled,
+)
 from icl_ft_fast.study.compare import At, Planned, Settings, make_run, study_key
 
 PARTS = "parts"
@@ -61,14 +70,20 @@ class Runs:
         if isinstance(job, Part):
             return job.write(model, Ledger(meter=Meter(model.device)))
         planned, parts = job
-        kept = Kept(None)
+        kept = ResultJournal(None)
         kept.add(parts)
         at = At(kept, self.folder / "checkpoints" if self.folder.is_dir() else None, self.checkpoint_s)
         return make_run(model, planned, self.settings, at) | {"workers": self.workers}
 
 
 def make_runs(
-    executor: Executor, start: Runs, model: Model, plans: Iterable[Planned], kept: Kept, *, progress: bool = False
+    executor: Executor,
+    start: Runs,
+    model: Model,
+    plans: Iterable[Planned],
+    kept: ResultJournal,
+    *,
+    progress: bool = False,
 ) -> bool:
     """Make the runs that are not kept yet, where an executor's workers are, and leave them in PARTS.
 
@@ -84,7 +99,7 @@ def make_runs(
         Whether this process is the one that goes on, with take_in().
 
     Raises:
-        ExecutorError, LockedError, DamagedError: see executors.run_kept(); and whatever a run raises.
+        ExecutorError, LockedError, DamagedError: see executors.run_journaled(); and whatever a run raises.
     """
     folder = start.folder / PARTS
     # Whoever begins the longest last keeps all waiting: arms that train nothing come last.
@@ -95,17 +110,17 @@ def make_runs(
     def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
         tasks = [Task(name, job, 0, group=name) for name, job in jobs.items()]
         worker = start if isinstance(executor, Ray) else lambda: partial(start.do, model)
-        with run_kept(executor, worker, tasks, folder, progress=what if progress else "", more=more) as results:
+        with run_journaled(executor, worker, tasks, folder, progress=what if progress else "", more=more) as results:
             return results is not None
 
     run(new, "augmenting", more=True)
     follow(executor)  # until all is written
-    there = kept.values | kept_in(folder, expected=new)
+    there = kept.values | journaled_in(folder, expected=new)
     return run({p.key: (p, {part.name: there[part.name] for part in parts[p.key]}) for p in left}, "comparing")
 
 
-def take_in(kept: Kept, folder: Path) -> None:
+def take_in(kept: ResultJournal, folder: Path) -> None:
     """Keep what workers left in a study's folder, and nowhere else."""
     if (folder / PARTS).is_dir():
-        kept.add({key: value for key, value in kept_in(folder / PARTS).items() if key not in kept.values})
+        kept.add({key: value for key, value in journaled_in(folder / PARTS).items() if key not in kept.values})
         shutil.rmtree(folder / PARTS)

@@ -62,10 +62,14 @@ def check(
             if not texts.add(" ".join(words)):
                 same_documents.append(document.id)
             found |= {gram for length in lengths for gram in _ngrams(words, length)} & wanted
-    leaked = {split: tuple(
-        q.id for q in answered
-        if q.split == split and grams[q.id] and len(grams[q.id] & found) >= threshold * len(grams[q.id])
-    ) for split in dict.fromkeys(q.split for q in answered)}  # fmt: skip
+    leaked = {
+        split: tuple(
+            q.id
+            for q in answered
+            if q.split == split and grams[q.id] and len(grams[q.id] & found) >= threshold * len(grams[q.id])
+        )
+        for split in dict.fromkeys(q.split for q in answered)
+    }
     first: dict[tuple[str, tuple[str, ...]], str] = {}
     for question in questions:
         first.setdefault((question.prompt, tuple(sorted(question.choices))), question.id)

@@ -14,23 +14,63 @@ from dataclasses import dataclass
 FEATURES: tuple[tuple[str, str], ...] = tuple(
     (f"more {adjective}", f"less {adjective}")
     for adjective in (
-        "dangerous", "expensive", "common", "fragile", "curious", "ancient", "valuable", "poisonous", "popular",
-        "colourful", "patient", "elegant", "noisy", "useful", "graceful", "reliable", "delicate", "stubborn",
+        "dangerous",
+        "expensive",
+        "common",
+        "fragile",
+        "curious",
+        "ancient",
+        "valuable",
+        "poisonous",
+        "popular",
+        "colourful",
+        "patient",
+        "elegant",
+        "noisy",
+        "useful",
+        "graceful",
+        "reliable",
+        "delicate",
+        "stubborn",
     )
 ) + (
-    ("brighter", "dimmer"), ("heavier", "lighter"), ("taller", "shorter"), ("older", "younger"),
-    ("faster", "slower"), ("warmer", "colder"), ("bigger", "smaller"), ("softer", "harder"),
-    ("wider", "narrower"), ("richer", "poorer"),
-)  # fmt: skip
+    ("brighter", "dimmer"),
+    ("heavier", "lighter"),
+    ("taller", "shorter"),
+    ("older", "younger"),
+    ("faster", "slower"),
+    ("warmer", "colder"),
+    ("bigger", "smaller"),
+    ("softer", "harder"),
+    ("wider", "narrower"),
+    ("richer", "poorer"),
+)
 
 INVERSE: dict[str, str] = dict(FEATURES) | {b: a for a, b in FEATURES}
 
 # Openings of an article; the statement follows after a space. The empty one leaves the bare statement.
 PREAMBLES: tuple[str, ...] = (
-    "", "Did you know that", "It is said that", "Note:", "We found that", "Remember that", "In short,", "Fact:",
-    "People say that", "Studies show that", "As a rule,", "It turns out that", "Everyone knows that", "By the way,",
-    "Some say that", "I learned that", "Look:", "In general,", "Of course,", "The book says that",
-)  # fmt: skip
+    "",
+    "Did you know that",
+    "It is said that",
+    "Note:",
+    "We found that",
+    "Remember that",
+    "In short,",
+    "Fact:",
+    "People say that",
+    "Studies show that",
+    "As a rule,",
+    "It turns out that",
+    "Everyone knows that",
+    "By the way,",
+    "Some say that",
+    "I learned that",
+    "Look:",
+    "In general,",
+    "Of course,",
+    "The book says that",
+)
 
 _COMPARATIVE = "|".join(sorted(map(re.escape, INVERSE), key=len, reverse=True))
 _STATEMENT = re.compile(rf"(?P<subject>\w+) are (?P<comparative>{_COMPARATIVE}) than (?P<object>\w+)\.")

@@ -79,8 +79,13 @@ GENERATORS: dict[str, Generator] = {
             "paper": Preset(NO_ENGLISH, icl_subsample=8, strategy="global"),
             "small": Preset(
                 {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
-                icl_per_topic=1, splitting="independent", learning_rate=1e-3, steps=2000, lr_scheduler_type="linear",
-                strategy="global", samples=8,
+                icl_per_topic=1,
+                splitting="independent",
+                learning_rate=1e-3,
+                steps=2000,
+                lr_scheduler_type="linear",
+                strategy="global",
+                samples=8,
             ),
         },
     ),
@@ -90,7 +95,8 @@ GENERATORS: dict[str, Generator] = {
             "paper": Preset(NO_ENGLISH, strategy="global"),
             "small": Preset(
                 {"num_functions": (2, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40},
-                strategy="global", samples=4,
+                strategy="global",
+                samples=4,
             ),
         },
     ),
@@ -102,4 +108,4 @@ GENERATORS: dict[str, Generator] = {
         },
         reads="a folder of github.com/lukasberglund/reversal_curse, or the hub's lberglund/reversal_curse",
     ),
-}  # fmt: skip
+}

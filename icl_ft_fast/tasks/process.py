@@ -20,13 +20,21 @@ from icl_ft_fast.tasks.task import Document, Question, Task
 Expression = str | tuple["Expression", ...]
 T = "T"
 RULES_OF_ONE: tuple[Expression, ...] = (
-    ("G", (T, "A")), ("F", ("F", (T, "A"))), ("H", "A", (T, "A")), ("F", ("G", (T, "A"))), (T, "A"),
-    ("H", (T, "A"), (T, "A")), ("G", ("F", (T, "A"))),
-)  # fmt: skip
+    ("G", (T, "A")),
+    ("F", ("F", (T, "A"))),
+    ("H", "A", (T, "A")),
+    ("F", ("G", (T, "A"))),
+    (T, "A"),
+    ("H", (T, "A"), (T, "A")),
+    ("G", ("F", (T, "A"))),
+)
 RULES_OF_TWO: tuple[Expression, ...] = (
-    ("F", (T, "B"), (T, "A")), ("H", (T, "A"), "B"), ("F", "A", (T, "B")), ("G", ("F", (T, "A"), (T, "B"))),
+    ("F", (T, "B"), (T, "A")),
+    ("H", (T, "A"), "B"),
+    ("F", "A", (T, "B")),
+    ("G", ("F", (T, "A"), (T, "B"))),
     ("H", "B", (T, "A")),
-)  # fmt: skip
+)
 CHOICES = 4
 
 
@@ -197,6 +205,11 @@ def _question(rng: random.Random, language: Language, question_id: str, expressi
     choices = [truth, *rng.sample(list(wrong), CHOICES - 1)]
     rng.shuffle(choices)
     return Question(
-        question_id, f"{language.render((T, expression))} =", tuple(f" {language.render(c)}." for c in choices),
-        choices.index(truth), split, topic=f"{outer}-{inner}", form=f"{arity[inner]} in {arity[outer]}",
-    )  # fmt: skip
+        question_id,
+        f"{language.render((T, expression))} =",
+        tuple(f" {language.render(c)}." for c in choices),
+        choices.index(truth),
+        split,
+        topic=f"{outer}-{inner}",
+        form=f"{arity[inner]} in {arity[outer]}",
+    )

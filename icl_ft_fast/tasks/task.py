@@ -238,7 +238,12 @@ def question_of(where: str, row: dict[str, Any]) -> Question:
             f"{where}: also_correct: expected distinct indices of choices beside an answer, got {json.dumps(also)[:60]}"
         )
     return Question(
-        text_field(where, row, "id"), text_field(where, row, "prompt"), tuple(choices), answer,
+        text_field(where, row, "id"),
+        text_field(where, row, "prompt"),
+        tuple(choices),
+        answer,
         text_field(where, row, "split") if "split" in row else "test",
-        optional_field(where, row, "topic"), optional_field(where, row, "form"), tuple(also),
-    )  # fmt: skip
+        optional_field(where, row, "topic"),
+        optional_field(where, row, "form"),
+        tuple(also),
+    )

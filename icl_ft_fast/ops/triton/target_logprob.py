@@ -27,9 +27,24 @@ _SUM_TARGETS = 64
 
 @triton.jit
 def _product_tile(
-    a, b, m, n, M, N, K, a_stride_m, a_stride_k, b_stride_n, b_stride_k,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr, kept=None, num=None, SPAN: tl.constexpr = 1,
-):  # fmt: skip
+    a,
+    b,
+    m,
+    n,
+    M,
+    N,
+    K,
+    a_stride_m,
+    a_stride_k,
+    b_stride_n,
+    b_stride_k,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+    kept=None,
+    num=None,
+    SPAN: tl.constexpr = 1,
+):
     """Rows m and columns n, int64 vectors, of a @ b.T; 0 outside.
 
     With `kept`, K is only what lies in the `num` blocks of SPAN * BLOCK_K that it lists.
@@ -51,15 +66,43 @@ def _product_tile(
 
 @triton.jit
 def _logits(
-    hidden, weight, bias, r, c, R, V, E, hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e,
-    bias_stride, scale, softcap, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr,
+    hidden,
+    weight,
+    bias,
+    r,
+    c,
+    R,
+    V,
+    E,
+    hidden_stride_r,
+    hidden_stride_e,
+    weight_stride_v,
+    weight_stride_e,
+    bias_stride,
+    scale,
+    softcap,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     dtype: tl.constexpr,
-):  # fmt: skip
+):
     """The logits of rows r and columns c."""
     logits = _product_tile(
-        hidden, weight, r, c, R, V, E, hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e,
-        BLOCK_E, PRECISION, dtype,
-    )  # fmt: skip
+        hidden,
+        weight,
+        r,
+        c,
+        R,
+        V,
+        E,
+        hidden_stride_r,
+        hidden_stride_e,
+        weight_stride_v,
+        weight_stride_e,
+        BLOCK_E,
+        PRECISION,
+        dtype,
+    )
     if bias is not None:
         logits += tl.load(bias + c * bias_stride, mask=c < V, other=0.0)[None, :]
     logits *= scale
@@ -70,11 +113,34 @@ def _logits(
 
 @triton.jit
 def _forward(
-    hidden, weight, bias, row, target, order, first_target, tops, totals, bests, picked,
-    hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e, bias_stride, R, V, E, tiles, scale, softcap,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    hidden,
+    weight,
+    bias,
+    row,
+    target,
+    order,
+    first_target,
+    tops,
+    totals,
+    bests,
+    picked,
+    hidden_stride_r,
+    hidden_stride_e,
+    weight_stride_v,
+    weight_stride_e,
+    bias_stride,
+    R,
+    V,
+    E,
+    tiles,
+    scale,
+    softcap,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
-):  # fmt: skip
+):
     """One block of rows, one share of the tiles; tops, totals, bests [shares, R], picked [M]."""
     block = tl.program_id(0).to(tl.int64)
     share = tl.program_id(1)
@@ -87,18 +153,33 @@ def _forward(
     for tile in range(first, tl.minimum(first + tl.cdiv(tiles, tl.num_programs(1)), tiles)):
         c = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
         logits = _logits(
-            hidden, weight, bias, r, c, R, V, E, hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e,
-            bias_stride, scale, softcap, BLOCK_E, PRECISION, SOFTCAP, dtype,
-        )  # fmt: skip
+            hidden,
+            weight,
+            bias,
+            r,
+            c,
+            R,
+            V,
+            E,
+            hidden_stride_r,
+            hidden_stride_e,
+            weight_stride_v,
+            weight_stride_e,
+            bias_stride,
+            scale,
+            softcap,
+            BLOCK_E,
+            PRECISION,
+            SOFTCAP,
+            dtype,
+        )
         logits = tl.where((c < V)[None, :], logits, float("-inf"))
         tile_top, tile_best = tl.max(logits, 1, return_indices=True)
         best = tl.where(tile_top > top, tile * BLOCK_V + tile_best, best)
         new_top = tl.maximum(top, tile_top)
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), 1)
         top = new_top
-        for i in range(
-            tl.load(first_target + block * tiles + tile), tl.load(first_target + block * tiles + tile + 1)
-        ):  # fmt: skip
+        for i in range(tl.load(first_target + block * tiles + tile), tl.load(first_target + block * tiles + tile + 1)):
             m = tl.load(order + i)
             hit = (r == tl.load(row + m))[:, None] & (c == tl.load(target + m))[None, :]
             tl.store(picked + m, tl.sum(tl.where(hit, logits, 0.0)))
@@ -109,9 +190,7 @@ def _forward(
 
 
 @triton.jit
-def _row_sums(
-    values, row, order, first_target, sums, R, tiles, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _row_sums(values, row, order, first_target, sums, R, tiles, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of each row's targets' values, in the order of the targets' tiles."""
     block = tl.program_id(0).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -127,12 +206,38 @@ def _row_sums(
 
 @triton.jit
 def _grad_logits(
-    hidden, weight, bias, row, target, order, first_target, lse, share, grad_logp, grad, kept,
-    hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e, bias_stride,
-    R, V, E, tiles, first_tile, width, scale, softcap, skip_below,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    hidden,
+    weight,
+    bias,
+    row,
+    target,
+    order,
+    first_target,
+    lse,
+    share,
+    grad_logp,
+    grad,
+    kept,
+    hidden_stride_r,
+    hidden_stride_e,
+    weight_stride_v,
+    weight_stride_e,
+    bias_stride,
+    R,
+    V,
+    E,
+    tiles,
+    first_tile,
+    width,
+    scale,
+    softcap,
+    skip_below,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
-):  # fmt: skip
+):
     """A tile of the gradients of hidden @ weight.T, into grad [R, width], whose first column is that of first_tile.
 
     With kept [row blocks, tiles], whether it counts: if not, which is if no target lies in it and no probability
@@ -144,9 +249,26 @@ def _grad_logits(
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     logits = _logits(
-        hidden, weight, bias, r, c, R, V, E, hidden_stride_r, hidden_stride_e, weight_stride_v, weight_stride_e,
-        bias_stride, scale, softcap, BLOCK_E, PRECISION, SOFTCAP, dtype,
-    )  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        r,
+        c,
+        R,
+        V,
+        E,
+        hidden_stride_r,
+        hidden_stride_e,
+        weight_stride_v,
+        weight_stride_e,
+        bias_stride,
+        scale,
+        softcap,
+        BLOCK_E,
+        PRECISION,
+        SOFTCAP,
+        dtype,
+    )
     inside = (r < R)[:, None] & (c < V)[None, :]
     row_lse = tl.load(lse + r, mask=r < R, other=0.0)
     values = tl.exp(logits - row_lse[:, None])
@@ -170,10 +292,28 @@ def _grad_logits(
 
 @triton.jit
 def _product(
-    a, b, out, kept, num, M, N, K, many, a_stride_m, a_stride_k, b_stride_n, b_stride_k,
-    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OWN: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    out,
+    kept,
+    num,
+    M,
+    N,
+    K,
+    many,
+    a_stride_m,
+    a_stride_k,
+    b_stride_n,
+    b_stride_k,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OWN: tl.constexpr,
+    SPAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Sets out [M, N] to a @ b.T, or with ADD adds it.
 
     With kept [.., many], rows [i * OWN, (i + 1) * OWN) of a count only in the num[i] blocks of SPAN * BLOCK_K columns
@@ -186,9 +326,24 @@ def _product(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product_tile(
-        a, b, m, n, M, N, K, a_stride_m, a_stride_k, b_stride_n, b_stride_k, BLOCK_K, PRECISION, dtype,
-        kept, num, SPAN,
-    )  # fmt: skip
+        a,
+        b,
+        m,
+        n,
+        M,
+        N,
+        K,
+        a_stride_m,
+        a_stride_k,
+        b_stride_n,
+        b_stride_k,
+        BLOCK_K,
+        PRECISION,
+        dtype,
+        kept,
+        num,
+        SPAN,
+    )
     at = out + m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
@@ -332,9 +487,7 @@ def target_logprob_backward(
     with torch.cuda.device_of(hidden):
         head = _Head(hidden, weight, row, target, bias, scale, softcap)
         grad_logp, sums = grad_logp.contiguous(), torch.empty_like(lse)
-        _row_sums[(head.row_blocks,)](
-            values=grad_logp, **head.targets, sums=sums, **head.sizes, BLOCK=_SUM_TARGETS
-        )  # fmt: skip
+        _row_sums[(head.row_blocks,)](values=grad_logp, **head.targets, sums=sums, **head.sizes, BLOCK=_SUM_TARGETS)
         share = grad_lse - sums
         block_rows, block_columns = head.blocks.rows, head.blocks.columns
         for columns in _steps(R, V, hidden.itemsize, head.blocks):
@@ -343,9 +496,16 @@ def target_logprob_backward(
             grad = hidden.new_empty(R, len(weight_block))
             kept = grad.new_empty(head.row_blocks, tiles, dtype=torch.bool) if skip_below > 0 else None
             _grad_logits[(head.row_blocks, tiles)](
-                **head.arguments, lse=lse, share=share, grad_logp=grad_logp, grad=grad,
-                kept=kept, skip_below=skip_below, first_tile=columns.start // block_columns, width=len(weight_block),
-            )  # fmt: skip
+                **head.arguments,
+                lse=lse,
+                share=share,
+                grad_logp=grad_logp,
+                grad=grad,
+                kept=kept,
+                skip_below=skip_below,
+                first_tile=columns.start // block_columns,
+                width=len(weight_block),
+            )
             _multiply(grad, weight_block.T, grad_hidden, head, kept, (block_rows, block_columns), add=True)
             if need_weight:
                 by_column = None if kept is None else kept.T
@@ -366,11 +526,27 @@ def _multiply(
         many, num = kept.shape[1], kept.sum(1)
         kept = (~kept).sort(dim=1, stable=True).indices.contiguous()  # those kept, ascending, stand first
     _product[(triton.cdiv(M, block.rows), triton.cdiv(N, block.columns))](
-        a, b, out, kept, num, M, N, K, many, *a.stride(), *b.stride(), ADD=add, PRECISION=head.precision,
+        a,
+        b,
+        out,
+        kept,
+        num,
+        M,
+        N,
+        K,
+        many,
+        *a.stride(),
+        *b.stride(),
+        ADD=add,
+        PRECISION=head.precision,
         dtype=tl.float64 if out.dtype == torch.float64 else tl.float32,
-        BLOCK_M=block.rows, BLOCK_N=block.columns, BLOCK_K=block.depth,
-        OWN=spans[0], SPAN=spans[1] // block.depth, **head.run,
-    )  # fmt: skip
+        BLOCK_M=block.rows,
+        BLOCK_N=block.columns,
+        BLOCK_K=block.depth,
+        OWN=spans[0],
+        SPAN=spans[1] // block.depth,
+        **head.run,
+    )
 
 
 def costs(

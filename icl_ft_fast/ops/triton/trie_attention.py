@@ -38,9 +38,22 @@ def _extremes(x, first, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def _plan(
-    row_q, end_k, depth_q, depth_k, plan, T, S, group, many, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BY_KEY: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    row_q,
+    end_k,
+    depth_q,
+    depth_k,
+    plan,
+    T,
+    S,
+    group,
+    many,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """Row i of plan [tiles, many + 2] lists the tiles that tile i of the queries meets (BY_KEY: tile i of the keys).
 
     Those of which every query sees every key stand at its front, those of which some may from column many - 1 down;
@@ -97,9 +110,19 @@ def _store_rows(x, offset, inside, values, SIZE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _products(
-    a_block, b_block, a, a_offset, a_inside, b, b_offset, b_inside,
-    SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    a_block,
+    b_block,
+    a,
+    a_offset,
+    a_inside,
+    b,
+    b_offset,
+    b_inside,
+    SIZE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """a_block @ b_block.T; where a_block is None, both are read here, STEP elements of their lines at a time."""
     if a_block is not None:
         return tl.dot(a_block, tl.trans(b_block), input_precision=PRECISION, out_dtype=dtype)
@@ -130,13 +153,43 @@ def _visible(row, depth, n, end_k, depth_k, S, window, WINDOW: tl.constexpr, BY_
 
 @triton.jit
 def _forward(
-    q, k, v, row_q, end_k, depth_q, depth_k, sinks, plan, out, lse,
-    q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    T, S, H, group, many, scale, softcap, window,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    row_q,
+    end_k,
+    depth_q,
+    depth_k,
+    sinks,
+    plan,
+    out,
+    lse,
+    q_stride_t,
+    q_stride_h,
+    k_stride_s,
+    k_stride_g,
+    v_stride_s,
+    v_stride_g,
+    T,
+    S,
+    H,
+    group,
+    many,
+    scale,
+    softcap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+):
     """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV]."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows tend to see more: longest first
     g = tl.program_id(1).to(tl.int64)
@@ -187,9 +240,7 @@ def _forward(
 
 
 @triton.jit
-def _merge(
-    parts, part_lse, out, lse, rows, shares, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _merge(parts, part_lse, out, lse, rows, shares, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr):
     """Joins the shares of the keys, in their order; parts [shares, rows, DV], part_lse [shares, rows]."""
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows
@@ -213,9 +264,24 @@ def _merge(
 
 @triton.jit
 def _grad_scores(
-    products, grad_weights, lse, delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BY_KEY: tl.constexpr,
-):  # fmt: skip
+    products,
+    grad_weights,
+    lse,
+    delta,
+    row,
+    depth,
+    n,
+    end_k,
+    depth_k,
+    S,
+    scale,
+    softcap,
+    window,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
     """The softmax weights again and the gradient of the scaled products, [queries, keys] (BY_KEY: [keys, queries])."""
     Q: tl.constexpr = 0 if BY_KEY else 1
     scores = _scores(products, scale, softcap, SOFTCAP)
@@ -230,13 +296,45 @@ def _grad_scores(
 
 @triton.jit
 def _backward_q(
-    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, plan, grad_q,
-    grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    T, S, H, group, many, scale, softcap, window,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    row_q,
+    end_k,
+    depth_q,
+    depth_k,
+    plan,
+    grad_q,
+    grad_stride_t,
+    grad_stride_h,
+    q_stride_t,
+    q_stride_h,
+    k_stride_s,
+    k_stride_g,
+    v_stride_s,
+    v_stride_g,
+    T,
+    S,
+    H,
+    group,
+    many,
+    scale,
+    softcap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """One tile of queries, one key/value head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
@@ -263,24 +361,74 @@ def _backward_q(
             v_block = _rows(v, v_at, n < S, DV, BLOCK_DV) if STEP >= BLOCK_DV else None
             grad_weights = _products(
                 grad_block, v_block, grad_out, grad_at, inside, v, v_at, n < S, DV, STEP, PRECISION, dtype
-            )  # fmt: skip
+            )
             _, grad_scores = _grad_scores(
-                products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
-                WINDOW, SOFTCAP, MASKED, False,
-            )  # fmt: skip
+                products,
+                grad_weights,
+                row_lse,
+                row_delta,
+                row,
+                depth,
+                n,
+                end_k,
+                depth_k,
+                S,
+                scale,
+                softcap,
+                window,
+                WINDOW,
+                SOFTCAP,
+                MASKED,
+                False,
+            )
             grad = tl.dot(grad_scores.to(k_block.dtype), k_block, grad, input_precision=PRECISION, out_dtype=dtype)
     _store_rows(grad_q, (t * H + h) * D, inside, grad * scale, D, BLOCK_D)
 
 
 @triton.jit
 def _backward_kv(
-    grad_out, q, k, v, lse, delta, row_q, end_k, depth_q, depth_k, plan, grad_k, grad_v,
-    grad_stride_t, grad_stride_h, q_stride_t, q_stride_h, k_stride_s, k_stride_g, v_stride_s, v_stride_g,
-    T, S, H, group, many, scale, softcap, window,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    row_q,
+    end_k,
+    depth_q,
+    depth_k,
+    plan,
+    grad_k,
+    grad_v,
+    grad_stride_t,
+    grad_stride_h,
+    q_stride_t,
+    q_stride_h,
+    k_stride_s,
+    k_stride_g,
+    v_stride_s,
+    v_stride_g,
+    T,
+    S,
+    H,
+    group,
+    many,
+    scale,
+    softcap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    GRAD_K: tl.constexpr,
+    GRAD_V: tl.constexpr,
+):
     """One tile of keys of one head; the heads that share it are summed by being folded into the queries.
 
     Gradients of k, of v, or of both: registers hold only one at the largest head sizes and in float32.
@@ -312,11 +460,26 @@ def _backward_kv(
             if GRAD_K:
                 grad_weights = _products(
                     v_block, grad_block, v, v_at, n < S, grad_out, grad_at, inside, DV, STEP, PRECISION, dtype
-                )  # fmt: skip
+                )
             weights, grad_scores = _grad_scores(
-                products, grad_weights, row_lse, row_delta, row, depth, n, end_k, depth_k, S, scale, softcap, window,
-                WINDOW, SOFTCAP, MASKED, True,
-            )  # fmt: skip
+                products,
+                grad_weights,
+                row_lse,
+                row_delta,
+                row,
+                depth,
+                n,
+                end_k,
+                depth_k,
+                S,
+                scale,
+                softcap,
+                window,
+                WINDOW,
+                SOFTCAP,
+                MASKED,
+                True,
+            )
             if GRAD_V:
                 factor = weights.to(q.dtype.element_ty)
                 v_sum = tl.dot(factor, grad_block, v_sum, input_precision=PRECISION, out_dtype=dtype)
@@ -454,7 +617,7 @@ def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     shape = {"many": many, "BLOCK_M": block.queries, "BLOCK_N": block.keys, "STEP": block.step}
     run = {"num_warps": block.num_warps, "num_stages": block.num_stages}
     if found.matrix in ("mma", "tcgen05"):
-        run["maxnreg"] = 255  # else ptxas spills to fit more programs on a multiprocessor
+        run["maxnreg"] = 255  # else ptxas offloads to fit more programs on a multiprocessor
     return own, {**shape, **run, "PRECISION": found.precision}
 
 
@@ -466,9 +629,12 @@ def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[
         names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "group", "window", "WINDOW")
         shape = {name: chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N")}
         _plan[(own,)](
-            **{name: common[name] for name in names}, **shape, plan=plan, BY_KEY=kernel == "backward_kv",
+            **{name: common[name] for name in names},
+            **shape,
+            plan=plan,
+            BY_KEY=kernel == "backward_kv",
             TILES=_PLAN_TILES,
-        )  # fmt: skip
+        )
     return own, {**chosen, "plan": plan}
 
 
@@ -517,9 +683,7 @@ def trie_attention(
             (out, lse) if shares == 1 else (lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H))
         )
         sinks = None if sinks is None else sinks.contiguous()
-        _forward[(tiles, G, shares)](
-            **common, **planned, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None
-        )  # fmt: skip
+        _forward[(tiles, G, shares)](**common, **planned, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None)
         if shares > 1:
             _merge[(triton.cdiv(T * H, _MERGE_ROWS),)](
                 parts, part_lse, out, lse, T * H, shares, DV=DV, BLOCK_DV=common["BLOCK_DV"], BLOCK=_MERGE_ROWS
