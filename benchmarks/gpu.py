@@ -210,8 +210,8 @@ def squad_trie(bench: Bench) -> None:
     context, questions = (32, 3) if bench.small else (7000, 220)
     shared, *own = _ids(bench, 0, [context, *[40] * questions])
     requests = [(shared + ids[:20], ids[20 + c : 25 + c]) for ids in own for c in (0, 5, 10, 15)]
-    forest, length, some = trie.build_from_lists(requests), context + 24, min(8, 4 * questions)
-    end, depth = forest.end.to(bench.device), forest.depth.to(bench.device)
+    tree, length, some = trie.build_from_lists(requests), context + 24, min(8, 4 * questions)
+    end, depth = tree.end.to(bench.device), tree.depth.to(bench.device)
     index = (torch.arange(len(end), dtype=torch.int32, device=bench.device), end, depth, depth)
     case = f"SQuAD trie: {questions} x 4 x 5 over {context:,}, d 128"
     ours, qkv = _checked(bench, case, index, 128)

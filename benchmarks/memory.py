@@ -32,7 +32,7 @@ WITHIN = 1.15  # of the plan
 
 @dataclass(frozen=True)
 class Case:
-    """A forest of questions over one context, and what may be taken for it."""
+    """A tree of questions over one context, and what may be taken for it."""
 
     context: int
     questions: int
@@ -148,14 +148,14 @@ def _plan(requests: int) -> dict[str, Any]:
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     Path("/proc/self/clear_refs").write_text("5")
     held, begun = status_bytes("VmRSS"), time.perf_counter()
-    forest = trie.build_from_lists(pairs)
+    tree = trie.build_from_lists(pairs)
     built = time.perf_counter()
-    plan = trie.plan(forest, 512)
+    plan = trie.plan(tree, 512)
     done = time.perf_counter()
     return {
         "requests": len(pairs),
-        "tokens": forest.request_tokens // len(pairs),
-        "nodes": len(forest.node_token),
+        "tokens": tree.request_tokens // len(pairs),
+        "nodes": len(tree.node_token),
         "chunks": len(plan.chunks),
         "build_ms": (built - begun) * 1e3,
         "plan_ms": (done - built) * 1e3,

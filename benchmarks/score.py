@@ -171,10 +171,10 @@ def floor(case: Case, chunk_tokens: int = CHUNK_TOKENS) -> Callable[[], None]:
     q = random(chunk_tokens, config.num_attention_heads, size)
     chunks = []
     for chunk in plan.chunks:
-        row = torch.arange(chunk.stack_rows, len(chunk.end_k), dtype=torch.int32, device=device)
+        row = torch.arange(chunk.cached_rows, len(chunk.end_k), dtype=torch.int32, device=device)
         end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
         targets = chunk.target_row.to(device), chunk.target_token.to(device)
-        chunks.append((len(chunk.head_rows), targets, (row, end_k, depth_k[chunk.stack_rows :], depth_k)))
+        chunks.append((len(chunk.head_rows), targets, (row, end_k, depth_k[chunk.cached_rows :], depth_k)))
 
     @torch.inference_mode()
     def call() -> None:

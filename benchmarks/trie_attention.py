@@ -125,8 +125,8 @@ def questions(num_questions: int, scale: int) -> list[Index]:
     chunks = []
     for chunk in trie.plan(built, 512).chunks:
         num_rows, depth = len(chunk.token), chunk.depth_k
-        row = torch.arange(chunk.stack_rows, chunk.stack_rows + num_rows, dtype=torch.int32)
-        chunks.append((row, chunk.end_k, depth[chunk.stack_rows :].contiguous(), depth))
+        row = torch.arange(chunk.cached_rows, chunk.cached_rows + num_rows, dtype=torch.int32)
+        chunks.append((row, chunk.end_k, depth[chunk.cached_rows :].contiguous(), depth))
     return chunks
 
 

@@ -465,11 +465,11 @@ def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
     assert [c.token.tolist() for c in loaded] == [own] * 3  # the warm-up too
     expected = prefill(llama, own)
     assert torch.equal(loaded[-1].hidden, expected.hidden)
-    rows, layers = len(own), expected.stack.layers(len(own))
-    for layer, (keys, values) in loaded[-1].stack.layers(rows).items():
+    rows, layers = len(own), expected.cache.layers(len(own))
+    for layer, (keys, values) in loaded[-1].cache.layers(rows).items():
         assert torch.equal(keys, layers[layer][0])
         assert torch.equal(values, layers[layer][1])
-    assert loaded[-1].stack.capacity > rows  # opened as the first run opens it
+    assert loaded[-1].cache.capacity > rows  # opened as the first run opens it
 
 
 def test_without_measured_costs_there_is_no_break_even():

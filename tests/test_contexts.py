@@ -130,7 +130,7 @@ def test_the_least_recently_used_go_first(llama):
     assert (len(cache), cache.nbytes) == (2, 2 * size)
     assert cache.find(ids([1, *CONTEXT[1:]])) is None
     start = cache.find(ids(CONTEXT))
-    loglikelihood(llama, [([*CONTEXT, *range(5, 25)], [6])], start=start)  # its stack has grown
+    loglikelihood(llama, [([*CONTEXT, *range(5, 25)], [6])], start=start)  # its cache has grown
     assert start.nbytes > size
     cache.trim()
     assert len(cache) == 1

@@ -155,7 +155,7 @@ def test_scoring_books_the_shared_rows_as_prefill(llama):
     work = work_of(llama)
     assert prefill.flops == work.flops(torch.arange(60), 0)
     assert query.flops == work.flops(torch.tensor([60, 61] * 3), 6)
-    chunks = [(0, 16), (16, 16), (32, 16), (48, 12), (60, 6)]  # rows on the stack before, and of the chunk
+    chunks = [(0, 16), (16, 16), (32, 16), (48, 12), (60, 6)]  # rows on the cache before, and of the chunk
     assert ledger.moved_bytes == sum(work.weight_bytes + (s + n) * work.kv_row_bytes for s, n in chunks)
     assert ledger.kv_bytes == 66 * work.kv_row_bytes
     assert ledger.flops == prefill.flops + query.flops

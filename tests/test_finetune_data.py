@@ -1,4 +1,4 @@
-"""Training data: every shape of row, the mask token by token, batches as forests, and what is refused."""
+"""Training data: every shape of row, the mask token by token, batches as trees, and what is refused."""
 
 import copy
 import itertools
@@ -189,10 +189,10 @@ def test_a_batch_holds_each_target_of_each_example(rows):
     batch = pack(examples)
     assert batch.head_row.tolist() == sorted(set(batch.head_row.tolist()))
     expected = [tuple(e.ids[: i + 1]) for e in examples for i in range(len(e.ids)) if e.is_target[i]]
-    nodes = {}  # row of the forest -> its path
-    for row in range(len(batch.forest.token)):
-        parent = int(batch.forest.parent[row])
-        nodes[row] = (*nodes.get(parent, ()), int(batch.forest.token[row]))
+    nodes = {}  # row of the tree -> its path
+    for row in range(len(batch.tree.token)):
+        parent = int(batch.tree.parent[row])
+        nodes[row] = (*nodes.get(parent, ()), int(batch.tree.token[row]))
     rows_of, target = batch.head_row[batch.row].tolist(), batch.target.tolist()
     assert [(*nodes[rows_of[m]], target[m]) for m in batch.taken.tolist()] == expected
 

@@ -7,7 +7,7 @@ import torch
 
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.generate import Sampling, generate
-from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows, from_network, load
 from icl_ft_fast.engine.score import loglikelihood
@@ -25,11 +25,11 @@ def test_scoring_and_training_stay_on_one_device_and_read_nothing_back(family, t
     """On the meta device a value that is read, or an operand left on the CPU, is an error."""
     network = tiny_network(family, num_hidden_layers=2).to("meta")
     model = from_network(network, None, "nowhere", self_check=False)
-    forest = trie.build_from_lists(REQUESTS)
-    plan = trie.plan(forest, 7)
-    stack = KVStack(plan.capacity)
+    tree = trie.build_from_lists(REQUESTS)
+    plan = trie.plan(tree, 7)
+    cache = KVCache(plan.capacity)
     for chunk in plan.chunks:
-        hidden = model.forward_chunk(chunk, stack)
+        hidden = model.forward_chunk(chunk, cache)
         needed = hidden[chunk.head_rows.to(hidden.device)]
         results = model.target_logprob(needed, chunk.target_row, chunk.target_token)
         assert [x.device.type for x in (hidden, *results)] == ["meta"] * 3

@@ -1,4 +1,4 @@
-"""Budgets, plans that fit them, what is kept of keys and values, offloaded stacks, chunks that memory ran out on."""
+"""Budgets, plans that fit them, what is kept of keys and values, offloaded caches, chunks that memory ran out on."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine import memory as budget
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.kv_cache import KVStack, pack, unpack
+from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
 from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes, parse_bytes
 from icl_ft_fast.engine.model import ModelError, from_network, load
 from icl_ft_fast.engine.score import ScoreError, loglikelihood, prefill
@@ -130,12 +130,12 @@ def profiled_bytes(call):
 def test_a_rows_bytes_are_those_that_the_allocator_counts(family, tiny_network):
     options = FAMILIES.get(family, {}) | ({"num_key_value_heads": 4} if family in ("gpt2", "opt") else {})
     model = from_network(tiny_network(family, **options), None, family, self_check=False)
-    peaks, stack = [], model.new_stack(120)
+    peaks, cache = [], model.new_cache(120)
     for rows in (120, 60, 120):
         (chunk,) = trie.plan(trie.build_from_lists([([0] * rows, [0])]), rows).chunks
         with torch.inference_mode():
-            peaks.append(profiled_bytes(lambda c=chunk: model.forward_chunk(c, stack)))
-        stack.rows = 0
+            peaks.append(profiled_bytes(lambda c=chunk: model.forward_chunk(c, cache)))
+        cache.rows = 0
     assert model.footprint.row_bytes == pytest.approx((peaks[2] - peaks[1]) / 60, rel=0.02)
     assert model.footprint.kv_row_bytes == work_of(model).kv_row_bytes
     assert model.footprint.weight_bytes == work_of(model).weight_bytes
@@ -157,12 +157,12 @@ FOOTPRINT = Footprint(weight_bytes=10**6, row_bytes=70_000, kv_row_bytes=30_000,
 @given(requests=REQUESTS, chunk_tokens=st.integers(1, 50), share=st.floats(0, 1.2), extra=st.integers(0, 10**6))
 @example([([0], [5])], 1, 0.0, 0)
 def test_the_plan_is_the_largest_that_fits(requests, chunk_tokens, share, extra):
-    forest, held = trie.build_from_lists(requests), 5 * 10**8
+    tree, held = trie.build_from_lists(requests), 5 * 10**8
 
     def total(size, offloaded):
-        plan = trie.plan(forest, size)
+        plan = trie.plan(tree, size)
         rows = max(len(chunk.token) for chunk in plan.chunks)
-        assert trie.extent(forest, size) == (rows, plan.capacity)
+        assert trie.extent(tree, size) == (rows, plan.capacity)
         kv = plan.capacity * FOOTPRINT.kv_row_bytes // (FOOTPRINT.layers if offloaded else 1)
         index = plan.capacity * budget.INDEX_BYTES
         return held + kv + index + rows * FOOTPRINT.row_bytes + extra + budget.OTHER_BYTES
@@ -176,46 +176,46 @@ def test_the_plan_is_the_largest_that_fits(requests, chunk_tokens, share, extra)
     fitting = [way for way in ways if total(*way) <= limit]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "held_bytes", lambda _: held)
-        plan, need = fit(forest, chunk_tokens, Memory(limit), FOOTPRINT, CPU, extra_bytes=extra)
+        plan, need = fit(tree, chunk_tokens, Memory(limit), FOOTPRINT, CPU, extra_bytes=extra)
         size, offloaded = fitting[0]
-        assert [c.first_row for c in plan.chunks] == [c.first_row for c in trie.plan(forest, size).chunks]
+        assert [c.first_row for c in plan.chunks] == [c.first_row for c in trie.plan(tree, size).chunks]
         assert bool(need.offloaded_bytes) == offloaded
         assert need.total_bytes == total(size, offloaded) <= limit
         with pytest.raises(BudgetError, match=r"^memory: too little: .*, --kv-dtype int8") as caught:
-            fit(forest, chunk_tokens, Memory(least - 1), FOOTPRINT, CPU, extra_bytes=extra)
+            fit(tree, chunk_tokens, Memory(least - 1), FOOTPRINT, CPU, extra_bytes=extra)
         (advised,) = re.findall(r"give --memory \(memory=\) (\w+) or more", str(caught.value))
-        fit(forest, chunk_tokens, Memory(parse_bytes(advised)), FOOTPRINT, CPU, extra_bytes=extra)
+        fit(tree, chunk_tokens, Memory(parse_bytes(advised)), FOOTPRINT, CPU, extra_bytes=extra)
 
 
 def test_a_stack_that_a_context_has_room_on_is_not_counted_again(monkeypatch):
-    forest = trie.build_from_lists(ASKED)
+    tree = trie.build_from_lists(ASKED)
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
-    _, need = fit(forest, 16, Memory(10**10), FOOTPRINT, CPU)
+    _, need = fit(tree, 16, Memory(10**10), FOOTPRINT, CPU)
     for room, expected in [(need.capacity - 1, need.kv_bytes), (need.capacity, 0)]:
-        assert fit(forest, 16, Memory(10**10), FOOTPRINT, CPU, room=room)[1].kv_bytes == expected
+        assert fit(tree, 16, Memory(10**10), FOOTPRINT, CPU, room=room)[1].kv_bytes == expected
 
 
 def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
-    forest = trie.build_from_lists(ASKED)
+    tree = trie.build_from_lists(ASKED)
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
-    _, need = fit(forest, 16, Memory(10**10), FOOTPRINT, CPU)
+    _, need = fit(tree, 16, Memory(10**10), FOOTPRINT, CPU)
     limits = Memory(need.total_bytes - 1, offload=tmp_path)
-    assert fit(forest, 16, limits, FOOTPRINT, CPU)[1].offloaded_bytes == need.kv_bytes
+    assert fit(tree, 16, limits, FOOTPRINT, CPU)[1].offloaded_bytes == need.kv_bytes
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=need.kv_bytes - 1))
     with pytest.raises(BudgetError, match=rf"{tmp_path} has 0\.00 GB free: name another folder with --offload"):
-        fit(forest, 16, limits, FOOTPRINT, CPU)
+        fit(tree, 16, limits, FOOTPRINT, CPU)
 
 
 def spilling(model, folder, requests, chunk_tokens, monkeypatch):
     """The model with a limit under which these requests have to spill."""
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
-    forest = trie.build_from_lists(requests)
-    _, need = fit(forest, chunk_tokens, Memory(10**12), model.footprint, CPU)
-    return replace(model, memory=Memory(need.total_bytes - 1 + extra_of(forest), model.memory.kv_dtype, Path(folder)))
+    tree = trie.build_from_lists(requests)
+    _, need = fit(tree, chunk_tokens, Memory(10**12), model.footprint, CPU)
+    return replace(model, memory=Memory(need.total_bytes - 1 + extra_of(tree), model.memory.kv_dtype, Path(folder)))
 
 
-def extra_of(forest):
-    return 16 * len(forest.scored_token) + 160 * len(forest.path_offset)
+def extra_of(tree):
+    return 16 * len(tree.scored_token) + 160 * len(tree.path_offset)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
@@ -228,10 +228,10 @@ def test_a_spilled_stack_changes_no_bit_and_leaves_nothing_behind(llama, tmp_pat
     def spy(model, rows):
         hidden = forward(model, rows)
         maps = Path("/proc/self/maps").read_text()
-        folders.append((rows.stack.folder, list(tmp_path.iterdir()), maps.count(str(tmp_path))))
+        folders.append((rows.cache.folder, list(tmp_path.iterdir()), maps.count(str(tmp_path))))
         return hidden
 
-    assert offloaded.footprint == kept.footprint  # taken now, on a stack in memory
+    assert offloaded.footprint == kept.footprint  # taken now, on a cache in memory
     monkeypatch.setattr(type(llama), "forward", spy)
     with caplog.at_level(logging.WARNING):
         assert loglikelihood(offloaded, ASKED, chunk_tokens=16) == expected
@@ -313,12 +313,12 @@ def test_a_stack_moves_to_another_of_any_kind(tmp_path):
     kinds = [(None, None), (torch.int8, None), (torch.bfloat16, tmp_path), (torch.int8, tmp_path)]
     for one, folder in kinds:
         for other, other_folder in kinds:
-            stack = KVStack(9, kv_dtype=one, folder=folder)
-            stack.append(0, k, v)
-            stack.append(3, v, k)
-            stack.commit(6)
-            stack.compact(torch.tensor([0, 1, 4, 5]))
-            moved = stack.copy(3, KVStack(4, kv_dtype=other, folder=other_folder))
+            cache = KVCache(9, kv_dtype=one, folder=folder)
+            cache.append(0, k, v)
+            cache.append(3, v, k)
+            cache.commit(6)
+            cache.compact(torch.tensor([0, 1, 4, 5]))
+            moved = cache.copy(3, KVCache(4, kv_dtype=other, folder=other_folder))
             where = torch.tensor([0, 1, 4])
             for layer, (mine, mine_v) in {0: (k, v), 3: (v, k)}.items():
                 for rows, expected in zip(moved.layers(3)[layer], (mine[where], mine_v[where]), strict=True):
@@ -373,15 +373,15 @@ def test_chunks_that_memory_runs_out_on_are_halved(llama, monkeypatch, caplog):
 
 def test_a_second_layer_that_runs_out_leaves_no_trace_of_the_first(llama, monkeypatch):
     expected = loglikelihood(llama, ASKED, chunk_tokens=8)
-    write, calls = KVStack.write, []
+    write, calls = KVCache.write, []
 
-    def failing(stack, layer, where, k, v, rows):
+    def failing(cache, layer, where, k, v, rows):
         calls.append((layer, len(k)))
         if layer == 1 and len(k) > 8:
             raise MemoryError
-        return write(stack, layer, where, k, v, rows)
+        return write(cache, layer, where, k, v, rows)
 
-    monkeypatch.setattr(KVStack, "write", failing)
+    monkeypatch.setattr(KVCache, "write", failing)
     assert loglikelihood(llama, ASKED, chunk_tokens=16) == expected
     assert calls[:4] == [(0, 16), (1, 16), (0, 8), (1, 8)]
 
@@ -414,14 +414,14 @@ def test_what_cannot_be_halved_or_is_no_want_of_memory_is_raised(llama, monkeypa
 
 
 def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeypatch):
-    work_on = KVStack._work_on
+    work_on = KVCache._work_on
 
-    def failing(stack, layer):
-        if stack.rows < 0 and layer == 1:
+    def failing(cache, layer):
+        if cache.rows < 0 and layer == 1:
             raise MemoryError("compacting")
-        work_on(stack, layer)
+        work_on(cache, layer)
 
-    monkeypatch.setattr(KVStack, "_work_on", failing)
+    monkeypatch.setattr(KVCache, "_work_on", failing)
     with pytest.raises(MemoryError, match="compacting"):
         loglikelihood(llama, ASKED, chunk_tokens=16)
 
@@ -429,30 +429,30 @@ def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeyp
 @settings(max_examples=60, deadline=None)
 @given(requests=REQUESTS, max_rows=st.integers(2, 30), data=st.data())
 def test_a_halved_plan_finds_the_stack_it_needs(requests, max_rows, data):
-    forest = trie.build_from_lists(requests)
-    plan = trie.plan(forest, max_rows)
+    tree = trie.build_from_lists(requests)
+    plan = trie.plan(tree, max_rows)
     k = data.draw(st.integers(0, len(plan.chunks) - 1))
-    stack = []
+    cache = []
     for chunk in plan.chunks[: k + 1]:
-        stack = [stack[p] for p in chunk.keep.tolist()]
+        cache = [cache[p] for p in chunk.keep.tolist()]
         if chunk is not plan.chunks[k]:
-            stack += range(chunk.first_row, chunk.last_row)
+            cache += range(chunk.first_row, chunk.last_row)
     halved = plan.halved(k)
     assert halved.capacity == plan.capacity
     assert [c.last_row for c in halved.chunks[:-1]] == [c.first_row for c in halved.chunks[1:]]
-    assert (halved.chunks[0].first_row, halved.chunks[-1].last_row) == (plan.chunks[k].first_row, len(forest.token))
+    assert (halved.chunks[0].first_row, halved.chunks[-1].last_row) == (plan.chunks[k].first_row, len(tree.token))
     for chunk in halved.chunks:
         assert 2 * len(chunk.token) <= len(plan.chunks[k].token) + 1
-        stack = [stack[p] for p in chunk.keep.tolist()]
-        path, row = [], int(forest.parent[chunk.first_row])
+        cache = [cache[p] for p in chunk.keep.tolist()]
+        path, row = [], int(tree.parent[chunk.first_row])
         while row >= 0:
             path.append(row)
-            row = int(forest.parent[row])
-        assert stack == path[::-1]
-        stack += range(chunk.first_row, chunk.last_row)
-        assert len(stack) <= plan.capacity
+            row = int(tree.parent[row])
+        assert cache == path[::-1]
+        cache += range(chunk.first_row, chunk.last_row)
+        assert len(cache) <= plan.capacity
     targets = sorted(i for chunk in (*plan.chunks[:k], *halved.chunks) for i in chunk.target_index.tolist())
-    assert targets == list(range(len(forest.scored_row)))
+    assert targets == list(range(len(tree.scored_row)))
 
 
 def test_a_forest_that_does_not_fit_is_refused_with_what_to_change(llama, llama_directory, tmp_path, capsys):

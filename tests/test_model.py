@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from icl_ft_fast.engine import model as model_module
 from icl_ft_fast.engine import trie
-from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.model import ModelError, from_network, load
 from icl_ft_fast.engine.score import loglikelihood
 
@@ -198,12 +198,12 @@ def test_any_requests_in_chunks_of_any_size_give_what_plain_forwards_give(served
 
 def test_a_forest_at_once_gives_the_hidden_states_of_its_chunks(served):
     network, model = served
-    forest = trie.build_from_lists(requests_for(network))
-    plan = trie.plan(forest, 16)
-    stack = KVStack(plan.capacity)
+    tree = trie.build_from_lists(requests_for(network))
+    plan = trie.plan(tree, 16)
+    cache = KVCache(plan.capacity)
     with torch.no_grad():
-        chunks = torch.cat([model.forward_chunk(chunk, stack) for chunk in plan.chunks])
-        torch.testing.assert_close(model.forward_forest(forest), chunks, rtol=0, atol=1e-5)
+        chunks = torch.cat([model.forward_chunk(chunk, cache) for chunk in plan.chunks])
+        torch.testing.assert_close(model.forward_tree(tree), chunks, rtol=0, atol=1e-5)
 
 
 HEADS = {
@@ -716,11 +716,11 @@ def test_the_longest_sequence_comes_from_the_config(family, options, expected, t
 
 
 def test_the_stack_holds_the_open_ancestors_and_the_chunk(llama, plain_llama):
-    forest = trie.build_from_lists(requests_for(plain_llama))
-    plan = trie.plan(forest, 16)
-    stack = KVStack(plan.capacity)
+    tree = trie.build_from_lists(requests_for(plain_llama))
+    plan = trie.plan(tree, 16)
+    cache = KVCache(plan.capacity)
     with torch.no_grad():
         for before, chunk in pairwise((None, *plan.chunks)):
-            llama.forward_chunk(chunk, stack)
-            assert stack.rows == chunk.stack_rows + len(chunk.token) <= plan.capacity
+            llama.forward_chunk(chunk, cache)
+            assert cache.rows == chunk.cached_rows + len(chunk.token) <= plan.capacity
             assert before is None or chunk.first_row == before.last_row

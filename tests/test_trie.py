@@ -1,4 +1,4 @@
-"""The trie against sets of Python tuples, and the planner against a simulated KV stack."""
+"""The trie against sets of Python tuples, and the planner against a simulated KV cache."""
 
 from collections import Counter
 from dataclasses import fields
@@ -105,24 +105,24 @@ def test_plan_replayed_on_a_stack(requests, max_rows):
     visible = []
     for i, parent in enumerate(built.parent.tolist()):
         visible.append({i} | (visible[parent] if parent >= 0 else set()))
-    stack, next_row, targets, heights = [], 0, [], [0]
+    cache, next_row, targets, heights = [], 0, [], [0]
     plan = trie.plan(built, max_rows)
     for chunk in plan.chunks:
         assert chunk.first_row == next_row < chunk.last_row <= next_row + max_rows
         next_row = chunk.last_row
         assert chunk.keep.dtype == torch.int64
         assert chunk.end_k.dtype == chunk.depth_k.dtype == torch.int32
-        stack = [stack[p] for p in chunk.keep.tolist()]
-        assert len(stack) == chunk.stack_rows
-        assert set(stack) == visible[chunk.first_row] - {chunk.first_row}
-        stack += range(chunk.first_row, chunk.last_row)
-        assert torch.equal(chunk.token, built.token[stack[chunk.stack_rows :]])
-        heights.append(len(stack))
+        cache = [cache[p] for p in chunk.keep.tolist()]
+        assert len(cache) == chunk.cached_rows
+        assert set(cache) == visible[chunk.first_row] - {chunk.first_row}
+        cache += range(chunk.first_row, chunk.last_row)
+        assert torch.equal(chunk.token, built.token[cache[chunk.cached_rows :]])
+        heights.append(len(cache))
         end_k = chunk.end_k.tolist()
-        assert len(end_k) == len(stack)
-        for q in range(chunk.stack_rows, len(stack)):
-            assert {stack[p] for p in range(q + 1) if q < end_k[p]} == visible[stack[q]]
-        assert chunk.depth_k.tolist() == built.depth[stack].tolist()
+        assert len(end_k) == len(cache)
+        for q in range(chunk.cached_rows, len(cache)):
+            assert {cache[p] for p in range(q + 1) if q < end_k[p]} == visible[cache[q]]
+        assert chunk.depth_k.tolist() == built.depth[cache].tolist()
 
         head_rows, target_row = chunk.head_rows.tolist(), chunk.target_row.tolist()
         assert head_rows == sorted(set(head_rows))
@@ -197,7 +197,7 @@ def test_one_long_request():
     assert torch.equal(built.parent, torch.arange(-1, n - 2, dtype=torch.int32))
     assert torch.equal(built.end, torch.full((n - 1,), n - 1, dtype=torch.int32))
     last = trie.plan(built, 100_000).chunks[-1]
-    assert (last.stack_rows, len(last.keep), len(last.end_k)) == (200_000, 200_000, n - 1)
+    assert (last.cached_rows, len(last.keep), len(last.end_k)) == (200_000, 200_000, n - 1)
 
 
 def test_many_children_and_nested_prefixes():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from icl_ft_fast.engine.kv_cache import Context, KVStack
+from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import locked, replacing
 
@@ -148,10 +148,10 @@ def load_context(path: Path, model: Model, *, fingerprint: str = "", like: Conte
         raise ContextError(f"{path}: its tokens are not those that its header names")
     hidden = tensors.pop("hidden").to(model.device)
     layers = {int(name.partition(".")[2]) for name in tensors}
-    stack = KVStack.of(
+    cache = KVCache.of(
         {n: (tensors[f"keys.{n}"].to(model.device), tensors[f"values.{n}"].to(model.device)) for n in sorted(layers)}
     )
-    return Context(token, hidden, stack)
+    return Context(token, hidden, cache)
 
 
 def verify(path: Path) -> SavedContext:
@@ -245,7 +245,7 @@ def remove(folder: Path, context_id: str) -> None:
 
 def _tensors(context: Context) -> dict[str, torch.Tensor]:
     tensors = {"token": torch.from_numpy(context.token), "hidden": context.hidden}
-    for layer, (keys, values) in context.stack.layers(len(context.token)).items():
+    for layer, (keys, values) in context.cache.layers(len(context.token)).items():
         tensors |= {f"keys.{layer}": keys, f"values.{layer}": values}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 

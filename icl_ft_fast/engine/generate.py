@@ -1,8 +1,8 @@
 """Many prompts continued over the trie: shared prefixes are forwarded once, and a place that falls free is refilled.
 
-Prompts enter in the order of their tokens, so what they share is still on the stack: each appends its own rows and the
+Prompts enter in the order of their tokens, so what they share is still on the cache: each appends its own rows and the
 rows reserved for what it will write. A prompt row stays open (end beyond every row) until a prompt that is not below
-it enters; an unfilled row has end 0, so nobody sees it. When the stack is full, the rows that no running sequence and
+it enters; an unfilled row has end 0, so nobody sees it. When the cache is full, the rows that no running sequence and
 no coming prompt sees are squeezed out.
 """
 
@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, Rows
 
-RUNNING = 64  # sequences decoded together; bounds the stack, and on the CPU more at a time is not faster
+RUNNING = 64  # sequences decoded together; bounds the cache, and on the CPU more at a time is not faster
 OPEN = 2**31 - 1  # the end of a row that rows to come may see
 
 
@@ -100,7 +100,7 @@ class _Sequence:
     random: random.Random
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
-    first: int = 0  # stack position of its first reserved row
+    first: int = 0  # cache position of its first reserved row
 
     @property
     def reserved(self) -> int:
@@ -191,7 +191,7 @@ def iter_generations(
 
 
 class _Decoder:
-    """Sequences, ascending by prompt, on their way through one stack."""
+    """Sequences, ascending by prompt, on their way through one cache."""
 
     def __init__(
         self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], None]
@@ -201,22 +201,22 @@ class _Decoder:
         self.running: list[_Sequence] = []
         prompts = list(dict.fromkeys(sequence.prompt for sequence in sequences))
         # A placeholder child makes each prompt's last token a row; it is itself a leaf and takes none.
-        self.forest = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
-        ends = (self.forest.scored_row[self.forest.path] + 1).tolist()
+        self.tree = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
+        ends = (self.tree.scored_row[self.tree.path] + 1).tolist()
         # In pre-order, the rows that a prompt does not share with earlier ones end with its last token.
         self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
         self.ends_text = end_tokens(model)
         self.controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
-        self.stack, self.work = KVStack(self._capacity(sequences)), work_of(model)
+        self.cache, self.work = KVCache(self._capacity(sequences)), work_of(model)
         with ledger.phase("generate"):
-            ledger.kv_bytes += self.stack.capacity * self.work.kv_row_bytes
-        self.end_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
-        self.depth_k = torch.zeros(self.stack.capacity, dtype=torch.int32)
-        self.top = 0  # stack rows in use, reserved ones included
-        self.path = torch.empty(0, dtype=torch.int64)  # stack positions of the last prompt that entered
+            ledger.kv_bytes += self.cache.capacity * self.work.kv_row_bytes
+        self.end_k = torch.zeros(self.cache.capacity, dtype=torch.int32)
+        self.depth_k = torch.zeros(self.cache.capacity, dtype=torch.int32)
+        self.top = 0  # cache rows in use, reserved ones included
+        self.path = torch.empty(0, dtype=torch.int64)  # cache positions of the last prompt that entered
         self.entered: tuple[int, ...] = ()  # that prompt
         self.logits = torch.empty(0, 0)  # after it, [1, V], where the next sequence needs them
-        self.can_squeeze = True  # whether anything may have become free since the stack was last squeezed
+        self.can_squeeze = True  # whether anything may have become free since the cache was last squeezed
 
     def _capacity(self, sequences: list[_Sequence]) -> int:
         """Twice the rows of any RUNNING neighbours, so that squeezing is rare; at most what all take."""
@@ -229,7 +229,7 @@ class _Decoder:
         return min(2 * most, sum(needs))
 
     def _need(self, sequence: _Sequence, before: tuple[int, ...]) -> int:
-        """Rows that a sequence appends to the stack after the prompt `before`."""
+        """Rows that a sequence appends to the cache after the prompt `before`."""
         rows = self.rows[sequence.prompt]
         return sequence.reserved + (0 if sequence.prompt == before else rows.stop - rows.start)
 
@@ -245,7 +245,7 @@ class _Decoder:
         """Forward each running sequence's newest token and the prompts that enter, then write a token to each."""
         if self._waits_for_room() and self.can_squeeze:
             self._squeeze()
-        forest, running = self.forest, self.running
+        tree, running = self.tree, self.running
         token = [torch.tensor([s.ids[-1] for s in running], dtype=torch.int32)]
         depth = [torch.tensor([len(s.prompt) + len(s.ids) - 1 for s in running], dtype=torch.int32)]
         slots = [torch.tensor([s.first + len(s.ids) - 1 for s in running], dtype=torch.int64)]
@@ -259,14 +259,14 @@ class _Decoder:
             if sequence.prompt != self.entered:
                 rows = self.rows[sequence.prompt]
                 positions = torch.arange(self.top, self.top + rows.stop - rows.start)
-                shared = int(forest.depth[rows.start])
+                shared = int(tree.depth[rows.start])
                 self.end_k[self.path[shared:]] = self.top
                 self.end_k[positions] = OPEN
-                self.depth_k[positions] = forest.depth[rows]
+                self.depth_k[positions] = tree.depth[rows]
                 self.path = torch.cat([self.path[:shared], positions])
                 self.entered, self.top = sequence.prompt, self.top + len(positions)
-                token.append(forest.token[rows])
-                depth.append(forest.depth[rows])
+                token.append(tree.token[rows])
+                depth.append(tree.depth[rows])
                 slots.append(positions)
                 needed.append(sum(map(len, slots)) - 1)
                 self.ledger.request_tokens += len(sequence.prompt)
@@ -283,13 +283,13 @@ class _Decoder:
         return self._write(logits[torch.tensor(place)])
 
     def _waits_for_room(self) -> bool:
-        """Whether the next sequence, if there is one, does not fit on the stack."""
-        return bool(self.queue) and self.top + self._need(self.queue[0], self.entered) > self.stack.capacity
+        """Whether the next sequence, if there is one, does not fit on the cache."""
+        return bool(self.queue) and self.top + self._need(self.queue[0], self.entered) > self.cache.capacity
 
     def _squeeze(self) -> None:
         """Keep the rows that a running sequence or the next prompt sees, and what is reserved for the running ones."""
         coming = self.queue[0].prompt
-        shared = len(self.path) if coming == self.entered else int(self.forest.depth[self.rows[coming].start])
+        shared = len(self.path) if coming == self.entered else int(self.tree.depth[self.rows[coming].start])
         self.end_k[self.path[shared:]] = self.top
         keep = torch.zeros(self.top, dtype=torch.bool)
         keep[self.path[:shared]] = True
@@ -299,7 +299,7 @@ class _Decoder:
             keep[sequence.first : end] = True
         moved = torch.nn.functional.pad(keep.cumsum(0), (1, 0))  # rows kept before each
         position = keep.nonzero()[:, 0]
-        self.stack.compact(position)
+        self.cache.compact(position)
         ends = self.end_k[position]
         self.end_k[: len(position)] = torch.where(ends == OPEN, ends, moved[ends.clamp(max=self.top)].int())
         self.depth_k[: len(position)] = self.depth_k[position]
@@ -321,7 +321,7 @@ class _Decoder:
                 slots[part].int().to(device),
                 self.end_k[: self.top].to(device),
                 self.depth_k[: self.top].to(device),
-                self.stack,
+                self.cache,
                 slots[part].to(device),
             )
             wanted = needed[(needed >= first) & (needed < first + CHUNK_TOKENS)] - first

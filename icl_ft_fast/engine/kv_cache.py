@@ -1,8 +1,9 @@
-"""The KV stack: keys and values of the rows that later rows can still see, one contiguous pair of tensors a layer.
+"""The KV cache: keys and values of the rows that later rows can still see, one contiguous pair of tensors a layer.
 
-The forest is forwarded in depth-first order, so the rows still visible are exactly the open ancestors of the next
-row. Before each chunk the stack is compacted to them, and each layer appends the chunk's own keys and values. What
-requests have in common can stay on a stack, as a Context that later requests start from. Knows no model and no text.
+It is a stack. The tree is forwarded in depth-first order, so the rows that later rows can see are exactly the open
+ancestors of the next row. Before each chunk the cache is compacted to them; then each layer appends the chunk's own
+keys and values. A prefix that requests share can stay in a cache, as a Context that later requests start from. This
+module knows no model and no text.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-ResultJournal: TypeAlias = tuple[torch.Tensor, ...]
+PackedRows: TypeAlias = tuple[torch.Tensor, ...]
 
 
-def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> ResultJournal:
-    """Rows [T, G, D] as a stack keeps them: as they are (None), rounded, or int8 with a scale for each row and head.
+def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> PackedRows:
+    """Rows [T, G, D] as a cache keeps them: as they are (None), rounded, or int8 with a scale for each row and head.
 
         scale = rows.abs().amax(-1, keepdim=True) / 127
         kept = (rows / scale).round()
@@ -39,17 +40,17 @@ def pack(rows: torch.Tensor, kv_dtype: torch.dtype | None) -> ResultJournal:
     return (rows / scale.masked_fill(scale == 0, 1)).round().to(torch.int8), scale
 
 
-def unpack(kept: ResultJournal, dtype: torch.dtype) -> torch.Tensor:
+def unpack(kept: PackedRows, dtype: torch.dtype) -> torch.Tensor:
     """Rows [T, G, D] of pack() in `dtype`; the very tensor where that is how they are kept."""
     rows, *scale = kept
     return rows.to(dtype).mul_(scale[0]) if scale else rows.to(dtype)
 
 
-class KVStack:
+class KVCache:
     """Keys and values by layer, grown to `capacity` rows at most.
 
     Args:
-        capacity: the most rows the stack ever holds; layers allocate it once, on first use.
+        capacity: the most rows the cache ever holds; layers allocate it once, on first use.
         kv_dtype: what rows are kept in, see pack(); None for what they come in. A chunk's own rows too are read as they
             are kept, so that results do not depend on where chunks end.
         folder: spill: each layer's rows lie in a nameless file there, of which only the layer at work stays resident.
@@ -58,7 +59,7 @@ class KVStack:
     def __init__(self, capacity: int, *, kv_dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
         self.capacity, self.kv_dtype, self.folder = capacity, kv_dtype, folder
         self.rows = 0
-        self._layers: dict[int, ResultJournal] = {}  # keys as they are kept, then values
+        self._layers: dict[int, PackedRows] = {}  # keys as they are kept, then values
         self._dtype = torch.float32  # what they come in
         self._files: dict[int, mmap.mmap] = {}
         self._at_work = -1  # the layer whose file may be resident
@@ -66,7 +67,7 @@ class KVStack:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a chunk's k [T, G, D] and v [T, G, Dv] after the kept rows; returns all rows, see write().
 
-        The rows count as appended for this layer only; `commit` makes them part of the stack for all.
+        The rows count as appended for this layer only; `commit` makes them part of the cache for all.
         """
         return self.write(layer, slice(self.rows, self.rows + k.shape[0]), k, v, self.rows + k.shape[0])
 
@@ -75,22 +76,22 @@ class KVStack:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k [T, G, D] and v [T, G, Dv] at the positions `where`; returns the first `rows` rows.
 
-        They are views of the stack, or copies where it keeps them in another dtype.
+        They are views of the cache, or copies where it keeps them in another dtype.
         """
         if rows > self.capacity:
-            raise ValueError(f"rows: the stack holds {self.capacity}, got {rows}")
+            raise ValueError(f"rows: the cache holds {self.capacity}, got {rows}")
         self._dtype = k.dtype
         self._put(layer, where, pack(k, self.kv_dtype) + pack(v, self.kv_dtype))
         return self._read(layer, rows)
 
     def commit(self, rows: int) -> None:
-        """Make the last `rows` appended rows part of the stack."""
+        """Make the last `rows` appended rows part of the cache."""
         self.rows += rows
 
     def compact(self, keep: torch.Tensor) -> None:
         """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing.
 
-        Where this fails for want of memory the stack is lost, and its `rows` are -1.
+        Where this fails for want of memory the cache is lost, and its `rows` are -1.
         """
         stay = int((keep == torch.arange(len(keep))).sum())  # keep ascends, so these come first
         self.rows = -1
@@ -101,8 +102,8 @@ class KVStack:
                     part[stay : len(keep)] = part[keep[stay:].to(part.device)]
         self.rows = len(keep)
 
-    def copy(self, rows: int, other: KVStack) -> KVStack:
-        """Put the first `rows` rows on another stack, which is empty, and return that."""
+    def copy(self, rows: int, other: KVCache) -> KVCache:
+        """Put the first `rows` rows on another cache, which is empty, and return that."""
         other._dtype = self._dtype
         for layer, parts in self._layers.items():
             kept = tuple(part[:rows] for part in parts)
@@ -114,12 +115,12 @@ class KVStack:
         return other
 
     @classmethod
-    def of(cls, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> KVStack:
-        """A full stack of keys [S, G, D] and values [S, G, Dv] by layer, which it does not copy."""
+    def of(cls, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> KVCache:
+        """A full cache of keys [S, G, D] and values [S, G, Dv] by layer, which it does not copy."""
         keys, _ = next(iter(layers.values()))
-        stack = cls(len(keys))
-        stack._layers, stack.rows, stack._dtype = {**layers}, len(keys), keys.dtype
-        return stack
+        cache = cls(len(keys))
+        cache._layers, cache.rows, cache._dtype = {**layers}, len(keys), keys.dtype
+        return cache
 
     def layers(self, rows: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the first `rows` rows by layer, as write() returns them."""
@@ -135,7 +136,7 @@ class KVStack:
         half = len(parts) // 2
         return unpack(parts[:half], self._dtype), unpack(parts[half:], self._dtype)
 
-    def _put(self, layer: int, where: slice | torch.Tensor, new: ResultJournal) -> None:
+    def _put(self, layer: int, where: slice | torch.Tensor, new: PackedRows) -> None:
         if layer not in self._layers:  # zeros: nobody sees a row that is not filled, but 0 * NaN is NaN
             shapes = [(self.capacity, *part.shape[1:]) for part in new]
             if self.folder is None:
@@ -158,7 +159,7 @@ class KVStack:
 _ALIGNED = 64  # bytes that a tensor's memory starts at a multiple of, as torch's own does
 
 
-def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[mmap.mmap, ResultJournal]:
+def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[mmap.mmap, PackedRows]:
     """Zero tensors that lie in a file without a name, which the system drops with the process whatever ends it."""
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
     starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
@@ -186,34 +187,34 @@ def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 class Context:
     """A beginning of token sequences, forwarded: requests that begin with it forward what follows it only.
 
-    One run at a time may start from it: the run's rows go onto its stack, after its own.
+    One run at a time may start from it: the run's rows go onto its cache, after its own.
 
     Attributes:
         token: int32 [S].
         hidden: hidden states of the tokens, [S, E], so that probabilities within and right after it can be asked for.
-        stack: their keys and values.
+        cache: their keys and values.
         is_counted: whether a ledger has its rows, forwarded or reused, so that the next run must not add them again.
     """
 
     token: NDArray[np.int32]
     hidden: torch.Tensor
-    stack: KVStack
+    cache: KVCache
     is_counted: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values (with the stack's free rows) and hidden states."""
-        return self.stack.nbytes + self.hidden.nbytes
+        """Bytes of keys, values (with the cache's free rows) and hidden states."""
+        return self.cache.nbytes + self.hidden.nbytes
 
-    def open(self, empty: KVStack) -> KVStack:
-        """The stack with the context's rows on it and nothing else, moved to `empty` unless it has as much room.
+    def open(self, empty: KVCache) -> KVCache:
+        """The cache with the context's rows on it and nothing else, moved to `empty` unless it has as much room.
 
         It is moved too where `empty` keeps rows in another dtype.
         """
-        if empty.capacity > self.stack.capacity or empty.kv_dtype != self.stack.kv_dtype:
-            self.stack = self.stack.copy(len(self.token), empty)
-        self.stack.rows = len(self.token)
-        return self.stack
+        if empty.capacity > self.cache.capacity or empty.kv_dtype != self.cache.kv_dtype:
+            self.cache = self.cache.copy(len(self.token), empty)
+        self.cache.rows = len(self.token)
+        return self.cache
 
 
 class ContextCache:
@@ -254,6 +255,6 @@ class ContextCache:
         self.trim()
 
     def trim(self) -> None:
-        """Drop what is over the budget: stacks grow as runs start from them."""
+        """Drop what is over the budget: caches grow as runs start from them."""
         while self.nbytes > self.max_bytes:
             del self._contexts[0]

@@ -39,7 +39,7 @@ class Phase:
         wall_s: seconds that passed.
         device_s: seconds of the device: of its stream on a GPU, of all processors together on a CPU.
         joules: of the device, where it can be read.
-        kv_bytes: allocated for keys and values, all stacks of the phase together.
+        kv_bytes: allocated for keys and values, all caches of the phase together.
         activation_bytes: the most that memory rose, less keys and values.
     """
 
@@ -110,18 +110,18 @@ class Ledger:
         finally:
             self._switch(outer)
 
-    def ran(self, work: Work, depth_T: Tensor, stack_rows: int, head_tokens: int, *, passes: int = 1) -> None:
+    def ran(self, work: Work, depth_T: Tensor, cached_rows: int, head_tokens: int, *, passes: int = 1) -> None:
         """Add the FLOPs and bytes of one forward; 3 passes are a forward and a backward.
 
         Args:
             work: of the network.
             depth_T: depths of the forwarded rows, int32 or int64 [T].
-            stack_rows: rows of keys and values that were visible to some of them.
+            cached_rows: rows of keys and values that were visible to some of them.
             head_tokens: rows that went through the output head.
             passes: matrix products of this forward's size.
         """
         self.flops += passes * work.flops(depth_T, head_tokens)
-        self.moved_bytes += passes * (work.weight_bytes + (stack_rows + len(depth_T)) * work.kv_row_bytes)
+        self.moved_bytes += passes * (work.weight_bytes + (cached_rows + len(depth_T)) * work.kv_row_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: totals, and each phase with how its figures came about."""

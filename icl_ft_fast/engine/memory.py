@@ -1,9 +1,9 @@
-"""The memory of a run: what is free, what a forest takes, and the chunks and the place of the stack that fit.
+"""The memory of a run: what is free, what a tree takes, and the chunks and the place of the cache that fit.
 
     total = held + rows * row_bytes + capacity * (kv_row_bytes + open_row_bytes + INDEX_BYTES) + other
 
-A process holds its weights and libraries; a chunk has `rows` rows, and the KV stack `capacity`, which the longest path
-bounds. Of a offloaded stack only a layer counts. Knows tries and shapes, no network and no text.
+A process holds its weights and libraries; a chunk has `rows` rows, and the KV cache `capacity`, which the longest path
+bounds. Of a offloaded cache only a layer counts. Knows tries and shapes, no network and no text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from icl_ft_fast.engine import trie
 
 SHARE = 0.9  # of what is free, where no limit is given
-LEAST_ROWS = 32  # of a chunk; rather than go below, the stack is offloaded
-INDEX_BYTES = 64  # of a stack row's ends, depths and positions while a chunk is prepared
+LEAST_ROWS = 32  # of a chunk; rather than go below, the cache is offloaded
+INDEX_BYTES = 64  # of a cache row's ends, depths and positions while a chunk is prepared
 OTHER_BYTES = 32 << 20  # workspaces of kernels and libraries, and what the allocator keeps, whatever the sizes
 KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -102,11 +102,11 @@ class Need:
         limit_bytes: what it may take.
         held_bytes: what the process holds before it, weights included.
         rows: of the longest chunk.
-        capacity: rows of the KV stack.
-        kv_bytes: of the stack; of a offloaded one what is resident.
-        activation_bytes: of a chunk, with what it reads of the stack in another dtype.
+        capacity: rows of the KV cache.
+        kv_bytes: of the cache; of a offloaded one what is resident.
+        activation_bytes: of a chunk, with what it reads of the cache in another dtype.
         other_bytes: everything else.
-        offloaded_bytes: of the stack in its files; 0 where it is in memory.
+        offloaded_bytes: of the cache in its files; 0 where it is in memory.
         folder: of the files.
     """
 
@@ -135,7 +135,7 @@ class Need:
 
 
 def fit(
-    forest: trie.Trie,
+    tree: trie.Trie,
     chunk_tokens: int,
     memory: Memory,
     footprint: Footprint,
@@ -146,17 +146,17 @@ def fit(
     room: int = 0,
     extra_bytes: int = 0,
 ) -> tuple[trie.Plan, Need]:
-    """The plan of a forest that fits the memory: as it is, with smaller chunks, or with its stack offloaded.
+    """The plan of a tree that fits the memory: as it is, with smaller chunks, or with its cache offloaded.
 
     Args:
-        forest: what will be forwarded.
+        tree: what will be forwarded.
         chunk_tokens: rows at a time, as long as they fit; halved until they do.
         memory: what may be taken.
         footprint: of the network.
-        device: where it is. Only a CPU's stack can be offloaded.
+        device: where it is. Only a CPU's cache can be offloaded.
         known: see trie.plan().
         cut: see trie.plan().
-        room: rows that there is a stack for already.
+        room: rows that there is a cache for already.
         extra_bytes: of what the caller allocates beside.
 
     Raises:
@@ -171,7 +171,7 @@ def fit(
     can_spill = device.type == "cpu" and hasattr(os, "posix_fallocate")
     choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_tokens) or not can_spill]
     for size, spills in choices + [(rows, True) for rows in sizes if can_spill]:
-        rows, capacity = trie.extent(forest, size, known=known, cut=cut)
+        rows, capacity = trie.extent(tree, size, known=known, cut=cut)
         new = 0 if capacity <= room else capacity
         kv_bytes = new * footprint.kv_row_bytes
         need = Need(
@@ -202,7 +202,7 @@ def fit(
             "(offload=), or give --memory (memory=) more"
         )
     _log.log(logging.WARNING if need.offloaded_bytes or size < chunk_tokens else logging.INFO, "memory: %s", need)
-    return trie.plan(forest, size, known=known, cut=cut), need
+    return trie.plan(tree, size, known=known, cut=cut), need
 
 
 def held_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
-from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes, parse_bytes
 
 ATTENTION = "icl_ft_fast"
@@ -59,16 +59,16 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of one forward stand, in stack coordinates: row i sees key j <=> j <= row_q[i] < end_k[j].
+    """Where the rows of one forward stand, in cache coordinates: row i sees key j <=> j <= row_q[i] < end_k[j].
 
     Attributes:
         token: int64 [T].
         depth_q: int32 [T], positions in their sequences.
-        row_q: int32 [T], positions in the stack.
+        row_q: int32 [T], positions in the cache.
         end_k: int32 [S].
         depth_k: int32 [S].
-        stack: where earlier keys are; None when the T rows see only each other (training).
-        slots: int64 [T] stack positions to write to; None appends after the stack's rows.
+        cache: where earlier keys are; None when the T rows see only each other (training).
+        slots: int64 [T] cache positions to write to; None appends after the cache's rows.
         batch_invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
         plans: what the layers' attention shares, see ops.trie_attention.
     """
@@ -78,7 +78,7 @@ class Rows:
     row_q: torch.Tensor
     end_k: torch.Tensor
     depth_k: torch.Tensor
-    stack: KVStack | None = None
+    cache: KVCache | None = None
     slots: torch.Tensor | None = None
     batch_invariant: bool = False
     plans: dict[Any, Any] = field(default_factory=dict, init=False)
@@ -108,12 +108,12 @@ def _trie_attention(
     num_rows = icl_rows.row_q.shape[0]
     # Under autocast rotary embeddings leave q and k in float32.
     q, k, v = (t[0, :, :num_rows].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    if icl_rows.stack is not None:
+    if icl_rows.cache is not None:
         layer, rows = module.layer_idx, icl_rows.end_k.shape[0]
         if icl_rows.slots is None:
-            k, v = icl_rows.stack.append(layer, k, v)  # type: ignore[arg-type]
+            k, v = icl_rows.cache.append(layer, k, v)  # type: ignore[arg-type]
         else:
-            k, v = icl_rows.stack.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
+            k, v = icl_rows.cache.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
     out = ops.trie_attention(
         q,
         k,
@@ -226,31 +226,31 @@ class Model:
     def footprint(self) -> Footprint:
         """Bytes that weights and rows take, counted while a few rows are forwarded: exact for any architecture."""
         most = min(64, self.max_positions)
-        stack, peaks = self.new_stack(most), []
-        for rows in (most, most // 2, most):  # the first also makes the stack
+        cache, peaks = self.new_cache(most), []
+        for rows in (most, most // 2, most):  # the first also makes the cache
             (chunk,) = trie.plan(trie.build_from_lists([([0] * rows, [0])]), rows).chunks
             with torch.inference_mode():
-                peaks.append(live_bytes(functools.partial(self.forward_chunk, chunk, stack)))
-            stack.rows = 0
-        layers = stack.layers(most)
+                peaks.append(live_bytes(functools.partial(self.forward_chunk, chunk, cache)))
+            cache.rows = 0
+        layers = cache.layers(most)
         # The copy of a layer that is read, and, of an int8 one, the float32 that it is made from.
         opened = max((k.nbytes + v.nbytes) * 4 // k.element_size() for k, v in layers.values())
         return Footprint(
             weight_bytes=sum(p.numel() * p.element_size() for p in self.network.parameters()),
             row_bytes=(peaks[2] - peaks[1]) // (most - most // 2),
-            kv_row_bytes=stack.nbytes // most,
+            kv_row_bytes=cache.nbytes // most,
             layers=len(layers),
             open_row_bytes=0 if self.memory.kv_dtype is None else opened // most,
             block_bytes=peaks[2] if self.batch_invariant else 0,
         )
 
-    def new_stack(self, capacity: int, folder: Path | None = None) -> KVStack:
-        """An empty stack that keeps rows as `memory` says, in files in `folder` if there is one."""
-        return KVStack(capacity, kv_dtype=self.memory.kept, folder=folder)
+    def new_cache(self, capacity: int, folder: Path | None = None) -> KVCache:
+        """An empty cache that keeps rows as `memory` says, in files in `folder` if there is one."""
+        return KVCache(capacity, kv_dtype=self.memory.kept, folder=folder)
 
     def forward(self, rows: Rows) -> torch.Tensor:
-        """Hidden states [T, E] of the rows, after the final norm; appends to rows.stack but does not commit."""
-        if self.batch_invariant and rows.stack is not None:
+        """Hidden states [T, E] of the rows, after the final norm; appends to rows.cache but does not commit."""
+        if self.batch_invariant and rows.cache is not None:
             return torch.cat([self._forward(block) for block in _blocks(rows)])
         return self._forward(rows)
 
@@ -266,23 +266,23 @@ class Model:
         hidden: torch.Tensor = output.last_hidden_state[0, :num_rows]
         return hidden
 
-    def forward_chunk(self, chunk: trie.Chunk, stack: KVStack) -> torch.Tensor:
-        """Hidden states [T, E] of a planned chunk; compacts the stack first and commits the chunk's rows."""
-        stack.compact(chunk.keep)
-        device, kept = self.device, chunk.stack_rows
+    def forward_chunk(self, chunk: trie.Chunk, cache: KVCache) -> torch.Tensor:
+        """Hidden states [T, E] of a planned chunk; compacts the cache first and commits the chunk's rows."""
+        cache.compact(chunk.keep)
+        device, kept = self.device, chunk.cached_rows
         end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
         row_q = torch.arange(kept, len(chunk.end_k), dtype=torch.int32, device=device)
         token = chunk.token.to(device, torch.int64)
-        hidden = self.forward(Rows(token, depth_k[kept:], row_q, end_k, depth_k, stack))
-        stack.commit(chunk.last_row - chunk.first_row)
+        hidden = self.forward(Rows(token, depth_k[kept:], row_q, end_k, depth_k, cache))
+        cache.commit(chunk.last_row - chunk.first_row)
         return hidden
 
-    def forward_forest(self, forest: trie.Trie) -> torch.Tensor:
-        """Hidden states [T, E] of a whole forest at once, differentiable; for training."""
+    def forward_tree(self, tree: trie.Trie) -> torch.Tensor:
+        """Hidden states [T, E] of a whole tree at once, differentiable; for training."""
         device = self.device
-        end, depth = forest.end.to(device), forest.depth.to(device)
+        end, depth = tree.end.to(device), tree.depth.to(device)
         row_q = torch.arange(len(end), dtype=torch.int32, device=device)
-        return self.forward(Rows(forest.token.to(device, torch.int64), depth, row_q, end, depth))
+        return self.forward(Rows(tree.token.to(device, torch.int64), depth, row_q, end, depth))
 
     def target_logprob(
         self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor
@@ -554,7 +554,7 @@ def _max_positions(config: Any) -> int:
     return min(known) if known else 2**31 - 1
 
 
-# A branching trie: one prefix, two branches, one of which splits again; chunks of 7 rows exercise the stack.
+# A branching trie: one prefix, two branches, one of which splits again; chunks of 7 rows exercise the cache.
 _CHECK_PATHS = ((0, 10), (10, 15)), ((0, 10), (15, 22), (22, 24)), ((0, 10), (15, 22), (24, 28))
 _CHECK_SHARED = 10
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
@@ -571,11 +571,11 @@ def _self_check(model: Model) -> None:
     refusal = f"{model.name}: {network.config.model_type}: this family cannot be served"
     tokens = torch.randint(model.vocabulary, (28,), generator=torch.Generator().manual_seed(0)).tolist()
     paths = [[token for first, last in path for token in tokens[first:last]] for path in _CHECK_PATHS]
-    forest = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
-    plan = trie.plan(forest, 7)
-    stack = KVStack(plan.capacity)
+    tree = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
+    plan = trie.plan(tree, 7)
+    cache = KVCache(plan.capacity)
     try:
-        hidden = torch.cat([model.forward_chunk(chunk, stack) for chunk in plan.chunks])
+        hidden = torch.cat([model.forward_chunk(chunk, cache) for chunk in plan.chunks])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way
@@ -585,7 +585,7 @@ def _self_check(model: Model) -> None:
     network.set_attn_implementation("eager")
     try:
         for r, path in enumerate(paths):
-            rows = forest.scored_row[forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]].long()
+            rows = tree.scored_row[tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]].long()
             token = torch.tensor(path, device=model.device)
             plain = model.body(token[None], use_cache=False).last_hidden_state[0]
             errors.append(_distance(hidden[rows.to(plain.device)], plain))
@@ -685,7 +685,7 @@ def _prove_invariant(model: Model) -> None:
     depth = torch.full_like(row, 7)
 
     def outputs(token: torch.Tensor) -> torch.Tensor:
-        hidden = model.forward(Rows(token, depth, row, row + 1, depth, KVStack(BLOCK_ROWS)))
+        hidden = model.forward(Rows(token, depth, row, row + 1, depth, KVCache(BLOCK_ROWS)))
         return torch.cat([hidden.float(), model.head.logits(hidden)], 1)
 
     mixed, moved, alike = outputs(token), outputs(token.roll(1)), outputs(token[:1].expand(BLOCK_ROWS))

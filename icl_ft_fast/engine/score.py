@@ -20,7 +20,7 @@ from tqdm import tqdm
 from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.kv_cache import Context, KVStack, common_tokens
+from icl_ft_fast.engine.kv_cache import Context, KVCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
 from icl_ft_fast.tasks.task import Question
@@ -148,28 +148,28 @@ def prefill(
         raise ScoreError("token: expected at least one id")
     check_fit(model, [(ids, ids[-1:])], ["context"])
     known = common_tokens(near.token, np.asarray(ids, np.int32)) if near else 0
-    forest = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
+    tree = trie.build_from_lists([(ids, [0])])  # a placeholder child makes the last token a row
     weight = model.head.weight
     hidden = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    plan, stack = _fit(model, forest, chunk_tokens, known=known, extra_bytes=hidden.nbytes)
+    plan, cache = _fit(model, tree, chunk_tokens, known=known, extra_bytes=hidden.nbytes)
     if near and known:
         hidden[:known] = near.hidden[:known]
-        near.stack.copy(known, stack)
+        near.cache.copy(known, cache)
     work = work_of(model)
 
     def forward(chunk: trie.Chunk) -> None:
         if chunk.first_row >= known:
-            hidden[chunk.first_row : chunk.last_row] = model.forward_chunk(chunk, stack)
-            ledger.ran(work, forest.depth[chunk.first_row : chunk.last_row], chunk.stack_rows, 0)
+            hidden[chunk.first_row : chunk.last_row] = model.forward_chunk(chunk, cache)
+            ledger.ran(work, tree.depth[chunk.first_row : chunk.last_row], chunk.cached_rows, 0)
 
     with ledger.phase("prefill"):
-        for _ in _by_chunk(plan, stack, forward):
+        for _ in _by_chunk(plan, cache, forward):
             pass
         ledger.request_tokens += len(ids)
         ledger.cached_tokens += known
         ledger.forwarded_tokens += len(ids) - known
-        ledger.kv_bytes += stack.nbytes
-    return Context(np.asarray(ids, np.int32), hidden, stack, is_counted)
+        ledger.kv_bytes += cache.nbytes
+    return Context(np.asarray(ids, np.int32), hidden, cache, is_counted)
 
 
 def stored_context(
@@ -222,8 +222,8 @@ def iter_token_logprobs(
     start: Context | None = None,
 ) -> Iterator[tuple[int, TokenLogprobs]]:
     """Score token by token, with the `top` likeliest tokens at each place; otherwise as iter_loglikelihood() does."""
-    forest = trie.build_from_lists(_encode(model, requests))
-    num_scored = len(forest.scored_token)
+    tree = trie.build_from_lists(_encode(model, requests))
+    num_scored = len(tree.scored_token)
     logp, rank = torch.empty(num_scored), torch.empty(num_scored, dtype=torch.int64)
     top_logp, top_id = torch.empty(num_scored, top), torch.empty(num_scored, top, dtype=torch.int64)
 
@@ -241,10 +241,10 @@ def iter_token_logprobs(
 
     logit_bytes = 3 * 4 * LOGIT_ROWS * model.head.weight.shape[0]
     for completed in _forward(
-        model, forest, chunk_tokens, ledger or Ledger(), False, start, head, extra_bytes=logit_bytes
+        model, tree, chunk_tokens, ledger or Ledger(), False, start, head, extra_bytes=logit_bytes
     ):
         for r in completed:
-            path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
+            path = tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]
             likeliest = zip(top_id[path].tolist(), top_logp[path].tolist(), strict=True)
             pairs = [list(zip(ids, values, strict=True)) for ids, values in likeliest]
             yield r, TokenLogprobs(logp[path].tolist(), rank[path].tolist(), pairs)
@@ -424,9 +424,9 @@ def _run(
     shared_tokens: int = 0,
 ) -> Iterator[tuple[int, LogLikelihood]]:
     """Yield (request index, result) as chunks complete them."""
-    forest = trie.build_from_lists(requests)
-    logp = torch.empty(len(forest.scored_token), dtype=torch.float64)
-    is_argmax = torch.empty(len(forest.scored_token), dtype=torch.bool)
+    tree = trie.build_from_lists(requests)
+    logp = torch.empty(len(tree.scored_token), dtype=torch.float64)
+    is_argmax = torch.empty(len(tree.scored_token), dtype=torch.bool)
 
     def head(chunk: trie.Chunk, needed: torch.Tensor) -> None:
         if len(needed):
@@ -434,15 +434,15 @@ def _run(
             logp[chunk.target_index] = values.double().cpu()
             is_argmax[chunk.target_index] = flags.cpu()
 
-    for completed in _forward(model, forest, chunk_tokens, ledger, progress, start, head, shared_tokens):
+    for completed in _forward(model, tree, chunk_tokens, ledger, progress, start, head, shared_tokens):
         for r in completed:
-            path = forest.path[forest.path_offset[r] : forest.path_offset[r + 1]]
+            path = tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]
             yield r, LogLikelihood(logp[path].sum().item(), bool(is_argmax[path].all()))
 
 
 def _forward(
     model: Model,
-    forest: trie.Trie,
+    tree: trie.Trie,
     chunk_tokens: int,
     ledger: Ledger,
     progress: bool,
@@ -452,16 +452,16 @@ def _forward(
     extra_bytes: int = 0,
 ) -> Iterator[list[int]]:
     """Call `head` with each chunk and the hidden states of its head rows, and yield the requests that it completes."""
-    known = 0 if start is None else min(len(start.token), len(forest.token))
+    known = 0 if start is None else min(len(start.token), len(tree.token))
     if start is not None and known:
-        begins = torch.from_numpy(start.token[:known]).equal(forest.token[:known])
-        if not begins or not (forest.end[:known] == len(forest.token)).all():
+        begins = torch.from_numpy(start.token[:known]).equal(tree.token[:known])
+        if not begins or not (tree.end[:known] == len(tree.token)).all():
             raise ScoreError("start: not every request begins with its tokens")
-    shared_rows = int((forest.end[:shared_tokens] == len(forest.end)).int().cumprod(0).sum())
-    plan, stack = _fit(model, forest, chunk_tokens, start, known, shared_rows, extra_bytes)
+    shared_rows = int((tree.end[:shared_tokens] == len(tree.end)).int().cumprod(0).sum())
+    plan, cache = _fit(model, tree, chunk_tokens, start, known, shared_rows, extra_bytes)
     work = work_of(model)
     with ledger.phase("query"):
-        ledger.request_tokens += forest.request_tokens
+        ledger.request_tokens += tree.request_tokens
         if start is not None and not start.is_counted:
             ledger.cached_tokens += known
     if start is not None:
@@ -473,11 +473,11 @@ def _forward(
                 hidden = start.hidden[chunk.first_row : chunk.last_row]
                 ledger.flops += len(chunk.head_rows) * work.head_flops
             else:
-                hidden = model.forward_chunk(chunk, stack)
+                hidden = model.forward_chunk(chunk, cache)
                 if chunk.first_row == known:
                     ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
-                depth = forest.depth[chunk.first_row : chunk.last_row]
-                ledger.ran(work, depth, chunk.stack_rows, len(chunk.head_rows))
+                depth = tree.depth[chunk.first_row : chunk.last_row]
+                ledger.ran(work, depth, chunk.cached_rows, len(chunk.head_rows))
                 ledger.forwarded_tokens += len(chunk.token)
             ledger.head_tokens += len(chunk.head_rows)
             ledger.scored_tokens += len(chunk.target_index)
@@ -485,11 +485,11 @@ def _forward(
             head(chunk, hidden[chunk.head_rows.to(hidden.device)])
 
     # Along a path rows ascend, so a request is complete with the chunk that has its last scored node's row.
-    last_row = forest.scored_row.numpy()[forest.path.numpy()[forest.path_offset.numpy()[1:] - 1]]
+    last_row = tree.scored_row.numpy()[tree.path.numpy()[tree.path_offset.numpy()[1:] - 1]]
     order = np.argsort(last_row, kind="stable")
     num_done = 0
-    with tqdm(total=len(forest.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
-        for chunk in _by_chunk(plan, stack, run):
+    with tqdm(total=len(tree.token), initial=known, desc="scoring", unit="row", disable=not progress, delay=1) as bar:
+        for chunk in _by_chunk(plan, cache, run):
             bar.update(max(0, chunk.last_row - max(known, chunk.first_row)))
             completed = order[num_done : np.searchsorted(last_row, chunk.last_row, sorter=order)]
             num_done += len(completed)
@@ -498,19 +498,19 @@ def _forward(
 
 def _fit(
     model: Model,
-    forest: trie.Trie,
+    tree: trie.Trie,
     chunk_tokens: int,
     start: Context | None = None,
     known: int = 0,
     cut: int = 0,
     extra_bytes: int = 0,
-) -> tuple[trie.Plan, KVStack]:
-    """The plan that fits the model's memory, and its stack, on which `start` is already; raises ScoreError."""
-    room = start.stack.capacity if start is not None and start.stack.kv_dtype == model.memory.kept else 0
-    results_bytes = 16 * len(forest.scored_token) + 160 * len(forest.path_offset)  # the caller's, mostly
+) -> tuple[trie.Plan, KVCache]:
+    """The plan that fits the model's memory, and its cache, on which `start` is already; raises ScoreError."""
+    room = start.cache.capacity if start is not None and start.cache.kv_dtype == model.memory.kept else 0
+    results_bytes = 16 * len(tree.scored_token) + 160 * len(tree.path_offset)  # the caller's, mostly
     try:
         plan, need = memory.fit(
-            forest,
+            tree,
             chunk_tokens,
             model.memory,
             model.footprint,
@@ -522,11 +522,11 @@ def _fit(
         )
     except memory.BudgetError as error:
         raise ScoreError(str(error)) from error
-    stack = model.new_stack(plan.capacity, need.folder if need.offloaded_bytes else None)
-    return plan, stack if start is None else start.open(stack)
+    cache = model.new_cache(plan.capacity, need.folder if need.offloaded_bytes else None)
+    return plan, cache if start is None else start.open(cache)
 
 
-def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]) -> Iterator[trie.Chunk]:
+def _by_chunk(plan: trie.Plan, cache: KVCache, run: Callable[[trie.Chunk], None]) -> Iterator[trie.Chunk]:
     """Run chunks in turn, each yielded when it is done; one that memory runs out on, and all after it, in halves."""
     k = 0
     while k < len(plan.chunks):
@@ -535,7 +535,7 @@ def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]
         try:
             run(chunk)
         except (MemoryError, RuntimeError) as error:
-            if not memory.is_exhausted(error) or rows == 1 or stack.rows < 0:  # nothing to halve, or the stack is lost
+            if not memory.is_exhausted(error) or rows == 1 or cache.rows < 0:  # nothing to halve, or the cache is lost
                 raise
             _log.warning(
                 "memory: ran out with %d rows at a time: going on with %d (%s)", rows, (rows + 1) // 2, str(error)
@@ -544,5 +544,5 @@ def _by_chunk(plan: trie.Plan, stack: KVStack, run: Callable[[trie.Chunk], None]
             yield chunk
             k += 1
             continue
-        stack.rows = chunk.stack_rows  # what the chunk has added is forgotten
+        cache.rows = chunk.cached_rows  # what the chunk has added is forgotten
         plan, k = plan.halved(k), 0

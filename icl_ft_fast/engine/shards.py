@@ -72,11 +72,11 @@ def cut(
     """
     if not requests:
         return []
-    forest = trie.build_from_lists(requests)
-    last = forest.path.numpy()[forest.path_offset.numpy()[1:] - 1]
+    tree = trie.build_from_lists(requests)
+    last = tree.path.numpy()[tree.path_offset.numpy()[1:] - 1]
     lengths = np.array([len(context) for context, _ in requests])
     order = np.lexsort((lengths, last))
-    leaf, depth = forest.scored_row.numpy()[last[order]].astype(np.int64), forest.depth.numpy()
+    leaf, depth = tree.scored_row.numpy()[last[order]].astype(np.int64), tree.depth.numpy()
     rows = depth[leaf].astype(np.int64) + 1
     shared = _shared_rows(leaf, depth)
     new_heads = np.maximum(0, rows - np.maximum(lengths[order] - 1, np.concatenate([[0], shared])))

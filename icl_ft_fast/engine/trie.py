@@ -129,10 +129,10 @@ def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) ->
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Rows [first_row, last_row) of a trie, forwarded together on top of the KV stack.
+    """Rows [first_row, last_row) of a trie, forwarded together on top of the KV cache.
 
-    The stack then holds the `stack_rows` open ancestors of first_row, root first, followed by the chunk's own rows: row
-    r is at stack position stack_rows + r - first_row, and the query at position q sees the key at position p if and
+    The cache then holds the `cached_rows` open ancestors of first_row, root first, followed by the chunk's own rows.
+    Row r is at cache position cached_rows + r - first_row. The query at position q sees the key at position p if and
     only if p <= q < end_k[p].
 
     `head_rows`, int32, are the rows whose hidden states the output head needs, counted from first_row, ascending and
@@ -145,7 +145,7 @@ class Chunk:
 
     first_row: int
     last_row: int
-    stack_rows: int
+    cached_rows: int
     head_rows: Tensor
     target_row: Tensor
     target_token: Tensor
@@ -160,11 +160,11 @@ class Chunk:
 
     @property
     def keep(self) -> Tensor:
-        """Positions of the previous chunk's stack, its own rows included, that this chunk's stack starts with.
+        """Positions of the previous chunk's cache, its own rows included, that this chunk's cache starts with.
 
-        int64 [stack_rows], ascending; empty for the first chunk.
+        int64 [cached_rows], ascending; empty for the first chunk.
         """
-        # An ancestor already on the stack is at the position of its depth; the others follow in the previous chunk.
+        # An ancestor already on the cache is at the position of its depth; the others follow in the previous chunk.
         ancestors, before = self._ancestors(), self._previous_row
         num_before = int(torch.searchsorted(ancestors, before))
         new = ancestors[num_before:] + (int(self._trie.depth[before]) - before)
@@ -172,23 +172,23 @@ class Chunk:
 
     @property
     def end_k(self) -> Tensor:
-        """First stack position no longer below each stack row, int32 [stack_rows + rows].
+        """First cache position no longer below each cache row, int32 [cached_rows + rows].
 
-        Not clipped: a subtree that goes on after the chunk ends beyond the stack.
+        Not clipped: a subtree that goes on after the chunk ends beyond the cache.
         """
         end = self._trie.end
         ends = torch.cat([end[self._ancestors()], end[self.first_row : self.last_row]])
-        return ends + (self.stack_rows - self.first_row)
+        return ends + (self.cached_rows - self.first_row)
 
     @property
     def depth_k(self) -> Tensor:
-        """Depth of each stack row, int32 [stack_rows + rows]; its last rows are the depths of the queries."""
-        ancestors = torch.arange(self.stack_rows, dtype=torch.int32)
+        """Depth of each cache row, int32 [cached_rows + rows]; its last rows are the depths of the queries."""
+        ancestors = torch.arange(self.cached_rows, dtype=torch.int32)
         return torch.cat([ancestors, self._trie.depth[self.first_row : self.last_row]])
 
     def _ancestors(self) -> Tensor:
-        """Open ancestors of the first row, root first, int32 [stack_rows]."""
-        ancestors = torch.empty(self.stack_rows, dtype=torch.int32)
+        """Open ancestors of the first row, root first, int32 [cached_rows]."""
+        ancestors = torch.empty(self.cached_rows, dtype=torch.int32)
         _C.trie_ancestors(self._trie.parent.numpy(), self.first_row, ancestors.numpy())
         return ancestors
 
@@ -197,7 +197,7 @@ class Chunk:
 class Plan:
     """The chunks a trie is forwarded in, in order; together they hold every row once.
 
-    `capacity` is the largest number of rows on the KV stack at any time, a chunk's own included.
+    `capacity` is the largest number of rows on the KV cache at any time, a chunk's own included.
     """
 
     chunks: tuple[Chunk, ...]
@@ -206,7 +206,7 @@ class Plan:
     def halved(self, k: int) -> "Plan":
         """The plan from chunk k on, with no chunk longer than half of that one; the capacity suffices as it is.
 
-        It begins with the stack as chunk k finds it: compacted, its own rows not yet there.
+        It begins with the cache as chunk k finds it: compacted, its own rows not yet there.
         """
         first = self.chunks[k]
         most = (first.last_row - first.first_row + 1) // 2
@@ -218,7 +218,7 @@ def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
     """Cut a trie's rows into chunks of `max_rows` >= 1 consecutive rows, the last one perhaps smaller.
 
     The first `known` rows, which have been forwarded already and have every other row below them, are a chunk of their
-    own, and no chunk goes over row `cut`. The KV stack of a chunk is never longer than its rows plus the longest path,
+    own, and no chunk goes over row `cut`. The KV cache of a chunk is never longer than its rows plus the longest path,
     whatever the size of the trie.
     """
     edges = _edges(trie, max_rows, known, cut)
@@ -247,7 +247,7 @@ def _edges(trie: Trie, max_rows: int, known: int, cut: int) -> list[int]:
 
 
 def _chunks(trie: Trie, edges: list[int], previous_row: int) -> tuple[Chunk, ...]:
-    """The chunks between the edges; `previous_row` begins the chunk whose stack the first one finds."""
+    """The chunks between the edges; `previous_row` begins the chunk whose cache the first one finds."""
     # A sibling comes after its elder's whole subtree, so scored nodes are regrouped by parent; numpy's stable sort is
     # several times faster than torch's on such nearly sorted values.
     scored = torch.from_numpy(np.argsort(trie.scored_row.numpy(), kind="stable"))
@@ -260,7 +260,7 @@ def _chunks(trie: Trie, edges: list[int], previous_row: int) -> tuple[Chunk, ...
         chunk = Chunk(
             first_row=first_row,
             last_row=edges[k + 1],
-            stack_rows=int(trie.depth[first_row]),
+            cached_rows=int(trie.depth[first_row]),
             head_rows=rows - first_row,
             target_row=inverse.int(),
             target_token=trie.scored_token[index],

@@ -1,7 +1,7 @@
 """Fine-tuning through the same trie forward and target_logprob as scoring: `finetune()` and what it takes.
 
 settings: what can be set. data: rows and texts to tokens with a mask. batches: the order of examples, and a batch as
-one forest. optimizer: AdamW on float32 weights. lora, distillation, distributed: adapters, a teacher with documents in
+one tree. optimizer: AdamW on float32 weights. lora, distillation, distributed: adapters, a teacher with documents in
 context, many processes. checkpoint, trackers: files, and metrics elsewhere. loop: the training itself.
 """
 

@@ -1,4 +1,4 @@
-"""Which examples a step takes, as a function of the seed alone, and a batch as one forest with its targets."""
+"""Which examples a step takes, as a function of the seed alone, and a batch as one tree with its targets."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def order(examples: Sequence[Tokens], seed: int, *, group_by_prompt: bool = Fals
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples merged into one forest: a prefix they share is forwarded once, and its gradient is the sum of theirs.
+    """Examples merged into one tree: a prefix they share is forwarded once, and its gradient is the sum of theirs.
 
     Attributes:
-        forest: the trie; nobody sees another's tokens beyond a prefix that both have.
-        head_row: int64 [R], rows of the forest that predict some target, ascending.
+        tree: the trie; nobody sees another's tokens beyond a prefix that both have.
+        head_row: int64 [R], rows of the tree that predict some target, ascending.
         row: int64 [M], indices into head_row; target: int64 [M], the token; the distinct targets of the batch.
         taken: int64 [P], an index into those for each target of each example, in the order of the examples.
     """
 
-    forest: trie.Trie
+    tree: trie.Trie
     head_row: torch.Tensor
     row: torch.Tensor
     target: torch.Tensor
@@ -43,8 +43,8 @@ class Batch:
 
 def pack(examples: Sequence[Tokens]) -> Batch:
     """Merge examples, at least one."""
-    forest = trie.build_from_lists([(example.ids[:1], example.ids[1:]) for example in examples])
+    tree = trie.build_from_lists([(example.ids[:1], example.ids[1:]) for example in examples])
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
-    scored, taken = forest.path[is_target].long().unique(return_inverse=True)
-    head_row, row = forest.scored_row[scored].long().unique(return_inverse=True)
-    return Batch(forest, head_row, row, forest.scored_token[scored].long(), taken)
+    scored, taken = tree.path[is_target].long().unique(return_inverse=True)
+    head_row, row = tree.scored_row[scored].long().unique(return_inverse=True)
+    return Batch(tree, head_row, row, tree.scored_token[scored].long(), taken)

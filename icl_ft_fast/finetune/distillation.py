@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.kv_cache import KVStack
+from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Head, Model
 from icl_ft_fast.finetune.data import Tokens
@@ -93,21 +93,21 @@ def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, l
             f"teacher: its documents and the longest example are {over} tokens over the model's {model.max_positions} "
             "positions; give it fewer documents"
         )
-    forest = trie.build_from_lists(requests)
-    plan = trie.plan(forest, CHUNK_TOKENS)
-    stack, kept, num_kept = KVStack(plan.capacity), [], 0
-    place = torch.empty(len(forest.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
+    tree = trie.build_from_lists(requests)
+    plan = trie.plan(tree, CHUNK_TOKENS)
+    cache, kept, num_kept = KVCache(plan.capacity), [], 0
+    place = torch.empty(len(tree.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
     work = work_of(model)
     for chunk in plan.chunks:
-        hidden = model.forward_chunk(chunk, stack)
-        ledger.ran(work, chunk.depth_k[chunk.stack_rows :], chunk.stack_rows, 0)
+        hidden = model.forward_chunk(chunk, cache)
+        ledger.ran(work, chunk.depth_k[chunk.cached_rows :], chunk.cached_rows, 0)
         place[chunk.target_index] = chunk.target_row.long() + num_kept
         kept.append(hidden[chunk.head_rows.long().to(hidden.device)])
         num_kept += len(kept[-1])
-    ledger.request_tokens += forest.request_tokens
-    ledger.forwarded_tokens += len(forest.token)
-    rows, path = torch.cat(kept), forest.path.long()
-    offsets = forest.path_offset.tolist()
+    ledger.request_tokens += tree.request_tokens
+    ledger.forwarded_tokens += len(tree.token)
+    rows, path = torch.cat(kept), tree.path.long()
+    offsets = tree.path_offset.tolist()
     head = model.head
     return Teacher(
         Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap),

@@ -1,4 +1,4 @@
-"""The training loop: examples through one forest a batch, target_logprob as the loss, AdamW on float32 weights."""
+"""The training loop: examples through one tree a batch, target_logprob as the loss, AdamW on float32 weights."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ class Objective(torch.nn.Module):
 
     def forward(self, batch: batches.Batch, examples: Sequence[int]) -> torch.Tensor:
         """Nats; `examples` are the batch's, by which a teacher knows them."""
-        hidden = self._model.forward_forest(batch.forest)
+        hidden = self._model.forward_tree(batch.tree)
         if len(batch.head_row) < len(hidden):
             hidden = hidden[batch.head_row.to(hidden.device)]
         taken = batch.taken.to(hidden.device)
@@ -282,8 +282,8 @@ def _step(
             (part * processes).backward()  # gradients are averaged over the processes
         optimizer.gather()
         loss += part.item()
-        ledger.trained_tokens += len(batch.forest.token)
-        ledger.ran(work, batch.forest.depth, 0, len(batch.head_row), passes=3)
+        ledger.trained_tokens += len(batch.tree.token)
+        ledger.ran(work, batch.tree.depth, 0, len(batch.head_row), passes=3)
     return loss, optimizer.clip(settings.clip_norm), num_targets
 
 

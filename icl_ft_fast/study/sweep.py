@@ -40,7 +40,7 @@ class Point:
         prefill_flops, query_flops: from shapes.
         prefill_joules, query_joules: medians; None where energy cannot be read.
         save_s, load_s: seconds of save_context(), and of load_context() from the system's cache with the copy into a
-            stack that the first run makes.
+            cache that the first run makes.
     """
 
     context_tokens: int
@@ -126,7 +126,7 @@ def sweep(
         if length:
             with ledger.phase("context"):
                 loaded = load_context(path, model, fingerprint=fingerprint)
-                loaded.open(model.new_stack(length + longest))
+                loaded.open(model.new_cache(length + longest))
             with ledger.phase("save"):
                 save_context(path, model, loaded, fingerprint=fingerprint)
 
