@@ -192,7 +192,7 @@ def _checked(bench: Bench, case: str, index: Index, size: int) -> tuple[Callable
     row_q, end_k, depth_q, depth_k = index
     lengths, heads = (len(row_q), len(end_k), len(end_k)), (HEADS, KV_HEADS, KV_HEADS)
     qkv = [bench.random(*shape, size, seed=i) for i, shape in enumerate(zip(lengths, heads, strict=True))]
-    ours = functools.partial(ops.trie_attention, *qkv, *index)
+    ours = functools.partial(ops.trie_attention, *qkv, ops.TreeIndex(*index))
     some = torch.linspace(0, len(row_q) - 1, 32, device=bench.device).long()
     q, k, v = (x.double() for x in (qkv[0][some], *qkv[1:]))
     exact, _ = reference.trie_attention(q, k, v, row_q[some], end_k, depth_q[some], depth_k, None, size**-0.5, 0, 0.0)

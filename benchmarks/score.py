@@ -174,16 +174,17 @@ def floor(case: Case, chunk_tokens: int = CHUNK_TOKENS) -> Callable[[], None]:
         row = torch.arange(chunk.cached_rows, len(chunk.end_k), dtype=torch.int32, device=device)
         end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
         targets = chunk.target_row.to(device), chunk.target_token.to(device)
-        chunks.append((len(chunk.head_rows), targets, (row, end_k, depth_k[chunk.cached_rows :], depth_k)))
+        tree = ops.TreeIndex(row, end_k, depth_k[chunk.cached_rows :], depth_k)
+        chunks.append((len(chunk.head_rows), targets, tree))
 
     @torch.inference_mode()
     def call() -> None:
-        for num_head_rows, targets, index in chunks:
-            (rows, keys), plans = (len(x) for x in index[:2]), {}
+        for num_head_rows, targets, tree in chunks:
+            rows, keys, plans = len(tree.row_q), len(tree.end_k), {}
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]][:rows], weight)
             for _ in range(config.num_hidden_layers):
-                ops.trie_attention(q[:rows], k[:keys], v[:keys], *index, plans=plans)
+                ops.trie_attention(q[:rows], k[:keys], v[:keys], tree, plans=plans)
             if num_head_rows:
                 ops.target_logprob(inputs[config.hidden_size][:num_head_rows], head.weight, *targets)
 

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    index: tuple[Tensor, ...]
+    tree: ops.TreeIndex
     torch_qkv: tuple[Tensor, ...]
     mask: Tensor | None
     num_visible: int
@@ -57,7 +57,7 @@ def _training(dtype: torch.dtype, size: int, quick: bool) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(4, num_sequences, HEADS, length, size, generator=generator).to(dtype)
     row = torch.arange(num_sequences * length, dtype=torch.int32)
-    index = (row, (row // length + 1) * length, row % length, row % length)
+    tree = ops.TreeIndex(row, (row // length + 1) * length, row % length, row % length)
 
     def packed(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
@@ -68,7 +68,7 @@ def _training(dtype: torch.dtype, size: int, quick: bool) -> list[Row]:
         return torch.autograd.grad(attention(*qkv), qkv, cotangent)
 
     rows = torch.stack([packed(x) for x in batch])
-    ours = partial(gradients, lambda q, k, v: ops.trie_attention(q, k, v, *index))
+    ours = partial(gradients, lambda q, k, v: ops.trie_attention(q, k, v, tree))
     theirs = partial(gradients, partial(scaled_dot_product_attention, is_causal=True))
     for grad, torch_grad, exact in zip(ours(rows), theirs(batch), ours(rows.double()), strict=True):
         check_budget(f"training, {dtype}, {size}", grad, packed(torch_grad), exact)
@@ -158,7 +158,8 @@ def _call(
     j = torch.arange(len(ends))
     visible = (j <= row[:, None]) & (row[:, None] < ends)
     torch_qkv = tuple(x.transpose(0, 1).contiguous()[None] for x in (q, k, v))
-    return Call(q, k, v, (row, ends, depth_q, depth_k), torch_qkv, visible if masked else None, int(visible.sum()))
+    tree = ops.TreeIndex(row, ends, depth_q, depth_k)
+    return Call(q, k, v, tree, torch_qkv, visible if masked else None, int(visible.sum()))
 
 
 def _each(attention: Callable[[Call], Tensor], calls: list[Call]) -> None:
@@ -167,7 +168,7 @@ def _each(attention: Callable[[Call], Tensor], calls: list[Call]) -> None:
 
 
 def _trie_attention(call: Call) -> Tensor:
-    return ops.trie_attention(call.q, call.k, call.v, *call.index)
+    return ops.trie_attention(call.q, call.k, call.v, call.tree)
 
 
 def _torch(call: Call) -> Tensor:
@@ -176,7 +177,7 @@ def _torch(call: Call) -> Tensor:
 
 def _check(case: str, call: Call) -> None:
     """The error budget of tests/close.py, torch's attention being the same-dtype one."""
-    exact = ops.trie_attention(call.q.double(), call.k.double(), call.v.double(), *call.index)
+    exact = ops.trie_attention(call.q.double(), call.k.double(), call.v.double(), call.tree)
     check_budget(case, _trie_attention(call), _torch(call), exact)
 
 

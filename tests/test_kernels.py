@@ -16,11 +16,11 @@ from close import assert_close
 from forests import Forest, forest, forests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_trie_attention import bushy, index_tensors
+from test_trie_attention import bushy, index_tensors, tree_index
 
 from benchmarks.trie_attention import questions
 from icl_ft_fast import ops
-from icl_ft_fast.ops import target_logprob, trie_attention
+from icl_ft_fast.ops import AttentionOptions, TreeIndex, target_logprob, trie_attention
 
 pytest.importorskip("triton")
 import interpreter
@@ -162,7 +162,7 @@ def test_few_queries_are_split_over_their_keys(dtype: torch.dtype, device: str, 
     attention(step, dtype, device, (4, 2), (64, 64), sinks=True)
     assert merges
     q, k = torch.randn(2, 4, 64, device=device), torch.randn(700, 2, 64, device=device)
-    once, again = (trie_attention(q, k, k, *index_tensors(step, device)) for _ in range(2))
+    once, again = (trie_attention(q, k, k, tree_index(step, device)) for _ in range(2))
     assert torch.equal(once, again)
 
 
@@ -234,10 +234,10 @@ def test_offsets_beyond_two_to_the_31() -> None:
     q = torch.randn(rows, 8, 64, device="cuda", dtype=torch.float16)
     chains = torch.arange(rows, dtype=torch.int32, device="cuda")
     end = (chains // 64 + 1) * 64
-    out = trie_attention(q, q, q, chains, end, chains, chains)
+    out = trie_attention(q, q, q, TreeIndex(chains, end, chains, chains))
     last = slice(rows // 64 * 64 - 64, rows // 64 * 64)
-    index = index_tensors(forest([0] * 64), "cuda")
-    assert torch.equal(out[last], trie_attention(q[last], q[last], q[last], *index))
+    tree = tree_index(forest([0] * 64), "cuda")
+    assert torch.equal(out[last], trie_attention(q[last], q[last], q[last], tree))
 
 
 @NEEDS_GPU
@@ -285,7 +285,7 @@ def test_attention_costs_what_the_interpreter_counts(
         for backward in (False, True):
             if not backward:
                 with interpreter.counted() as counts:
-                    out = trie_attention(q, k, k, *index, window=window, sinks=sinks)
+                    out = trie_attention(q, k, k, TreeIndex(*index), AttentionOptions(window=window, sinks=sinks))
             else:
                 with interpreter.counted() as counts:
                     out.sum().backward()
@@ -346,11 +346,11 @@ def test_layers_share_a_plan(device: str, monkeypatch) -> None:
     kernels, made = import_module("icl_ft_fast.ops.triton.trie_attention"), []
     planned = kernels._planned
     monkeypatch.setattr(kernels, "_planned", lambda *args: made.append(args[2] is None) or planned(*args))
-    index = index_tensors(bushy(100), device)
+    tree = tree_index(bushy(100), device)
     q, k = (torch.randn(100, n, 16, device=device, requires_grad=True) for n in (4, 2))
 
     def run(plans: dict[Any, Any] | None, window: int | None) -> list[torch.Tensor]:
-        out = trie_attention(q, k, k, *index, window=window, plans=plans)
+        out = trie_attention(q, k, k, tree, AttentionOptions(window=window), plans=plans)
         return [out, *torch.autograd.grad(out.square().sum(), (q, k))]
 
     plans: dict[Any, Any] = {}
@@ -359,8 +359,8 @@ def test_layers_share_a_plan(device: str, monkeypatch) -> None:
         assert all(map(torch.equal, *results))
     # A kernel plans for itself in each of the 4 calls without plans, and before the first of each window with them.
     assert sum(made) == 3 * (4 + 2)
-    with pytest.raises(ValueError, match="plans expected to be shared by calls over the very same"):
-        trie_attention(q, k, k, *index_tensors(bushy(100), device), plans=plans)
+    with pytest.raises(ValueError, match="plans expected to be shared by calls with the very same"):
+        trie_attention(q, k, k, tree_index(bushy(100), device), plans=plans)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0, "scale": 0.4}], ids=str)
@@ -368,7 +368,8 @@ def test_attention_gradients(options: dict[str, Any], device: str) -> None:
     qkv, index, sinks = test_trie_attention.float64_inputs()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return trie_attention(q, k, v, *[x.to(device) for x in index], sinks=sinks, return_lse=True, **options)
+        tree = TreeIndex(*(x.to(device) for x in index))
+        return trie_attention(q, k, v, tree, AttentionOptions(sinks=sinks, **options), return_lse=True)
 
     leaves = [x.detach().to(device).requires_grad_() for x in (*qkv, sinks)]
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)

@@ -283,9 +283,10 @@ def test_attention_over_kept_rows_is_within_the_documented_bound(kv_dtype, share
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, heads, 16, generator=generator) for n, heads in ((40, 4), (40, 2), (40, 2)))
     row, end = torch.arange(40, dtype=torch.int32), torch.full((40,), 40, dtype=torch.int32)
-    exact = ops.trie_attention(q.double(), k.double(), v.double(), row, end, row, row)
+    tree = ops.TreeIndex(row, end, row, row)
+    exact = ops.trie_attention(q.double(), k.double(), v.double(), tree)
     kept_k, kept_v = (unpack(pack(x, kv_dtype), x.dtype) for x in (k, v))
-    got = ops.trie_attention(q, kept_k, kept_v, row, end, row, row)
+    got = ops.trie_attention(q, kept_k, kept_v, tree)
     largest_k, largest_v = k.abs().amax().item(), v.abs().amax().item()
     delta = 16**-0.5 * q.abs().sum(-1).amax().item() * share * largest_k
     bound = math.expm1(2 * delta) * largest_v + share * largest_v

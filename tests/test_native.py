@@ -239,7 +239,8 @@ def test_a_stride_of_a_single_element_is_never_taken():
     assert logp.tolist() == [0.0]
     index = torch.zeros(1, dtype=torch.int32)
     q = torch.ones(8).as_strided((1, 1, 8), (2**60, 2**59, 1))
-    assert ops.trie_attention(q, q, q, index, index + 1, index, index).tolist() == [[[1.0] * 8]]
+    tree = ops.TreeIndex(index, index + 1, index, index)
+    assert ops.trie_attention(q, q, q, tree).tolist() == [[[1.0] * 8]]
 
 
 @pytest.mark.parametrize("name", ["depth_q", "depth_k"])
@@ -257,10 +258,8 @@ def test_rows_and_ends_of_any_value_are_compared_only(end, row):
     k = torch.randn(7, 1, 4, generator=generator)
     q, end_k = torch.randn(2, 1, 4, generator=generator), torch.full((7,), end, dtype=torch.int32)
     row_q, depth = torch.tensor([row, 3], dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
-    results = [
-        ops.trie_attention(*(x.to(dtype) for x in (q, k, k)), row_q, end_k, depth[:2], depth)
-        for dtype in (torch.float32, torch.float64)
-    ]
+    tree = ops.TreeIndex(row_q, end_k, depth[:2], depth)
+    results = [ops.trie_attention(*(x.to(dtype) for x in (q, k, k)), tree) for dtype in (torch.float32, torch.float64)]
     torch.testing.assert_close(results[0].double(), results[1])
 
 

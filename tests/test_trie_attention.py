@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from icl_ft_fast import _C, ops
-from icl_ft_fast.ops import reference, trie_attention
+from icl_ft_fast.ops import AttentionOptions, TreeIndex, reference, trie_attention
 
 ORDERS = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -44,6 +44,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def index_tensors(trie: Forest, device: str) -> list[Tensor]:
     fields = (trie.row_q, trie.end_k, trie.depth_q, trie.depth_k)
     return [torch.tensor(field, dtype=torch.int32, device=device) for field in fields]
+
+
+def tree_index(trie: Forest, device: str) -> TreeIndex:
+    return TreeIndex(*index_tensors(trie, device))
 
 
 def visibility(trie: Forest, window: int | None) -> Tensor:
@@ -132,15 +136,8 @@ def check(
         return [x.detach().cpu() for x in (*results, *grads)]
 
     def op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        index = index_tensors(trie, device)
-        options = {
-            "scale": scale,
-            "window": window,
-            "softcap": softcap,
-            "sinks": sinks,
-            "batch_invariant": batch_invariant,
-        }
-        return trie_attention(q, k, v, *index, **options, return_lse=True)
+        options = AttentionOptions(scale, window, softcap, sinks, batch_invariant)
+        return trie_attention(q, k, v, tree_index(trie, device), options, return_lse=True)
 
     def plain(function: Callable[..., Any]) -> Callable[..., Any]:
         factor = D**-0.5 if scale is None else scale
@@ -188,8 +185,7 @@ def test_options(option: str, dtype: torch.dtype, device: str) -> None:
 def test_half_precision_is_worked_out_in_float32(dtype: torch.dtype, device: str) -> None:
     trie, generator = bushy(65), torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 65, 4, 64, generator=generator).to(dtype).unbind()
-    index = index_tensors(trie, device)
-    out, lse = trie_attention(*(x.to(device) for x in (q, k, v)), *index, return_lse=True)
+    out, lse = trie_attention(*(x.to(device) for x in (q, k, v)), tree_index(trie, device), return_lse=True)
     options = (None, visibility(trie, None), 0.125, None)
     same_out, same_lse = masked(q.float(), k.float(), v.float(), *options)
     exact_out, exact_lse = by_path(q.double(), k.double(), v.double(), *options)
@@ -287,37 +283,42 @@ def test_an_invariant_query_has_the_bits_of_its_path_alone(
     generator = torch.Generator().manual_seed(T + 1000 * S)
     q = torch.randn(T, H, 24, generator=generator).to(dtype)
     k, v = torch.randn(2, S, G, 24, generator=generator).to(dtype).unbind()
-    options = {"window": window, "softcap": softcap, "scale": scale, "return_lse": True, "batch_invariant": True}
-    options["sinks"] = torch.randn(H, generator=generator) if sinks else None
-    row_q, end_k, depth_q, depth_k = index_tensors(trie, "cpu")
+    sink = torch.randn(H, generator=generator) if sinks else None
+    options = AttentionOptions(scale, window, softcap, sink, batch_invariant=True)
+    tree = tree_index(trie, "cpu")
     with pytest.MonkeyPatch.context() as patch:
         force(isa, patch)
-        out, lse = trie_attention(q, k, v, row_q, end_k, depth_q, depth_k, **options)
+        out, lse = trie_attention(q, k, v, tree, options, return_lse=True)
         for i in range(0, T, 7):
             path = torch.tensor(trie.visible[i]).nonzero()[:, 0]
             index = (
                 torch.tensor([len(path)]),
                 torch.full((len(path),), len(path) + 1),
-                depth_q[i : i + 1],
-                depth_k[path],
+                tree.depth_q[i : i + 1],
+                tree.depth_k[path],
             )
-            alone = trie_attention(q[i : i + 1], k[path], v[path], *(x.int() for x in index), **options)
+            alone_tree = TreeIndex(*(x.int() for x in index))
+            alone = trie_attention(q[i : i + 1], k[path], v[path], alone_tree, options, return_lse=True)
             assert torch.equal(alone[0][0], out[i])
             assert torch.equal(alone[1][0], lse[i])
 
 
 def test_what_cannot_be_invariant_is_refused() -> None:
-    index = [torch.zeros(1, dtype=torch.int32)] * 4
+    invariant = AttentionOptions(batch_invariant=True)
+    tree = TreeIndex(*[torch.zeros(1, dtype=torch.int32)] * 4)
     for dtype in (torch.float64, torch.float16):
         q = torch.zeros(1, 1, 8, dtype=dtype)
-        with pytest.raises(NotImplementedError, match=rf"^trie_attention: invariant expected False for {dtype} on cpu"):
-            trie_attention(q, q, q, *index, batch_invariant=True)
-    with torch._subclasses.FakeTensorMode():
-        q, index = torch.empty(1, 1, 8, device="cuda"), [torch.empty(1, dtype=torch.int32, device="cuda")] * 4
         with pytest.raises(
-            NotImplementedError, match=r"^trie_attention: invariant expected False for torch.float32 on cu"
+            NotImplementedError, match=rf"^trie_attention: batch_invariant expected False for {dtype} on cpu"
         ):
-            trie_attention(q, q, q, *index, batch_invariant=True)
+            trie_attention(q, q, q, tree, invariant)
+    with torch._subclasses.FakeTensorMode():
+        q = torch.empty(1, 1, 8, device="cuda")
+        tree = TreeIndex(*[torch.empty(1, dtype=torch.int32, device="cuda")] * 4)
+        with pytest.raises(
+            NotImplementedError, match=r"^trie_attention: batch_invariant expected False for torch.float32 on cu"
+        ):
+            trie_attention(q, q, q, tree, invariant)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
@@ -332,12 +333,11 @@ def test_a_query_has_the_same_bits_in_any_company(window: int | None, dtype: tor
     """Run again, on one thread, or with other queries beside it: nothing about a row changes but where it stands."""
     trie, generator = bushy(300), torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 300, 4, 40, generator=generator).to(device, dtype).unbind()
-    row_q, end_k, depth_q, depth_k = index_tensors(trie, device)
-    attend = partial(trie_attention, end_k=end_k, depth_k=depth_k, window=window, return_lse=True)
+    tree = tree_index(trie, device)
 
     def results(rows: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attend(q[rows], k, v, row_q=row_q[rows], depth_q=depth_q[rows])
-        return out, lse
+        some = replace(tree, row_q=tree.row_q[rows], depth_q=tree.depth_q[rows])
+        return trie_attention(q[rows], k, v, some, AttentionOptions(window=window), return_lse=True)
 
     out, lse = results(torch.arange(300))
     threads = torch.get_num_threads()
@@ -363,7 +363,7 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(
     for num_threads in (threads, threads, 1, 2, 5):  # each cuts the work in its own way
         torch.set_num_threads(num_threads)
         try:
-            out = trie_attention(*leaves, *index_tensors(trie, device), window=window)
+            out = trie_attention(*leaves, tree_index(trie, device), AttentionOptions(window=window))
             results.append(torch.autograd.grad(out.square().sum(), leaves))
         finally:
             torch.set_num_threads(threads)
@@ -390,7 +390,7 @@ def test_chains_side_by_side_are_packing(dtype: torch.dtype, device: str) -> Non
 def assert_equals_causal_attention(lengths: list[int], dtype: torch.dtype, device: str) -> None:
     q, k, v = torch.randn(3, sum(lengths), 4, 40, generator=torch.Generator().manual_seed(0), dtype=dtype).unbind()
     chains = forest([99 if i == 0 else 0 for length in lengths for i in range(length)])
-    out = trie_attention(*(x.to(device) for x in (q, k, v)), *index_tensors(chains, device)).cpu()
+    out = trie_attention(*(x.to(device) for x in (q, k, v)), tree_index(chains, device)).cpu()
 
     def per_chain(dtype: torch.dtype) -> Tensor:
         parts = zip(*(x.to(dtype).transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
@@ -410,9 +410,9 @@ def test_a_decode_step_queries_reserved_rows() -> None:
 @pytest.mark.parametrize("sink", [None, 0.5])
 def test_a_query_that_sees_nothing_is_zero(sink: float | None, device: str) -> None:
     q, k = (torch.ones(n, 2, 8, device=device, requires_grad=True) for n in (2, 3))
-    index = index_tensors(Forest([0, 2], [0, 0, 3], [0, 0], [0, 1, 0], []), device)
+    tree = tree_index(Forest([0, 2], [0, 0, 3], [0, 0], [0, 1, 0], []), device)
     sinks = None if sink is None else torch.full((2,), sink, device=device, requires_grad=True)
-    out, lse = trie_attention(q, k, k, *index, sinks=sinks, return_lse=True)
+    out, lse = trie_attention(q, k, k, tree, AttentionOptions(sinks=sinks), return_lse=True)
     assert not out[0].any()
     assert lse[0].tolist() == [-torch.inf if sink is None else sink] * 2
     leaves = [q, k] if sinks is None else [q, k, sinks]
@@ -423,8 +423,8 @@ def test_a_query_that_sees_nothing_is_zero(sink: float | None, device: str) -> N
 
 def test_an_empty_stack(device: str) -> None:
     q, k = (torch.ones(n, 2, 8, device=device, requires_grad=True) for n in (2, 0))
-    index = index_tensors(Forest([0, 1], [], [0, 1], [], []), device)
-    out, lse = trie_attention(q, k, k, *index, return_lse=True)
+    tree = tree_index(Forest([0, 1], [], [0, 1], [], []), device)
+    out, lse = trie_attention(q, k, k, tree, return_lse=True)
     assert not out.any()
     assert (lse == -torch.inf).all()
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k)))
@@ -441,14 +441,16 @@ def float64_inputs() -> tuple[list[Tensor], list[Tensor], Tensor]:
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 1.5}, {"window": 3, "softcap": 2.0, "scale": 0.4}])
 def test_gradients(options: dict[str, Any]) -> None:
     qkv, index, sinks = float64_inputs()
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, sinks: trie_attention(q, k, v, *index, sinks=sinks, return_lse=True, **options), (*qkv, sinks)
-    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        return trie_attention(q, k, v, TreeIndex(*index), AttentionOptions(sinks=sinks, **options), return_lse=True)
+
+    assert torch.autograd.gradcheck(attend, (*qkv, sinks))
 
 
 def test_second_gradients_are_refused() -> None:
     qkv, index, _ = float64_inputs()
-    (grad,) = torch.autograd.grad(trie_attention(*qkv, *index).square().sum(), qkv[0], create_graph=True)
+    (grad,) = torch.autograd.grad(trie_attention(*qkv, TreeIndex(*index)).square().sum(), qkv[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -469,7 +471,7 @@ def test_autocast_changes_nothing() -> None:
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = trie_attention(q, k, v, *index)
+            out = trie_attention(q, k, v, TreeIndex(*index))
             results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
     assert all(map(torch.equal, *results))
 
@@ -477,8 +479,8 @@ def test_autocast_changes_nothing() -> None:
 def test_nothing_is_recorded_without_need() -> None:
     qkv, index, _ = float64_inputs()
     with torch.no_grad():
-        assert not trie_attention(*qkv, *index).requires_grad
-    assert trie_attention(*qkv, *index).requires_grad
+        assert not trie_attention(*qkv, TreeIndex(*index)).requires_grad
+    assert trie_attention(*qkv, TreeIndex(*index)).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -507,15 +509,29 @@ def test_nothing_is_recorded_without_need() -> None:
 def test_bad_arguments_are_named(name: str, value: object, error: type[Exception]) -> None:
     index = {name: torch.zeros(n, dtype=torch.int32) for name, n in zip(("row_q", "depth_q"), (5, 5), strict=True)}
     index |= {name: torch.zeros(7, dtype=torch.int32) for name in ("end_k", "depth_k")}
-    good = {"q": torch.zeros(5, 4, 3), "k": torch.zeros(7, 2, 3), "v": torch.zeros(7, 2, 5), **index}
-    trie_attention(**good)
+    good = {"q": torch.zeros(5, 4, 3), "k": torch.zeros(7, 2, 3), "v": torch.zeros(7, 2, 5)}
+
+    def attend(**given: Any) -> Tensor:
+        tree = TreeIndex(**{name: given.pop(name) for name in index})
+        qkv = [given.pop(name) for name in good]
+        return trie_attention(*qkv, tree, AttentionOptions(**given))
+
+    attend(**good, **index)
     with pytest.raises(error, match=f"^trie_attention: {name} expected .*, got"):
-        trie_attention(**{**good, name: value})
+        attend(**{**good, **index, name: value})
+
+
+def test_what_is_no_tree_and_no_options_is_named() -> None:
+    q, index = torch.zeros(1, 1, 8), [torch.zeros(1, dtype=torch.int32)] * 4
+    with pytest.raises(TypeError, match="tree expected a TreeIndex, got list"):
+        trie_attention(q, q, q, index)
+    with pytest.raises(TypeError, match="options expected AttentionOptions, got dict"):
+        trie_attention(q, q, q, TreeIndex(*index), {"window": 3})
 
 
 def test_a_device_without_an_implementation_is_refused() -> None:
     with torch._subclasses.FakeTensorMode():
         q = torch.empty(5, 4, 8, device="xpu")
-        index = [torch.empty(5, dtype=torch.int32, device="xpu")] * 4
+        tree = TreeIndex(*[torch.empty(5, dtype=torch.int32, device="xpu")] * 4)
         with pytest.raises(NotImplementedError, match=r"q expected on a device of type cpu.*, got xpu"):
-            trie_attention(q, q, q, *index)
+            trie_attention(q, q, q, tree)

@@ -114,21 +114,9 @@ def _trie_attention(
             k, v = icl_rows.cache.append(layer, k, v)  # type: ignore[arg-type]
         else:
             k, v = icl_rows.cache.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
-    out = ops.trie_attention(
-        q,
-        k,
-        v,
-        icl_rows.row_q,
-        icl_rows.end_k,
-        icl_rows.depth_q,
-        icl_rows.depth_k,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        plans=icl_rows.plans,
-        batch_invariant=icl_rows.batch_invariant,
-    )
+    tree = ops.TreeIndex(icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k)
+    options = ops.AttentionOptions(scaling, sliding_window, softcap, s_aux, icl_rows.batch_invariant)
+    out = ops.trie_attention(q, k, v, tree, options, plans=icl_rows.plans)
     return _filled(out, query.shape[2])[None], None
 
 

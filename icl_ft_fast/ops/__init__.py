@@ -6,6 +6,7 @@ and knows nothing of models, tries or caches.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, overload
 
@@ -67,41 +68,73 @@ def _check_invariant(op: str, tensor: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class TreeIndex:
+    """Where queries and keys stand in the trie: query i sees key j if j <= row_q[i] < end_k[j].
+
+    Args:
+        row_q: the cache row of each query, int32 [T]: arange(s, s + T) for a chunk that follows s retained ancestors,
+            the reserved rows in a decode step.
+        end_k: first cache row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
+        depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
+        depth_k: position of each key in its sequence in tokens, int32 [S]; read only if window or batch_invariant.
+    """
+
+    row_q: Tensor
+    end_k: Tensor
+    depth_q: Tensor
+    depth_k: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four in the order of the ops' schemas."""
+        return self.row_q, self.end_k, self.depth_q, self.depth_k
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """What one layer's attention does beside softmax(q @ k.T) @ v.
+
+    Args:
+        scale: factor of the scores, None for D**-0.5.
+        window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
+        softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
+        sinks: a score for each head that takes part in the softmax unscaled and uncapped, floating point [H].
+        batch_invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of
+            its path, in path order: not on where in the cache they lie, nor on what lies between them (which must be
+            finite), nor on the other queries.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    batch_invariant: bool = False
+
+
+_DEFAULTS = AttentionOptions()
+
+
 @overload
 def trie_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_q: Tensor,
-    end_k: Tensor,
-    depth_q: Tensor,
-    depth_k: Tensor,
+    tree: TreeIndex,
+    options: AttentionOptions = _DEFAULTS,
     *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[False] = False,
     plans: dict[Any, Any] | None = None,
-    batch_invariant: bool = False,
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def trie_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_q: Tensor,
-    end_k: Tensor,
-    depth_q: Tensor,
-    depth_k: Tensor,
+    tree: TreeIndex,
+    options: AttentionOptions = _DEFAULTS,
     *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: Literal[True],
     plans: dict[Any, Any] | None = None,
-    batch_invariant: bool = False,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -109,18 +142,11 @@ def trie_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_q: Tensor,
-    end_k: Tensor,
-    depth_q: Tensor,
-    depth_k: Tensor,
+    tree: TreeIndex,
+    options: AttentionOptions = _DEFAULTS,
     *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
     plans: dict[Any, Any] | None = None,
-    batch_invariant: bool = False,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of rows of a trie to the rows on their path, which lie on a stack of keys and values in pre-order.
 
@@ -137,22 +163,11 @@ def trie_attention(
         q: queries, [T, H, D], float16, bfloat16, float32 or float64; any strides, here and below.
         k: keys, [S, G, D], the dtype of q. H is a multiple of G; query head h reads key/value head h // (H // G).
         v: values, [S, G, Dv], the dtype of q.
-        row_q: the stack row of each query, int32 [T]: arange(s, s + T) for a chunk that follows s kept ancestors, the
-            reserved rows in a decode step.
-        end_k: first stack row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
-        depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
-        depth_k: position of each key in its sequence in tokens, int32 [S]; read only if window or batch_invariant.
-        scale: factor of the scores, None for D**-0.5.
-        window: a query sees the last `window` tokens of its path, its own included; 1 to 2**31 - 1, None for all.
-        softcap: bound of the scores' absolute values, above 0, applied after scale; None for none.
-        sinks: a score for each head that takes part in the softmax unscaled and uncapped, floating point [H].
+        tree: which queries see which keys.
+        options: scale, window, soft-cap, sinks, and whether bits must not depend on the batch.
+        plans: a dictionary, empty at first, that calls with the very same tensors in `tree` share: a GPU's kernels
+            store in it which tiles they meet, so that a network's layers work that out once. None: every call does.
         return_lse: whether to return lse too.
-        plans: a dictionary, empty at first, that calls over the very same row_q, end_k, depth_q and depth_k share: a
-            GPU's kernels keep in it which tiles they meet, so that a network's layers work that out once. None:
-            every call does.
-        batch_invariant: whether a query's bits must depend on nothing but the query and the keys, values and depths of
-            its path, in path order: not on where on the stack they lie, nor on what lies between them (which must be
-            finite), nor on the other queries.
 
     Returns:
         out: [T, H, Dv] in the dtype of q; 0 where a query sees no key.
@@ -176,15 +191,20 @@ def trie_attention(
     gradients of q, k and v.
     """
     op, index = "trie_attention", (torch.int32,)
+    if not isinstance(tree, TreeIndex):
+        raise TypeError(f"{op}: tree expected a TreeIndex, got {type(tree).__name__}")
+    if not isinstance(options, AttentionOptions):
+        raise TypeError(f"{op}: options expected AttentionOptions, got {type(options).__name__}")
+    scale, window, sinks = options.scale, options.window, options.sinks
     sizes = _check(
         op,
         q=(q, "T H D", _FLOATS),
         k=(k, "S G D", ()),
         v=(v, "S G Dv", ()),
-        row_q=(row_q, "T", index),
-        end_k=(end_k, "S", index),
-        depth_q=(depth_q, "T", index),
-        depth_k=(depth_k, "S", index),
+        row_q=(tree.row_q, "T", index),
+        end_k=(tree.end_k, "S", index),
+        depth_q=(tree.depth_q, "T", index),
+        depth_k=(tree.depth_k, "S", index),
         **({} if sinks is None else {"sinks": (sinks, "H", _FLOATS)}),
     )
     if not sizes["G"] or sizes["H"] % sizes["G"]:
@@ -193,14 +213,14 @@ def trie_attention(
         raise ValueError(f"{op}: window expected None or 1 to 2**31 - 1, got {window}")
     if scale is None:
         scale = max(1, sizes["D"]) ** -0.5
-    over = (row_q, end_k, depth_q, depth_k)
+    over = tree.tensors()
     if plans is not None and any(a is not b for a, b in zip(plans.setdefault("over", over), over, strict=True)):
-        raise ValueError(f"{op}: plans expected to be shared by calls over the very same row_q, end_k and depths")
-    if batch_invariant:
+        raise ValueError(f"{op}: plans expected to be shared by calls with the very same tensors in tree")
+    if options.batch_invariant:
         _check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
-    options = (sinks, scale, window or 0, _check_softcap(op, softcap), batch_invariant)
-    out, lse = _TrieAttention.apply(q, k, v, row_q, end_k, depth_q, depth_k, *options, plans)
+    flat = (sinks, scale, window or 0, _check_softcap(op, options.softcap), options.batch_invariant)
+    out, lse = _TrieAttention.apply(q, k, v, *over, *flat, plans)
     return (out, lse) if return_lse else out
 
 
