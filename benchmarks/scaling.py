@@ -31,7 +31,7 @@ from benchmarks.timing import machine
 from icl_ft_fast.engine import encoding, shards
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.runtime.executors import InProcess, Task, Torchrun, pull, run_journaled
+from icl_ft_fast.runtime.executors import InProcess, Job, Torchrun, pull, run_journaled
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 MEASURED = readme.RESULTS / "scaling.json"
@@ -54,7 +54,7 @@ class Costs:
 
 
 def simulate(
-    tasks: Sequence[Task],
+    jobs: Sequence[Job],
     seconds: Sequence[float],
     stem_seconds: Mapping[str, float],
     workers: int,
@@ -65,8 +65,8 @@ def simulate(
     """Seconds until the last of so many workers ends.
 
     Args:
-        tasks: of the run.
-        seconds: of each task, behind its stem.
+        jobs: of the run.
+        seconds: of each job, behind its stem.
         stem_seconds: of each group's stem.
         workers: how many.
         startup_s: of each worker.
@@ -81,7 +81,7 @@ def simulate(
         counters[group] += n
         return counters[group] - n
 
-    pulls = [pull(tasks, worker, workers, take) for worker in range(workers)]
+    pulls = [pull(jobs, worker, workers, take) for worker in range(workers)]
     holds: list[str | None] = [None] * workers
     free, last = [(startup_s, worker) for worker in range(workers)], startup_s
     heapify(free)
@@ -92,8 +92,8 @@ def simulate(
         now += looks * pull_s
         last = max(last, now)
         if i is not None:
-            stem = 0.0 if holds[worker] == tasks[i].group else stem_seconds[tasks[i].group]
-            holds[worker] = tasks[i].group
+            stem = 0.0 if holds[worker] == jobs[i].group else stem_seconds[jobs[i].group]
+            holds[worker] = jobs[i].group
             heappush(free, (now + stem + seconds[i], worker))
     return last
 
@@ -110,14 +110,14 @@ def costs_of(measured: Mapping[str, Any]) -> Costs:
     )
 
 
-def predicted(tasks: Sequence[Task], costs: Costs, workers: int) -> float:
+def predicted(jobs: Sequence[Job], costs: Costs, workers: int) -> float:
     """simulate() with these costs."""
-    seconds = [costs.shard_s_per_flop * task.flops for task in tasks]
-    stems = {task.group: costs.stem_s_per_flop * task.start_flops for task in tasks}
-    return simulate(tasks, seconds, stems, workers, startup_s=costs.startup_s, pull_s=costs.pull_s)
+    seconds = [costs.shard_s_per_flop * job.flops for job in jobs]
+    stems = {job.group: costs.stem_s_per_flop * job.start_flops for job in jobs}
+    return simulate(jobs, seconds, stems, workers, startup_s=costs.startup_s, pull_s=costs.pull_s)
 
 
-def workload(num_contexts: int, work: Work) -> list[Task]:
+def workload(num_contexts: int, work: Work) -> list[Job]:
     """The shards of TOTAL questions, evenly over so many contexts."""
     rng = np.random.default_rng(0)
     context = [0, *rng.integers(2, 8000, CONTEXT - 1).tolist()]
@@ -125,13 +125,13 @@ def workload(num_contexts: int, work: Work) -> list[Task]:
     for _ in range(QUESTIONS):
         whole = context + rng.integers(2, 8000, PROMPT).tolist()
         requests += [(whole, rng.integers(2, 8000, CHOICE).tolist()) for _ in range(CHOICES)]
-    tasks = shards.tasks_of(requests, shards.cut(requests, work), work, {})
+    jobs = shards.jobs_of(requests, shards.cut(requests, work), work, {})
     repeats = TOTAL // QUESTIONS // num_contexts
     return [
-        replace(task, name=f"{n}.{repeat}.{task.name}", group=str(n))
+        replace(job, name=f"{n}.{repeat}.{job.name}", group=str(n))
         for n in range(num_contexts)
         for repeat in range(repeats)
-        for task in tasks
+        for job in jobs
     ]
 
 
@@ -139,12 +139,12 @@ def table() -> str:
     """What was measured, what the simulation says of it, and its efficiency by workload and workers."""
     measured = json.loads(MEASURED.read_text())
     costs, one, two = costs_of(measured), measured["one"], measured["two"]
-    tasks = [Task(row["name"], None, row["flops"], row["group"], row["start_flops"]) for row in one["shards"]]
+    jobs = [Job(row["name"], None, row["flops"], row["group"], row["start_flops"]) for row in one["shards"]]
     stems: dict[str, float] = {}
     for row in one["shards"]:
         stems[row["group"]] = max(stems.get(row["group"], 0.0), row["prefill_s"])
     seconds = [row["query_s"] for row in one["shards"]]
-    expected = [simulate(tasks, seconds, stems, workers, pull_s=measured["pull_s"]) for workers in (1, 2)]
+    expected = [simulate(jobs, seconds, stems, workers, pull_s=measured["pull_s"]) for workers in (1, 2)]
 
     def against(a: float, b: float) -> str:
         return f"{a:.1f} and {b:.1f} s, {a / b:.2f} times as fast"
@@ -173,8 +173,8 @@ def curves(measured: Mapping[str, Any]) -> dict[str, tuple[int, list[float]]]:
     work, costs = Work(**measured["work"]), costs_of(measured)
     found = {}
     for name, num_contexts in WORKLOADS.items():
-        tasks = workload(num_contexts, work)
-        found[name] = len(tasks), [predicted(tasks, costs, workers) for workers in WORKERS]
+        jobs = workload(num_contexts, work)
+        found[name] = len(jobs), [predicted(jobs, costs, workers) for workers in WORKERS]
     return found
 
 
@@ -243,16 +243,16 @@ def worker(folder: Path, began: float) -> None:
     )
     work = work_of(model)
     cuts = shards.cut(requests, work)
-    tasks = shards.tasks_of(requests, cuts, work, {"model": model.fingerprint()})
+    jobs = shards.jobs_of(requests, cuts, work, {"model": model.fingerprint()})
     startup_s, start = time.time() - began, time.perf_counter()
     kept = folder / f"shards-{getattr(executor, 'size', 1)}"
-    with run_journaled(executor, lambda: shards.Scorer(model), tasks, kept) as results:
+    with run_journaled(executor, lambda: shards.Scorer(model), jobs, kept) as results:
         if results is None:
             return
         rows = []
-        for task, found in zip(tasks, results, strict=True):
+        for job, found in zip(jobs, results, strict=True):
             spent = found["ledger"]["phases"]
-            row = {"name": task.name, "flops": task.flops, "group": task.group, "start_flops": task.start_flops}
+            row = {"name": job.name, "flops": job.flops, "group": job.group, "start_flops": job.start_flops}
             row |= {f"{phase}_s": spent[phase]["wall_s"] if phase in spent else 0.0 for phase in ("prefill", "query")}
             rows.append(row)
         logp = [result.logp for result in shards.in_order(cuts, results)]

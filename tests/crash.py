@@ -42,8 +42,8 @@ TASK = {
     ],
 }
 COMMANDS = {
-    "compare": "--task ../task --arms icl,augmented-ft,distilled --seeds 0,1 --steps 2 --batch-size 2 --store store "
-    "--icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
+    "compare": "--task ../task --arms icl,augmented-ft,distilled --seeds 0,1 --steps 2 --train-batch-size 2 "
+    "--store store --icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
     "augment": "--task ../task --strategy document --template ../short.jinja --max-new-tokens 6 "

@@ -346,7 +346,7 @@ def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, l
     assert (dropped["unanswered"], dropped["unparsed"], dropped["duplicates"]) == (1, 1, 1)
     template = tmp_path / "short.jinja"
     template.write_text("{{ document }}")
-    arguments += ["--model", str(llama_directory), "--template", str(template), "--max-new-tokens", "5"]
+    arguments += ["--model", str(llama_directory), "--prompt-template", str(template), "--max-new-tokens", "5"]
     capsys.readouterr()
     assert main([*arguments, "--dry-run", "--price", "1,1e6", "--out", str(tmp_path / "dry")]) == 0
     assert "2 answers to ask for, 0 stored; at most" in (told := capsys.readouterr().out)

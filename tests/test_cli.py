@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import icl_ft_fast
 from icl_ft_fast import cli, integrations
 from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import load_model
@@ -479,7 +480,10 @@ def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
             ["compare", "--model", "m", "--task", "t", "--steps", "-3"],
             "--steps: expected a whole number above 0, got '-3'",
         ),
-        (["compare", "--model", "m", "--task", "t", "--batch-size", "2.5"], "--batch-size: expected a whole number"),
+        (
+            ["compare", "--model", "m", "--task", "t", "--train-batch-size", "2.5"],
+            "--train-batch-size: expected a whole number",
+        ),
         (["compare", "--model", "m", "--task", "t", "--learning-rate", "fast"], "--learning-rate: invalid float value"),
         (["compare", "--model", "m", "--task", "t", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["score", "--model", "m"], "the following arguments are required: --questions, --out"),
@@ -537,6 +541,51 @@ def test_commands_of_the_documentation_are_taken(page):
         cli.parser().parse_args(shlex.split(line))
 
 
+def parsers(parser):
+    """A parser and those of its commands, by the words that call them."""
+    found = {parser.prog: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name in action.choices:
+                found |= parsers(action.choices[name])
+    return found
+
+
+PARSERS = parsers(cli.parser())
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_stands_in_groups_and_each_text_alone(name):
+    parser = PARSERS[name]
+    text = parser.format_help()
+    assert not re.search(r"\(None\)|\(\)|default: (None|\(|False)|%\(", text)
+    named = {id(action) for group in parser._named.values() for action in group._group_actions}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction | argparse._HelpAction | argparse._VersionAction):
+            continue
+        what = action.option_strings or action.dest
+        assert id(action) in named, f"{what}: in no named group"
+        assert action.help, f"{what}: no help"
+        first = action.help.split()[0]
+        assert first not in ("of", "default:", "for", "in", "to"), f"{what}: {action.help}"
+
+
+def test_limit_and_template_mean_one_thing():
+    meanings = {}
+    for name, parser in PARSERS.items():
+        for action in parser._actions:
+            for option in {"--limit", "--template"} & set(action.option_strings):
+                meanings.setdefault(option, {}).setdefault(action.help, []).append(name)
+    assert {option: len(texts) for option, texts in meanings.items()} == {"--limit": 1, "--template": 1}, meanings
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"icl-ft-fast {icl_ft_fast.__version__}\n"
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -574,7 +623,7 @@ def test_nonsense_words_keep_out_of_what_they_are_told(files, run, tokenizer):
 
 
 def test_compare_writes_results_and_prints_the_table(files, run, refused):
-    arguments = files.compare(arms="base,icl,ft", seeds="0,1", icl_subsample=2, batch_size=2)
+    arguments = files.compare(arms="base,icl,ft", seeds="0,1", icl_subsample=2, train_batch_size=2)
     code, printed, errors = run(arguments)
     assert (code, errors) == (0, [])
     path = files.folder / "run" / "results.json"
@@ -597,7 +646,7 @@ def test_compare_writes_results_and_prints_the_table(files, run, refused):
     before = path.read_bytes()
     assert run(arguments)[0] == 0  # all is kept
     assert path.read_bytes() == before
-    arguments[arguments.index("--batch-size") + 1] = "3"
+    arguments[arguments.index("--train-batch-size") + 1] = "3"
     assert refused(arguments) == f"--out: {path}: exists already; choose another or give --overwrite"
     assert run([*arguments, "--overwrite"])[0] == 0
     assert json.loads(path.read_text(encoding="utf-8"))["settings"]["finetune"]["batch_size"] == 3
@@ -621,7 +670,7 @@ def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run)
 
 
 PRICES = '{"currency": "EUR", "machine_per_hour": 2.5}'
-BARE = {"arms": "base,icl,ft", "batch_size": 2, "measure_seconds": 0.1}
+BARE = {"arms": "base,icl,ft", "train_batch_size": 2, "measure_seconds": 0.1}
 
 
 def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
@@ -640,7 +689,7 @@ def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
     assert again[1][1:] == printed[:-2]  # the same tables from the file
     for option, value, message in [
         ("prices", files.folder / "none.json", f"{files.folder / 'none.json'}: No such file or directory"),
-        ("within", -1, "--within: expected points of 0 or more, got -1.0"),
+        ("tolerance", -1, "--tolerance: expected points of 0 or more, got -1.0"),
     ]:
         assert refused(files.compare("--overwrite", **BARE, **volume | {option: value})) == message
     prices.write_text("{}")

@@ -32,7 +32,7 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, LockedError, locked
-from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Task, cores, pull, run_journaled
+from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, pull, run_journaled
 from icl_ft_fast.study import compare, runs
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -94,8 +94,8 @@ def rows_in(folder):
 # Pulling ----------------------------------------------------------------------------------------------------------
 
 
-def tasks_in(*sizes, start_flops=5):
-    return [Task(f"{g}.{n}", n, 10, str(g), start_flops) for g, size in enumerate(sizes) for n in range(size)]
+def jobs_in(*sizes, start_flops=5):
+    return [Job(f"{g}.{n}", n, 10, str(g), start_flops) for g, size in enumerate(sizes) for n in range(size)]
 
 
 @settings(deadline=None)
@@ -106,33 +106,33 @@ def tasks_in(*sizes, start_flops=5):
     start_flops=st.sampled_from([0, 15, 10**9]),
 )
 def test_every_task_is_pulled_once_in_whatever_order_workers_come(sizes, workers, seed, start_flops):
-    tasks, counters, rng = tasks_in(*sizes, start_flops=start_flops), Counter(), random.Random(seed)
+    jobs, counters, rng = jobs_in(*sizes, start_flops=start_flops), Counter(), random.Random(seed)
 
     def take(group, n):
         counters[group] += n
         return counters[group] - n
 
-    waiting, pulled = [pull(tasks, w, workers, take) for w in range(workers)], []
+    waiting, pulled = [pull(jobs, w, workers, take) for w in range(workers)], []
     while waiting:
         one = rng.choice(waiting)
         if (i := next(one, None)) is None:
             waiting.remove(one)
         else:
             pulled.append(i)
-    assert sorted(pulled) == list(range(len(tasks)))
+    assert sorted(pulled) == list(range(len(jobs)))
 
 
 def test_workers_begin_apart_and_help_where_it_pays():
     def begun(sizes, workers, start_flops, flops=()):
-        tasks, counters = tasks_in(*sizes, start_flops=start_flops), Counter()
-        tasks = [replace(task, flops=own) for task, own in zip(tasks, flops or [10] * len(tasks), strict=True)]
+        jobs, counters = jobs_in(*sizes, start_flops=start_flops), Counter()
+        jobs = [replace(job, flops=own) for job, own in zip(jobs, flops or [10] * len(jobs), strict=True)]
 
         def take(group, n):
             counters[group] += n
             return counters[group] - n
 
-        order = [pull(tasks, w, workers, take) for w in range(workers)]
-        turns = [[tasks[i].group for one in order if (i := next(one, None)) is not None] for _ in range(len(tasks))]
+        order = [pull(jobs, w, workers, take) for w in range(workers)]
+        turns = [[jobs[i].group for one in order if (i := next(one, None)) is not None] for _ in range(len(jobs))]
         return [turn for turn in turns if turn]
 
     assert begun((3, 3), 2, 5) == [["0", "1"]] * 3
@@ -162,29 +162,29 @@ class Doubler:
         return 2 * work
 
 
-def keep(folder, tasks, worker):
-    with run_journaled(InProcess(), lambda: worker, tasks, folder) as results:
+def keep(folder, jobs, worker):
+    with run_journaled(InProcess(), lambda: worker, jobs, folder) as results:
         return results
 
 
 def test_what_is_kept_is_not_done_again(tmp_path):
-    tasks, calls = tasks_in(3, 4), 0
+    jobs, calls = jobs_in(3, 4), 0
     for fails_at in (3, 1, 2):
         worker = Doubler(fails_at)
         with pytest.raises(KilledError):
-            keep(tmp_path, tasks, worker)
+            keep(tmp_path, jobs, worker)
         calls += worker.calls - 1
     worker = Doubler()
-    assert keep(tmp_path, tasks, worker) == [2 * task.work for task in tasks]
-    assert calls + worker.calls == len(tasks) == len(rows_in(tmp_path))
-    assert keep(tmp_path, tasks, Doubler(fails_at=1)) == [2 * task.work for task in tasks]
-    other = [Task("other", 21, 1)]
+    assert keep(tmp_path, jobs, worker) == [2 * job.work for job in jobs]
+    assert calls + worker.calls == len(jobs) == len(rows_in(tmp_path))
+    assert keep(tmp_path, jobs, Doubler(fails_at=1)) == [2 * job.work for job in jobs]
+    other = [Job("other", 21, 1)]
     assert keep(tmp_path, other, Doubler()) == [42]
 
 
 def test_a_line_cut_anywhere_is_done_again_and_said(tmp_path, caplog):
-    tasks = tasks_in(2)
-    keep(tmp_path, tasks, Doubler())
+    jobs = jobs_in(2)
+    keep(tmp_path, jobs, Doubler())
     (path,) = tmp_path.glob("*.jsonl")
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -192,7 +192,7 @@ def test_a_line_cut_anywhere_is_done_again_and_said(tmp_path, caplog):
         path.write_bytes(whole[:length])
         caplog.clear()
         worker = Doubler()
-        assert keep(tmp_path, tasks, worker) == [0, 2]
+        assert keep(tmp_path, jobs, worker) == [0, 2]
         assert worker.calls == (2 if length < first else 1)
         torn = length not in (0, first)
         assert [record.getMessage() for record in caplog.records] == [
@@ -202,14 +202,14 @@ def test_a_line_cut_anywhere_is_done_again_and_said(tmp_path, caplog):
 
 
 def test_a_damaged_line_and_a_second_run_are_refused(tmp_path):
-    tasks = tasks_in(2)
-    keep(tmp_path, tasks, Doubler())
+    jobs = jobs_in(2)
+    keep(tmp_path, jobs, Doubler())
     (path,) = tmp_path.glob("*.jsonl")
     path.write_bytes(path.read_bytes().replace(b'"value": 2', b'"value": 3'))
     with pytest.raises(DamagedError, match=rf"^{path}:2: damaged"):
-        keep(tmp_path, tasks, Doubler())
+        keep(tmp_path, jobs, Doubler())
     with locked(tmp_path / ".lock"), pytest.raises(LockedError, match=f"lock: locked by process {os.getpid()} on "):
-        keep(tmp_path, tasks, Doubler())
+        keep(tmp_path, jobs, Doubler())
 
 
 # The command ------------------------------------------------------------------------------------------------------
@@ -379,7 +379,18 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
     write_jsonl(tmp_path / "task" / "documents.jsonl", [{"id": str(n), "text": f"{text(5)}."} for n in range(10)])
     write_jsonl(tmp_path / "task" / "questions.jsonl", QUESTIONS[:1])
     asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--strategy", "document", "--quiet"]
-    asked += ["--template", template, "--max-new-tokens", 6, "--temperature", 1, "--samples", 2, "--near-duplicates", 1]
+    asked += [
+        "--prompt-template",
+        template,
+        "--max-new-tokens",
+        6,
+        "--temperature",
+        1,
+        "--samples",
+        2,
+        "--near-duplicates",
+        1,
+    ]
 
     def answers(folder):
         rows = [row for kept in (folder / "answers").iterdir() for row in rows_in(kept)]
@@ -466,7 +477,7 @@ def compared(llama_directory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     for name, rows in TASK.items():
         write_jsonl(folder / name, rows)
-    options = "--arms base,icl,ft,augmented-ft,distilled --seeds 0,1 --steps 3 --batch-size 2 --strategy document"
+    options = "--arms base,icl,ft,augmented-ft,distilled --seeds 0,1 --steps 3 --train-batch-size 2 --strategy document"
     limits = "--checkpoint-minutes 0 --measure-seconds 0.1 --quiet"
 
     def command(out, *more):
@@ -642,18 +653,18 @@ def test_the_skypilot_example():
 
 
 def test_the_simulation_of_what_can_be_counted():
-    tasks = tasks_in(4, 4)
+    jobs = jobs_in(4, 4)
     stems = {"0": 3.0, "1": 3.0}
 
     def simulate(workers, **costs):
-        return scaling.simulate(tasks, [2.0] * 8, stems, workers, **costs)
+        return scaling.simulate(jobs, [2.0] * 8, stems, workers, **costs)
 
     assert simulate(1) == 2 * 3 + 8 * 2
     assert simulate(2) == 3 + 4 * 2
     assert simulate(4) == 3 + 2 * 2
     assert simulate(8) == 3 + 2
     assert simulate(100, startup_s=7) == 7 + 3 + 2
-    # One look at each group when it is met, one for every task, and one that finds the group at its end.
+    # One look at each group when it is met, one for every job, and one that finds the group at its end.
     assert simulate(1, pull_s=1) == 22 + 2 * (1 + 4 + 1)
     assert scaling.simulate([], [], {}, 3, startup_s=1) == 1
 
@@ -661,10 +672,10 @@ def test_the_simulation_of_what_can_be_counted():
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), workers=st.integers(1, 9), seed=st.integers(0, 99))
 def test_the_simulation_keeps_within_bounds(sizes, workers, seed):
-    rng, tasks = random.Random(seed), tasks_in(*sizes)
-    seconds = [rng.uniform(1, 3) for _ in tasks]
+    rng, jobs = random.Random(seed), jobs_in(*sizes)
+    seconds = [rng.uniform(1, 3) for _ in jobs]
     stems = {str(g): rng.uniform(0, 4) for g in range(len(sizes))}
-    took = scaling.simulate(tasks, seconds, stems, workers)
+    took = scaling.simulate(jobs, seconds, stems, workers)
     assert max(sum(seconds) / workers, max(seconds)) - 1e-9 <= took <= sum(seconds) + sum(stems.values()) + 1e-9
     if workers == 1:
         assert took == pytest.approx(sum(seconds) + sum(stems.values()))

@@ -172,7 +172,7 @@ def test_questions_from_the_command_line(writer, tmp_path, capsys, monkeypatch):
     (folder / "questions.jsonl").unlink()
     template.write_text(TEMPLATE)
     monkeypatch.setattr(cli.task, "load_model", lambda _: writer)
-    arguments = ["task", "questions", str(folder), "--model", "any", "--quiet", "--template", str(template)]
+    arguments = ["task", "questions", str(folder), "--model", "any", "--quiet", "--prompt-template", str(template)]
     assert main([*arguments, "--max-new-tokens", "40"]) == 0
     found = write_questions(writer, DOCUMENTS, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
     out = folder / "questions.jsonl"
@@ -187,4 +187,4 @@ def test_questions_from_the_command_line(writer, tmp_path, capsys, monkeypatch):
     assert [asdict(q)["id"] for q in read_questions(out)] == ["q"]  # left as it was
     template.write_text("no place")
     assert main([*arguments, "--overwrite"]) == 2
-    assert "--template: template: expected a text with one {statement}" in capsys.readouterr().err
+    assert "--prompt-template: template: expected a text with one {statement}" in capsys.readouterr().err

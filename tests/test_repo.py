@@ -35,8 +35,8 @@ ROOMS = {
     "shipped": "the model that comes with the package, and how it is made",
     "report": "a study's results as tables, charts, a page and a notebook's object",
     "integrations": "the engine behind other harnesses and behind a server",
-    "cli": "a module a command",
     "": "the public names",
+    "cli": "a module a command",
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops", "engine.trie"}
@@ -98,7 +98,7 @@ def test_no_circle_of_imports():
 
 def test_every_room_is_there_and_says_what_it_is():
     assert ROOMS.keys() == {room(name) for name in MODULES} | {"_C"}
-    for name in ORDER[1:]:
+    for name in ROOMS.keys() - {"_C"}:
         assert (ast.get_docstring(TREES[name]) or "").strip(), f"{name or 'the facade'}: no docstring"
 
 

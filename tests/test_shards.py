@@ -63,14 +63,14 @@ def test_shards_are_a_partition_and_their_flops_are_counted(requests, shard_toke
 def test_shards_do_not_depend_on_the_order_of_requests(requests, shard_tokens, seed):
     def named(given):
         cuts = shards.cut(given, WORK, shard_tokens=shard_tokens)
-        return [task.name for task in shards.tasks_of(given, cuts, WORK, {})]
+        return [task.name for task in shards.jobs_of(given, cuts, WORK, {})]
 
     assert named(requests) == named(random.Random(seed).sample(requests, len(requests)))
 
 
 def test_names_stand_for_everything_a_result_depends_on():
     def name(requests, **identity):
-        (one,) = shards.tasks_of(requests, shards.cut(requests, WORK), WORK, identity)
+        (one,) = shards.jobs_of(requests, shards.cut(requests, WORK), WORK, identity)
         return one.name
 
     names = [
@@ -89,7 +89,7 @@ def test_contexts_are_stems_and_each_is_forwarded_once(llama):
     cuts = shards.cut(TWO, work_of(llama), shard_tokens=32)
     assert len(cuts) > 6
     assert {one.stem_tokens for one in cuts} == {61}
-    tasks = shards.tasks_of(TWO, cuts, work_of(llama), {})
+    tasks = shards.jobs_of(TWO, cuts, work_of(llama), {})
     groups = [task.group for task in tasks]
     assert groups == sorted(groups, key=groups.index)
     assert len(set(groups)) == 2
@@ -112,7 +112,7 @@ def test_results_are_those_of_one_trie(llama, stem_tokens):
     ]
     cuts = shards.cut(requests, work_of(llama), shard_tokens=64, stem_tokens=stem_tokens)
     scorer = shards.Scorer(llama, chunk_tokens=32)
-    results = [scorer(task.work) for task in shards.tasks_of(requests, cuts, work_of(llama), {})]
+    results = [scorer(task.work) for task in shards.jobs_of(requests, cuts, work_of(llama), {})]
     for got, expected in zip(shards.in_order(cuts, results), loglikelihood(llama, requests), strict=True):
         assert got.logp == pytest.approx(expected.logp, abs=1e-5)
         assert got.is_greedy == expected.is_greedy
@@ -120,14 +120,14 @@ def test_results_are_those_of_one_trie(llama, stem_tokens):
 
 def test_a_single_request_whose_rows_are_all_stem(llama):
     requests = [([0, 5, 6], [7])]
-    (one,) = shards.tasks_of(requests, shards.cut(requests, work_of(llama)), work_of(llama), {})
+    (one,) = shards.jobs_of(requests, shards.cut(requests, work_of(llama)), work_of(llama), {})
     assert one.work.stem == (0, 5, 6)
     (expected,) = loglikelihood(llama, requests)
     assert shards.Scorer(llama)(one.work)["logp_is_greedy"][0].logp == pytest.approx(expected.logp, abs=1e-6)
 
 
 def test_a_shard_has_the_same_bits_whatever_was_scored_before(llama):
-    tasks = shards.tasks_of(TWO, shards.cut(TWO, work_of(llama), shard_tokens=32), work_of(llama), {})
+    tasks = shards.jobs_of(TWO, shards.cut(TWO, work_of(llama), shard_tokens=32), work_of(llama), {})
     alone = [shards.Scorer(llama)(task.work)["logp_is_greedy"] for task in tasks]
     for seed in range(3):
         scorer = shards.Scorer(llama)
@@ -137,4 +137,4 @@ def test_a_shard_has_the_same_bits_whatever_was_scored_before(llama):
 
 def test_nothing_to_cut():
     assert shards.cut([], WORK) == []
-    assert shards.tasks_of([], [], WORK, {}) == []
+    assert shards.jobs_of([], [], WORK, {}) == []

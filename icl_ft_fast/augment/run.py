@@ -21,10 +21,10 @@ from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, load_same
 from icl_ft_fast.runtime.durable import ResultJournal, digest
-from icl_ft_fast.runtime.executors import Executor, Task, Worker
+from icl_ft_fast.runtime.executors import Executor, Job, Worker
 from icl_ft_fast.tasks.task import Document
 
-Job: TypeAlias = tuple[Ask, Sampling]
+PromptJob: TypeAlias = tuple[Ask, Sampling]
 
 SAMPLES_APART = 1_000_003  # seeds between the samples of a prompt, so that neighbouring seeds of a study share no draw
 
@@ -59,7 +59,7 @@ class Answering:
 
     generator: Generator
 
-    def __call__(self, jobs: Sequence[Job]) -> list[tuple[int, dict[str, Any]]]:
+    def __call__(self, jobs: Sequence[PromptJob]) -> list[tuple[int, dict[str, Any]]]:
         """(index, fields of what was written) of each answer."""
         return [(i, asdict(written)) for i, written in self.generator.answer(jobs)]
 
@@ -109,7 +109,7 @@ class Run:
         }
         self.store = Store(folder, self.identity)
 
-    def missing(self) -> list[tuple[str, Job]]:
+    def missing(self) -> list[tuple[str, PromptJob]]:
         """(key, job) of the answers that are not stored."""
         return [(key, job) for job in self.jobs if (key := _key(*job)) not in self.store.answers]
 
@@ -180,16 +180,16 @@ class Run:
             Whether this process is the one that goes on, with all answers.
         """
         size = self.generator.together or 1
-        tasks, done = [], set()
+        batches, done = [], set()
         for first in range(0, len(self.jobs), size):
             jobs = self.jobs[first : first + size]
             keys = [_key(*job) for job in jobs]
-            tasks.append(Task(digest(keys), jobs, len(jobs), str(first)))
+            batches.append(Job(digest(keys), jobs, len(jobs), str(first)))
             if all(key in self.store.answers for key in keys):
-                done.add(tasks[-1].name)
-        for task, answers in executor.run(start, tasks, done):
+                done.add(batches[-1].name)
+        for batch, answers in executor.run(start, batches, done):
             for i, written in answers:
-                ask, sampling = task.work[i]
+                ask, sampling = batch.work[i]
                 if (key := _key(ask, sampling)) not in self.store.answers:
                     self.store.append(Answer(key, seed=sampling.seed, time=time.time(), **written))
         if not executor.is_last():
@@ -197,7 +197,7 @@ class Run:
         self.store = Store(self.folder, self.identity)
         return True
 
-    def _together(self, batch: list[tuple[str, Job]]) -> Iterator[list[tuple[str, Job]]]:
+    def _together(self, batch: list[tuple[str, PromptJob]]) -> Iterator[list[tuple[str, PromptJob]]]:
         """The batch in calls of the generator; where rounding depends on company, with what is stored of each call."""
         size = self.generator.together
         if size is None:

@@ -5,17 +5,16 @@ Bad input and a full disk end in one line on stderr and exit code 2, an interrup
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
-from typing import Any
 
 from jinja2 import TemplateError
 
+from icl_ft_fast import __version__
 from icl_ft_fast.augment import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
-from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.cli.options import Parser, UsageError
 from icl_ft_fast.engine.contexts import ContextError
 from icl_ft_fast.engine.generate import GenerateError
 from icl_ft_fast.engine.model import ModelError
@@ -73,20 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated option, nor do its commands: `--key SECRET` would be read as --key-file, and shown."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of every command."""
-    top = _Parser(
+    top = Parser(
         prog="icl-ft-fast",
         description="In-context learning, fine-tuning or augmented fine-tuning? Measured on your model and documents.",
         epilog="`icl-ft-fast COMMAND --help` shows a command's options and examples.",
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)

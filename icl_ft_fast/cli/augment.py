@@ -13,6 +13,7 @@ from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Pro
 from icl_ft_fast.augment.rules import augment_reverse, augment_rules
 from icl_ft_fast.augment.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
+    OUTPUT,
     Commands,
     UsageError,
     add_executor_options,
@@ -50,40 +51,55 @@ def add(commands: Commands) -> None:
         "icl-ft-fast augment --task FOLDER --strategy rules --out out/by_rule",
     )
     add_task_options(parser)
-    parser.add_argument("--strategy", choices=[*LABELS, *RULES], help="default: the preset's, or local")
+    model = parser.group("model")
     add_model_options(parser, required=False)
-    parser.add_argument("--endpoint", metavar="URL", help="ask --model there; key in OPENAI_API_KEY")
-    parser.add_argument("--recorded", type=Path, metavar="FILE", help='answers as JSON lines {"source_id", "text"}')
-    parser.add_argument("--chat", action="store_true", help="the prompts for chat models, through the chat template")
-    parser.add_argument("--template", type=Path, help="a jinja2 file in place of the strategy's own")
-    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--samples", type=positive, default=1, help="answers a document (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 1 in the global strategy, else 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=positive, help="of an answer (default: the strategy's, 64 to 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of a task by name, of the draws (default: %(default)s)")
-    parser.add_argument("--global-documents", type=positive, metavar="N", help="global: a seeded N of them in context")
-    parser.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help="of a row (default: 2-200)")
-    parser.add_argument(
+    model.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server of --model; key in OPENAI_API_KEY")
+    help = 'take replies from JSON lines {"source_id", "text"} instead of a model'
+    model.add_argument("--recorded", type=Path, metavar="FILE", help=help)
+    help = "concurrent requests to --endpoint"
+    model.add_argument("--concurrency", type=positive, default=8, metavar="N", help=help)
+    prompts = parser.group("prompts")
+    help = "how statements are generated (default: the preset's, or local)"
+    prompts.add_argument("--strategy", choices=[*LABELS, *RULES], help=help)
+    prompts.add_argument("--chat", action="store_true", help="use chat prompts through the model's chat template")
+    help = "jinja2 file that replaces the strategy's prompt"
+    prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
+    help = "documents in the context of the global strategy, drawn by --seed (default: as many as fit)"
+    prompts.add_argument("--global-documents", type=positive, metavar="N", help=help)
+    prompts.add_argument("--limit", type=positive, metavar="N", help="ask for at most N replies in this run")
+    sampling = parser.group("sampling")
+    sampling.add_argument("--samples", type=positive, default=1, metavar="N", help="replies per prompt")
+    help = "sampling temperature; 0 is greedy (default: 1 in the global strategy, else 0)"
+    sampling.add_argument("--temperature", type=float, help=help)
+    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability mass to sample from")
+    help = "tokens per reply (default: the strategy's, 64 to 512)"
+    sampling.add_argument("--max-new-tokens", type=positive, metavar="N", help=help)
+    sampling.add_argument("--seed", type=int, default=0, help="random seed of the generated task and of sampling")
+    filters = parser.group("filters")
+    help = "keep texts of A to B words (default: 2-200)"
+    filters.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help=help)
+    filters.add_argument(
         "--near-duplicates",
         type=_fraction,
         default=0.9,
         metavar="J",
-        help="drop rows this similar to another (Jaccard of 3-word shingles, default: %(default)s); 1 drops none",
+        help="drop texts whose 3-word shingles have this Jaccard similarity with an earlier text's; 1 drops none",
     )
-    parser.add_argument(
+    filters.add_argument(
         "--self-consistent",
         action="store_true",
-        help="drop comparisons that --model, given the "
-        "documents they come from, finds less likely than their opposites",
+        help="drop comparisons that --model finds less likely than their opposites, given their source documents",
     )
-    parser.add_argument("--limit", type=positive, help="ask for at most so many answers more")
-    parser.add_argument("--price", type=_price, default=Price(), metavar="IN,OUT", help="dollars a million tokens")
-    parser.add_argument("--max-cost", type=float, metavar="USD", help="never exceed this, earlier answers included")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be asked for and what it may cost")
-    parser.add_argument("--out", type=Path, required=True, help="folder for answers/, rows.jsonl and report.json")
-    add_executor_options(parser)
+    cost = parser.group("cost")
+    help = "US dollars per million prompt and completion tokens"
+    cost.add_argument("--price", type=_price, default=Price(), metavar="IN,OUT", help=f"{help} (default: 0,0)")
+    help = "spending limit in US dollars, earlier runs included"
+    cost.add_argument("--max-cost", type=float, metavar="USD", help=help)
+    cost.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost; ask for nothing")
+    help = "folder for answers/, rows.jsonl and report.json; the same command resumes from stored replies"
+    parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
     add_output_options(parser)
+    add_executor_options(parser)
 
 
 def _augment(options: argparse.Namespace) -> None:
@@ -182,7 +198,7 @@ def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
     )
     if options.samples > 1 and not temperature:
         raise UsageError("--samples: greedy answers are all alike; give --temperature")
-    prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.template)
+    prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.prompt_template)
     asks, shown = prompts(
         prompting,
         task.documents,

@@ -17,7 +17,9 @@ from rich.console import Console
 
 from icl_ft_fast.augment.prompts import LABELS
 from icl_ft_fast.cli.options import (
+    OUTPUT,
     Commands,
+    Parser,
     Terminal,
     UsageError,
     add_executor_options,
@@ -66,7 +68,7 @@ DEMO_FACTS = 40
 def add(commands: Commands) -> None:
     """Add both commands."""
     demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
-    demo.add_argument("--facts", type=positive, default=DEMO_FACTS, help="facts of the task (default: %(default)s)")
+    demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
     _add_comparison_options(demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
@@ -83,99 +85,89 @@ def add(commands: Commands) -> None:
         "icl-ft-fast compare --executor torchrun --workers 2 --model DIR --task my_task_folder --seeds 0,1,2",
     )
     add_model_options(comparison)
-    add_memory_options(comparison)
     add_task_options(comparison, more=f"; {ALL} for every one of them that is made from a seed")
-    comparison.add_argument(
+    comparison.group("data").add_argument(
         "--task-seed",
         type=int,
         metavar="SEED",
-        help="of a task by name, under every seed: --seeds then vary the order of documents and the training only "
-        "(default: a task for each seed)",
+        help="generate the task from this seed only; --seeds then vary the documents' order and the training (default: "
+        "a task per seed)",
     )
     _add_comparison_options(comparison, arms="base,icl,ft,augmented-ft", seeds="0", out=Path("out/compare"))
+    add_memory_options(comparison)
     add_executor_options(comparison)
 
 
-def _add_comparison_options(parser: argparse.ArgumentParser, *, arms: str, seeds: str, out: Path | None) -> None:
+def _add_comparison_options(parser: Parser, *, arms: str, seeds: str, out: Path | None) -> None:
     defaults = FinetuneSettings()
-    parser.add_argument("--arms", default=arms, help=f"of {','.join(compare.ARMS)} (default: %(default)s)")
-    parser.add_argument("--seeds", default=seeds, help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, help=f"of training (default: the preset's, or {defaults.steps})")
-    parser.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, help=f"default: the preset's, or {defaults.learning_rate}")
-    parser.add_argument(
-        "--lr-scheduler-type", choices=SCHEDULES, help=f"default: the preset's, or {defaults.lr_scheduler_type}"
-    )
-    parser.add_argument(
-        "--icl-per-topic", type=positive, help="documents of a topic in the context (default: the preset's, or all)"
-    )
-    parser.add_argument(
-        "--icl-subsample", type=positive, metavar="K", help="of those, one in K at random (default: as above, or 1)"
-    )
-    parser.add_argument(
-        "--icl-tokens",
-        type=positive,
-        metavar="N",
-        help="of the context at most: documents that would not fit are left out, and counted (default: all must fit)",
-    )
-    parser.add_argument(
-        "--normalization", choices=NORMALIZATIONS, default="sum", help="of choices' log-likelihoods (default: sum)"
-    )
-    parser.add_argument("--template", default="base", help="base (default), chat, a file with {documents} and {prompt}")
-    parser.add_argument(
-        "--splitting", choices=SPLITTINGS, help="of documents into training examples (default: the preset's, or none)"
-    )
-    parser.add_argument("--strategy", choices=LABELS, help="of augmentation (default: the preset's, or local)")
-    parser.add_argument("--samples", type=positive, help="global: answers a document (default: the preset's, or 1)")
-    parser.add_argument(
+    study = parser.group("study")
+    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(compare.ARMS)} (default: {arms})")
+    study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
+    help = "how choices' log-likelihoods are compared"
+    study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
+    help = "prompt: base, chat (the model's chat template) or a file with {documents} and {prompt}"
+    study.add_argument("--template", default="base", help=help)
+    context = parser.group("in-context learning")
+    help = "documents per topic in the context (default: the preset's, or all)"
+    context.add_argument("--icl-per-topic", type=positive, metavar="N", help=help)
+    help = "put one in K of those documents into the context, at random (default: the preset's, or 1)"
+    context.add_argument("--icl-subsample", type=positive, metavar="K", help=help)
+    help = "context limit; documents beyond it are left out and counted (default: all documents must fit)"
+    context.add_argument("--icl-tokens", type=positive, metavar="N", help=help)
+    training = parser.group("fine-tuning")
+    help = f"training steps (default: the preset's, or {defaults.steps})"
+    training.add_argument("--steps", type=positive, metavar="N", help=help)
+    help = "examples per training step"
+    training.add_argument("--train-batch-size", type=positive, default=defaults.batch_size, metavar="N", help=help)
+    help = f"peak learning rate (default: the preset's, or {defaults.learning_rate})"
+    training.add_argument("--learning-rate", type=float, metavar="RATE", help=help)
+    help = f"learning rate schedule (default: the preset's, or {defaults.lr_scheduler_type})"
+    training.add_argument("--lr-scheduler-type", choices=SCHEDULES, help=help)
+    help = "how documents are split into training examples (default: the preset's, or none)"
+    training.add_argument("--splitting", choices=SPLITTINGS, help=help)
+    help = "time between checkpoints in --out"
+    minutes = compare.CHECKPOINT_S / 60
+    training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
+    augmentation = parser.group("augmentation")
+    help = "how statements are generated (default: the preset's, or local)"
+    augmentation.add_argument("--strategy", choices=LABELS, help=help)
+    help = "replies per document in the global strategy (default: the preset's, or 1)"
+    augmentation.add_argument("--samples", type=positive, metavar="N", help=help)
+    parser.group(OUTPUT).add_argument(
         "--out",
         type=Path,
         default=out,
-        help="folder for results.json and for what is finished, from which the same command goes on after a kill, see "
-        "docs/durability.md (default: %(default)s)",
+        metavar="DIR",
+        help="folder for results.json and finished work, from which the same command resumes, see docs/durability.md",
     )
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=compare.CHECKPOINT_S / 60,
-        metavar="M",
-        help="of training between checkpoints in --out (default: %(default)s)",
-    )
-    add_store_options(parser)
-    parser.add_argument(
-        "--measure-seconds", type=amount, default=30.0, help="limit of measuring query costs (default: %(default)s)"
-    )
-    add_decision_options(parser)
-    add_json_option(parser)
     add_output_options(parser)
+    add_decision_options(parser)
+    help = "time limit for measuring query costs"
+    seconds = parser.group("cost and decision")
+    seconds.add_argument("--measure-seconds", type=amount, default=30.0, metavar="SECONDS", help=help)
+    add_store_options(parser)
+    add_json_option(parser)
 
 
-def add_decision_options(parser: argparse.ArgumentParser) -> None:
+def add_decision_options(parser: Parser) -> None:
     """What decision() and study_settings() read."""
-    parser.add_argument("--queries-per-day", type=amount, metavar="N", help="end with the cheapest way for so many")
-    parser.add_argument("--days", type=amount, default=30.0, metavar="D", help="of service (default: %(default)s)")
-    parser.add_argument(
-        "--prices", type=Path, metavar="FILE", help="decide by money, see docs/cost.md; else by seconds"
-    )
-    parser.add_argument(
-        "--within",
-        type=float,
-        default=2.0,
-        metavar="POINTS",
-        help="of the best accuracy, or of ICL's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--reuse", type=amount, metavar="H", help="queries for which a context stays cached (default: a day's, or all)"
-    )
-    parser.add_argument(
-        "--together", type=positive, default=1, metavar="B", help="queries scored together (default: %(default)s)"
-    )
+    cost = parser.group("cost and decision")
+    cost.add_argument("--queries-per-day", type=amount, metavar="N", help="recommend an arm for this volume")
+    cost.add_argument("--days", type=amount, default=30.0, help="duration of the service")
+    help = "price file for a decision by cost, see docs/cost.md (default: decide by seconds)"
+    cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
+    help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
+    cost.add_argument("--tolerance", type=float, default=2.0, metavar="POINTS", help=help)
+    help = "queries answered before a cached context expires (default: a day's, or all)"
+    cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
+    help = "queries scored in one batch"
+    cost.add_argument("--batch-size", type=positive, default=1, metavar="N", help=help)
 
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The price file, read before any work."""
-    if options.within < 0:
-        raise UsageError(f"--within: expected points of 0 or more, got {options.within}")
+    if options.tolerance < 0:
+        raise UsageError(f"--tolerance: expected points of 0 or more, got {options.tolerance}")
     return None if options.prices is None else read_prices(options.prices)
 
 
@@ -186,7 +178,7 @@ def print_decision(study: Derived, options: argparse.Namespace, console: Console
     resource = "seconds" if study.prices is None else "money"
     if ways := study.decision_ways(resource):
         console.print()
-        decision = decide(ways, options.queries_per_day * options.days, options.within)
+        decision = decide(ways, options.queries_per_day * options.days, options.tolerance)
         table.print_decision(decision, resource, study.resources[resource], console)
     else:
         console.print("\nNo decision: no question of this task has a known answer.")
@@ -194,7 +186,7 @@ def print_decision(study: Derived, options: argparse.Namespace, console: Console
 
 def reuse_of(options: argparse.Namespace) -> float:
     """Queries that share a reading of a context that is kept."""
-    return float(options.reuse or options.queries_per_day or math.inf)
+    return float(options.queries_per_cache_lifetime or options.queries_per_day or math.inf)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -225,7 +217,7 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
         print(json.dumps(_summary(study, options)))
         return
     console = Terminal()
-    table.print_study(study, console, options.within)
+    table.print_study(study, console, options.tolerance)
     print_decision(study, options, console)
     if options.out is not None:
         print(f"\nWritten to {options.out / 'results.json'}")
@@ -253,7 +245,7 @@ def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
 
 
 def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
-    return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.within)
+    return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.tolerance)
 
 
 def _load(options: argparse.Namespace) -> tuple[Model, Ledger]:
@@ -284,7 +276,7 @@ def _compared(
         samples=options.samples or (preset.samples if strategy == preset.strategy else 1),
         finetune=FinetuneSettings(
             steps=options.steps or preset.steps or defaults.steps,
-            batch_size=options.batch_size,
+            batch_size=options.train_batch_size,
             learning_rate=next(rate for rate in rates if rate is not None),
             lr_scheduler_type=options.lr_scheduler_type or preset.lr_scheduler_type or defaults.lr_scheduler_type,
             splitting=options.splitting or preset.splitting,
@@ -298,7 +290,7 @@ def _compared(
     if found is None:
         return None
     name = options.task if options.out is None else options.out.name
-    return Derived(parse_results(found), name, prices, reuse_of(options), options.together)
+    return Derived(parse_results(found), name, prices, reuse_of(options), options.batch_size)
 
 
 def _study(

@@ -15,7 +15,7 @@ from icl_ft_fast.cli.options import (
     UsageError,
     add_memory_options,
     add_model_options,
-    amount,
+    add_store_options,
     command,
     load_model,
 )
@@ -31,33 +31,36 @@ def add(commands: Commands) -> None:
         commands,
         "context",
         lambda _: None,
-        "contexts read once and kept in a folder, for `score --store`",
+        "save the KV cache of documents to a folder, for --store of other commands",
         "icl-ft-fast context save --model DIR --documents documents.jsonl --store contexts/\n"
         "icl-ft-fast context list --store contexts/\n"
         "icl-ft-fast context verify --store contexts/\n"
         "icl-ft-fast context remove --store contexts/ 3f2a",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    save = actions.add_parser("save", help="read documents with a model and keep what it made of them")
+    save = command(actions, "save", _save, "compute the KV cache of documents and save it")
     add_model_options(save)
+    data = save.group("data")
+    help = "JSON lines file with id and text"
+    data.add_argument("--documents", type=Path, required=True, metavar="FILE", help=help)
+    data.add_argument("--label", default="", help="name shown by list (default: the documents' file)")
+    add_store_options(save, required=True)
     add_memory_options(save)
-    save.add_argument("--documents", type=Path, required=True, help="JSON lines with id, text")
-    save.add_argument("--label", default="", help="shown by list (default: the file of documents)")
-    save.add_argument("--limit", type=amount, default=20, metavar="GB", help="of all contexts (default: %(default)s)")
-    listing = actions.add_parser("list", help="what there is, the last used first")
-    check = actions.add_parser("verify", help="read every file and hold it against its checksum")
-    remove = actions.add_parser("remove", help="delete contexts")
-    remove.add_argument("ids", nargs="+", metavar="ID", help="as listed; its beginning is enough")
-    for action, run in ((save, _save), (listing, _list), (check, _verify), (remove, _remove)):
-        action.add_argument("--store", type=Path, required=True, metavar="DIR", help="the folder")
-        action.set_defaults(run=run)
+    listing = command(actions, "list", _list, "list saved contexts, most recently used first")
+    check = command(actions, "verify", _verify, "check every file against its checksum")
+    remove = command(actions, "remove", _remove, "delete saved contexts")
+    help = "id as shown by list; its first characters suffice"
+    remove.group("prefix cache on disk").add_argument("ids", nargs="+", metavar="ID", help=help)
+    for action in (listing, check, remove):
+        help = "folder of saved contexts"
+        action.group("prefix cache on disk").add_argument("--store", type=Path, required=True, metavar="DIR", help=help)
 
 
 def _save(options: argparse.Namespace) -> None:
     documents = read_documents(options.documents)
     model = load_model(options)
     (token,) = encoding.encode(model.tokenizer, [icl_context(documents).rstrip()])
-    store = contexts.ContextStore(options.store, model, int(options.limit * 1e9))
+    store = contexts.ContextStore(options.store, model, int(options.store_limit * 1e9))
     start = time.perf_counter()
     context = stored_context(model, token, store, label=options.label or str(options.documents))
     print(

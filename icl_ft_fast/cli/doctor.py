@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         commands,
         "doctor",
         _doctor,
-        "this machine: its ceilings, its meters, what is installed",
+        "show this machine: hardware, speed limits, energy meters, installed packages",
         "icl-ft-fast doctor\nicl-ft-fast doctor --device cuda --json",
     )
     add_device_option(doctor)

@@ -30,20 +30,20 @@ def _names(text: str) -> tuple[str, ...]:
 
 # What an option is called (TRL's name where it has one): its type and what it sets.
 RUN: dict[str, tuple[Callable[[str], Any], str]] = {
-    "model_name_or_path": (str, "a checkpoint directory, a hub id, or 'shipped'; needed"),
-    "train_file": (Path, "JSON lines: text, prompt and completion, messages, alpaca or sharegpt; needed"),
-    "output_dir": (Path, "checkpoints, metrics.jsonl and the final model; needed"),
+    "model_name_or_path": (str, "a checkpoint directory, a hub id, or 'shipped'; required"),
+    "train_file": (Path, "JSON lines: text, prompt and completion, messages, alpaca or sharegpt; required"),
+    "output_dir": (Path, "checkpoints, metrics.jsonl and the final model; required"),
     "validation_file": (Path, "examples whose loss picks the best checkpoint"),
-    "validation_split": (float, "in place of a file: this fraction of train_file"),
-    "resume_from_checkpoint": (_boolean, "continue the run in output_dir, if it was started like this one (true)"),
-    "num_train_epochs": (float, "in place of max_steps"),
-    "bf16": (_boolean, "bfloat16 weights, trained through float32 copies (false)"),
-    "seed": (int, "of order, adapters and dropout (0)"),
-    "use_peft": (_boolean, "train LoRA adapters (false)"),
+    "validation_split": (float, "fraction of train_file to validate on, in place of a file"),
+    "resume_from_checkpoint": (_boolean, "resume the run in output_dir if it has these settings (default: true)"),
+    "num_train_epochs": (float, "passes over train_file, in place of max_steps"),
+    "bf16": (_boolean, "bfloat16 weights, trained through float32 copies"),
+    "seed": (int, "random seed of order, adapters and dropout (default: 0)"),
+    "use_peft": (_boolean, "train LoRA adapters"),
     "teacher": (str, "icl: learn what the model says with teacher_documents in context (KL)"),
     "teacher_documents": (Path, "JSON lines with id, text"),
-    "trust_remote_code": (_boolean, "run the checkpoint's own Python code (false)"),
-    "quiet": (_boolean, "no progress bar (false)"),
+    "trust_remote_code": (_boolean, "run the checkpoint's own Python code"),
+    "quiet": (_boolean, "no progress bar"),
 }
 SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "max_steps": ("steps", int, "optimizer steps"),
@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "learning_rate": ("learning_rate", float, "after warm-up"),
     "lr_scheduler_type": ("lr_scheduler_type", str, "constant, constant_with_warmup, linear or cosine"),
     "warmup_steps": ("warmup_steps", int, "steps of warm-up"),
-    "weight_decay": ("weight_decay", float, "of every weight"),
+    "weight_decay": ("weight_decay", float, "decay of every weight"),
     "adam_beta1": ("adam_beta1", float, "AdamW's"),
     "adam_beta2": ("adam_beta2", float, "AdamW's"),
     "adam_epsilon": ("adam_epsilon", float, "AdamW's"),
@@ -67,13 +67,13 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "save_steps": ("save_steps", int, "steps between checkpoints"),
     "save_total_limit": ("save_total_limit", int, "checkpoints kept beside the best"),
     "logging_steps": ("logging_steps", int, "steps between entries of trainer_state.json"),
-    "report_to": ("report_to", _names, "of tensorboard, wandb, trackio"),
+    "report_to": ("report_to", _names, "trackers: tensorboard, wandb, trackio"),
     "fsdp": ("fsdp", _boolean, "shard weights over the processes"),
 }
 LORA: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "lora_r": ("r", int, "rank"),
     "lora_alpha": ("lora_alpha", float, "scale times rank"),
-    "lora_dropout": ("lora_dropout", float, "of the adapters' inputs"),
+    "lora_dropout": ("lora_dropout", float, "dropout of the adapters' inputs"),
     "lora_target_modules": ("target_modules", _names, "ends of module names, or all-linear"),
     "use_rslora": ("use_rslora", _boolean, "rank-stabilised scale"),
     "use_dora": ("use_dora", _boolean, "weight-decomposed adaptation"),
@@ -91,17 +91,24 @@ def add(commands: Commands) -> None:
         "icl-ft-fast finetune --config run.yaml --learning_rate 1e-4\n"
         "torchrun --nproc-per-node 2 -m icl_ft_fast.cli finetune --config run.yaml",
     )
-    parser.add_argument("--config", type=Path, help="YAML with any of the options below; the command line wins")
+    run = parser.group("run")
+    help = "YAML file with any of the options below; the command line wins"
+    run.add_argument("--config", type=Path, metavar="FILE", help=help)
     for name, (_, text) in RUN.items():
-        _add(parser, name, text)
-    for table, defaults in ((SETTINGS, FinetuneSettings()), (LORA, LoraSettings())):
+        _add(run, name, text)
+    for title, table, defaults in (("training", SETTINGS, FinetuneSettings()), ("LoRA", LORA, LoraSettings())):
         for name, (field, _, text) in table.items():
-            _add(parser, name, f"{text} ({getattr(defaults, field)})")
+            default = getattr(defaults, field)
+            _add(parser.group(title), name, f"{text}{_default(default)}")
 
 
-def _add(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+def _default(value: Any) -> str:
+    return "" if value is None or value is False or value == () else f" (default: {value})"
+
+
+def _add(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     is_flag = _type(name) is _boolean
-    parser.add_argument(f"--{name}", nargs="?" if is_flag else None, const="true" if is_flag else None, help=text)
+    group.add_argument(f"--{name}", nargs="?" if is_flag else None, const="true" if is_flag else None, help=text)
 
 
 def _type(name: str) -> Callable[[str], Any]:

@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
         commands,
         "lm-eval",
         _lm_eval,
-        "lm-evaluation-harness's own command line, with the model icl-ft-fast",
+        "run lm-evaluation-harness with the model icl-ft-fast; all options are the harness's",
         "icl-ft-fast lm-eval run --model icl-ft-fast --model_args pretrained=DIR --tasks hellaswag --num_fewshot 5",
     )
 

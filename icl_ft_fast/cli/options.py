@@ -22,54 +22,87 @@ from icl_ft_fast.runtime.durable import digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.runtime.printable import printable
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+OUTPUT = "output and resuming"  # the group of what is written where
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class UsageError(ValueError):
     """Arguments that cannot be followed; the message names the argument."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of an option with its default, unless it has none, is a switch, or the help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default is None or default is False or default in ((), "", argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose options stand in named groups; options given twice are an error, and abbreviated ones too.
+
+    An abbreviation such as `--key SECRET` would be read as --key-file, and shown.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help} | settings, allow_abbrev=False)
+        self._named: dict[str, argparse._ArgumentGroup] = {}
+
+    def group(self, name: str) -> argparse._ArgumentGroup:
+        """The group of this name; help shows groups in the order in which they were first asked for."""
+        if name not in self._named:
+            self._named[name] = self.add_argument_group(name)
+        return self._named[name]
+
+
 def command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
-) -> argparse.ArgumentParser:
-    """A parser that runs `run`; its help ends with the examples, a line each."""
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str = ""
+) -> Parser:
+    """A parser that runs `run`.
+
+    Args:
+        commands: what the command is added to.
+        name: of the command.
+        run: what main() calls with the parsed options.
+        summary: a phrase in the list of commands, and the first sentence of the command's own help.
+        examples: a line each, at the end of the help.
+    """
     indented = "\n".join("  " + line for line in examples.splitlines())
     parser = commands.add_parser(
         name,
         help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"examples:\n{indented}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=summary[:1].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{indented}" if examples else None,
     )
     parser.set_defaults(run=run)
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False, required: bool = True) -> None:
+def add_model_options(parser: Parser, *, positional: bool = False, required: bool = True) -> None:
     """--model, or MODEL; --dtype, --device, --trust-remote-code, --batch-invariant: what load_model() reads."""
-    help = f"a checkpoint directory, a hub id, or '{SHIPPED}'"
+    group = parser.group("model")
+    help = f"checkpoint folder, id on the Hugging Face hub, or '{SHIPPED}'"
     if positional:
-        parser.add_argument("model", metavar="MODEL", help=help)
+        group.add_argument("model", metavar="MODEL", help=help)
     else:
-        parser.add_argument("--model", required=required, help=help)
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
-    )
+        group.add_argument("--model", required=required, help=help)
+    group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype of the weights")
     add_device_option(parser)
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the checkpoint's own Python code (off by default)"
-    )
-    parser.add_argument(
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code of the checkpoint")
+    group.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="the same bits of a score whatever else is scored (docs/determinism.md)",
+        help="make a score's bits independent of what else is scored, see docs/determinism.md",
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: Parser) -> None:
     """--device: what device_of() reads."""
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (the default): cuda where there is one, else cpu"
+    parser.group("model").add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 or auto, which is cuda if there is a GPU (default: auto)"
     )
 
 
@@ -95,31 +128,38 @@ class Terminal(Console):
         return super().render_str(printable(text), **options)
 
 
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
+def add_memory_options(parser: Parser) -> None:
     """--memory, --kv-dtype, --offload: what scoring may take; load_model() reads them."""
-    parser.add_argument(
+    group = parser.group("memory")
+    group.add_argument(
         "--memory",
         type=memory_size,
         metavar="SIZE",
-        help="what the process may take while it scores, like 4GB (default: what it holds and most of what is free)",
+        help="memory limit of the process, such as 4GB (default: what it holds and most of what is free)",
     )
-    parser.add_argument(
-        "--kv-dtype", choices=list(KV_DTYPES), help="keep keys and values so: less memory, scores a little off"
+    group.add_argument(
+        "--kv-dtype",
+        choices=list(KV_DTYPES),
+        help="dtype of the KV cache; int8 and bfloat16 save memory and change scores slightly (default: --dtype)",
     )
-    parser.add_argument(
-        "--offload", type=Path, metavar="DIR", help="folder for keys and values that do not fit (default: the system's)"
+    group.add_argument(
+        "--offload",
+        type=Path,
+        metavar="DIR",
+        help="folder for the part of the KV cache that exceeds the memory limit (default: the system's temporary one)",
     )
 
 
-def add_executor_options(parser: argparse.ArgumentParser) -> None:
+def add_executor_options(parser: Parser) -> None:
     """--executor, --workers, --ray-address: what executor_of() reads, beside --device."""
-    parser.add_argument(
+    group = parser.group("workers")
+    group.add_argument(
         "--executor",
         choices=["in-process", "torchrun", "ray"],
-        help="who works, see docs/executors.md (default: torchrun in processes that it started, else in-process)",
+        help="how work is distributed, see docs/executors.md (default: torchrun when started by it, else in-process)",
     )
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes here, or actors of a Ray cluster")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one on this machine)")
+    group.add_argument("--workers", type=positive, metavar="N", help="number of torchrun processes or Ray actors")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="address of a Ray cluster (default: start one here)")
 
 
 def executor_of(options: argparse.Namespace) -> Executor:
@@ -152,25 +192,25 @@ def executor_of(options: argparse.Namespace) -> Executor:
     return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(device_of(options).type == "cuda"))
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: Parser) -> None:
     """--overwrite, --quiet."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.group(OUTPUT).add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.group("display").add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+def add_json_option(parser: Parser) -> None:
     """--json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and tables")
+    help = "print one JSON object instead of text and tables"
+    parser.group("display").add_argument("--json", action="store_true", help=help)
 
 
-def add_store_options(parser: argparse.ArgumentParser) -> None:
+def add_store_options(parser: Parser, *, required: bool = False) -> None:
     """--store, --store-limit: what open_store() reads."""
-    parser.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder of saved contexts: those there are mapped, new ones saved"
-    )
-    parser.add_argument(
-        "--store-limit", type=amount, default=20.0, metavar="GB", help="of all contexts there (default: %(default)s)"
-    )
+    group = parser.group("prefix cache on disk")
+    help = "folder of saved contexts; a context found there is not computed again, a new one is saved"
+    group.add_argument("--store", type=Path, required=required, metavar="DIR", help=help)
+    help = "size limit of the folder; contexts unused for longest are removed"
+    group.add_argument("--store-limit", type=amount, default=20.0, metavar="GB", help=help)
 
 
 def open_store(options: argparse.Namespace, model: Model) -> ContextStore | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from icl_ft_fast.cli.compare import add_decision_options, prices_of, print_decision, reuse_of
-from icl_ft_fast.cli.options import Commands, Terminal, UsageError, add_json_option, check_new, command
+from icl_ft_fast.cli.options import OUTPUT, Commands, Terminal, UsageError, add_json_option, check_new, command
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 
@@ -24,12 +24,14 @@ def add(commands: Commands) -> None:
         "icl-ft-fast report out/run1 out/run2 --out both.html --charts charts/\n"
         "icl-ft-fast report out/run1 --queries-per-day 1000 --days 30 --prices prices.json",
     )
-    report.add_argument("results", type=Path, nargs="+", help="results.json files, or the folders that hold them")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page; without it, tables are printed")
-    report.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")
+    help = "results.json files or the folders that hold them"
+    report.group("data").add_argument("results", type=Path, nargs="+", metavar="RESULTS", help=help)
+    output = report.group(OUTPUT)
+    output.add_argument("--out", type=Path, metavar="FILE", help="write an HTML page (default: print tables)")
+    output.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")
+    output.add_argument("--overwrite", action="store_true", help="replace existing output")
     add_decision_options(report)
     add_json_option(report)
-    report.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -37,7 +39,7 @@ def _report(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_new(options.out, options.overwrite)
     studies = [
-        Derived.read(path, prices=prices, reuse=reuse_of(options), batch=options.together) for path in options.results
+        Derived.read(path, prices=prices, reuse=reuse_of(options), batch=options.batch_size) for path in options.results
     ]
     names = [study.name for study in studies]
     studies = [
@@ -45,12 +47,12 @@ def _report(options: argparse.Namespace) -> None:
     ]
     queries = options.queries_per_day and options.queries_per_day * options.days
     if options.json:
-        print(json.dumps([study.summary(queries, options.within) for study in studies]))
+        print(json.dumps([study.summary(queries, options.tolerance) for study in studies]))
     elif options.out is None and options.charts is None:
         console = Terminal()
         for study in studies:
             console.print(f"{study.name}:", highlight=False, markup=False)
-            table.print_study(study, console, options.within)
+            table.print_study(study, console, options.tolerance)
             print_decision(study, options, console)
     if options.out is None and options.charts is None:
         return
@@ -65,5 +67,5 @@ def _report(options: argparse.Namespace) -> None:
         print(f"Charts written to {options.charts}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page.render(studies, queries, options.within), encoding="utf-8")
+        options.out.write_text(page.render(studies, queries, options.tolerance), encoding="utf-8")
         print(f"Written to {options.out}")

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from icl_ft_fast.cli.options import (
+    OUTPUT,
     Commands,
     add_executor_options,
     add_json_option,
@@ -47,31 +48,33 @@ def add(commands: Commands) -> None:
         "icl-ft-fast score --model DIR --documents documents.jsonl --questions questions.jsonl --out scores.jsonl",
     )
     add_model_options(scoring)
-    scoring.add_argument(
-        "--questions", type=Path, required=True, help="JSON lines with id, prompt, choices, answer, split"
-    )
-    scoring.add_argument("--documents", type=Path, help="JSON lines with id, text: all go before every prompt")
-    scoring.add_argument(
-        "--chunk-tokens", type=positive, default=CHUNK_TOKENS, help="rows a forward (default: %(default)s)"
-    )
-    scoring.add_argument(
+    data = scoring.group("data")
+    help = "JSON lines file with id, prompt, choices and optionally answer and split"
+    data.add_argument("--questions", type=Path, required=True, metavar="FILE", help=help)
+    help = "JSON lines file with id and text; all documents precede every prompt"
+    data.add_argument("--documents", type=Path, metavar="FILE", help=help)
+    scoring.group(OUTPUT).add_argument(
         "--out",
         type=Path,
         required=True,
-        help="JSON lines, one a question; until all are there, what is ready is in OUT.shards/, from which the same "
-        "command goes on after a kill",
+        metavar="FILE",
+        help="JSON lines file, a line per question; finished shards are stored in FILE.shards/ meanwhile, and the same "
+        "command resumes from them",
     )
-    scoring.add_argument(
+    add_output_options(scoring)
+    add_store_options(scoring)
+    add_memory_options(scoring)
+    help = "tokens per forward pass"
+    scoring.group("memory").add_argument("--chunk-tokens", type=positive, default=CHUNK_TOKENS, metavar="N", help=help)
+    add_executor_options(scoring)
+    scoring.group("workers").add_argument(
         "--shard-tokens",
         type=positive,
         default=shards.SHARD_TOKENS,
-        help="rows of an average shard, what a worker loses at most when it is killed (default: %(default)s)",
+        metavar="N",
+        help="average tokens per shard, the unit of work that a killed worker loses",
     )
-    add_executor_options(scoring)
-    add_store_options(scoring)
     add_json_option(scoring)
-    add_memory_options(scoring)
-    add_output_options(scoring)
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -85,7 +88,7 @@ def _score(options: argparse.Namespace) -> None:
     requests, work, how = [request for its in encoded for request in its], work_of(model), loading(options)
     cuts = shards.cut(requests, work, shard_tokens=options.shard_tokens, stem_tokens=len(shared))
     identity = {"model": model.fingerprint(), "chunk_tokens": options.chunk_tokens, "loading": repr(how)}
-    tasks = shards.tasks_of(requests, cuts, work, identity)
+    jobs = shards.jobs_of(requests, cuts, work, identity)
     elsewhere = shards.ScorerElsewhere(
         options.model,
         how,
@@ -96,7 +99,7 @@ def _score(options: argparse.Namespace) -> None:
     )
     start = elsewhere if isinstance(executor, Ray) else partial(elsewhere.of, model)
     progress = "scoring" if show_progress(options) else ""
-    with run_journaled(executor, start, tasks, parts, progress=progress) as results:
+    with run_journaled(executor, start, jobs, parts, progress=progress) as results:
         if results is None:
             return
         for result in results:

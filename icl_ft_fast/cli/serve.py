@@ -33,25 +33,26 @@ def add(commands: Commands) -> None:
         f"{KEY_VARIABLE}=$(cat key) icl-ft-fast serve DIR --host 0.0.0.0 --context-memory 8000",
     )
     add_model_options(serving, positional=True)
-    add_store_options(serving)
-    add_memory_options(serving)
-    serving.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
-    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serving.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    serving.add_argument(
-        "--key-file", type=Path, metavar="FILE", help=f"its first line is the key (default: ${KEY_VARIABLE})"
-    )
-    options: dict[str, tuple[int, str]] = {
-        "--context-memory": (2000, "MB of contexts that stay prefilled"),
-        "--max-waiting": (256, "requests that may wait; more are refused with 429"),
-        "--max-connections": (1024, "connections at a time; more are refused with 503"),
-        "--max-body": (8, "MB of a request"),
-        "--max-choices": (1024, "choices, or prompts, of a request"),
-        "--max-new-tokens": (4096, "tokens written after a prompt"),
-        "--shutdown-timeout": (30, "seconds that requests at work have when the server is told to stop"),
+    server = serving.group("server")
+    server.add_argument("--name", help="model name in the API (default: the last part of MODEL)")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    server.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
+    help = f"file whose first line is the API key (default: the environment variable {KEY_VARIABLE})"
+    server.add_argument("--key-file", type=Path, metavar="FILE", help=help)
+    limits: dict[str, tuple[int, str, str]] = {
+        "--max-waiting": (256, "N", "requests in the queue; further ones get status 429"),
+        "--max-connections": (1024, "N", "simultaneous connections; further ones get status 503"),
+        "--max-body": (8, "MB", "size of a request body"),
+        "--max-choices": (1024, "N", "choices or prompts per request"),
+        "--max-new-tokens": (4096, "N", "generated tokens per prompt"),
+        "--shutdown-timeout": (30, "SECONDS", "time for running requests to finish when the server is stopped"),
     }
-    for option, (default, text) in options.items():
-        serving.add_argument(option, type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    for option, (default, unit, help) in limits.items():
+        serving.group("limits").add_argument(option, type=positive, default=default, metavar=unit, help=help)
+    help = "memory for the KV caches of recent contexts"
+    serving.group("memory").add_argument("--context-memory", type=positive, default=2000, metavar="MB", help=help)
+    add_memory_options(serving)
+    add_store_options(serving)
 
 
 def _serve(options: argparse.Namespace) -> None:

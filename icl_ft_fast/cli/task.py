@@ -8,7 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from icl_ft_fast.cli.options import (
+    OUTPUT,
     Commands,
+    Parser,
     UsageError,
     add_model_options,
     add_output_options,
@@ -22,7 +24,7 @@ from icl_ft_fast.engine.model import SHIPPED, SHIPPED_FOLDER
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
-from icl_ft_fast.tasks.generated import GENERATORS, Preset
+from icl_ft_fast.tasks.generated import GENERATORS, Generator, Preset
 from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
 from icl_ft_fast.tasks.words import ENGLISH
 
@@ -42,66 +44,84 @@ def add(commands: Commands) -> None:
     )
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
     for name, generator in GENERATORS.items():
-        made = names.add_parser(name, help=(generator.make.__doc__ or "").partition("\n")[0])
-        made.add_argument("--preset", choices=list(generator.presets), default="paper", help="default: %(default)s")
-        made.set_defaults(facts=None, data=None, task_seed=None)
-        if name == "simple-reversals":
-            made.add_argument("--facts", type=positive, help="in place of the preset's")
-        if generator.reads is not None:
-            made.add_argument("--data", required=True, help=generator.reads)
-        made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        _add_exclude_option(made)
-        made.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and questions.jsonl")
-        add_output_options(made)
-    new = names.add_parser("new", help="gather your own documents, and questions if there are any, into a task folder")
-    new.add_argument("folder", type=Path, metavar="DIR")
-    new.add_argument(
-        "--documents", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .csv, .txt, .md or folders"
-    )
-    new.add_argument(
+        _add_generated(command(names, name, _generate, _summary_of(generator)), name, generator)
+    new = command(names, "new", _new, "gather documents, and questions if there are any, into a task folder")
+    data = new.group("data")
+    data.add_argument("folder", type=Path, metavar="DIR", help="task folder to write")
+    help = "documents: .jsonl, .csv, .txt or .md files, or folders of them"
+    data.add_argument("--documents", type=Path, nargs="+", required=True, metavar="FILE", help=help)
+    data.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
-        help=".jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer from 0)",
+        help="questions: .jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer, "
+        "counted from 0)",
     )
-    new.add_argument("--encoding", default="utf-8", help="of all files (default: %(default)s)")
-    new.add_argument("--delimiter", default=",", help="between the cells of .csv files, 'tab' for one (default: ,)")
+    data.add_argument("--encoding", default="utf-8", help="text encoding of all files")
+    data.add_argument("--delimiter", default=",", help="cell delimiter of .csv files, or 'tab'")
     add_output_options(new)
-    new.set_defaults(run=_new)
-    asked = names.add_parser("questions", help="let a model write questions about a task folder's documents")
-    asked.add_argument("folder", type=Path, metavar="DIR")
+    asked = command(names, "questions", _questions, "let a model write questions about a task folder's documents")
+    asked.group("data").add_argument("folder", type=Path, metavar="DIR", help="task folder to read and complete")
     add_model_options(asked)
-    asked.add_argument("--template", type=Path, metavar="FILE", help="of the prompt, in place of ours: has {statement}")
-    asked.add_argument("--per-document", type=positive, metavar="N", help="sentences at most (default: all)")
-    asked.add_argument("--max-new-tokens", type=positive, default=64, help="of a question (default: %(default)s)")
-    asked.add_argument("--seed", type=int, default=0, help="of sentences and of choices' order (default: %(default)s)")
+    prompts = asked.group("prompts")
+    help = "file that replaces the built-in prompt; contains {statement}"
+    prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
+    help = "sentences to ask about per document (default: all)"
+    prompts.add_argument("--per-document", type=positive, metavar="N", help=help)
+    prompts.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens per question")
+    help = "random seed of the choice of sentences and of the order of choices"
+    prompts.add_argument("--seed", type=int, default=0, help=help)
     add_output_options(asked)
-    asked.set_defaults(run=_questions)
-    checked = names.add_parser("check", help="duplicates, leaked answers and choices that give themselves away")
-    checked.add_argument("folder", type=Path, metavar="DIR")
-    checked.add_argument("--ngram", type=positive, default=8, help="words compared at a time (default: %(default)s)")
-    checked.set_defaults(run=_check)
+    checked = command(names, "check", _check, "find duplicates, leaked answers and choices that give themselves away")
+    data = checked.group("data")
+    data.add_argument("folder", type=Path, metavar="DIR", help="task folder to read")
+    data.add_argument("--ngram", type=positive, default=8, metavar="N", help="words per compared n-gram")
 
 
-def add_task_options(parser: argparse.ArgumentParser, *, more: str = "") -> None:
+def _summary_of(generator: Generator) -> str:
+    """The first sentence of a generator's docstring, as a phrase."""
+    sentence = (generator.make.__doc__ or "").partition("\n")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _add_generated(parser: Parser, name: str, generator: Generator) -> None:
+    data = parser.group("data")
+    help = "size and kind of the task"
+    data.add_argument("--preset", choices=list(generator.presets), default="paper", help=help)
+    parser.set_defaults(facts=None, data=None, task_seed=None)
+    if name == "simple-reversals":
+        data.add_argument("--facts", type=positive, metavar="N", help="number of facts (default: the preset's)")
+    if generator.reads is not None:
+        data.add_argument("--data", required=True, help=generator.reads)
+    data.add_argument("--seed", type=int, default=0, help="random seed of the generated task")
+    _add_exclude_option(parser)
+    help = "folder for documents.jsonl and questions.jsonl"
+    parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
+    add_output_options(parser)
+
+
+def add_task_options(parser: Parser, *, more: str = "") -> None:
     """What names a task, for task_of_seed(); `more` ends the help of --task."""
-    parser.add_argument("--task", required=True, help=f"a task folder, or one of: {', '.join(GENERATORS)}{more}")
-    parser.add_argument("--preset", default="paper", help="of a task by name: paper (the default), small, ...")
-    parser.add_argument("--facts", type=positive, help="facts of simple-reversals, in place of the preset's")
-    parser.add_argument("--data", help="what a task by name reads, if it does: a folder, or a dataset on the hub")
+    data = parser.group("data")
+    data.add_argument("--task", required=True, help=f"task folder, or one of {', '.join(GENERATORS)}{more}")
+    data.add_argument("--preset", default="paper", help="size and kind of a generated task: paper, small, ...")
+    help = "number of facts of simple-reversals (default: the preset's)"
+    data.add_argument("--facts", type=positive, metavar="N", help=help)
+    help = "source of a generated task that reads one: a folder, or a dataset on the Hugging Face hub"
+    data.add_argument("--data", help=help)
     parser.set_defaults(task_seed=None)
     _add_exclude_option(parser)
 
 
-def _add_exclude_option(parser: argparse.ArgumentParser) -> None:
-    """--exclude-words: what task_of_seed() keeps the nonsense words from."""
-    parser.add_argument(
+def _add_exclude_option(parser: Parser) -> None:
+    """--exclude-words: words that task_of_seed() does not use as nonsense words."""
+    parser.group("data").add_argument(
         "--exclude-words",
         nargs="+",
         default=(),
         metavar="WORDS",
-        help="no nonsense word from these, besides what the preset excludes: english (a list of ours), a text file of "
-        f"words, or the words in the vocabulary of a checkpoint: a directory, a hub id, or '{SHIPPED}'",
+        help="words not to be used as nonsense words, beside those that the preset excludes: 'english' (a built-in "
+        f"list), a text file, or the vocabulary of a checkpoint (a folder, a hub id or '{SHIPPED}')",
     )
 
 
@@ -136,11 +156,11 @@ def _questions(options: argparse.Namespace) -> None:
     settings = questions.Settings(
         per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
     )
-    if options.template is not None:
+    if options.prompt_template is not None:
         try:
-            settings = replace(settings, template="".join(line for _, line in read_lines(options.template)))
+            settings = replace(settings, template="".join(line for _, line in read_lines(options.prompt_template)))
         except ValueError as error:
-            raise UsageError(f"--template: {error}") from error
+            raise UsageError(f"--prompt-template: {error}") from error
     read = read_documents(documents)
     written = questions.write_questions(
         load_model(options), read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet

@@ -24,7 +24,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load_same
 from icl_ft_fast.engine.score import LogLikelihood, loglikelihood, prefill, stored_context
 from icl_ft_fast.runtime.durable import digest
-from icl_ft_fast.runtime.executors import Task
+from icl_ft_fast.runtime.executors import Job
 
 SHARD_TOKENS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
 Request = tuple[list[int], list[int]]
@@ -145,17 +145,17 @@ def _shared_rows(leaf: NDArray[np.int64], depth: NDArray[np.int32]) -> NDArray[n
     return np.where(after > before, shallowest, depth[after] + 1).astype(np.int64)
 
 
-def tasks_of(requests: Sequence[Request], cuts: Sequence[Cut], work: Work, identity: dict[str, Any]) -> list[Task]:
-    """A task for each shard, named by `identity` (what else its results depend on) and its token ids."""
+def jobs_of(requests: Sequence[Request], cuts: Sequence[Cut], work: Work, identity: dict[str, Any]) -> list[Job]:
+    """A job for each shard, named by `identity` (what else its results depend on) and its token ids."""
     start_flops = work.path_flops(max((one.stem_tokens for one in cuts), default=0))
-    tasks = []
+    jobs = []
     for one in cuts:
         whole = [(*requests[r][0], *requests[r][1]) for r in one.members]
         lengths = tuple(len(requests[r][0]) for r in one.members)
         shard = Shard(whole[0][: one.stem_tokens], tuple(ids[one.stem_tokens :] for ids in whole), lengths)
         name = digest(sorted(identity.items()), shard.stem, shard.rest, shard.context_lengths)
-        tasks.append(Task(name, shard, one.flops, digest(shard.stem), int(start_flops[one.stem_tokens])))
-    return tasks
+        jobs.append(Job(name, shard, one.flops, digest(shard.stem), int(start_flops[one.stem_tokens])))
+    return jobs
 
 
 def in_order(cuts: Sequence[Cut], results: Sequence[dict[str, Any]]) -> list[LogLikelihood]:

@@ -1,8 +1,8 @@
-"""Work on one or many processes and machines: tasks, the order they are pulled in, and what is kept of them on disk.
+"""Work on one or many processes and machines: jobs, the order they are pulled in, and what is kept of them on disk.
 
-An executor starts workers and gives each tasks until none is left: this process alone, the ranks that torchrun started,
-or Ray's actors. A task is done whole by one worker and named by its content, so results do not depend on how many
-workers there were, on their order, or on how often they were killed. Knows nothing of models or of what is in a task.
+An executor starts workers and gives each jobs until none is left: this process alone, the ranks that torchrun started,
+or Ray's actors. A job is done whole by one worker and named by its content, so results do not depend on how many
+workers there were, on their order, or on how often they were killed. Knows nothing of models or of what is in a job.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class ExecutorError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """Something for one worker.
 
     Attributes:
         name: the same for the same work and for no other, in every run.
         work: what a worker is called with; its result is JSON.
         flops: estimated, without what the group shares. Where all are 0, groups are begun in their order.
-        group: tasks of one group share something that a worker makes at the first and keeps for the next.
+        group: jobs of one group share something that a worker makes at the first and keeps for the next.
         start_flops: estimated, of making it.
     """
 
@@ -53,7 +53,7 @@ class Task:
 
 
 Start: TypeAlias = Callable[[], Worker]
-Ended: TypeAlias = Iterator[tuple[Task, Any]]
+Ended: TypeAlias = Iterator[tuple[Job, Any]]
 
 
 class Executor(Protocol):
@@ -69,12 +69,12 @@ class Executor(Protocol):
     def workers(self) -> int | None:
         """Those at work at once; None for as many as a cluster has room for."""
 
-    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
-        """Yield (task, result) as tasks end; together the processes yield each once, and none before rank 0 begins.
+    def run(self, start: Start, jobs: Sequence[Job], done: Collection[str], *, more: bool = False) -> Ended:
+        """Yield (job, result) as jobs end; together the processes yield each once, and none before rank 0 begins.
 
         Args:
             start: makes a worker, in the process that it works in.
-            tasks: of the run, the same in every process.
+            jobs: of the run, the same in every process.
             done: names of those to leave out; rank 0's counts.
             more: the next run is the same workers', who stay.
 
@@ -86,31 +86,31 @@ class Executor(Protocol):
         """Whether this process goes on: rank 0, once every other has come here too."""
 
 
-def pull(tasks: Sequence[Task], worker: int, num_workers: int, take: Callable[[int, int], int]) -> Iterator[int]:
-    """Yield the indices of the tasks that fall to a worker, who shares nothing with the others but a counter a group.
+def pull(jobs: Sequence[Job], worker: int, num_workers: int, take: Callable[[int, int], int]) -> Iterator[int]:
+    """Yield the indices of the jobs that fall to a worker, who shares nothing with the others but a counter a group.
 
     It begins in its own part of the groups (parts are equal in FLOPs), so that what a group shares is made by few; then
     it helps wherever more is left than making what is shared would take. Whoever began a group never leaves it before
-    its end, so every task is yielded once.
+    its end, so every job is yielded once.
 
     Args:
-        tasks: in the order of the run.
+        jobs: in the order of the run.
         worker: 0 to num_workers - 1.
         num_workers: of the run.
         take: take(group, n) adds n to the counter of a group and returns what it was before; groups count from 0 in
             order of first appearance.
     """
     groups: dict[str, list[int]] = {}
-    for i, task in enumerate(tasks):
-        groups.setdefault(task.group, []).append(i)
+    for i, job in enumerate(jobs):
+        groups.setdefault(job.group, []).append(i)
     members = list(groups.values())
-    flops = [tasks[its[0]].start_flops + sum(tasks[i].flops for i in its) for its in members]
+    flops = [jobs[its[0]].start_flops + sum(jobs[i].flops for i in its) for its in members]
     middles = [end - own / 2 for end, own in zip(accumulate(flops), flops, strict=True)]
     first = bisect_left(middles, sum(flops) * worker / num_workers)
     for g in (*range(first, len(members)), *range(first)):
         its = members[g]
         taken = take(g, 0)
-        if taken and sum(tasks[i].flops for i in its[taken:]) <= tasks[its[0]].start_flops:
+        if taken and sum(jobs[i].flops for i in its[taken:]) <= jobs[its[0]].start_flops:
             continue
         while (taken := take(g, 1)) < len(its):
             yield its[taken]
@@ -121,9 +121,9 @@ class InProcess:
 
     rank, workers = 0, 1
 
-    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
+    def run(self, start: Start, jobs: Sequence[Job], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
-        left = [task for task in tasks if task.name not in done]
+        left = [job for job in jobs if job.name not in done]
         worker: Worker | None = None
         for i in pull(left, 0, 1, _Counters().take):
             worker = worker or start()
@@ -137,7 +137,7 @@ class InProcess:
 class Torchrun:
     """A worker a rank, as torchrun started them on one or several nodes; their folders are on a shared file system.
 
-    Ranks meet in torch's TCPStore alone, which holds the names of the tasks and the counters they are pulled by: there
+    Ranks meet in torch's TCPStore alone, which holds the names of the jobs and the counters they are pulled by: there
     is no process group and no collective. A rank that dies ends the run, which torchrun starts again where it was given
     --max-restarts.
     """
@@ -150,18 +150,18 @@ class Torchrun:
         self._store = PrefixStore(f"icl_ft_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._runs = 0
 
-    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
+    def run(self, start: Start, jobs: Sequence[Job], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
         self._runs += 1
         if self.rank == 0:
-            names = [task.name for task in tasks if task.name not in done]
-            self._store.set(f"{self._runs}/tasks", json.dumps(names))
-        self._store.wait([f"{self._runs}/tasks"], _FOREVER)
-        names = json.loads(self._store.get(f"{self._runs}/tasks"))
-        mine = {task.name: task for task in tasks}
+            names = [job.name for job in jobs if job.name not in done]
+            self._store.set(f"{self._runs}/jobs", json.dumps(names))
+        self._store.wait([f"{self._runs}/jobs"], _FOREVER)
+        names = json.loads(self._store.get(f"{self._runs}/jobs"))
+        mine = {job.name: job for job in jobs}
         if unknown := [name for name in names if name not in mine]:
             raise ExecutorError(
-                f"rank {self.rank}: {len(unknown)} of rank 0's {len(names)} tasks are not known here: give every node "
+                f"rank {self.rank}: {len(unknown)} of rank 0's {len(names)} jobs are not known here: give every node "
                 "the same model, input and options, and for `compare` be of one kind, with equal threads and versions"
             )
         worker: Worker | None = None
@@ -183,7 +183,7 @@ class Torchrun:
 
 
 class Ray:
-    """Ray's actors, on this machine or on a cluster; this process sends tasks, and receives and writes what they make.
+    """Ray's actors, on this machine or on a cluster; this process sends jobs, and receives and writes what they make.
 
     Args:
         workers: actors; None for as many as the cluster has room for.
@@ -191,7 +191,7 @@ class Ray:
         cpus: reserved for an actor, which is also its number of threads.
         gpus: reserved for an actor.
 
-    An actor that dies is started again, on another node if its own is gone, and its task is tried RETRIES times more.
+    An actor that dies is started again, on another node if its own is gone, and its job is tried RETRIES times more.
 
     Raises:
         ExecutorError: ray is not installed.
@@ -210,9 +210,9 @@ class Ray:
             raise ExecutorError("ray: not installed: pip install 'icl_ft_fast[ray]'") from error
         self._ray, self._actors = ray, list[Any]()
 
-    def run(self, start: Start, tasks: Sequence[Task], done: Collection[str], *, more: bool = False) -> Ended:
+    def run(self, start: Start, jobs: Sequence[Job], done: Collection[str], *, more: bool = False) -> Ended:
         """See Executor."""
-        left, stay = [task for task in tasks if task.name not in done], False
+        left, stay = [job for job in jobs if job.name not in done], False
         here = {} if self.address else {"num_cpus": self.cpus * (self.workers or 1)}
         try:
             if left and not self._actors:
@@ -227,20 +227,20 @@ class Ray:
                 self._actors = []
                 self._ray.shutdown()
 
-    def _run(self, start: Start, tasks: list[Task]) -> Ended:
+    def _run(self, start: Start, jobs: list[Job]) -> Ended:
         ray, errors = self._ray, self._ray.exceptions
         reserved = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         each, room = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
         workers = self.workers or max(1, int(ray.cluster_resources().get(each, 0) // room))
         make = ray.remote(max_restarts=-1, max_task_retries=self.RETRIES, **reserved)(_Actor)
-        self._actors += [make.remote(start) for _ in range(len(self._actors), min(workers, len(tasks)))]
+        self._actors += [make.remote(start) for _ in range(len(self._actors), min(workers, len(jobs)))]
         actors = self._actors
         counters, running = _Counters(), dict[Any, tuple[int, int]]()
-        pulls = [pull(tasks, a, len(actors), counters.take) for a in range(len(actors))]
+        pulls = [pull(jobs, a, len(actors), counters.take) for a in range(len(actors))]
 
         def give(a: int) -> None:
             if (i := next(pulls[a], None)) is not None:
-                running[actors[a].do.remote(tasks[i].work)] = a, i
+                running[actors[a].do.remote(jobs[i].work)] = a, i
 
         for a in range(len(actors)):
             give(a)
@@ -253,9 +253,9 @@ class Ray:
                 raise error.cause from None
             except errors.RayActorError as error:
                 why = str(error).strip().splitlines()[-1]
-                raise ExecutorError(f"ray: the worker of task {tasks[i].name} died: {why}") from error
+                raise ExecutorError(f"ray: the worker of job {jobs[i].name} died: {why}") from error
             give(a)
-            yield tasks[i], result
+            yield jobs[i], result
 
     def is_last(self) -> bool:
         """See Executor."""
@@ -280,7 +280,7 @@ class _Counters(dict[int, int]):
 
 
 def follow(executor: Executor) -> None:
-    """Wait until rank 0 has come here: a run of no tasks, which none begins before it."""
+    """Wait until rank 0 has come here: a run of no jobs, which none begins before it."""
     for _ in executor.run(lambda: str, [], (), more=True):
         pass
 
@@ -292,23 +292,23 @@ def cores() -> int:
 
 @contextmanager
 def run_journaled(
-    executor: Executor, start: Start, tasks: Sequence[Task], folder: Path, *, progress: str = "", more: bool = False
+    executor: Executor, start: Start, jobs: Sequence[Job], folder: Path, *, progress: str = "", more: bool = False
 ) -> Iterator[list[Any] | None]:
-    """Do the tasks that have no result in `folder` yet, and keep each result there as it comes.
+    """Do the jobs that have no result in `folder` yet, and keep each result there as it comes.
 
-    Every process that writes has a file of its own in the folder, a line a task, on the disk before the next. What a
-    kill cut short is done again; what has a line is not. Results of other tasks in the folder are left alone.
+    Every process that writes has a file of its own in the folder, a line a job, on the disk before the next. What a
+    kill cut short is done again; what has a line is not. Results of other jobs in the folder are left alone.
 
     Args:
         executor: who does them.
         start: makes a worker.
-        tasks: all of the run's.
+        jobs: all of the run's.
         folder: made when missing, and locked during the block.
-        progress: what a bar of tasks is called; "" shows none. Rank 0's own is shown.
+        progress: what a bar of jobs is called; "" shows none. Rank 0's own is shown.
         more: see Executor.run().
 
     Returns:
-        For the block, the tasks' results; None in processes of other rank than 0.
+        For the block, the jobs' results; None in processes of other rank than 0.
 
     Raises:
         LockedError: another run is at work in this folder.
@@ -316,23 +316,23 @@ def run_journaled(
         ExecutorError, and whatever a worker raises.
     """
     with locked(folder / ".lock") if executor.rank == 0 else nullcontext():
-        names = {task.name for task in tasks}
+        names = {job.name for job in jobs}
         done = names & journaled_in(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = ResultJournal(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
-        bar = {"desc": progress, "unit": "task", "disable": not progress or executor.rank > 0, "delay": 1}
+        bar = {"desc": progress, "unit": "job", "disable": not progress or executor.rank > 0, "delay": 1}
         with tqdm(total=len(names), initial=len(done), **bar) as shown:
-            for task, result in executor.run(start, tasks, done, more=more):
-                kept.add({task.name: result})
+            for job, result in executor.run(start, jobs, done, more=more):
+                kept.add({job.name: result})
                 shown.update()
         if not executor.is_last():
             yield None
             return
         found = journaled_in(folder, expected=names)
-        yield [found[task.name] for task in tasks]
+        yield [found[job.name] for job in jobs]
 
 
 def journaled_in(folder: Path, *, expected: Collection[str] = (), tell: bool = False) -> dict[str, Any]:
-    """Results by task name in the files of a folder.
+    """Results by job name in the files of a folder.
 
     Args:
         folder: of run_journaled().

@@ -1,6 +1,6 @@
-"""A study's runs as tasks of an executor, which ends with the results of one process in the time of several.
+"""A study's runs as jobs of an executor, which ends with the results of one process in the time of several.
 
-First the model's augmentations are written, a task a call of the engine, then the arms are run, a task each: whoever
+First the model's augmentations are written, a job a call of the engine, then the arms are run, a job each: whoever
 trains on an augmentation finds it written. What workers made is on the disk, in PARTS beside what the study keeps, and
 is taken in when all is there; compare() then goes on as after a kill, and finds every run made.
 """
@@ -22,8 +22,8 @@ from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.runtime.executors import (
     Executor,
     ExecutorError,
+    Job,
     Ray,
-    Task,
     Worker,
     follow,
     journaled_in,
@@ -93,7 +93,7 @@ def make_runs(
         model: the same one, loaded in this process.
         plans: from compare.plan().
         kept: what is there already.
-        progress: show bars of tasks.
+        progress: show bars of jobs.
 
     Returns:
         Whether this process is the one that goes on, with take_in().
@@ -108,9 +108,9 @@ def make_runs(
     new = {part.name: part for its in parts.values() for part in its if part.name not in kept.values}
 
     def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
-        tasks = [Task(name, job, 0, group=name) for name, job in jobs.items()]
+        named = [Job(name, work, 0, group=name) for name, work in jobs.items()]
         worker = start if isinstance(executor, Ray) else lambda: partial(start.do, model)
-        with run_journaled(executor, worker, tasks, folder, progress=what if progress else "", more=more) as results:
+        with run_journaled(executor, worker, named, folder, progress=what if progress else "", more=more) as results:
             return results is not None
 
     run(new, "augmenting", more=True)
