@@ -28,7 +28,7 @@ sys.path.insert(0, sys.argv[3])
 import torch
 torch.set_num_threads(1)
 from icl_ft_fast.finetune import distributed, finetune
-from icl_ft_fast.model import load
+from icl_ft_fast.engine.model import load
 from test_finetune_distributed import RUNS, SETTINGS, TEXTS
 
 with distributed.joined():

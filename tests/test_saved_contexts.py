@@ -187,8 +187,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import icl_ft_fast as iff
-from icl_ft_fast.contexts import ContextStore
-from icl_ft_fast.score import prefill
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.score import prefill
 model = iff.load(sys.argv[1])
 store = ContextStore(Path(sys.argv[2]), model, int(sys.argv[4]))
 for n in range(2, 14):
