@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test harnesses fuzz sanitize lint format bench kernels readme clean
+.PHONY: setup demo test harnesses fuzz sanitize lint format bench kernels readme figures clean
 
 setup: .venv/installed
 
@@ -78,6 +78,10 @@ kernels: setup
 # Rewrites the demo's output in README.md.
 readme: setup
 	@$(BIN)/python -m benchmarks.readme
+
+# Redraws the figures of docs/architecture.md.
+figures: setup
+	@$(BIN)/python docs/figures.py
 
 clean:
 	rm -rf .venv build *.egg-info icl_ft_fast/_C*.so

@@ -1,0 +1,227 @@
+"""README and docs/ against the code: commands, options, links, places in the code, figures, the tree of rooms."""
+
+import argparse
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from icl_ft_fast import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+
+# Options that pages name and that belong to other programs: torchrun, the harnesses, the benchmarks.
+OF_OTHERS = """--nnodes --nproc-per-node --max-restarts --max-samples --custom-tasks --num_fewshot --use_cache
+    --model_args
+    --tasks --batch_size --costs --parts --minutes --small --only --kills --quick""".split()
+
+
+def figures():
+    """The module that draws them."""
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FIGURES = figures()
+
+
+@pytest.mark.parametrize("name", FIGURES.FIGURES)
+def test_a_figure_is_what_the_script_draws(name):
+    committed = (ROOT / "docs" / "figures" / name).read_text(encoding="utf-8")
+    assert committed == FIGURES.FIGURES[name](), f"docs/figures/{name}: run `make figures` and look at it"
+
+
+def test_no_figure_is_left_over():
+    assert {path.name for path in (ROOT / "docs" / "figures").iterdir()} == FIGURES.FIGURES.keys()
+
+
+# Places in the code.
+
+
+def names_in(path):
+    """Functions, classes and methods of a Python file; words before a bracket or brace in native code."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return set(re.findall(r"\b(\w+)(?=\s*[({])", text)) | set(re.findall(r"(?:struct|#define) (\w+)", text))
+    found = set()
+
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+                walk(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    walk(ast.parse(text).body, "")
+    return found
+
+
+def places():
+    """(page, file, name) for every file:name that a page or the path of a request speaks of."""
+    found = [(page, *match) for page, text in TEXTS.items() for match in PLACE.findall(text)]
+    return found + [("docs/figures.py", *where.split(":")) for where, _, _ in FIGURES.PATH]
+
+
+PLACE = re.compile(r"\b([\w/]+\.(?:py|cpp|h)):([A-Za-z_][\w.]*\w)")
+
+
+@pytest.mark.parametrize(("page", "file", "name"), sorted(set(places())))
+def test_places_in_the_code_exist(page, file, name):
+    assert (ROOT / file).is_file(), f"{page}: there is no {file}"
+    assert name in names_in(ROOT / file), f"{page}: {file} has no {name}"
+
+
+def test_the_path_of_a_request_is_ten_boxes():
+    assert len(FIGURES.PATH) == 10
+    assert sum(bool(jump) for _, _, jump in FIGURES.PATH) == 3
+
+
+FILE = re.compile(r"`((?:icl_ft_fast|csrc|tests|benchmarks|docs|examples|fuzz)/[\w/.-]*)`")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_and_folders_exist(page):
+    for name in FILE.findall(TEXTS[page]):
+        assert (ROOT / name).exists(), f"{page}: there is no {name}"
+
+
+# The tree of rooms.
+
+
+def test_the_readme_s_tree_is_true():
+    tree = TEXTS["README.md"].partition("## The tree")[2].partition("\n## ")[0]
+    named = re.findall(r"(?<![\w/])(?:[\w.-]+/)+", re.sub(r"(?m)(?<=\S)  .*$", "", tree))
+    for name in named:
+        assert (ROOT / name).is_dir(), f"README.md's tree: there is no {name}"
+    for room in FIGURES.rooms():
+        folder = {"": "icl_ft_fast/", "_C": "csrc/"}.get(room, f"icl_ft_fast/{room.replace('.', '/')}/")
+        assert folder in named, f"README.md's tree: {folder} is missing"
+
+
+def test_the_architecture_names_every_room():
+    page = TEXTS["docs/architecture.md"]
+    for room in FIGURES.rooms():
+        assert f"`{FIGURES.title(room)}/`" in page or f"`{FIGURES.title(room)}`" in page, f"{room}: not in the page"
+
+
+def test_the_floors_hold_every_room_above_what_it_imports():
+    level = {name: number for number, names in enumerate(FIGURES.floors()) for name in names}
+    assert level.keys() == FIGURES.rooms().keys()
+    for mine, theirs in FIGURES.imports().items():
+        assert all(level[other] < level[mine] for other in theirs), mine
+
+
+# Commands.
+
+
+def blocks(text):
+    """Lines of code blocks, fenced or indented; those that end in a backslash with the next."""
+    lines, fenced, before = [], False, ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            before += line.strip()
+            if before.endswith("\\"):
+                before = before[:-1] + " "
+            else:
+                lines.append(before)
+                before = ""
+    return lines
+
+
+def commands():
+    """(page, arguments) of every icl-ft-fast command of the pages."""
+    for page, text in TEXTS.items():
+        inline = re.findall(r"`((?:\w+=\S+ )*icl-ft-fast [^`]+)`", text)
+        for line in [*blocks(text), *(one.replace("\n", " ") for one in inline)]:
+            for part in re.split(r";\s|\s[|&]+\s|\s&&\s", line):
+                if match := re.search(r"(?:^|\s)(?:icl-ft-fast|-m icl_ft_fast\.cli)\s(.*)", part):
+                    yield page, re.sub(r"\s+#\s.*| *2>.*", "", match[1]).strip()
+
+
+PARSER = cli.parser()
+
+
+def parser_of(words):
+    """The parser of the command that these words begin with, and the words after its name."""
+    parser = PARSER
+    while words:
+        (nested,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)] or [None]
+        if nested is None or words[0] not in nested.choices:
+            break
+        parser, words = nested.choices[words[0]], words[1:]
+    return parser, words
+
+
+@pytest.mark.parametrize(("page", "arguments"), sorted(set(commands())))
+def test_a_command_parses(page, arguments, capsys):
+    words = shlex.split(arguments)
+    if words[0] == "lm-eval":  # the rest is the harness's command line
+        return
+    parser, rest = parser_of(words)
+    assert len(rest) < len(words), f"{page}: {arguments}: no such command"
+    if "..." in words or not rest:
+        for word in rest:
+            assert word[0] != "-" or word in parser._option_string_actions, f"{page}: {arguments}: {word}"
+        return
+    try:
+        PARSER.parse_args(words)
+    except SystemExit as end:
+        assert not end.code, f"{page}: {arguments}: {capsys.readouterr().err.strip()}"  # noqa: PT017
+
+
+def options(parser):
+    """All option names of a parser and of its commands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= set().union(*map(options, action.choices.values()))
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_options_in_the_text_exist(page):
+    known = options(PARSER) | set(OF_OTHERS)
+    for code in re.findall(r"`([^`\n]+)`", TEXTS[page]):
+        for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert name in known, f"{page}: `{code}`: no command has {name}"
+
+
+# Links.
+
+
+def slug(heading):
+    """The anchor of a heading, as GitHub makes it."""
+    text = re.sub(r"[`*]|\[|\]\([^)]*\)", "", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(path):
+    """Of a page's headings."""
+    return {slug(line.lstrip("#")) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page}: {target}: no such heading"
+
+
+def test_every_page_is_in_the_index():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", TEXTS["docs/index.md"]))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked
