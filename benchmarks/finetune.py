@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.score import SIZES, make_tokenizer
 from benchmarks.timing import Row, peak_bytes
 from icl_ft_fast.engine.model import from_network
-from icl_ft_fast.finetune import FinetuneSettings, batches, finetune
+from icl_ft_fast.finetune import FinetuneSettings, RunOptions, batches, finetune
 from icl_ft_fast.finetune.data import encode
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import semantic_structure
@@ -89,7 +89,7 @@ class _Case:
 
             torch.optim.AdamW.step = timed  # type: ignore[method-assign, assignment]
             try:
-                losses = finetune(model, self._texts, self._settings, in_place=True).losses
+                losses = finetune(model, self._texts, self._settings, options=RunOptions(in_place=True)).losses
             finally:
                 torch.optim.AdamW.step = step  # type: ignore[method-assign]
             return list(losses), [1e3 * ms for ms in np.diff(clock)]

@@ -41,8 +41,8 @@ from benchmarks.trie_attention import check_budget
 from icl_ft_fast import ops
 from icl_ft_fast.engine import generate, trie
 from icl_ft_fast.engine.model import ATTENTION, Model, from_network
-from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, batches, loop, lora
-from icl_ft_fast.finetune.data import Tokens
+from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, batches, lora, network
+from icl_ft_fast.finetune.data import EncodedExample
 from icl_ft_fast.finetune.optimizer import Optimizer
 from icl_ft_fast.ops import reference
 
@@ -482,9 +482,9 @@ def lora_step(bench: Bench) -> None:
     texts, length = (2, 16) if bench.small else (8, 1024)
     model, settings = _model(bench), FinetuneSettings(lora=LoraSettings(), gradient_checkpointing=True)
     is_target = [False] + [True] * (length - 1)
-    examples = [Tokens(ids, is_target, i) for i, ids in enumerate(_ids(bench, 0, [length] * texts))]
+    examples = [EncodedExample(ids, is_target, i) for i, ids in enumerate(_ids(bench, 0, [length] * texts))]
     adapted = lora.inject(model.network, settings.lora, 0)
-    optimizer, objective = Optimizer(model.network, settings), loop.Objective(model, None)
+    optimizer, objective = Optimizer(model.network, settings), network.Objective(model, None)
     losses: dict[str, float] = {}
 
     def ours() -> Tensor:
@@ -506,7 +506,7 @@ def lora_step(bench: Bench) -> None:
 
     calls = {OURS: ours, "transformers, SDPA": theirs}
     variants: Variants = {name: functools.partial(step, name, call) for name, call in calls.items()}
-    with loop._recomputed(model.network, settings):  # both keep a layer's input only
+    with network.recomputing(model.network, settings.gradient_checkpointing):  # both keep a layer's input only
         name = f"LoRA step: {texts} x {length:,} tokens"
         bench.measure(name, variants, texts * length, "tokens/s", rounds=3, seconds=0, peak=True)
     a, b = losses.values()

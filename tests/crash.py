@@ -28,7 +28,7 @@ from icl_ft_fast.augment import run as augment
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
-from icl_ft_fast.finetune import loop
+from icl_ft_fast.finetune import run as finetune_run
 from icl_ft_fast.runtime.durable import Journal, ResultJournal
 from icl_ft_fast.study import sweep
 from icl_ft_fast.study.results import read_results, unmeasured
@@ -125,8 +125,8 @@ def ticking(folder: Path, dies_at: int) -> None:
         SHARED[1] += 1
         return done
 
-    call = before(loop._step)
-    loop._step, os.fsync, Model.forward_chunk = step, before(os.fsync), before(Model.forward_chunk)
+    call = before(finetune_run.train_step)
+    finetune_run.train_step, os.fsync, Model.forward_chunk = step, before(os.fsync), before(Model.forward_chunk)
     sys.addaudithook(hook)
 
 

@@ -15,12 +15,12 @@ from icl_ft_fast.augment import Part
 from icl_ft_fast.augment import run as augment
 from icl_ft_fast.augment.prompts import Prompting
 from icl_ft_fast.engine.machine import Ceilings
-from icl_ft_fast.finetune import loop
+from icl_ft_fast.finetune import run as finetune_run
 from icl_ft_fast.study import runs, sweep
 
 MARKS = Path(sys.argv[1] if len(sys.argv) > 1 else "")
 MORTAL = "augmented-ft 1"
-STEP = loop._step
+STEP = finetune_run.train_step
 
 
 def prepare(patch):
@@ -63,7 +63,7 @@ class Mortal(runs.Runs):
         note(str(os.getpid()), "")
         while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies
             time.sleep(0.01)
-        loop._step = deadly if what == MORTAL else STEP
+        finetune_run.train_step = deadly if what == MORTAL else STEP
         return super().do(model, job)
 
 

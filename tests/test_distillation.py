@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from icl_ft_fast.engine.model import Head
-from icl_ft_fast.finetune import Example, FinetuneError, FinetuneSettings, distillation, finetune
+from icl_ft_fast.finetune import Example, FinetuneError, FinetuneSettings, RunOptions, distillation, finetune
 from icl_ft_fast.finetune.data import encode
 
 CONTEXT = "Documents:\n- the cat sat on that mat.\n- who knows why.\n\n"
@@ -89,4 +89,4 @@ def test_what_a_teacher_cannot_read(llama):
     with pytest.raises(FinetuneError, match=message):
         finetune(llama, TEXTS, SETTINGS, teacher_context="who knows über " * 99)
     with pytest.raises(FinetuneError, match=r"^in_place: a teacher must stay as it is$"):
-        finetune(llama, TEXTS, SETTINGS, teacher_context=CONTEXT, in_place=True)
+        finetune(llama, TEXTS, SETTINGS, teacher_context=CONTEXT, options=RunOptions(in_place=True))

@@ -1,4 +1,4 @@
-"""Training data: every shape of row, the mask token by token, batches as trees, and what is refused."""
+"""Training data: every shape of row, the mask token by token, batches as prefix trees, and what is refused."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icl_ft_fast.finetune import Example, FinetuneError, FinetuneSettings, finetune, read_examples, split_validation
 from icl_ft_fast.finetune.batches import order, pack
-from icl_ft_fast.finetune.data import Tokens, encode
+from icl_ft_fast.finetune.data import EncodedExample, encode
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
@@ -161,7 +161,7 @@ def test_groups(tokenizer):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 5))
 def test_order_takes_every_example_once_an_epoch(groups, seed):
-    examples = [Tokens([0, 1], [False, True], group) for group in groups]
+    examples = [EncodedExample([0, 1], [False, True], group) for group in groups]
     for together in (False, True):
         taken = list(itertools.islice(order(examples, seed, group_by_prompt=together), 2 * len(groups)))
         for epoch in (taken[: len(groups)], taken[len(groups) :]):
@@ -174,7 +174,7 @@ def test_order_takes_every_example_once_an_epoch(groups, seed):
 def test_validation_is_held_out_by_prompt():
     examples = [Example(f" {a}", f"p{p}") for p in range(10) for a in "ab"] + [Example("t")] * 2
     train, held = split_validation(examples, 0.3, 1)
-    assert {e.beginning for e in train}.isdisjoint(e.beginning for e in held)
+    assert {e.shared_prefix for e in train}.isdisjoint(e.shared_prefix for e in held)
     assert sorted(train + held, key=str) == sorted(examples, key=str)
     assert len(held) == 6
     assert split_validation(examples, 0.3, 1) == (train, held)
@@ -185,16 +185,16 @@ def test_validation_is_held_out_by_prompt():
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_a_batch_holds_each_target_of_each_example(rows):
-    examples = [Tokens([9, *(t for t, _ in row)], [False, *(flag for _, flag in row)], 0) for row in rows]
+    examples = [EncodedExample([9, *(t for t, _ in row)], [False, *(flag for _, flag in row)], 0) for row in rows]
     batch = pack(examples)
     assert batch.head_row.tolist() == sorted(set(batch.head_row.tolist()))
     expected = [tuple(e.ids[: i + 1]) for e in examples for i in range(len(e.ids)) if e.is_target[i]]
-    nodes = {}  # row of the tree -> its path
+    nodes = {}  # node of the tree -> its path
     for row in range(len(batch.tree.token)):
         parent = int(batch.tree.parent[row])
         nodes[row] = (*nodes.get(parent, ()), int(batch.tree.token[row]))
     rows_of, target = batch.head_row[batch.row].tolist(), batch.target.tolist()
-    assert [(*nodes[rows_of[m]], target[m]) for m in batch.taken.tolist()] == expected
+    assert [(*nodes[rows_of[m]], target[m]) for m in batch.target_index.tolist()] == expected
 
 
 def test_shared_prompts_train_as_they_would_apart(llama, plain_llama, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from icl_ft_fast.engine.model import load
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)
@@ -27,7 +27,7 @@ from dataclasses import replace
 sys.path.insert(0, sys.argv[3])
 import torch
 torch.set_num_threads(1)
-from icl_ft_fast.finetune import distributed, finetune
+from icl_ft_fast.finetune import RunOptions, distributed, finetune
 from icl_ft_fast.engine.model import load
 from test_finetune_distributed import RUNS, SETTINGS, TEXTS
 
@@ -35,7 +35,8 @@ with distributed.joined():
     model = load(sys.argv[1])
     for name, changes in RUNS.items():
         folder = f"{sys.argv[2]}/{name}"
-        tuned = finetune(model, TEXTS, replace(SETTINGS, **changes), validation=TEXTS[:1], output_dir=folder, seed=7)
+        settings, options = replace(SETTINGS, **changes), RunOptions(output_dir=folder)
+        tuned = finetune(model, TEXTS, settings, validation=TEXTS[:1], seed=7, options=options)
         if distributed.place()[0] == 0:
             tuned.model.network.save_pretrained(f"{folder}/returned")
     for name, step in itertools.product(("fsdp", "lora-fsdp"), (3, 4)):  # stops after step 3, then goes on
@@ -48,8 +49,8 @@ with distributed.joined():
             return totals
         distributed.totals, real = ask(), distributed.totals
         try:
-            out = f"{sys.argv[2]}/cut-{name}"
-            finetune(model, TEXTS, changes, validation=TEXTS[:1], output_dir=out, seed=7, resume=step > 3)
+            options = RunOptions(output_dir=f"{sys.argv[2]}/cut-{name}", resume=step > 3)
+            finetune(model, TEXTS, changes, validation=TEXTS[:1], seed=7, options=options)
         except ValueError as error:
             assert "interrupted after step 3" in str(error), error
         distributed.totals = real
@@ -74,7 +75,12 @@ def two(llama_directory, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(name, two, llama, tmp_path):
     one = finetune(
-        llama, TEXTS, replace(ONE, **RUNS[name] | {"fsdp": False}), validation=TEXTS[:1], output_dir=tmp_path, seed=7
+        llama,
+        TEXTS,
+        replace(ONE, **RUNS[name] | {"fsdp": False}),
+        validation=TEXTS[:1],
+        seed=7,
+        options=RunOptions(output_dir=tmp_path),
     )
     lines = [json.loads(line) for line in (two / name / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(one.losses, abs=1e-5)
@@ -106,4 +112,4 @@ def test_a_sharded_run_is_resumed_to_the_bit(name, weights, two):
 
 def test_one_process_cannot_shard(llama, tmp_path):
     with pytest.raises(FinetuneError, match=r"^fsdp: needs several processes: start the command with torchrun$"):
-        finetune(llama, TEXTS, replace(SETTINGS, fsdp=True), output_dir=tmp_path)
+        finetune(llama, TEXTS, replace(SETTINGS, fsdp=True), options=RunOptions(output_dir=tmp_path))

@@ -17,8 +17,16 @@ from transformers import AutoTokenizer, TrainerState
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import from_network, load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, InterruptedRunError, LoraSettings, finetune, loop
+from icl_ft_fast.finetune import (
+    FinetuneError,
+    FinetuneSettings,
+    InterruptedRunError,
+    LoraSettings,
+    RunOptions,
+    finetune,
+)
 from icl_ft_fast.finetune import checkpoint as checkpoint_module
+from icl_ft_fast.finetune import run as finetune_run
 from icl_ft_fast.finetune.checkpoint import RunFolder
 from icl_ft_fast.finetune.data import encode
 from icl_ft_fast.runtime import durable
@@ -64,7 +72,7 @@ def files(folder):
 
 def stop_after(monkeypatch, step, do):
     """Call do() in the middle of a step."""
-    real, steps = loop._step, []
+    real, steps = finetune_run.train_step, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -72,11 +80,11 @@ def stop_after(monkeypatch, step, do):
             do()
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(finetune_run, "train_step", interrupted)
 
 
 def test_the_files_of_a_run(llama, tmp_path):
-    tuned = finetune(llama, TEXTS, SETTINGS, validation=HELD, output_dir=tmp_path / "run")
+    tuned = finetune(llama, TEXTS, SETTINGS, validation=HELD, options=RunOptions(output_dir=tmp_path / "run"))
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -99,7 +107,7 @@ def test_the_files_of_a_run(llama, tmp_path):
 def test_the_best_checkpoint_is_what_is_returned_and_kept(llama, tmp_path):
     settings = replace(SETTINGS, steps=40, learning_rate=3e-2, eval_steps=2, save_total_limit=1, save_steps=None)
     settings = replace(settings, early_stopping_patience=3, lr_scheduler_type="constant")
-    tuned = finetune(llama, TEXTS[:2], settings, validation=HELD, output_dir=tmp_path)
+    tuned = finetune(llama, TEXTS[:2], settings, validation=HELD, options=RunOptions(output_dir=tmp_path))
     state = json.loads(max(tmp_path.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime).read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=losses.get)
@@ -119,38 +127,47 @@ def test_resumed_is_uninterrupted_to_the_bit(kind, llama, llama_directory, tmp_p
         settings = replace(settings, lora=LoraSettings(r=4, lora_dropout=0.5))
     elif kind == "bfloat16":
         model = load(llama_directory, dtype="bfloat16")
-    whole = finetune(model, TEXTS, settings, validation=HELD, output_dir=tmp_path / "whole", seed=5)
+    whole = finetune(model, TEXTS, settings, validation=HELD, seed=5, options=RunOptions(output_dir=tmp_path / "whole"))
     for step in (3, 5):  # in the middle of step 3, then in the middle of step 5 (steps 3 and 4 are done again)
         with monkeypatch.context() as patch:
             stop_after(patch, step - (step > 3) * 2, lambda: (_ for _ in ()).throw(KeyError("dies")))
             with pytest.raises(KeyError, match="dies"):
-                finetune(model, TEXTS, settings, validation=HELD, output_dir=tmp_path / "cut", seed=5, resume=step > 3)
-    again = finetune(model, TEXTS, settings, validation=HELD, output_dir=tmp_path / "cut", seed=5, resume=True)
+                finetune(
+                    model,
+                    TEXTS,
+                    settings,
+                    validation=HELD,
+                    seed=5,
+                    options=RunOptions(output_dir=tmp_path / "cut", resume=step > 3),
+                )
+    again = finetune(
+        model, TEXTS, settings, validation=HELD, seed=5, options=RunOptions(output_dir=tmp_path / "cut", resume=True)
+    )
     assert again.losses == whole.losses
     assert equal(weights(again.model), weights(whole.model))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_only_the_same_run_is_resumed(llama, llama_directory, tmp_path):
-    finetune(llama, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path)
+    finetune(llama, TEXTS, replace(SETTINGS, steps=2), options=RunOptions(output_dir=tmp_path))
     before = files(tmp_path)
     with pytest.raises(FinetuneError, match="holds a run already; resume it or choose another folder"):
-        finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+        finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path))
     with pytest.raises(FinetuneError, match=r"checkpoint-2: cannot be resumed: steps was 2, now 6"):
-        finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+        finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path, resume=True))
     with pytest.raises(FinetuneError, match=r"cannot be resumed: examples was"):
-        finetune(llama, TEXTS[:5], replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
+        finetune(llama, TEXTS[:5], replace(SETTINGS, steps=2), options=RunOptions(output_dir=tmp_path, resume=True))
     another = load(llama_directory, dtype="bfloat16")
     with pytest.raises(FinetuneError, match=r"cannot be resumed: model was"):
-        finetune(another, TEXTS, replace(SETTINGS, steps=2), output_dir=tmp_path, resume=True)
+        finetune(another, TEXTS, replace(SETTINGS, steps=2), options=RunOptions(output_dir=tmp_path, resume=True))
     assert files(tmp_path) == before
-    for arguments in ({"validation": HELD}, {"resume": True}):
+    for arguments in ({"validation": HELD}, {"options": RunOptions(resume=True)}):
         with pytest.raises(FinetuneError, match=r"^output_dir: needed for"):
             finetune(llama, TEXTS, SETTINGS, **arguments)
 
 
 def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
-    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+    finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path))
     last = tmp_path / "checkpoint-6"
     for path in sorted(last.iterdir()):
         whole = path.read_bytes()
@@ -165,18 +182,18 @@ def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
     for damage in (lines[: len(lines) // 2], "x" + lines, '{"epoch": 1}\n'):
         metrics.write_text(damage)
         with pytest.raises(FinetuneError, match=r"metrics\.jsonl: damaged, or another's: expected a line for each"):
-            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+            finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path, resume=True))
         assert metrics.read_text() == damage
     metrics.write_text(lines)
     shutil.rmtree(last)
-    finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path, resume=True)
+    finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path, resume=True))
     assert last.exists()
 
 
 def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_path, monkeypatch):
     def count(**where):
-        ledger = Ledger()
-        tuned = finetune(llama, TEXTS, SETTINGS, teacher_context="the cat", ledger=ledger, **where)
+        ledger, options = Ledger(), RunOptions(**where)
+        tuned = finetune(llama, TEXTS, SETTINGS, teacher_context="the cat", ledger=ledger, options=options)
         return tuned.losses, unmeasured(ledger.as_dict())
 
     with monkeypatch.context() as patch:
@@ -186,7 +203,7 @@ def test_checkpoints_by_time_count_what_a_run_without_them_counts(llama, tmp_pat
     assert count(output_dir=tmp_path, resume=True, checkpoint_s=1e9) == count()
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint-3"}
     with pytest.raises(FinetuneError, match=r"^checkpoint_s: needs output_dir"):
-        finetune(llama, TEXTS, SETTINGS, checkpoint_s=1.0)
+        finetune(llama, TEXTS, SETTINGS, options=RunOptions(checkpoint_s=1.0))
 
 
 @pytest.mark.parametrize("step", [3, SETTINGS.steps])
@@ -195,12 +212,15 @@ def test_signals_end_a_run_at_a_checkpoint(number, step, llama, tmp_path, monkey
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_after(patch, step, lambda: os.kill(os.getpid(), number))
-        message = f"interrupted after step {step}; checkpoint-{step} is whole and can be resumed"
+        message = f"interrupted after step {step}; checkpoint-{step} is complete and can be resumed"
         with pytest.raises(InterruptedRunError, match=f"^{message}$"):
-            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path / "cut")
+            finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path / "cut"))
     assert signal.getsignal(number) == before
     whole = finetune(llama, TEXTS, SETTINGS)
-    assert finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path / "cut", resume=True).losses == whole.losses
+    assert (
+        finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path / "cut", resume=True)).losses
+        == whole.losses
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,12 +236,12 @@ def test_signals_end_a_run_at_a_checkpoint(number, step, llama, tmp_path, monkey
 )
 def test_out_of_memory(error, message, llama, tmp_path, monkeypatch):
     stop_after(monkeypatch, 4, lambda: (_ for _ in ()).throw(error))
-    with pytest.raises(FinetuneError, match=f"^step 3: {message}.*; checkpoint-2 is whole and can be resumed$"):
-        finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path)
+    with pytest.raises(FinetuneError, match=f"^step 3: {message}.*; checkpoint-2 is complete and can be resumed$"):
+        finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path))
 
 
 def test_a_loss_or_gradient_that_is_not_finite(llama, tmp_path, monkeypatch):
-    real = loop._step
+    real = finetune_run.train_step
     for place, what in ((0, "the loss is nan"), (1, "the gradient's norm is nan")):
         steps = []
 
@@ -232,9 +252,9 @@ def test_a_loss_or_gradient_that_is_not_finite(llama, tmp_path, monkeypatch):
                 result[place] = math.nan
             return tuple(result)
 
-        monkeypatch.setattr(loop, "_step", broken)
-        with pytest.raises(FinetuneError, match=f"^step 3: {what}; lower the learning rate; checkpoint-2 is whole"):
-            finetune(llama, TEXTS, SETTINGS, output_dir=tmp_path / str(place))
+        monkeypatch.setattr(finetune_run, "train_step", broken)
+        with pytest.raises(FinetuneError, match=f"^step 3: {what}; lower the learning rate; checkpoint-2 is complete"):
+            finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path / str(place)))
         load(tmp_path / str(place) / "checkpoint-2")
 
 
@@ -253,11 +273,11 @@ def test_a_full_disk(failing, llama, tmp_path, monkeypatch):
         for module in (durable, checkpoint_module):
             patch.setattr(module, "sync", sync)
         with pytest.raises(FinetuneError, match=r"cannot be written: No space left on device"):
-            finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path)
+            finetune(llama, TEXTS, replace(SETTINGS, steps=4), options=RunOptions(output_dir=tmp_path))
     assert not list(tmp_path.glob(".*"))
     for folder in tmp_path.glob("checkpoint-*"):
         load(folder)
-    again = finetune(llama, TEXTS, replace(SETTINGS, steps=4), output_dir=tmp_path, resume=True)
+    again = finetune(llama, TEXTS, replace(SETTINGS, steps=4), options=RunOptions(output_dir=tmp_path, resume=True))
     assert again.losses == finetune(llama, TEXTS, replace(SETTINGS, steps=4)).losses
 
 
@@ -292,10 +312,10 @@ def test_schedules():
 
 def test_trackers_only_when_installed(llama, tmp_path, monkeypatch):
     with pytest.raises(FinetuneError, match=r"^report_to: expected some of tensorboard, wandb, trackio, got 'mlflow'$"):
-        finetune(llama, TEXTS, replace(SETTINGS, report_to=("mlflow",)), output_dir=tmp_path / "a")
+        finetune(llama, TEXTS, replace(SETTINGS, report_to=("mlflow",)), options=RunOptions(output_dir=tmp_path / "a"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(FinetuneError, match=r"^report_to: wandb is not installed: pip install wandb$"):
-        finetune(llama, TEXTS, replace(SETTINGS, report_to=("wandb",)), output_dir=tmp_path / "b")
+        finetune(llama, TEXTS, replace(SETTINGS, report_to=("wandb",)), options=RunOptions(output_dir=tmp_path / "b"))
     logged = []
 
     class Tracker:
@@ -313,7 +333,7 @@ def test_trackers_only_when_installed(llama, tmp_path, monkeypatch):
             logged.append("closed")
 
     monkeypatch.setitem(sys.modules, "trackio", Tracker)
-    finetune(llama, TEXTS, replace(SETTINGS, report_to=("trackio",)), output_dir=tmp_path / "c")
+    finetune(llama, TEXTS, replace(SETTINGS, report_to=("trackio",)), options=RunOptions(output_dir=tmp_path / "c"))
     assert [step for step, *_ in logged[:-1]] == [2, 4, 6]
     assert "loss" in logged[0]
     assert logged[-1] == "closed"
@@ -326,9 +346,11 @@ def test_a_tokenizer_with_several_chat_templates_keeps_them_all(llama, tmp_path)
         "tool_use": "{{ tools }}",
     }  # written to a folder of their own
     model = from_network(llama.network, tokenizer, "llama", self_check=False)
-    finetune(model, TEXTS, replace(SETTINGS, steps=2, save_steps=1), output_dir=tmp_path)
+    finetune(model, TEXTS, replace(SETTINGS, steps=2, save_steps=1), options=RunOptions(output_dir=tmp_path))
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
     assert (tmp_path / "checkpoint-1" / "additional_chat_templates" / "tool_use.jinja").exists()
     (tmp_path / "checkpoint-2" / "additional_chat_templates" / "tool_use.jinja").write_text("", encoding="utf-8")
     with pytest.raises(FinetuneError, match=r"tool_use\.jinja: damaged, lost"):
-        finetune(model, TEXTS, replace(SETTINGS, steps=3, save_steps=1), output_dir=tmp_path, resume=True)
+        finetune(
+            model, TEXTS, replace(SETTINGS, steps=3, save_steps=1), options=RunOptions(output_dir=tmp_path, resume=True)
+        )

@@ -12,8 +12,8 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows, from_network, load
 from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetune import FinetuneSettings, batches, finetune
-from icl_ft_fast.finetune.data import Tokens
-from icl_ft_fast.finetune.loop import Objective
+from icl_ft_fast.finetune.data import EncodedExample
+from icl_ft_fast.finetune.network import Objective
 from icl_ft_fast.finetune.optimizer import Optimizer
 
 REQUESTS = [([3, *range(10, 40)], [5, 6]), ([3, *range(10, 40)], [7]), ([3, 4], [9, 9, 8]), ([3, *range(10, 20)], [2])]
@@ -33,7 +33,7 @@ def test_scoring_and_training_stay_on_one_device_and_read_nothing_back(family, t
         needed = hidden[chunk.head_rows.to(hidden.device)]
         results = model.target_logprob(needed, chunk.target_row, chunk.target_token)
         assert [x.device.type for x in (hidden, *results)] == ["meta"] * 3
-    examples = [Tokens([*before, *after], [True] * (len(before) + len(after)), 0) for before, after in REQUESTS]
+    examples = [EncodedExample([*before, *after], [True] * (len(before) + len(after)), 0) for before, after in REQUESTS]
     Objective(model, None)(batches.pack(examples), range(len(examples))).backward()
     assert all(p.grad.device.type == "meta" for p in network.parameters())
     with pytest.raises(RuntimeError, match="meta"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, finetune, lora
+from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune, lora
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed")
 
@@ -28,7 +28,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_scores_the_same_in_peft_and_here(kind, llama, llama_directory, plain_llama, plain, tmp_path):
-    tuned = finetune(llama, TEXTS, replace(SETTINGS, lora=KINDS[kind]), output_dir=tmp_path)
+    tuned = finetune(llama, TEXTS, replace(SETTINGS, lora=KINDS[kind]), options=RunOptions(output_dir=tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "CAUSAL_LM", KINDS[kind].r)
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
@@ -60,7 +60,7 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lora, "inject", inject_and_nudge)
     settings = replace(SETTINGS, steps=1, batch_size=6, learning_rate=1.0, clip_norm=1e9, lora=KINDS["rslora"])
-    finetune(llama, TEXTS, settings, seed=3, output_dir=tmp_path)
+    finetune(llama, TEXTS, settings, seed=3, options=RunOptions(output_dir=tmp_path))
     after = load_file(tmp_path / "adapter_model.safetensors")
 
     network = copy.deepcopy(plain_llama)
@@ -82,7 +82,7 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
 def test_only_the_adapters_are_trained_and_dropout_is_seeded(llama, tmp_path):
     settings = replace(SETTINGS, lora=LoraSettings(r=2, lora_dropout=0.5))
     torch.manual_seed(1)
-    one = finetune(llama, TEXTS, settings, seed=1, output_dir=tmp_path)
+    one = finetune(llama, TEXTS, settings, seed=1, options=RunOptions(output_dir=tmp_path))
     torch.manual_seed(2)
     state = torch.random.get_rng_state()
     assert finetune(llama, TEXTS, settings, seed=1).losses == one.losses

@@ -30,7 +30,7 @@ ROOMS = {
     "tasks": "documents and questions, one's own and the paper's; knows no model",
     "engine": "prefix tree, KV cache, model, log-likelihoods, generation, and the ledger of work done",
     "augment": "inferences about documents, written by a model, an endpoint or rules",
-    "finetune": "training on documents: data, batches, loop, LoRA, checkpoints, processes, distillation",
+    "finetune": "training on documents: data, batches, runs, LoRA, checkpoints, processes, distillation",
     "study": "ways of answering over tasks and seeds: results, statistics, cost, decision",
     "shipped": "the model that comes with the package, and how it is made",
     "report": "a study's results as tables, charts, a page and a notebook's object",

@@ -11,7 +11,7 @@ import peft
 
 from icl_ft_fast.engine.model import from_network, load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetune import FinetuneSettings, RunOptions, finetune
 from icl_ft_fast.finetune.batches import order
 from icl_ft_fast.finetune.data import encode
 
@@ -102,7 +102,9 @@ def test_an_adapter_trained_by_trl_scores_here_as_in_peft(llama, llama_directory
 
 def test_ours_continues_in_trl(llama, plain_llama, tmp_path):
     """The checkpoint of a run here is what TRL goes on from."""
-    finetune(llama, TEXTS, FinetuneSettings(steps=3, learning_rate=3e-3), output_dir=tmp_path / "ours")
+    finetune(
+        llama, TEXTS, FinetuneSettings(steps=3, learning_rate=3e-3), options=RunOptions(output_dir=tmp_path / "ours")
+    )
     settings = {"max_steps": 1, "per_device_train_batch_size": 8}
     trainer = sft(str(tmp_path / "ours"), llama.tokenizer, TEXTS[:8], tmp_path / "trl", **settings)
     continued = trainer.state.log_history[0]["loss"]

@@ -13,7 +13,15 @@ from typing import Any
 from icl_ft_fast.cli.options import Commands, UsageError, command
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import prompt_context
-from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, distributed, finetune, read_examples, split_validation
+from icl_ft_fast.finetune import (
+    FinetuneSettings,
+    LoraSettings,
+    RunOptions,
+    distributed,
+    finetune,
+    read_examples,
+    split_validation,
+)
 from icl_ft_fast.runtime.durable import locked
 from icl_ft_fast.tasks.task import read_documents
 
@@ -186,10 +194,12 @@ def _finetune(options: argparse.Namespace) -> None:
             seed=seed,
             validation=validation,
             teacher_context=context,
-            output_dir=out,
-            resume=given.get("resume_from_checkpoint", True),
-            in_place=context is None,
-            progress=not given.get("quiet", False),
+            options=RunOptions(
+                output_dir=out,
+                resume=given.get("resume_from_checkpoint", True),
+                in_place=context is None,
+                progress=not given.get("quiet", False),
+            ),
         )
         if distributed.place()[0] == 0:
             print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")

@@ -1,13 +1,14 @@
-"""Fine-tuning through the same trie forward and target_logprob as scoring: `finetune()` and what it takes.
+"""Fine-tuning through the prefix tree and head that also score: `finetune()` and the types it takes.
 
-settings: what can be set. data: rows and texts to tokens with a mask. batches: the order of examples, and a batch as
-one tree. optimizer: AdamW on float32 weights. lora, distillation, distributed: adapters, a teacher with documents in
-context, many processes. checkpoint, trackers: files, and metrics elsewhere. loop: the training itself.
+settings: what can be set. data: files and texts to token ids with a loss mask. batches: the order of examples, and a
+batch as one prefix tree. run: the run itself, from preparing to finishing. network: what is trained, and its loss.
+optimizer: AdamW on float32 weights. lora: adapters. distillation: a teacher with documents in context. distributed:
+several processes. checkpoint, trackers: files, and metrics elsewhere.
 """
 
 from icl_ft_fast.finetune.data import Example, read_examples, split_validation
-from icl_ft_fast.finetune.loop import Finetuned, InterruptedRunError, finetune
-from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings, LoraSettings
+from icl_ft_fast.finetune.run import Finetuned, InterruptedRunError, finetune
+from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 
 __all__ = [
     "Example",
@@ -16,6 +17,7 @@ __all__ = [
     "Finetuned",
     "InterruptedRunError",
     "LoraSettings",
+    "RunOptions",
     "finetune",
     "read_examples",
     "split_validation",

@@ -1,4 +1,4 @@
-"""Which examples a step takes, as a function of the seed alone, and a batch as one tree with its targets."""
+"""Which examples a step takes, as a function of the seed alone, and a batch as one prefix tree with its targets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from icl_ft_fast.engine import trie
-from icl_ft_fast.finetune.data import Tokens
+from icl_ft_fast.finetune.data import EncodedExample
 
 
-def order(examples: Sequence[Tokens], seed: int, *, group_by_prompt: bool = False) -> Iterator[int]:
-    """Indices of examples, each epoch in a fresh order, without end; a group's stay together if asked for."""
+def order(examples: Sequence[EncodedExample], seed: int, *, group_by_prompt: bool = False) -> Iterator[int]:
+    """Indices of examples, each epoch in a fresh order, without end; each group consecutive if asked for."""
     groups: dict[int, list[int]] = {}
     for e, example in enumerate(examples):
         groups.setdefault(example.group if group_by_prompt else e, []).append(e)
@@ -25,26 +25,29 @@ def order(examples: Sequence[Tokens], seed: int, *, group_by_prompt: bool = Fals
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples merged into one tree: a prefix they share is forwarded once, and its gradient is the sum of theirs.
+    """Examples merged into one prefix tree, which forwards a shared prefix once; its gradient is the sum of theirs.
+
+    Shapes: R predicting nodes, M distinct targets, P targets of all examples.
 
     Attributes:
-        tree: the trie; nobody sees another's tokens beyond a prefix that both have.
-        head_row: int64 [R], rows of the tree that predict some target, ascending.
-        row: int64 [M], indices into head_row; target: int64 [M], the token; the distinct targets of the batch.
-        taken: int64 [P], an index into those for each target of each example, in the order of the examples.
+        tree: the examples' tokens but the last of each; no example sees another's tokens beyond their shared prefix.
+        head_row: int64 [R], nodes that predict some target, ascending.
+        row: int64 [M], for each distinct target an index into head_row.
+        target: int64 [M], token ids of the distinct targets.
+        target_index: int64 [P], for each target of each example, in the order of the examples, an index into target.
     """
 
     tree: trie.Trie
     head_row: torch.Tensor
     row: torch.Tensor
     target: torch.Tensor
-    taken: torch.Tensor
+    target_index: torch.Tensor
 
 
-def pack(examples: Sequence[Tokens]) -> Batch:
+def pack(examples: Sequence[EncodedExample]) -> Batch:
     """Merge examples, at least one."""
     tree = trie.build_from_lists([(example.ids[:1], example.ids[1:]) for example in examples])
     is_target = torch.tensor([flag for example in examples for flag in example.is_target[1:]])
-    scored, taken = tree.path[is_target].long().unique(return_inverse=True)
+    scored, target_index = tree.path[is_target].long().unique(return_inverse=True)
     head_row, row = tree.scored_row[scored].long().unique(return_inverse=True)
-    return Batch(tree, head_row, row, tree.scored_token[scored].long(), taken)
+    return Batch(tree, head_row, row, tree.scored_token[scored].long(), target_index)

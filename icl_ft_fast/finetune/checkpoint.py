@@ -246,5 +246,5 @@ def _told(path: Path, done: str, last: int | None = None) -> Any:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        whole = "" if last is None else f"; checkpoint-{last} is whole and can be resumed"
+        whole = "" if last is None else f"; checkpoint-{last} is complete and can be resumed"
         raise FinetuneError(f"{path}: cannot be {done}: {reason}{whole}") from error

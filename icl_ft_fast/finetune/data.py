@@ -43,13 +43,13 @@ class Example:
     where: str = ""
 
     @property
-    def beginning(self) -> str | tuple[Turn, ...]:
+    def shared_prefix(self) -> str | tuple[Turn, ...]:
         """What other examples may begin with too: the prompt, or the turns before the last."""
         return self.turns[:-1] or self.prompt
 
 
 @dataclass(frozen=True)
-class Tokens:
+class EncodedExample:
     """An encoded example: its ids, and which of them a loss is taken on, never the first.
 
     Examples with equal `group` have the same prompt.
@@ -125,7 +125,7 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
     Raises:
         FinetuneError: nothing would be left to train on.
     """
-    key = {id(example): example.beginning or example.completion for example in examples}
+    key = {id(example): example.shared_prefix or example.completion for example in examples}
     alike = list(dict.fromkeys(key.values()))
     held = set(random.Random(f"validation/{seed}").sample(alike, max(1, round(fraction * len(alike)))))
     sides = [[e for e in examples if (key[id(e)] in held) == side] for side in (False, True)]
@@ -141,7 +141,7 @@ def encode(
     *,
     splitting: str = "none",
     completion_only: bool = False,
-) -> list[Tokens]:
+) -> list[EncodedExample]:
     """Ids of each example: BOS (or what stands for it), its text, and EOS unless a chat template has closed it.
 
     Under completion_only a token is a target if any of its characters is a completion's, as is the EOS after it.
@@ -165,7 +165,7 @@ def encode(
             rendered += [(part, [(0, len(part))], False) for part in parts]
             names += [names[-1]] * (len(parts) - 1)
             groups += [e] * (len(parts) - 1)
-        groups.append(first.setdefault(example.beginning, e) if example.beginning else e)
+        groups.append(first.setdefault(example.shared_prefix, e) if example.shared_prefix else e)
     if not rendered:
         raise FinetuneError("texts: nothing to train on")
     prefix, eos = encoding.prefix_token_id(tokenizer), tokenizer.eos_token_id
@@ -183,7 +183,7 @@ def encode(
         if over > 0 or not any(is_target[1:]):
             reason = f"{over} tokens over the model's {max_positions} positions" if over > 0 else "no tokens"
             raise FinetuneError(f"{name}: {reason}" + (" to predict" if len(ids) > 1 and over <= 0 else ""))
-        encoded.append(Tokens(ids, is_target, group))
+        encoded.append(EncodedExample(ids, is_target, group))
     return encoded
 
 

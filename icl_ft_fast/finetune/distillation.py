@@ -19,7 +19,7 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Head, Model
-from icl_ft_fast.finetune.data import Tokens
+from icl_ft_fast.finetune.data import EncodedExample
 from icl_ft_fast.finetune.settings import FinetuneError
 
 _LOGITS = 4 << 20  # of the teacher and of the student held at a time: 16 MB each in float32
@@ -74,7 +74,9 @@ def _divergence(
 
 
 @torch.no_grad()
-def read_in_context(model: Model, examples: Sequence[Tokens], context: str, *, ledger: Ledger | None = None) -> Teacher:
+def read_in_context(
+    model: Model, examples: Sequence[EncodedExample], context: str, *, ledger: Ledger | None = None
+) -> Teacher:
     """The model as a teacher that has read `context`, once for all examples.
 
     An example's tokens follow the context's as they are, less their BOS.

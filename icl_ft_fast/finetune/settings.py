@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
@@ -131,6 +132,26 @@ class FinetuneSettings:
         if self.lr_scheduler_type == "cosine":
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
         return self.learning_rate
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run saves, whether it resumes and what it shows; none of it changes what is learned.
+
+    Attributes:
+        output_dir: where checkpoints and metrics go, see checkpoint.py; None writes nothing.
+        resume: continue from the last checkpoint in output_dir, if there is one, as if there had been no pause.
+        checkpoint_s: write a checkpoint when so many seconds have passed since the last one, replacing it, and none at
+            the end: for callers who resume from output_dir but use the returned model. One process, no validation.
+        in_place: train the given model itself, which saves the memory of a copy.
+        progress: show a progress bar with the loss.
+    """
+
+    output_dir: str | Path | None = None
+    resume: bool = False
+    checkpoint_s: float | None = None
+    in_place: bool = False
+    progress: bool = False
 
 
 def _at_least_one(settings: object, name: str) -> None:

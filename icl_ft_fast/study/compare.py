@@ -30,7 +30,7 @@ from icl_ft_fast.engine.machine import Ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetune import FinetuneSettings, RunOptions, finetune
 from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
 from icl_ft_fast.study import evaluate, statistics, sweep
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -276,11 +276,13 @@ def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, prog
             settings.finetune,
             seed=seed,
             teacher_context=teacher_context,
-            output_dir=at.checkpoints and at.checkpoints / planned.key,
-            resume=resumed,
-            checkpoint_s=at.checkpoint_s if resumed else None,
             ledger=ledger,
-            progress=progress,
+            options=RunOptions(
+                output_dir=at.checkpoints and at.checkpoints / planned.key,
+                resume=resumed,
+                checkpoint_s=at.checkpoint_s if resumed else None,
+                progress=progress,
+            ),
         )
         losses, model = tuned.losses, tuned.model
         notes["final_loss"] = losses[-1]
