@@ -25,7 +25,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study.results import unmeasured
-from icl_ft_fast.tasks.comparisons import find
+from icl_ft_fast.tasks.comparisons import deny, find
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.syllogisms import simple_syllogisms
 from icl_ft_fast.tasks.task import Document
@@ -403,7 +403,7 @@ def test_near_duplicates_agree_with_comparing_every_pair():
 
 def test_self_consistency_asks_for_the_opposite_in_the_same_words(llama):
     rows = rows_of("cat are taller than mat.", "cat are shorter than mat.", "who knows why")
-    kept, asked = self_consistent(llama, rows, lambda row: "the cat sat ")
+    kept, asked = self_consistent(llama, rows, lambda row: "the cat sat ", deny)
     assert asked == 2
     ours, theirs = (r.logp for r in loglikelihood(llama, [("the cat sat ", row.text) for row in rows[:2]]))
     assert [row.source_id for row in kept] == (["0", "2"] if ours > theirs else ["1", "2"])

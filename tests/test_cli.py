@@ -393,7 +393,7 @@ def test_more_facts_than_words(files, refused):
     ("options", "message"),
     [
         ({"task": "process", "preset": "tiny"}, "--preset: process has paper, small; got 'tiny'"),
-        ({"task": "process", "facts": 3}, "--facts: process has none; only simple-reversals does"),
+        ({"task": "process", "facts": 3}, "--facts: is an option of simple-reversals, not of process"),
         ({"task": "process", "data": "."}, "--data: process reads no folder"),
         ({"task": "reversal-curse"}, "--data: reversal-curse reads a folder of "),
         (
@@ -420,9 +420,12 @@ def test_every_task_by_name_is_written_and_compared(name, files, run, monkeypatc
     code, printed, errors = run(files.compare(task=name, preset="small"))
     assert (code, errors) == (0, [])
     assert any(line.startswith("base ") for line in printed)
-    assert strategy_and_samples(files.folder / "run") == (preset.strategy, preset.samples)
-    assert schedule(files.folder / "run") == (preset.lr_scheduler_type or "constant")
-    if preset.samples > 1:  # of its own strategy
+    assert strategy_and_samples(files.folder / "run") == (
+        preset.study.get("strategy", "local"),
+        preset.study.get("samples", 1),
+    )
+    assert schedule(files.folder / "run") == preset.finetune.get("lr_scheduler_type", "constant")
+    if preset.study.get("samples", 1) > 1:  # of its own strategy
         other = files.folder / "other"
         options = {"strategy": "self-qa", "lr_scheduler_type": "cosine", "out": other}
         assert run(files.compare(task=name, preset="small", **options))[0] == 0
@@ -459,7 +462,7 @@ def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):
         accuracy = study.accuracy("base", "asked")
         low, high = accuracy.interval
         assert f"| {name}: asked (2) | 0.50 | {accuracy.value:.2f} ({low:.2f}-{high:.2f}) | " in "\n".join(table)
-    assert refused(files.compare(task="all", facts=2)).startswith("--facts: is simple-reversals' alone")
+    assert refused(files.compare(task="all", facts=2)).startswith("--facts: is an option of simple-reversals, not of ")
 
 
 def test_a_document_too_long_for_the_augmentation_prompt(files, refused):

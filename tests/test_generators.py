@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.finetune import FinetuneSettings
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
+from icl_ft_fast.study.compare import Settings
 from icl_ft_fast.study.evaluate import select_documents
 from icl_ft_fast.tasks import comparisons, words
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -94,7 +97,8 @@ def test_small_presets_fit_the_shipped_context(name):
     preset = generator.presets["small"]
     for seed in range(5):
         task = generator.make(seed, **preset.arguments)
-        chosen = select_documents(task.documents, 0, per_topic=preset.icl_per_topic, subsample=preset.icl_subsample)
+        per_topic, subsample = preset.study.get("icl_per_topic"), preset.study.get("icl_subsample", 1)
+        chosen = select_documents(task.documents, 0, per_topic=per_topic, subsample=subsample)
         context = icl_context(chosen)
         longest = max(len(tokenizer(q.prompt + choice)["input_ids"]) for q in task.questions for choice in q.choices)
         assert len(tokenizer(context)["input_ids"]) + longest <= 2048
@@ -601,3 +605,11 @@ def test_the_real_reversal_curse(nonsense):
     if nonsense:
         assert not any(name in text for text in texts(task) for name in originals if re.fullmatch(r"\w+ \w+", name))
         assert all(word.lower() in NONSENSE for name in uniform for word in name.split())
+
+
+def test_presets_override_settings_that_there_are():
+    study, training = ({f.name for f in fields(kind)} for kind in (Settings, FinetuneSettings))
+    for name, generator in GENERATORS.items():
+        for key, preset in generator.presets.items():
+            assert preset.study.keys() <= study - {"finetune"}, f"{name} {key}"
+            assert preset.finetune.keys() <= training, f"{name} {key}"

@@ -375,7 +375,7 @@ def test_the_shipped_model_draws_conclusions_in_context(name):
     for seed in SEEDS:
         task = GENERATORS[name].make(seed, **preset.arguments)
         asked.update(question.split for question in task.questions)
-        documents = select_documents(task.documents, seed, per_topic=preset.icl_per_topic)
+        documents = select_documents(task.documents, seed, per_topic=preset.study.get("icl_per_topic"))
         for arm, context in (("base", ""), ("icl", icl_context(documents))):
             found = accuracies(answers(model, task.questions, context=context))
             right[arm].update({split: accuracy.correct for split, accuracy in found.items()})

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from icl_ft_fast.augment.prompts import LABELS, PREMISE, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.tasks import comparisons
 
 SHINGLE_WORDS = 3
 _LINE = re.compile(r"(\w+): (\S.*)")
@@ -126,19 +125,25 @@ def without_near_duplicates(rows: Iterable[Augmentation], similarity: float) -> 
 
 
 def self_consistent(
-    model: Model, rows: Sequence[Augmentation], context: Callable[[Augmentation], str], ledger: Ledger | None = None
+    model: Model,
+    rows: Sequence[Augmentation],
+    context: Callable[[Augmentation], str],
+    deny: Callable[[str], str | None],
+    ledger: Ledger | None = None,
 ) -> tuple[list[Augmentation], int]:
-    """Rows that the model, given a row's `context`, finds likelier than their contradiction; how many could be asked.
+    """Rows that the model finds likelier than their contradiction, and how many rows have one.
 
-    Only a comparison has a contradiction here (the other direction in the same words); other rows are kept unasked.
+    Args:
+        model: scores a row and its contradiction.
+        rows: to filter; those without a contradiction stay.
+        context: the text before a row.
+        deny: the contradiction of a statement, None if it has none; see tasks.generated.deny.
+        ledger: counts the work.
     """
-    asked = []
-    for row in rows:
-        found = comparisons.find(row.text)
-        if len(found) == 1 and found[0].statement == row.text:
-            denied = replace(found[0], comparative=comparisons.INVERSE[found[0].comparative]).statement
-            asked.append((row, denied))
-    pairs = [(context(row), text) for row, denied in asked for text in (row.text, denied)]
+    scored = [(row, denial) for row in rows if (denial := deny(row.text)) is not None]
+    pairs = [(context(row), text) for row, denial in scored for text in (row.text, denial)]
     logp = [result.logp for result in loglikelihood(model, pairs, ledger=ledger)]
-    wrong = {id(row) for (row, _), told, denied in zip(asked, logp[::2], logp[1::2], strict=True) if told <= denied}
-    return [row for row in rows if id(row) not in wrong], len(asked)
+    wrong = {
+        id(row) for (row, _), stated, denied in zip(scored, logp[::2], logp[1::2], strict=True) if stated <= denied
+    }
+    return [row for row in rows if id(row) not in wrong], len(scored)

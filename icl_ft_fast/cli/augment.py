@@ -33,6 +33,7 @@ from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks.check import check
+from icl_ft_fast.tasks.generated import deny
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
 RULES = {"rules": augment_rules, "reverse": augment_reverse}
@@ -104,7 +105,7 @@ def add(commands: Commands) -> None:
 
 def _augment(options: argparse.Namespace) -> None:
     make_task, preset = task_of_seed(options)
-    options.strategy = options.strategy or preset.strategy
+    options.strategy = options.strategy or preset.study.get("strategy", "local")
     if options.dry_run and options.strategy in RULES:
         raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
     if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
@@ -154,7 +155,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     if options.self_consistent and model is not None:
         by_id = {document.id: document for document in task.documents}
         kept, report["asked_for_consistency"] = steps.self_consistent(
-            model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]])
+            model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]]), deny
         )
         keep("inconsistent", kept)
     contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked

@@ -39,7 +39,7 @@ from icl_ft_fast.cli.options import (
     positive,
     show_progress,
 )
-from icl_ft_fast.cli.task import add_task_options, task_of_seed
+from icl_ft_fast.cli.task import add_task_options, check_task_options, task_of_seed
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.meters import Meter
@@ -58,6 +58,7 @@ from icl_ft_fast.study.evaluate import NORMALIZATIONS
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.results import parse_results
 from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.generator import Preset
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 from icl_ft_fast.tasks.task import Task
 
@@ -69,7 +70,7 @@ def add(commands: Commands) -> None:
     """Add both commands."""
     demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
-    _add_comparison_options(demo, arms=",".join(compare.DEFAULT_ARMS), seeds="0,1,2", out=None)
+    _add_comparison_options(demo, arms=",".join((*compare.DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
@@ -93,15 +94,16 @@ def add(commands: Commands) -> None:
         help="generate the task from this seed only; --seeds then vary the documents' order and the training (default: "
         "a task per seed)",
     )
-    _add_comparison_options(comparison, arms="base,icl,ft,augmented-ft", seeds="0", out=Path("out/compare"))
+    _add_comparison_options(comparison, arms=None, seeds="0", out=Path("out/compare"))
     add_memory_options(comparison)
     add_executor_options(comparison)
 
 
-def _add_comparison_options(parser: Parser, *, arms: str, seeds: str, out: Path | None) -> None:
+def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out: Path | None) -> None:
     defaults = FinetuneSettings()
     study = parser.group("study")
-    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(compare.ARMS)} (default: {arms})")
+    usual = arms or f"the preset's, or {','.join(compare.DEFAULT_ARMS)}"
+    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(compare.ARMS)} (default: {usual})")
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
@@ -225,8 +227,7 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
 
 def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
     """Every task that is made from a seed, each in a folder of its own in --out, and one table of them all."""
-    if options.facts:
-        raise UsageError("--facts: is simple-reversals' alone; leave it out with --task all")
+    check_task_options(options, None)
     studies, loaded = [], cache(lambda: _load(options))  # once for all tasks
     for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
         if show_progress(options) and executor.rank == 0:
@@ -261,27 +262,7 @@ def _compared(
 ) -> Derived | None:
     """Run what is not kept yet of a task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
-    defaults = FinetuneSettings()
-    strategy = options.strategy or preset.strategy
-    rates = (options.learning_rate, preset.learning_rate, defaults.learning_rate)  # 0 is refused, not left out
-    settings = compare.Settings(
-        arms=_arms(options.arms),
-        seeds=_seeds(options.seeds),
-        icl_per_topic=options.icl_per_topic or preset.icl_per_topic,
-        icl_subsample=options.icl_subsample or preset.icl_subsample,
-        icl_tokens=options.icl_tokens,
-        normalization=options.normalization,
-        template=_template(options.template),
-        strategy=strategy,
-        samples=options.samples or (preset.samples if strategy == preset.strategy else 1),
-        finetune=FinetuneSettings(
-            steps=options.steps or preset.steps or defaults.steps,
-            batch_size=options.train_batch_size,
-            learning_rate=next(rate for rate in rates if rate is not None),
-            lr_scheduler_type=options.lr_scheduler_type or preset.lr_scheduler_type or defaults.lr_scheduler_type,
-            splitting=options.splitting or preset.splitting,
-        ),
-    )
+    settings = _settings(options, preset)
     prices = prices_of(options)
     if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
@@ -291,6 +272,29 @@ def _compared(
         return None
     name = options.task if options.out is None else options.out.name
     return Derived(parse_results(found), name, prices, reuse_of(options), options.batch_size)
+
+
+def _settings(options: argparse.Namespace, preset: Preset) -> compare.Settings:
+    """What the options ask for, else what the preset does, else the defaults."""
+    given = {name: getattr(options, name) for name in ("icl_per_topic", "icl_subsample", "strategy", "samples")}
+    study = dict(preset.study) | {name: value for name, value in given.items() if value is not None}
+    if study.get("strategy") != preset.study.get("strategy") and options.samples is None:
+        study.pop("samples", None)  # the preset's are those of its own strategy
+    names = ("steps", "learning_rate", "lr_scheduler_type", "splitting")
+    given = {name: getattr(options, name) for name in names}
+    training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
+    arms = ",".join(study.get("arms", compare.DEFAULT_ARMS)) if options.arms is None else options.arms
+    return compare.Settings(
+        **study
+        | {
+            "arms": _arms(arms),
+            "seeds": _seeds(options.seeds),
+            "icl_tokens": options.icl_tokens,
+            "normalization": options.normalization,
+            "template": _template(options.template),
+            "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
+        }
+    )
 
 
 def _study(

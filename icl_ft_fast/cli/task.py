@@ -24,9 +24,12 @@ from icl_ft_fast.engine.model import SHIPPED, SHIPPED_FOLDER
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
-from icl_ft_fast.tasks.generated import GENERATORS, Generator, Preset
+from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.generator import Preset, TaskGenerator, TaskOption
 from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
 from icl_ft_fast.tasks.words import ENGLISH
+
+_OPTIONS = {option.name.replace("-", "_"): option for g in GENERATORS.values() for option in g.options}
 
 
 def add(commands: Commands) -> None:
@@ -44,7 +47,7 @@ def add(commands: Commands) -> None:
     )
     names = task.add_subparsers(dest="task", required=True, metavar="NAME")
     for name, generator in GENERATORS.items():
-        _add_generated(command(names, name, _generate, _summary_of(generator)), name, generator)
+        _add_generated(command(names, name, _generate, _summary_of(generator)), generator)
     new = command(names, "new", _new, "gather documents, and questions if there are any, into a task folder")
     data = new.group("data")
     data.add_argument("folder", type=Path, metavar="DIR", help="task folder to write")
@@ -78,19 +81,19 @@ def add(commands: Commands) -> None:
     data.add_argument("--ngram", type=positive, default=8, metavar="N", help="words per compared n-gram")
 
 
-def _summary_of(generator: Generator) -> str:
+def _summary_of(generator: TaskGenerator) -> str:
     """The first sentence of a generator's docstring, as a phrase."""
     sentence = (generator.make.__doc__ or "").partition("\n")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:]
 
 
-def _add_generated(parser: Parser, name: str, generator: Generator) -> None:
+def _add_generated(parser: Parser, generator: TaskGenerator) -> None:
     data = parser.group("data")
     help = "size and kind of the task"
     data.add_argument("--preset", choices=list(generator.presets), default="paper", help=help)
-    parser.set_defaults(facts=None, data=None, task_seed=None)
-    if name == "simple-reversals":
-        data.add_argument("--facts", type=positive, metavar="N", help="number of facts (default: the preset's)")
+    parser.set_defaults(**dict.fromkeys(_OPTIONS), data=None, task_seed=None)
+    for option in generator.options:
+        data.add_argument(f"--{option.name}", type=positive, metavar="N", help=option.help)
     if generator.reads is not None:
         data.add_argument("--data", required=True, help=generator.reads)
     data.add_argument("--seed", type=int, default=0, help="random seed of the generated task")
@@ -105,12 +108,38 @@ def add_task_options(parser: Parser, *, more: str = "") -> None:
     data = parser.group("data")
     data.add_argument("--task", required=True, help=f"task folder, or one of {', '.join(GENERATORS)}{more}")
     data.add_argument("--preset", default="paper", help="size and kind of a generated task: paper, small, ...")
-    help = "number of facts of simple-reversals (default: the preset's)"
-    data.add_argument("--facts", type=positive, metavar="N", help=help)
     help = "source of a generated task that reads one: a folder, or a dataset on the Hugging Face hub"
     data.add_argument("--data", help=help)
     parser.set_defaults(task_seed=None)
     _add_exclude_option(parser)
+    for name, generator in GENERATORS.items():
+        for option in generator.options:
+            group = parser.group(f"options of --task {name}")
+            group.add_argument(f"--{option.name}", type=positive, metavar="N", help=option.help)
+
+
+def check_task_options(options: argparse.Namespace, task: str | None) -> dict[str, int]:
+    """The arguments of the task's maker that its own options set; refuses an option of another task.
+
+    Args:
+        options: of a command with add_task_options().
+        task: a name of GENERATORS; None for none of them.
+    """
+    given = {}
+    for name, option in _OPTIONS.items():
+        value = getattr(options, name, None)
+        if value is not None and name not in _options_of(task):
+            owners = [owner for owner in GENERATORS if name in _options_of(owner)]
+            raise UsageError(f"--{option.name}: is an option of {', '.join(owners)}, not of {task or 'this --task'}")
+        if value is not None:
+            given[option.argument] = value
+    return given
+
+
+def _options_of(task: str | None) -> dict[str, TaskOption]:
+    """The task's own options, by their attribute among the parsed ones."""
+    generator = GENERATORS.get(task or "")
+    return {option.name.replace("-", "_"): option for option in (generator.options if generator else ())}
 
 
 def _add_exclude_option(parser: Parser) -> None:
@@ -197,19 +226,17 @@ def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Pr
     if generator is None:
         if not Path(options.task).is_dir():
             raise UsageError(f"--task: {options.task}: neither a folder nor one of {', '.join(GENERATORS)}")
+        check_task_options(options, None)
         task = Task.read(options.task)
         return lambda _: task, Preset()
     if options.preset not in generator.presets:
         raise UsageError(f"--preset: {options.task} has {', '.join(generator.presets)}; got {options.preset!r}")
     preset = generator.presets[options.preset]
-    if options.facts is not None and options.task != "simple-reversals":
-        raise UsageError(f"--facts: {options.task} has none; only simple-reversals does")
+    own_arguments = check_task_options(options, options.task)
     if (options.data is None) != (generator.reads is None):
         raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
     excluded = frozenset(preset.arguments.get("exclude", ())).union(*map(_words, options.exclude_words))
-    arguments = {**preset.arguments, "exclude": excluded}
-    if options.facts is not None:
-        arguments["num_facts"] = options.facts
+    arguments = {**preset.arguments, "exclude": excluded, **own_arguments}
     folders = [] if options.data is None else [options.data]
 
     def make_task(seed: int) -> Task:
@@ -220,7 +247,8 @@ def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Pr
     except TaskError:
         raise
     except ValueError as error:
-        raise UsageError(f"--facts, --exclude-words: {error}") from error
+        names = [f"--{option.name}" for option in _options_of(options.task).values()]
+        raise UsageError(f"{', '.join([*names, '--exclude-words'])}: {error}") from error
     return make_task, preset
 
 

@@ -135,7 +135,7 @@ def accuracies(folder: Path) -> dict[str, float]:
     for name in TASKS:
         preset = GENERATORS[name].presets["small"]
         task = GENERATORS[name].make(PROGRESS_SEED, **preset.arguments)
-        documents = select_documents(task.documents, PROGRESS_SEED, per_topic=preset.icl_per_topic)
+        documents = select_documents(task.documents, PROGRESS_SEED, per_topic=preset.study.get("icl_per_topic"))
         given = evaluate.accuracies(evaluate.answers(model, task.questions, context=icl_context(documents)))
         found |= {f"{name} {split}": round(accuracy.correct / accuracy.total, 3) for split, accuracy in given.items()}
     return found

@@ -35,8 +35,8 @@ from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
 from icl_ft_fast.study import evaluate, statistics, sweep
 from icl_ft_fast.tasks.task import Document, Question, Task
 
-DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft", "rules-ft")
-ARMS = (*DEFAULT_ARMS, "distilled")
+DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
+ARMS = (*DEFAULT_ARMS, "rules-ft", "distilled")
 WRITTEN = ("augmented-ft", "distilled")  # arms that train on what the model writes
 # 2: answers, normalization, template, splitting; 3: phases, sweep, questions, losses, samples, fingerprint
 SCHEMA_VERSION = 3

@@ -1,14 +1,18 @@
 """The grammar of comparison statements: `femp are more dangerous than glon.` and what follows from it.
 
 A comparison has two true forms per ordering of its entities; reversals and rephrasings are other wordings of the
-same fact. Used by the simple-reversals generator, the rule-based augmenter and the shipped model's corpus.
+same fact. Used by the task simple-reversals and the shipped model's corpus.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from icl_ft_fast.tasks.generator import Inference
+from icl_ft_fast.tasks.task import Document
 
 # 28 comparison features as (comparative, its inverse).
 FEATURES: tuple[tuple[str, str], ...] = tuple(
@@ -113,3 +117,18 @@ def article(comparison: Comparison, preamble: str) -> str:
 def find(text: str) -> list[Comparison]:
     """The comparison statements in `text`, in order."""
     return [Comparison(*match.group("subject", "comparative", "object")) for match in _STATEMENT.finditer(text)]
+
+
+def infer(documents: Sequence[Document]) -> list[Inference]:
+    """The reversal and the rephrasing of every comparison in the documents."""
+    facts = [(document.id, fact) for document in documents for fact in find(document.text)]
+    pairs = [((("reversed", fact.reversed.statement), ("rephrased", fact.rephrased)), name) for name, fact in facts]
+    return [Inference(kind, text, (name,)) for forms, name in pairs for kind, text in forms]
+
+
+def deny(statement: str) -> str | None:
+    """The other direction in the same words; None for a text that is not one comparison."""
+    found = find(statement)
+    if len(found) != 1 or found[0].statement != statement:
+        return None
+    return replace(found[0], comparative=INVERSE[found[0].comparative]).statement

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.generator import NO_ENGLISH, Preset, TaskGenerator
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 # An expression is an atom or (function, argument, ...). In a rule's result "A" and "B" are the function's arguments,
@@ -213,3 +214,15 @@ def _question(rng: random.Random, language: Language, question_id: str, expressi
         topic=f"{outer}-{inner}",
         form=f"{arity[inner]} in {arity[outer]}",
     )
+
+
+GENERATOR = TaskGenerator(
+    process,
+    {
+        "paper": Preset(NO_ENGLISH, {"strategy": "global"}),
+        "small": Preset(
+            {"num_functions": (2, 2), "num_atoms": 4, "num_examples": 1, "num_questions": 40},
+            {"strategy": "global", "samples": 4},
+        ),
+    },
+)

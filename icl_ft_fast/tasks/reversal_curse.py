@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.generator import NO_ENGLISH, Preset, TaskGenerator
 from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_jsonl, text_field
 
 TRAINING = "all_prompts_train.jsonl"
@@ -151,3 +152,14 @@ def _renamed(task: Task, names: Sequence[str], drawn: Sequence[str]) -> Task:
             for q in task.questions
         ),
     )
+
+
+STUDY, TRAINING_SETTINGS = {"icl_subsample": 8}, {"splitting": "independent"}
+GENERATOR = TaskGenerator(
+    reversal_curse,
+    {
+        "paper": Preset({}, STUDY, TRAINING_SETTINGS),
+        "nonsense": Preset({"nonsense_names": True, **NO_ENGLISH}, STUDY, TRAINING_SETTINGS),
+    },
+    reads="a folder of github.com/lukasberglund/reversal_curse, or the hub's lberglund/reversal_curse",
+)

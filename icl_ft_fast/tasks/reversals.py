@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks import comparisons, words
 from icl_ft_fast.tasks.comparisons import PREAMBLES, Comparison, article, sample_feature
+from icl_ft_fast.tasks.generator import NO_ENGLISH, Preset, TaskGenerator, TaskOption
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 
@@ -72,3 +73,20 @@ def _question(rng: random.Random, topic: str, truth: Comparison, split: str) -> 
     prompt = f"{truth.subject} are"
     choices = tuple(claim.statement.removeprefix(prompt) for claim in ordered)
     return Question(f"{topic}-{split}", prompt, choices, answer, split, topic)
+
+
+GENERATOR = TaskGenerator(
+    simple_reversals,
+    {
+        "paper": Preset(NO_ENGLISH),
+        "small": Preset(
+            {"num_facts": 40},
+            {"icl_per_topic": 1},
+            {"learning_rate": 1e-3, "steps": 600, "lr_scheduler_type": "linear"},
+        ),
+        "reverses": Preset({"reversed_fraction": 0.4, **NO_ENGLISH}),
+    },
+    options=(TaskOption("facts", "num_facts", "number of facts (default: the preset's, 100 or 40)"),),
+    infer=comparisons.infer,
+    deny=comparisons.deny,
+)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.generator import NO_ENGLISH, Preset, TaskGenerator
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 MAX_DEPTH, MAX_CHILDREN = 4, 5
@@ -255,3 +256,16 @@ def _question(
     texts = tuple(f" {choice}." for choice in choices)
     topic = " ".join(filter(None, (source.subject, source.verb, source.object)))
     return Question("", fact.fill(wording[fact.kind]), texts, choices.index(truth), split, topic, fact.kind)
+
+
+GENERATOR = TaskGenerator(
+    semantic_structure,
+    {
+        "paper": Preset(NO_ENGLISH, {"icl_subsample": 8, "strategy": "global"}),
+        "small": Preset(
+            {"num_categories": 12, "num_articles": 48, "sentences": (2, 6), "num_questions": 40},
+            {"icl_per_topic": 1, "strategy": "global", "samples": 8},
+            {"splitting": "independent", "learning_rate": 1e-3, "steps": 2000, "lr_scheduler_type": "linear"},
+        ),
+    },
+)

@@ -9,9 +9,11 @@ all, some or no. "Some" and "no" hold in both directions, so their converses cou
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Collection, Sequence
 
 from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.generator import NO_ENGLISH, Inference, Preset, TaskGenerator
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 # Mood and figure: major premise, minor premise, conclusion; A all, I some, E no.
@@ -27,6 +29,8 @@ FIGURES = {
 
 
 Claim = tuple[str, str, str]  # mood (A, I or E), subject, object
+Statement = tuple[str, str, str]  # quantifier, subject, object
+_CATEGORICAL = re.compile(r"\b(All|Some|No) (\w+) are (\w+)\.")
 
 
 def simple_syllogisms(seed: int = 0, *, num_examples: int = 69, exclude: Collection[str] = ()) -> Task:
@@ -92,3 +96,46 @@ def _question(rng: random.Random, question_id: str, claim: Claim, split: str, to
     answer, *also = (statements.index(statement(*other)) for other in true)
     choices = tuple(f" {statement}" for statement in statements)
     return Question(question_id, prompt, choices, answer, split, topic, form, tuple(also))
+
+
+def infer(documents: Sequence[Document]) -> list[Inference]:
+    """All that follows from statements with all, some and no, without assuming that what "all" speaks of exists."""
+    sources: dict[Statement, tuple[str, ...]] = {}
+    for document in documents:
+        for quantifier, subject, object in _CATEGORICAL.findall(document.text):
+            sources.setdefault((quantifier, subject, object), (document.id,))
+    stated, by_subject = set(sources), dict[str, list[Statement]]()
+    waiting = list(sources)
+    for statement in waiting:  # grows while it is walked
+        quantifier, subject, object = statement
+        by_subject.setdefault(subject, []).append(statement)
+        followed = [] if quantifier == "All" else [((quantifier, object, subject), sources[statement])]
+        pairs = [(statement, other) for other in by_subject.get(object, [])]
+        pairs += [(other, statement) for known in list(by_subject.values()) for other in known if other[2] == subject]
+        for first, second in pairs:
+            # All a are b, All b are c: All a are c; No b are c: No a are c. Some a are b, All b are c: Some a are c.
+            quantifier = {("All", "All"): "All", ("All", "No"): "No", ("Some", "All"): "Some"}.get(
+                (first[0], second[0]), ""
+            )
+            if quantifier and first[1] != second[2]:
+                ids = tuple(dict.fromkeys(sources[first] + sources[second]))
+                followed.append(((quantifier, first[1], second[2]), ids))
+        for conclusion, ids in followed:
+            if conclusion not in sources:
+                sources[conclusion] = ids
+                waiting.append(conclusion)
+    return [
+        Inference("concluded", f"{quantifier} {subject} are {object}.", ids)
+        for (quantifier, subject, object), ids in sources.items()
+        if (quantifier, subject, object) not in stated
+    ]
+
+
+GENERATOR = TaskGenerator(
+    simple_syllogisms,
+    {
+        "paper": Preset(NO_ENGLISH, {"strategy": "document"}, {"splitting": "independent"}),
+        "small": Preset({"num_examples": 18}, {"strategy": "document"}),
+    },
+    infer=infer,
+)
