@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.score import SIZES, make_tokenizer
 from benchmarks.timing import Row, peak_bytes
 from icl_ft_fast.engine.model import from_network
-from icl_ft_fast.finetune import FinetuneSettings, RunOptions, batches, finetune
-from icl_ft_fast.finetune.data import encode
+from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, batches, finetune
+from icl_ft_fast.finetuning.data import encode
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import semantic_structure
 

@@ -24,11 +24,11 @@ import torch
 from transformers.utils import logging
 
 from icl_ft_fast import cli
-from icl_ft_fast.augment import run as augment
-from icl_ft_fast.augment.prompts import Prompting
+from icl_ft_fast.augmentation import run as augment
+from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
-from icl_ft_fast.finetune import run as finetune_run
+from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.runtime.durable import Journal, ResultJournal
 from icl_ft_fast.study import sweep
 from icl_ft_fast.study.results import read_results, unmeasured
@@ -46,7 +46,7 @@ COMMANDS = {
     "--store store --icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
-    "augment": "--task ../task --strategy document --template ../short.jinja --max-new-tokens 6 "
+    "augment": "--task ../task --strategy document --prompt-template ../short.jinja --max-new-tokens 6 "
     "--samples 4 --temperature 1 --near-duplicates 1 --out out",
     "score": "--questions ../task/questions.jsonl --documents ../task/documents.jsonl --shard-tokens 1 "
     "--out out/scores.jsonl",

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from icl_ft_fast import cli
-from icl_ft_fast.augment import Part
-from icl_ft_fast.augment import run as augment
-from icl_ft_fast.augment.prompts import Prompting
+from icl_ft_fast.augmentation import Part
+from icl_ft_fast.augmentation import run as augment
+from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.engine.machine import Ceilings
-from icl_ft_fast.finetune import run as finetune_run
+from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.study import runs, sweep
 
 MARKS = Path(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -7,12 +7,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.augment import Augmentation, AugmentError, augment_by_model, augment_reverse, augment_rules, parts_of
-from icl_ft_fast.augment.generators import Engine, Written
-from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
-from icl_ft_fast.augment.run import SAMPLES_APART, Run, prompts
-from icl_ft_fast.augment.run import _key as key
-from icl_ft_fast.augment.steps import (
+from icl_ft_fast.augmentation import (
+    Augmentation,
+    AugmentError,
+    augment_by_model,
+    augment_reverse,
+    augment_rules,
+    parts_of,
+)
+from icl_ft_fast.augmentation.generators import Engine, Written
+from icl_ft_fast.augmentation.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
+from icl_ft_fast.augmentation.run import SAMPLES_APART, Run, prompts
+from icl_ft_fast.augmentation.run import _key as key
+from icl_ft_fast.augmentation.steps import (
     normalized,
     parse,
     self_consistent,
@@ -172,7 +179,7 @@ def test_no_documents(llama, strategy):
 def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch):
     documents = [Document(f"d{n}", f"the cat {n}") for n in range(5)]
     monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
-    monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
+    monkeypatch.setattr("icl_ft_fast.augmentation.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
     monkeypatch.setattr(Engine, "together", 2)
     kept, ledgers = ResultJournal(None), [Ledger(), Ledger()]
     parts = parts_of(llama, documents, key="a")
@@ -192,7 +199,7 @@ def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch
 def test_several_answers_a_prompt_are_drawn_apart_and_counted_in_calls(llama, monkeypatch):
     documents = [Document(f"d{n}", f"the cat {n}") for n in range(3)]
     monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
-    monkeypatch.setattr("icl_ft_fast.augment.run.parse", lambda _, told, text: ([("row", text)], 0, 0))
+    monkeypatch.setattr("icl_ft_fast.augmentation.run.parse", lambda _, told, text: ([("row", text)], 0, 0))
     monkeypatch.setitem(MAX_NEW_TOKENS, "global", 6)
     monkeypatch.setattr(Engine, "together", 4)
     parts = parts_of(llama, documents, "global", samples=2, seed=5)

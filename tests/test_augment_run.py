@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from icl_ft_fast.augment import AugmentError
-from icl_ft_fast.augment.generators import Endpoint, Recorded, Written
-from icl_ft_fast.augment.prompts import Prompting
-from icl_ft_fast.augment.run import Price, Run, prompts
+from icl_ft_fast.augmentation import AugmentError
+from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Written
+from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.run import Price, Run, prompts
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.durable import DamagedError, Journal
@@ -30,7 +30,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_augment_run import DOCUMENTS, Echo, run_of
-from icl_ft_fast.augment import store
+from icl_ft_fast.augmentation import store
 
 folder, last, torn = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torn"
 asked = []

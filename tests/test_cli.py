@@ -23,7 +23,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import ceilings
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import loglikelihood, score
-from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.finetuning import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.generated import GENERATORS

@@ -7,7 +7,7 @@ import pytest
 
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.model import load
-from icl_ft_fast.finetune import FinetuneSettings, LoraSettings, finetune, read_examples
+from icl_ft_fast.finetuning import FinetuneSettings, LoraSettings, finetune, read_examples
 
 
 @pytest.fixture

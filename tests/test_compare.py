@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icl_ft_fast.augment import augment_rules
+from icl_ft_fast.augmentation import augment_rules
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.engine.score import prefill, score
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import ARM_TITLES, Derived
 from icl_ft_fast.runtime.durable import ResultJournal

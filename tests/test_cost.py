@@ -20,7 +20,7 @@ from icl_ft_fast.engine.machine import ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter, Reading
 from icl_ft_fast.engine.model import from_network
 from icl_ft_fast.engine.score import loglikelihood, score
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.study.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit
 from icl_ft_fast.study.prices import PriceError, Prices, read_prices
 from icl_ft_fast.tasks.task import Question

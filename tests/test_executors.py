@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling
 from icl_ft_fast import cli
-from icl_ft_fast.augment import Part
-from icl_ft_fast.augment.generators import Engine
+from icl_ft_fast.augmentation import Part
+from icl_ft_fast.augmentation.generators import Engine
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
-from icl_ft_fast.finetune import FinetuneSettings
+from icl_ft_fast.finetuning import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, LockedError, locked
 from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, pull, run_journaled
 from icl_ft_fast.study import compare, runs
@@ -304,7 +304,7 @@ KILL_ONE = """
 import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from icl_ft_fast import shards
+from icl_ft_fast.engine import shards
 from icl_ft_fast.cli import main, score
 
 MARKS = Path(sys.argv[1])
@@ -362,7 +362,7 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
 
 SMALL_CALLS = """
 import sys
-from icl_ft_fast.augment.generators import Engine
+from icl_ft_fast.augmentation.generators import Engine
 from icl_ft_fast.cli import main
 
 if __name__ == "__main__":

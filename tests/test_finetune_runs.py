@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TrainerState
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import from_network, load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import (
+from icl_ft_fast.finetuning import (
     FinetuneError,
     FinetuneSettings,
     InterruptedRunError,
@@ -25,10 +25,10 @@ from icl_ft_fast.finetune import (
     RunOptions,
     finetune,
 )
-from icl_ft_fast.finetune import checkpoint as checkpoint_module
-from icl_ft_fast.finetune import run as finetune_run
-from icl_ft_fast.finetune.checkpoint import RunFolder
-from icl_ft_fast.finetune.data import encode
+from icl_ft_fast.finetuning import checkpoint as checkpoint_module
+from icl_ft_fast.finetuning import run as finetune_run
+from icl_ft_fast.finetuning.checkpoint import RunFolder
+from icl_ft_fast.finetuning.data import encode
 from icl_ft_fast.runtime import durable
 from icl_ft_fast.study.results import unmeasured
 

@@ -11,10 +11,10 @@ from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows, from_network, load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneSettings, batches, finetune
-from icl_ft_fast.finetune.data import EncodedExample
-from icl_ft_fast.finetune.network import Objective
-from icl_ft_fast.finetune.optimizer import Optimizer
+from icl_ft_fast.finetuning import FinetuneSettings, batches, finetune
+from icl_ft_fast.finetuning.data import EncodedExample
+from icl_ft_fast.finetuning.network import Objective
+from icl_ft_fast.finetuning.optimizer import Optimizer
 
 REQUESTS = [([3, *range(10, 40)], [5, 6]), ([3, *range(10, 40)], [7]), ([3, 4], [9, 9, 8]), ([3, *range(10, 20)], [2])]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -21,7 +21,7 @@ from icl_ft_fast.engine.contexts import ContextError, load_context, save_context
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.model import ModelError, from_network, load
 from icl_ft_fast.engine.score import iter_token_logprobs, loglikelihood, prefill
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune, lora
+from icl_ft_fast.finetuning import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune, lora
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed")
 

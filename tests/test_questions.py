@@ -10,7 +10,7 @@ from icl_ft_fast import cli
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Generation
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.finetune import FinetuneSettings, finetune
+from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.runtime.durable import DamagedError, digest
 from icl_ft_fast.study import questions
 from icl_ft_fast.study.questions import Settings, write_questions

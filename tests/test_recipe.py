@@ -156,7 +156,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import pytest, torch
 torch.set_num_threads(1)
-from icl_ft_fast.finetune import distributed
+from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.shipped import train
 from test_recipe import TOKENS, tiny_recipe
 

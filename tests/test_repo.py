@@ -29,8 +29,8 @@ ROOMS = {
     "runtime": "processes, machines and files that survive; knows nothing of models",
     "tasks": "documents and questions, one's own and the paper's; knows no model",
     "engine": "prefix tree, KV cache, model, log-likelihoods, generation, and the ledger of work done",
-    "augment": "inferences about documents, written by a model, an endpoint or rules",
-    "finetune": "training on documents: data, batches, runs, LoRA, checkpoints, processes, distillation",
+    "augmentation": "inferences about documents, written by a model, an endpoint or rules",
+    "finetuning": "training on documents: data, batches, runs, LoRA, checkpoints, processes, distillation",
     "study": "ways of answering over tasks and seeds: results, statistics, cost, decision",
     "shipped": "the model that comes with the package, and how it is made",
     "report": "a study's results as tables, charts, a page and a notebook's object",
@@ -94,6 +94,17 @@ def test_no_circle_of_imports():
     while leaves := [name for name, ours in left.items() if not ours]:
         left = {name: ours - set(leaves) for name, ours in left.items() if ours}
     assert not left, f"imports go in a circle among {sorted(left)}"
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]), ids=str)
+def test_what_tests_and_benchmarks_import_is_there(path):
+    """Also in the programs that tests write out as text."""
+    imports = r"^from (icl_ft_fast[\w.]*) import \(?([\w, ]*)"
+    for target, names in re.findall(imports, path.read_text(encoding="utf-8"), re.MULTILINE):
+        module = target.removeprefix("icl_ft_fast").lstrip(".")
+        assert module in MODULES, f"{target}: no such module"
+        for name in filter(None, names.replace(" ", "").split(",") if not module else ()):
+            assert name in {*MODULES, "_C", *vars(icl_ft_fast), *icl_ft_fast.__all__}, f"icl_ft_fast has no {name}"
 
 
 def test_every_room_is_there_and_says_what_it_is():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from icl_ft_fast.augment.prompts import LABELS, PREMISE, Prompting
-from icl_ft_fast.augment.steps import parse
+from icl_ft_fast.augmentation.prompts import LABELS, PREMISE, Prompting
+from icl_ft_fast.augmentation.steps import parse
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped import corpus, lessons, train

@@ -11,9 +11,9 @@ import peft
 
 from icl_ft_fast.engine.model import from_network, load
 from icl_ft_fast.engine.score import loglikelihood
-from icl_ft_fast.finetune import FinetuneSettings, RunOptions, finetune
-from icl_ft_fast.finetune.batches import order
-from icl_ft_fast.finetune.data import encode
+from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, finetune
+from icl_ft_fast.finetuning.batches import order
+from icl_ft_fast.finetuning.data import encode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its libraries' own
 TEXTS = [f"the cat sat {'on that mat ' * (n % 4)}who knows {n}" for n in range(40)]

@@ -12,7 +12,7 @@ from errno import EDQUOT, ENOSPC
 from jinja2 import TemplateError
 
 from icl_ft_fast import __version__
-from icl_ft_fast.augment import AugmentError
+from icl_ft_fast.augmentation import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
 from icl_ft_fast.cli.options import Parser, UsageError
 from icl_ft_fast.engine.contexts import ContextError
@@ -20,7 +20,7 @@ from icl_ft_fast.engine.generate import GenerateError
 from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.engine.score import ScoreError
-from icl_ft_fast.finetune import FinetuneError, InterruptedRunError
+from icl_ft_fast.finetuning import FinetuneError, InterruptedRunError
 from icl_ft_fast.runtime.durable import DamagedError, LockedError
 from icl_ft_fast.runtime.executors import ExecutorError
 from icl_ft_fast.runtime.printable import printable

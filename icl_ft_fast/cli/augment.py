@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from icl_ft_fast.augment import steps
-from icl_ft_fast.augment.generators import Endpoint, Engine, Generator, Recorded
-from icl_ft_fast.augment.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting
-from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
+from icl_ft_fast.augmentation import steps
+from icl_ft_fast.augmentation.generators import Endpoint, Engine, Generator, Recorded
+from icl_ft_fast.augmentation.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting
+from icl_ft_fast.augmentation.rules import augment_reverse, augment_rules
+from icl_ft_fast.augmentation.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,

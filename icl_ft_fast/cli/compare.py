@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast.augment.prompts import LABELS
+from icl_ft_fast.augmentation.prompts import LABELS
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,
@@ -45,8 +45,8 @@ from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import SHIPPED, Model
 from icl_ft_fast.engine.prompting import ProtocolError, check_template
-from icl_ft_fast.finetune import FinetuneSettings
-from icl_ft_fast.finetune.settings import SCHEDULES
+from icl_ft_fast.finetuning import FinetuneSettings
+from icl_ft_fast.finetuning.settings import SCHEDULES
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table

@@ -13,7 +13,7 @@ from typing import Any
 from icl_ft_fast.cli.options import Commands, UsageError, command
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import prompt_context
-from icl_ft_fast.finetune import (
+from icl_ft_fast.finetuning import (
     FinetuneSettings,
     LoraSettings,
     RunOptions,

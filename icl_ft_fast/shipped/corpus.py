@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
-from icl_ft_fast.augment.prompts import Prompting
+from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped.lessons import FAMILIES, GIVEN, STEPS, UNPREDICTABLE, Lesson, Segments, num_tokens
 from icl_ft_fast.tasks import words

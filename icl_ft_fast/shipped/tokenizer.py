@@ -12,7 +12,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from icl_ft_fast.augment.prompts import LABELS, Prompting
+from icl_ft_fast.augmentation.prompts import LABELS, Prompting
 from icl_ft_fast.engine.prompting import ICL_TEMPLATE
 from icl_ft_fast.tasks import semantic, syllogisms
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_ft_fast.engine.model import Rows, from_network, load
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.finetune import distributed
+from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.shipped import corpus
 from icl_ft_fast.shipped.curriculum import CURRICULUM, Stage

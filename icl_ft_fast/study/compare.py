@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from icl_ft_fast import augment
+from icl_ft_fast import augmentation
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.flops import work_of
@@ -30,7 +30,7 @@ from icl_ft_fast.engine.machine import Ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
-from icl_ft_fast.finetune import FinetuneSettings, RunOptions, finetune
+from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, finetune
 from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
 from icl_ft_fast.study import evaluate, statistics, sweep
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -57,7 +57,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see prompt_context.
-        strategy, samples: of augmented-ft, see augment.parts_of().
+        strategy, samples: of augmented-ft, see augmentation.parts_of().
         finetune: steps, batch size, learning rate.
     """
 
@@ -195,11 +195,11 @@ class Planned:
     written_key: str
     key: str
 
-    def parts(self, model: Model, settings: Settings) -> list[augment.Part]:
+    def parts(self, model: Model, settings: Settings) -> list[augmentation.Part]:
         """What the model writes for the run; nothing for most arms."""
         if self.arm not in WRITTEN:
             return []
-        return augment.parts_of(
+        return augmentation.parts_of(
             model,
             self.task.documents,
             settings.strategy,
@@ -220,7 +220,7 @@ def plan(
     identity = study_key(model, settings)
     for seed in settings.seeds:
         task = task_of_seed(seed)
-        if "rules-ft" in settings.arms and not augment.augment_rules(task.documents).rows:
+        if "rules-ft" in settings.arms and not augmentation.augment_rules(task.documents).rows:
             raise ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
         content = digest(identity, asdict(task))
         for arm in settings.arms:
@@ -258,10 +258,10 @@ def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, prog
         if arm != "ft":
             if arm == "rules-ft":
                 with ledger.phase("filter"):
-                    augmented = augment.augment_rules(task.documents)
+                    augmented = augmentation.augment_rules(task.documents)
             else:
                 parts = planned.parts(model, settings)
-                augmented = augment.augment_by_model(model, parts, kept=at.kept, ledger=ledger, progress=progress)
+                augmented = augmentation.augment_by_model(model, parts, kept=at.kept, ledger=ledger, progress=progress)
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]

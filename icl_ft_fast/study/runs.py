@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.augment import Part
+from icl_ft_fast.augmentation import Part
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model, load

@@ -6,9 +6,9 @@ optimizer: AdamW on float32 weights. lora: adapters. distillation: a teacher wit
 several processes. checkpoint, trackers: files, and metrics elsewhere.
 """
 
-from icl_ft_fast.finetune.data import Example, read_examples, split_validation
-from icl_ft_fast.finetune.run import Finetuned, InterruptedRunError, finetune
-from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
+from icl_ft_fast.finetuning.data import Example, read_examples, split_validation
+from icl_ft_fast.finetuning.run import Finetuned, InterruptedRunError, finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 
 __all__ = [
     "Example",

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.finetuning.settings import FinetuneError
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from icl_ft_fast.finetune import distributed
-from icl_ft_fast.finetune.settings import FinetuneSettings
+from icl_ft_fast.finetuning import distributed
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 
 
 class Optimizer:

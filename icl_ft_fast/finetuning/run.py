@@ -22,14 +22,14 @@ from tqdm import tqdm
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.finetune import batches, distributed, lora
-from icl_ft_fast.finetune.checkpoint import Progress, RunFolder, read_state
-from icl_ft_fast.finetune.data import EncodedExample, Example, encode
-from icl_ft_fast.finetune.distillation import read_in_context
-from icl_ft_fast.finetune.network import NetworkInTraining, recomputing
-from icl_ft_fast.finetune.optimizer import Optimizer
-from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings, RunOptions
-from icl_ft_fast.finetune.trackers import Trackers
+from icl_ft_fast.finetuning import batches, distributed, lora
+from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state
+from icl_ft_fast.finetuning.data import EncodedExample, Example, encode
+from icl_ft_fast.finetuning.distillation import read_in_context
+from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
+from icl_ft_fast.finetuning.optimizer import Optimizer
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
+from icl_ft_fast.finetuning.trackers import Trackers
 
 
 class InterruptedRunError(FinetuneError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icl_ft_fast.augment.steps import Augmentation, Augmented
+from icl_ft_fast.augmentation.steps import Augmentation, Augmented
 from icl_ft_fast.tasks import generated
 from icl_ft_fast.tasks.task import Document
 

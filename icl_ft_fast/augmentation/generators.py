@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from icl_ft_fast.augment.prompts import Ask, AugmentError
+from icl_ft_fast.augmentation.prompts import Ask, AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger

@@ -4,10 +4,10 @@ prompts -> generators -> store (run ties them) -> steps; rules needs no model. S
 global (a document with the others in context), self-qa, rules, reverse.
 """
 
-from icl_ft_fast.augment.prompts import AugmentError
-from icl_ft_fast.augment.rules import augment_reverse, augment_rules
-from icl_ft_fast.augment.run import Part, augment_by_model, parts_of
-from icl_ft_fast.augment.steps import Augmentation, Augmented
+from icl_ft_fast.augmentation.prompts import AugmentError
+from icl_ft_fast.augmentation.rules import augment_reverse, augment_rules
+from icl_ft_fast.augmentation.run import Part, augment_by_model, parts_of
+from icl_ft_fast.augmentation.steps import Augmentation, Augmented
 
 __all__ = [
     "AugmentError",

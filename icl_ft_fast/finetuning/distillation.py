@@ -19,8 +19,8 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Head, Model
-from icl_ft_fast.finetune.data import EncodedExample
-from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.finetuning.data import EncodedExample
+from icl_ft_fast.finetuning.settings import FinetuneError
 
 _LOGITS = 4 << 20  # of the teacher and of the student held at a time: 16 MB each in float32
 

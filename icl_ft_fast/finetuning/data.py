@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.engine import encoding
-from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.finetuning.settings import FinetuneError
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field

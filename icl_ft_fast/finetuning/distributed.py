@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.finetuning.settings import FinetuneError
 
 
 def device() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from icl_ft_fast.finetune.settings import FinetuneError, LoraSettings
+from icl_ft_fast.finetuning.settings import FinetuneError, LoraSettings
 
 PART = ".lora_"  # of the names of adapters' weights
 

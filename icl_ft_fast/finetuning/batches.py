@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from icl_ft_fast.engine import trie
-from icl_ft_fast.finetune.data import EncodedExample
+from icl_ft_fast.finetuning.data import EncodedExample
 
 
 def order(examples: Sequence[EncodedExample], seed: int, *, group_by_prompt: bool = False) -> Iterator[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from icl_ft_fast.augment.prompts import LABELS, PREMISE, AugmentError
+from icl_ft_fast.augmentation.prompts import LABELS, PREMISE, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.score import loglikelihood

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.augment.prompts import AugmentError
+from icl_ft_fast.augmentation.prompts import AugmentError
 from icl_ft_fast.runtime.durable import Journal, locked, replacing, sync
 
 

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from icl_ft_fast.finetune.settings import FinetuneError
+from icl_ft_fast.finetuning.settings import FinetuneError
 from icl_ft_fast.runtime.durable import replacing, sync
 
 _NAME = re.compile(r"checkpoint-(\d+)")

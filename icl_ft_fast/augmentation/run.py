@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
-from icl_ft_fast.augment.generators import Engine, Generator
-from icl_ft_fast.augment.prompts import MAX_NEW_TOKENS, TEMPERATURE, Ask, AugmentError, Prompting, fitting
-from icl_ft_fast.augment.steps import Augmentation, Augmented, parse
-from icl_ft_fast.augment.store import Answer, Store
+from icl_ft_fast.augmentation.generators import Engine, Generator
+from icl_ft_fast.augmentation.prompts import MAX_NEW_TOKENS, TEMPERATURE, Ask, AugmentError, Prompting, fitting
+from icl_ft_fast.augmentation.steps import Augmentation, Augmented, parse
+from icl_ft_fast.augmentation.store import Answer, Store
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, load_same

@@ -16,10 +16,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from icl_ft_fast.engine.model import Model, from_network
-from icl_ft_fast.finetune import distributed, lora
-from icl_ft_fast.finetune.batches import Batch
-from icl_ft_fast.finetune.distillation import Teacher
-from icl_ft_fast.finetune.settings import FinetuneError, FinetuneSettings
+from icl_ft_fast.finetuning import distributed, lora
+from icl_ft_fast.finetuning.batches import Batch
+from icl_ft_fast.finetuning.distillation import Teacher
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings
 
 
 class Objective(torch.nn.Module):
