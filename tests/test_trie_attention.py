@@ -9,7 +9,7 @@ import pytest
 import torch
 from close import assert_close, furthest
 from forests import Forest, forest, forests
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -217,7 +217,9 @@ def unaligned(x: Tensor) -> Tensor:
     return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x).detach()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+# A seed, since derandomize draws other examples whenever an argument is renamed.
+@seed(0)
+@settings(max_examples=100, deadline=None, database=None)
 @given(
     isa=st.sampled_from(list(ISAS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
