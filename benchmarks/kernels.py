@@ -25,9 +25,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.kernel_costs import Cost, attention_costs, head_costs
 from benchmarks.trie_attention import questions
 from icl_ft_fast.ops.triton import target_logprob, trie_attention
-from icl_ft_fast.ops.triton.gpu import Cost, described
+from icl_ft_fast.ops.triton.gpu import described
 
 # Target and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -106,10 +107,7 @@ def _score(dtype: torch.dtype, rows: int, *, vocabulary: int = 32_000, options: 
     settings = (0.5, 30.0 if options else 0.0)
     target_logprob.target_logprob(hidden, weight, *rest, *settings)
     if rows != 4:
-        skip_below = 2**-12 if options else 0.0
-        target_logprob.target_logprob_backward(
-            torch.zeros(16), lse, hidden, weight, *rest, lse, *settings, True, skip_below
-        )
+        target_logprob.target_logprob_backward(torch.zeros(16), lse, hidden, weight, *rest, lse, *settings, True)
 
 
 def launches(target: str) -> list[Launch]:
@@ -238,13 +236,13 @@ def print_costs() -> None:
                         torch.empty(len(index), n, size, dtype=torch.bfloat16)
                         for index, n in zip((row_q, end_k), heads, strict=True)
                     )
-                    costs = trie_attention.costs(q, k, k, row_q, end_k, *depths, backward=backward)
+                    costs = attention_costs(q, k, k, row_q, end_k, *depths, backward=backward)
                     for kernel, cost in costs.items():
                         found.setdefault(kernel, []).append(cost)
                 for kernel, cost in found.items():
                     show(f"attention, {heads[0]}/{heads[1]} heads of {size}", cost, kernel)
         hidden, weight = torch.empty(512, 4096, dtype=torch.bfloat16), torch.empty(128_000, 4096, dtype=torch.bfloat16)
-        head = target_logprob.costs(hidden, weight, 512) | target_logprob.costs(hidden, weight, 512, backward=True)
+        head = head_costs(hidden, weight, 512) | head_costs(hidden, weight, 512, backward=True)
         for kernel, cost in head.items():
             show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
 

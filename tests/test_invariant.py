@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast import _C, ops
+from icl_ft_fast import _C
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.contexts import ContextError, load_context, save_context
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.model import ModelError, from_network, load
 from icl_ft_fast.engine.score import iter_token_logprobs, loglikelihood, prefill
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
+from icl_ft_fast.ops import cpu
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def test_a_score_has_the_same_bits_in_any_company(
 ):
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_ISA", isa)
+        patch.setattr(cpu, "_ISA", isa)
         torch.set_num_threads(threads)
         try:
             context = None

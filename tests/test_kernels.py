@@ -12,21 +12,20 @@ import pytest
 import test_target_logprob
 import test_trie_attention
 import torch
-from close import assert_close
 from forests import Forest, forest, forests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_trie_attention import bushy, index_tensors, tree_index
 
 from benchmarks.trie_attention import questions
-from icl_ft_fast import ops
-from icl_ft_fast.ops import AttentionOptions, TreeIndex, target_logprob, trie_attention
+from icl_ft_fast.ops import AttentionOptions, TreeIndex, checks, target_logprob, trie_attention
 
 pytest.importorskip("triton")
 import interpreter
 from triton.backends.compiler import GPUTarget
 
-from icl_ft_fast.ops.triton.gpu import described, gpu
+from benchmarks.kernel_costs import attention_costs, head_costs, met_tiles
+from icl_ft_fast.ops.triton.gpu import described
 
 OPS = {
     "trie_attention": "trie_attention",
@@ -57,9 +56,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         for name, module in OPS.items():
             kernel = getattr(import_module(f"icl_ft_fast.ops.triton.{module}"), name)
             library.impl(name, kernel, "CPU", allow_override=True)
-    planned, ops._PLANNED = ops._PLANNED, ("cpu",)
+    planned, checks.PLANNED = checks.PLANNED, ("cpu",)
     yield "cpu"
-    ops._PLANNED = planned
+    checks.PLANNED = planned
     library._destroy()
 
 
@@ -174,7 +173,7 @@ def test_a_plan_lists_little_more_than_the_tiles_that_must_be_met(kernel: str, d
     q, k = (torch.empty(len(trie.end_k), n, 64, device=device, dtype=torch.float16) for n in (2, 1))
     common = kernels._common(q, k, k, *index_tensors(trie, device), scale=1.0, window=0, softcap=0.0)
     own, planned = kernels._planned(kernel, common, None)
-    met, whole = kernels.met_tiles(common, planned["BLOCK_M"], planned["BLOCK_N"])
+    met, whole = met_tiles(common, planned["BLOCK_M"], planned["BLOCK_N"])
     visible = torch.tensor(trie.visible).repeat_interleave(2, 0)
     seen = tiles_with(visible, *met.shape, planned)
     assert (whole <= ~tiles_with(~visible, *met.shape, planned)).all()
@@ -274,7 +273,6 @@ def test_head_offsets_beyond_two_to_the_31() -> None:
 def test_attention_costs_what_the_interpreter_counts(
     dtype: torch.dtype, heads: tuple[int, int], size: int, options: dict[str, Any]
 ) -> None:
-    kernels = import_module("icl_ft_fast.ops.triton.trie_attention")
     for trie in (forest([0] * 90 + [0, 0, 1, 2, 0, 7] * 12), forest([0] * 400, queries=[300, 399])):
         q, k = (
             torch.randn(n, h, size).to(dtype).requires_grad_()
@@ -289,7 +287,7 @@ def test_attention_costs_what_the_interpreter_counts(
             else:
                 with interpreter.counted() as counts:
                     out.sum().backward()
-            costs = kernels.costs(q, k, k, *index, window or 0, sinks=sinks is not None, backward=backward)
+            costs = attention_costs(q, k, k, *index, window or 0, sinks=sinks is not None, backward=backward)
             assert {name: list(cost[:3]) for name, cost in costs.items()} == counts
             for name, cost in costs.items():
                 assert (cost.whole + cost.partial > 0) == (name not in ("_plan", "_merge"))
@@ -306,11 +304,11 @@ def test_head_costs_what_the_interpreter_counts(R: int, M: int, V: int, E: int, 
         row, target = torch.randint(R, (M,)), torch.randint(V, (M,))
         with interpreter.counted() as counts:
             logp = target_logprob(hidden, weight, row, target, bias=torch.zeros(V, dtype=dtype) if bias else None)[0]
-        costs = kernels.costs(hidden, weight, M, bias=bias)
+        costs = head_costs(hidden, weight, M, bias=bias)
         assert {name: list(cost[:3]) for name, cost in costs.items()} == counts
         with interpreter.counted() as counts:
             logp.sum().backward()
-        costs = kernels.costs(hidden, weight, M, bias=bias, backward=True)
+        costs = head_costs(hidden, weight, M, bias=bias, backward=True)
         assert {name: list(cost[:3]) for name, cost in costs.items()} == counts
 
 
@@ -325,7 +323,7 @@ def test_tiles_met_on_the_benchmarks_trie_are_few_more_than_must_be(kernel: str,
         q, k = torch.empty(len(row_q), group, size, dtype=torch.float16), torch.empty(len(end_k), 1, size).half()
         common = kernels._common(q, k, k, *index, 1.0, 0, 0.0)
         block = kernels._chosen(kernel, common)[1]
-        met, whole = kernels.met_tiles(common, block["BLOCK_M"], block["BLOCK_N"])
+        met, whole = met_tiles(common, block["BLOCK_M"], block["BLOCK_N"])
         visible = (torch.arange(len(end_k)) <= row_q[:, None]) & (row_q[:, None] < end_k)
         ideal = tiles_with(visible.repeat_interleave(group, 0), *met.shape, block)
         assert (met >= ideal).all()
@@ -410,48 +408,3 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
 def test_offsets_beyond_two_to_the_31_interpreted() -> None:
     attention(forest([0, 0, 1]), torch.bfloat16, heads=(1, 1), layout=far_apart)
     head(3, 6, 3, 16, torch.bfloat16, layout=far_apart)
-
-
-@pytest.mark.parametrize("dtype", SERVED, ids=str)
-@pytest.mark.parametrize("R", [40, 200])
-def test_the_heads_backward_skips_tiles_of_negligible_probability(R: int, dtype: torch.dtype, device: str) -> None:
-    """What is skipped is exactly the tiles without a target and without a probability of skip_below."""
-    kernels, generator = import_module("icl_ft_fast.ops.triton.target_logprob"), torch.Generator().manual_seed(0)
-    V, skip_below = 700, 2.0**-12
-    hidden, weight = (torch.randn(n, 32, generator=generator, dtype=torch.float64) for n in (R, V))
-    hidden[:, 0], weight[300:, 0] = 16.0, -1.0  # tokens from 300 on are e^-16 times as likely
-    row, target = torch.tensor([0, 3, R - 1]), torch.tensor([7, 290, 610])
-    leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
-    exact_leaves = [x.detach().cpu().double().requires_grad_() for x in leaves]
-    logits = exact_leaves[0] @ exact_leaves[1].T
-    with torch.no_grad():
-        block = kernels.blocks(leaves[0].itemsize, R, gpu(leaves[0].device))
-        likely = logits.softmax(-1) >= skip_below
-        likely[row, target] = True
-        sizes = {"BLOCK_M": block.rows, "BLOCK_N": block.columns}
-        shape = -(-R // block.rows), -(-V // block.columns)
-        kept = tiles_with(likely, *shape, sizes)
-        mask = kept.repeat_interleave(block.rows, 0).repeat_interleave(block.columns, 1)[:R, :V]
-    assert 0 < kept.sum() < kept.numel()
-
-    def grads(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Through the logits that count."""
-        (grad,) = torch.autograd.grad(logits.log_softmax(-1)[row, target].sum(), logits, retain_graph=True)
-        return torch.autograd.grad(logits, [hidden_, weight_], grad * mask)
-
-    hidden_, weight_ = exact_leaves
-    exact = grads(logits, mask)
-    hidden_, weight_ = (x.detach().cpu().requires_grad_() for x in leaves)
-    same = grads(hidden_ @ weight_.T, mask)
-    logp = target_logprob(*leaves, row.to(device), target.to(device), skip_below=skip_below)[0]
-    results = torch.autograd.grad(logp.sum(), leaves)
-    for name, *tensors in zip(("grad_hidden", "grad_weight"), results, same, exact, strict=True):
-        assert_close(tensors[0].cpu(), *tensors[1:], name)
-    if device == "cpu":
-        work = []
-        for skip in (0.0, skip_below):
-            logp = target_logprob(*leaves, row, target, skip_below=skip)[0]
-            with interpreter.counted() as counts:
-                logp.sum().backward(inputs=leaves)
-            work.append(counts["_product"][0])
-        assert work[1] <= work[0] * (kept.sum() / kept.numel()) * 1.3

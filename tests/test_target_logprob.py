@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from icl_ft_fast import _C, ops
-from icl_ft_fast.ops import reference, target_logprob
+from icl_ft_fast import _C
+from icl_ft_fast.ops import cpu, reference, target_logprob
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"bias": True, "softcap": 3.0, "scale": 0.25}
@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name, isa in ISAS.items() if isa <= _C.best_isa()])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(ops, "_ISA", ISAS[request.param])
+    monkeypatch.setattr(cpu, "_ISA", ISAS[request.param])
     return request.param
 
 

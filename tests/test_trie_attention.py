@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from icl_ft_fast import _C, ops
-from icl_ft_fast.ops import AttentionOptions, TreeIndex, reference, trie_attention
+from icl_ft_fast import _C
+from icl_ft_fast.ops import AttentionOptions, TreeIndex, cpu, reference, trie_attention
 
 ORDERS = 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +31,7 @@ ISAS = {
 
 
 def force(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_ISA", ISAS[isa])
+    monkeypatch.setattr(cpu, "_ISA", ISAS[isa])
 
 
 @pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
@@ -374,7 +374,7 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(
 
 
 def test_an_instruction_set_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_ISA", _C.best_isa() + 1)
+    monkeypatch.setattr(cpu, "_ISA", _C.best_isa() + 1)
     with pytest.raises(ValueError, match=r"^isa: expected 0 to "):
         check(bushy(3), torch.float32)
 

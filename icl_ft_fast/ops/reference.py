@@ -217,12 +217,10 @@ def target_logprob_backward(
     scale: float,
     softcap: float,
     need_weight: bool,
-    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; the last two are empty unless need_weight (and there is a bias).
 
     grad_logits = exp(logits - lse) * (grad_lse - sum of the row's grad_logp), plus grad_logp at its row and target.
-    skip_below permits others to leave out what is below it; here nothing is.
     """
     R, V, dtype, out_dtype = len(hidden), len(weight), lse.dtype, hidden.dtype
     hidden, row, target = hidden.to(dtype), row.long(), target.long()

@@ -48,19 +48,3 @@ def gpu(device: torch.device) -> Gpu:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Cost(NamedTuple):
-    """What all programs of one launch do, from shapes and the trie alone.
-
-    flops: of matrix products, the padding of tiles included.
-    read_bytes, written_bytes: of loads and stores, each as often as a program makes it; caches may serve some.
-    whole, partial, skipped: tiles met without a mask, with one, and not at all, over the key/value heads.
-    """
-
-    flops: int
-    read_bytes: int
-    written_bytes: int
-    whole: int = 0
-    partial: int = 0
-    skipped: int = 0

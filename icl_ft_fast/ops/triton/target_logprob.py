@@ -7,7 +7,6 @@ the dtype of the factors they meet next. Sums are in float32, in an order
 fixed by the shapes, without atomics. Knows torch and triton and nothing else.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.ops.triton.gpu import Cost, Gpu, accumulator, gpu
+from icl_ft_fast.ops.triton.gpu import Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan where a bias rules a whole tile out
 _PROGRAMS = 512  # row blocks times shares of the vocabulary: several for each multiprocessor of a large GPU
@@ -41,18 +40,10 @@ def _product_tile(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     dtype: tl.constexpr,
-    kept=None,
-    num=None,
-    SPAN: tl.constexpr = 1,
 ):
-    """Rows m and columns n, int64 vectors, of a @ b.T; 0 outside.
-
-    With `kept`, K is only what lies in the `num` blocks of SPAN * BLOCK_K that it lists.
-    """
+    """Rows m and columns n, int64 vectors, of a @ b.T; 0 outside."""
     total = tl.zeros([m.shape[0], n.shape[0]], dtype)
-    steps = tl.cdiv(K, BLOCK_K) if kept is None else num * SPAN
-    for i in range(steps):
-        step = i if kept is None else tl.load(kept + i // SPAN) * SPAN + i % SPAN
+    for step in range(tl.cdiv(K, BLOCK_K)):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
         a_block = tl.load(
             a + m[:, None] * a_stride_m + k[None, :] * a_stride_k, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0
@@ -217,7 +208,6 @@ def _grad_logits(
     share,
     grad_logp,
     grad,
-    kept,
     hidden_stride_r,
     hidden_stride_e,
     weight_stride_v,
@@ -231,18 +221,13 @@ def _grad_logits(
     width,
     scale,
     softcap,
-    skip_below,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """A tile of the gradients of hidden @ weight.T, into grad [R, width], whose first column is that of first_tile.
-
-    With kept [row blocks, tiles], whether it counts: if not, which is if no target lies in it and no probability
-    reaches skip_below, it is 0.
-    """
+    """A tile of the gradients of hidden @ weight.T, into grad [R, width], whose first column is that of first_tile."""
     block = tl.program_id(0).to(tl.int64)
     tile = first_tile + tl.program_id(1)
     dtype: tl.constexpr = lse.dtype.element_ty
@@ -272,14 +257,8 @@ def _grad_logits(
     inside = (r < R)[:, None] & (c < V)[None, :]
     row_lse = tl.load(lse + r, mask=r < R, other=0.0)
     values = tl.exp(logits - row_lse[:, None])
-    first = tl.load(first_target + block * tiles + tile)
-    last = tl.load(first_target + block * tiles + tile + 1)
-    if kept is not None:
-        counts = (first < last) | (tl.max(tl.where(inside, values, 0.0)) >= skip_below)
-        tl.store(kept + block * tl.num_programs(1) + tl.program_id(1), counts)
-        values = tl.where(counts, values, 0.0)
     values *= tl.load(share + r, mask=r < R, other=0.0)[:, None]
-    for i in range(first, last):
+    for i in range(tl.load(first_target + block * tiles + tile), tl.load(first_target + block * tiles + tile + 1)):
         m = tl.load(order + i)
         hit = (r == tl.load(row + m))[:, None] & (c == tl.load(target + m))[None, :]
         values += tl.where(hit, tl.load(grad_logp + m), 0.0)
@@ -295,12 +274,9 @@ def _product(
     a,
     b,
     out,
-    kept,
-    num,
     M,
     N,
     K,
-    many,
     a_stride_m,
     a_stride_k,
     b_stride_n,
@@ -309,20 +285,10 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OWN: tl.constexpr,
-    SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Sets out [M, N] to a @ b.T, or with ADD adds it.
-
-    With kept [.., many], rows [i * OWN, (i + 1) * OWN) of a count only in the num[i] blocks of SPAN * BLOCK_K columns
-    that kept[i] lists.
-    """
-    if kept is not None:
-        own = tl.program_id(0).to(tl.int64) * BLOCK_M // OWN
-        kept += own * many
-        num = tl.load(num + own)
+    """Sets out [M, N] to a @ b.T, or with ADD adds it."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product_tile(
@@ -340,9 +306,6 @@ def _product(
         BLOCK_K,
         PRECISION,
         dtype,
-        kept,
-        num,
-        SPAN,
     )
     at = out + m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -351,7 +314,7 @@ def _product(
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
-class Blocks(NamedTuple):
+class HeadBlocks(NamedTuple):
     """What a kernel is compiled for: rows and columns of a tile, elements of E at a time, how the GPU runs it."""
 
     rows: int
@@ -365,13 +328,13 @@ class Blocks(NamedTuple):
 _BLOCKS = {"wgmma": (128, 64), "tcgen05": (128, 32), "mma": (64, 64), "mfma": (128, 64)}
 
 
-def blocks(itemsize: int, rows: int, found: Gpu) -> Blocks:
+def blocks(itemsize: int, rows: int, found: Gpu) -> HeadBlocks:
     """The blocks on a GPU."""
     columns, depth = _BLOCKS[found.matrix] if itemsize == 2 else (64, 32)
     block_rows = 128 if itemsize == 2 and rows > 64 else 64
     stage_bytes = (block_rows + columns) * depth * itemsize
     stages = max(1, min(4, (found.shared_bytes - 4096) // stage_bytes))
-    return Blocks(block_rows, columns, depth, block_rows // 16, stages)
+    return HeadBlocks(block_rows, columns, depth, block_rows // 16, stages)
 
 
 def num_shares(row_blocks: int, tiles: int) -> int:
@@ -379,13 +342,13 @@ def num_shares(row_blocks: int, tiles: int) -> int:
     return max(1, min(_PROGRAMS // row_blocks, tiles))
 
 
-def _steps(R: int, V: int, itemsize: int, block: Blocks) -> Iterator[slice]:
+def _steps(R: int, V: int, itemsize: int, block: HeadBlocks) -> Iterator[slice]:
     """The columns whose gradients of logits are held together."""
     step = block.columns * max(1, _GRAD_BYTES // (R * block.columns * itemsize))
     return (slice(first, min(first + step, V)) for first in range(0, V, step))
 
 
-class _Head:
+class _HeadProblem:
     """What the kernels of one call share: the head's arguments by name, blocks, and targets sorted by tile."""
 
     def __init__(
@@ -449,7 +412,7 @@ def target_logprob(
     if not R:
         return picked, torch.empty_like(picked, dtype=torch.bool), picked.new_empty(0)
     with torch.cuda.device_of(hidden):
-        head = _Head(hidden, weight, row, target, bias, scale, softcap)
+        head = _HeadProblem(hidden, weight, row, target, bias, scale, softcap)
         shares = num_shares(head.row_blocks, head.tiles)
         tops, totals = picked.new_empty(2, shares, R)
         bests = torch.empty_like(tops, dtype=torch.int32)
@@ -472,12 +435,8 @@ def target_logprob_backward(
     scale: float,
     softcap: float,
     need_weight: bool,
-    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; the last two are empty unless need_weight (and there is a bias).
-
-    Above 0, skip_below leaves out tiles of the logits that hold no target and no probability as large.
-    """
+    """Gradients of hidden, weight and bias; the last two are empty unless need_weight (and there is a bias)."""
     (R, E), V = hidden.shape, len(weight)
     grad_hidden = lse.new_zeros(R, E)
     grad_weight = weight.new_zeros((V, E) if need_weight else 0)
@@ -485,56 +444,42 @@ def target_logprob_backward(
     if not R:
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
     with torch.cuda.device_of(hidden):
-        head = _Head(hidden, weight, row, target, bias, scale, softcap)
+        head = _HeadProblem(hidden, weight, row, target, bias, scale, softcap)
         grad_logp, sums = grad_logp.contiguous(), torch.empty_like(lse)
         _row_sums[(head.row_blocks,)](values=grad_logp, **head.targets, sums=sums, **head.sizes, BLOCK=_SUM_TARGETS)
         share = grad_lse - sums
-        block_rows, block_columns = head.blocks.rows, head.blocks.columns
+        block_columns = head.blocks.columns
         for columns in _steps(R, V, hidden.itemsize, head.blocks):
             weight_block = weight[columns]
             tiles = triton.cdiv(len(weight_block), block_columns)
             grad = hidden.new_empty(R, len(weight_block))
-            kept = grad.new_empty(head.row_blocks, tiles, dtype=torch.bool) if skip_below > 0 else None
             _grad_logits[(head.row_blocks, tiles)](
                 **head.arguments,
                 lse=lse,
                 share=share,
                 grad_logp=grad_logp,
                 grad=grad,
-                kept=kept,
-                skip_below=skip_below,
                 first_tile=columns.start // block_columns,
                 width=len(weight_block),
             )
-            _multiply(grad, weight_block.T, grad_hidden, head, kept, (block_rows, block_columns), add=True)
+            _multiply(grad, weight_block.T, grad_hidden, head, add=True)
             if need_weight:
-                by_column = None if kept is None else kept.T
-                spans = (block_columns, block_rows)
-                _multiply(grad.T, hidden.T, grad_weight[columns], head, by_column, spans, add=False)
+                _multiply(grad.T, hidden.T, grad_weight[columns], head, add=False)
             if len(grad_bias):
                 grad_bias[columns] = grad.sum(0, dtype=lse.dtype).to(weight.dtype)
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-def _multiply(
-    a: Tensor, b: Tensor, out: Tensor, head: _Head, kept: Tensor | None, spans: tuple[int, int], *, add: bool
-) -> None:
-    """Sets a contiguous out to a @ b.T, or adds it; kept: which blocks of a, of spans[0] rows and spans[1] columns."""
+def _multiply(a: Tensor, b: Tensor, out: Tensor, head: _HeadProblem, *, add: bool) -> None:
+    """Sets a contiguous out to a @ b.T, or adds it."""
     (M, K), N, block = a.shape, len(b), head.blocks
-    many, num = 0, None
-    if kept is not None:
-        many, num = kept.shape[1], kept.sum(1)
-        kept = (~kept).sort(dim=1, stable=True).indices.contiguous()  # those kept, ascending, stand first
     _product[(triton.cdiv(M, block.rows), triton.cdiv(N, block.columns))](
         a,
         b,
         out,
-        kept,
-        num,
         M,
         N,
         K,
-        many,
         *a.stride(),
         *b.stride(),
         ADD=add,
@@ -543,52 +488,5 @@ def _multiply(
         BLOCK_M=block.rows,
         BLOCK_N=block.columns,
         BLOCK_K=block.depth,
-        OWN=spans[0],
-        SPAN=spans[1] // block.depth,
         **head.run,
     )
-
-
-def costs(
-    hidden: Tensor,
-    weight: Tensor,
-    num_targets: int,
-    *,
-    bias: bool = False,
-    backward: bool = False,
-    need_weight: bool = True,
-) -> dict[str, Cost]:
-    """What the launches of the forward, or of the backward, cost, by kernel; targets in range, nothing skipped."""
-    (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
-    block = blocks(item, R, gpu(hidden.device))
-    row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
-    shares = num_shares(row_blocks, tiles)
-    read = tiles * R * E * item + row_blocks * V * (E + bias) * item + row_blocks * tiles * 16 + num_targets * 16
-    written = num_targets * total + shares * R * (2 * total + 4)
-    logits_flops = _flops(R, V, E, block)
-    if not backward:
-        return {"_forward": Cost(logits_flops, read, written)}
-    grad_read = read + tiles * R * 2 * total + num_targets * total
-    flops = read = written = 0
-    for columns in _steps(R, V, item, block):
-        width = columns.stop - columns.start
-        flops += _flops(R, E, width, block) + need_weight * _flops(width, E, R, block)
-        read += _product_read(R, E, width, block, item) + R * E * total
-        read += need_weight * _product_read(width, E, R, block, item)
-        written += R * E * total + need_weight * width * E * item
-    return {
-        "_row_sums": Cost(0, row_blocks * 16 + num_targets * (12 + total), R * total),
-        "_grad_logits": Cost(logits_flops, grad_read, R * V * item),
-        "_product": Cost(flops, read, written),
-    }
-
-
-def _flops(M: int, N: int, K: int, block: Blocks) -> int:
-    """Of an [M, K] by [K, N] product in whole blocks."""
-    sizes = zip((M, N, K), (block.rows, block.columns, block.depth), strict=True)
-    return 2 * math.prod(-(-size // step) * step for size, step in sizes)
-
-
-def _product_read(M: int, N: int, K: int, block: Blocks, itemsize: int) -> int:
-    """Bytes of factors that its programs load."""
-    return (-(-N // block.columns) * M + -(-M // block.rows) * N) * K * itemsize

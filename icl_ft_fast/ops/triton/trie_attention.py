@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from icl_ft_fast.ops.triton.gpu import Cost, Gpu, accumulator, gpu
+from icl_ft_fast.ops.triton.gpu import Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
 _INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
@@ -493,7 +493,7 @@ def _backward_kv(
         _store_rows(grad_v, at * DV, n < S, v_sum, DV, BLOCK_DV)
 
 
-class Blocks(NamedTuple):
+class AttentionBlocks(NamedTuple):
     """What a kernel is compiled for: rows of a query tile, keys of a key tile, and how the GPU runs it.
 
     step: how many elements of a head are in registers at a time; with all of them, what is a program's own stays there.
@@ -533,7 +533,7 @@ _OTHERS = {
 }
 
 
-def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: Gpu) -> Blocks:
+def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: Gpu) -> AttentionBlocks:
     """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU; head_size is padded to a power of two."""
     row = kernel, min(4, itemsize)
     sizes = _BLOCKS[row] | _OTHERS.get((found.matrix, *row), {})
@@ -543,13 +543,13 @@ def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: 
     if folded_rows <= 64:
         queries = min(queries, 64)
     if itemsize > 2 and found.precision != "ieee":
-        return Blocks(queries, keys, warps, 2, _STEP)
+        return AttentionBlocks(queries, keys, warps, 2, _STEP)
     stages = 3
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
         lines = stages * 2 * met + (own if kernel == "forward" else 2 * own)
         if lines * head_size * itemsize + 4096 <= found.shared_bytes or (queries, keys, stages) == (16, 16, 1):
-            return Blocks(queries, keys, warps, stages, head_size)
+            return AttentionBlocks(queries, keys, warps, stages, head_size)
         if stages > 1:
             stages -= 1
         elif keys > 16 and (keys >= queries or kernel != "backward_kv"):
@@ -727,90 +727,3 @@ def trie_attention_backward(
         for wanted in _wanted(common, planned["STEP"]):
             _backward_kv[(tiles, k.shape[1])](**common, **planned, grad_k=grad_k, grad_v=grad_v, **wanted)
     return grad_q, grad_k, grad_v, delta
-
-
-def met_tiles(common: dict[str, Any], queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """What `_plan` lists: the tiles that are met, and those of them seen whole, bool [query tiles, key tiles]."""
-    T, S, group = (common[name] for name in ("T", "S", "group"))
-    rows = [(m // group, min(-(-(m + queries) // group), T)) for m in range(0, T * group, queries)]
-    columns = [(n, min(n + keys, S)) for n in range(0, S, keys)]
-
-    def extremes(name: str, ranges: list[tuple[int, int]]) -> Tensor:
-        values = common[name].cpu()
-        return torch.stack([torch.stack(values[i:j].aminmax()) for i, j in ranges], 1)  # least and largest
-
-    (row_low, row_high), (end_low, end_high) = extremes("row_q", rows), extremes("end_k", columns)
-    first = torch.arange(0, S, keys)
-    met = (first <= row_high[:, None]) & (end_high > row_low[:, None])
-    whole = met & (first + keys - 1 <= row_low[:, None]) & (end_low > row_high[:, None])
-    if common["WINDOW"]:
-        (q_low, q_high), (k_low, k_high) = extremes("depth_q", rows), extremes("depth_k", columns)
-        met &= q_low[:, None] - k_high < common["window"]
-        whole &= met & (q_high[:, None] - k_low < common["window"])
-    return met, whole
-
-
-def costs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_q: Tensor,
-    end_k: Tensor,
-    depth_q: Tensor,
-    depth_k: Tensor,
-    window: int = 0,
-    *,
-    sinks: bool = False,
-    backward: bool = False,
-) -> dict[str, Cost]:
-    """What the launches of the forward, or of the backward, and of its plans cost, by kernel; T and S above 0."""
-    common = _common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
-    T, S, H, group, D, DV, BLOCK_D, BLOCK_DV = (
-        common[name] for name in ("T", "S", "H", "group", "D", "DV", "BLOCK_D", "BLOCK_DV")
-    )
-    G, item, total = H // group, q.itemsize, accumulator(q.dtype).itemsize
-    index = 8 if window else 4  # bytes that say where a query or a key stands
-    found = {}
-    for kernel in ("backward_q", "backward_kv") if backward else ("forward",):
-        own, chosen = _chosen(kernel, common)
-        many, queries, keys, step = (chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N", "STEP"))
-        again, again_v = step < BLOCK_D, step < BLOCK_DV  # whether lines are read in steps, anew for every tile met
-        deep, deep_v = min(BLOCK_D, -(-D // step) * step), min(BLOCK_DV, -(-DV // step) * step)
-        met, whole = met_tiles(common, queries, keys)
-        rows = (T * group - torch.arange(0, T * group, queries)).clamp(max=queries)  # of each tile
-        columns = (S - torch.arange(0, S, keys)).clamp(max=keys)
-        num_met, num_whole = int(met.sum()), int(whole.sum())
-        met_rows, met_keys = int((met.sum(1) * rows).sum()), int((met.sum(0) * columns).sum())
-        masked_keys = int(((met & ~whole).sum(0) * columns).sum())
-        tiles = (G * num_whole, G * (num_met - num_whole), G * (met.numel() - num_met))
-        shares = num_shares(own * G, many) if kernel == "forward" else 1
-        planned = shares * own * 8 + num_met * 4 + masked_keys * index  # what the plan and the masks take
-        area = 2 * queries * keys * num_met
-        qkv = (D + DV) * item
-        if kernel == "forward":
-            read = planned + met_keys * qkv + (met_rows if again else shares * T * group) * D * item
-            read += shares * T * group * index + (T * group * total if sinks else 0)
-            out = shares * T * group * (DV * (item if shares == 1 else total) + total)
-            found["_forward"] = Cost(area * (deep + BLOCK_DV) * G, G * read, G * out, *tiles)
-            if shares > 1:
-                found["_merge"] = Cost(0, shares * T * H * (DV + 2) * total, T * H * (DV * item + total))
-        elif kernel == "backward_q":
-            read = planned + met_keys * (qkv + again * D * item) + T * group * (index + 2 * total)
-            read += ((met_rows if again else T * group) * D + (met_rows if again_v else T * group) * DV) * item
-            written = T * group * D * item
-            found["_backward_q"] = Cost(area * (deep + deep_v + BLOCK_D) * G, G * read, G * written, *tiles)
-        else:
-            flops = read = written = 0
-            for wanted in _wanted(common, step):
-                of_k, of_v = wanted["GRAD_K"], wanted["GRAD_V"]
-                flops += area * (deep + of_k * (deep_v + BLOCK_D) + of_v * BLOCK_DV)
-                read += planned + ((met_keys if again else S) * D + of_k * (met_keys if again_v else S) * DV) * item
-                read += met_rows * (index + (1 + of_k) * total + qkv + (again and of_k) * D * item)
-                written += S * (of_k * D + of_v * DV) * item
-            found["_backward_kv"] = Cost(flops * G, G * read, G * written, *tiles)
-        t_ranges = sum(min(-(-(m + queries) // group), T) - m // group for m in range(0, T * group, queries))
-        steps = triton.cdiv(many, _PLAN_TILES)
-        once, often = (S, t_ranges) if kernel == "backward_kv" else (t_ranges, S)
-        plan = Cost(0, index * (steps * once + own * often), 4 * (num_met + 2 * own))
-        found["_plan"] = Cost(*map(sum, zip(found.get("_plan", Cost(0, 0, 0)), plan, strict=True)))
-    return found

@@ -1,0 +1,138 @@
+"""The ops on a CPU: hands tensors to the native code of csrc/ as arrays; the only importer of it in this room.
+
+The native code serves float32 and bfloat16. For float64, which exists to be exact, and float16 the definition serves.
+Functions take their schema's arguments; ops/dispatch.py registers them.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icl_ft_fast import _C
+from icl_ft_fast.ops import reference
+from icl_ft_fast.ops.checks import NATIVE
+from icl_ft_fast.ops.target_logprob import fake_target_logprob, fake_target_logprob_backward
+from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
+
+_ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
+
+
+class _ArrayView:
+    """A CPU tensor as numpy sees it. Tensor.numpy() would keep the storage from ever being resized, as FSDP does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size, kind = tensor.itemsize, "f" if tensor.is_floating_point() and tensor.dtype != torch.bfloat16 else "i"
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|b1" if tensor.dtype == torch.bool else f"<{kind}{size}",
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory for native code, which checks its dtype, shape and strides; bfloat16 as bits in int16."""
+    return np.asarray(_ArrayView(tensor))
+
+
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_q: Tensor,
+    end_k: Tensor,
+    depth_q: Tensor,
+    depth_k: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    _no_plan: None = None,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
+    index, options = (row_q, end_k, depth_q, depth_k), (scale, window, softcap)
+    if q.dtype not in NATIVE:
+        return reference.trie_attention(q, k, v, *index, sinks, *options)
+    out, lse = fake_trie_attention(q, k, v)
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    sink_array = None if sinks is None else _array(sinks.contiguous())
+    _C.trie_attention(*arrays, sink_array, *options, batch_invariant, _ISA, _array(out), _array(lse))
+    return out, lse
+
+
+def trie_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The C++ kernel for the same two dtypes."""
+    if q.dtype not in NATIVE:
+        return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
+    *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
+    grad_q, grad_k, grad_v, delta = grads = fake_trie_attention_backward(grad_out, grad_lse, q, k, v)
+    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    given = [_array(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
+    made = [_array(x) for x in (delta, grad_q, grad_k, grad_v)]
+    _C.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
+    return grads
+
+
+def target_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C++ for float32 and bfloat16; for float64, which exists to be exact, and float16 the definition serves."""
+    if hidden.dtype not in NATIVE:
+        return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
+    results = fake_target_logprob(hidden, weight, row)
+    _C.target_logprob(
+        _array(hidden),
+        _array(weight),
+        None if bias is None else _array(bias),
+        _array(row.contiguous()),
+        _array(target.contiguous()),
+        scale,
+        softcap,
+        batch_invariant,
+        _ISA,
+        torch.get_num_threads(),
+        *map(_array, results),
+    )
+    return results
+
+
+def target_logprob_backward(
+    grad_logp: Tensor, grad_lse: Tensor, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """C++ for the same two dtypes."""
+    inputs = (grad_logp, grad_lse, hidden, weight, row, target)
+    if hidden.dtype not in NATIVE:
+        return reference.target_logprob_backward(*inputs, *rest)
+    bias, lse, scale, softcap, need_weight = rest
+    grads = fake_target_logprob_backward(*inputs, *rest)
+    index = [_array(x.contiguous()) for x in (row, target)]
+    given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
+    made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
+    _C.target_logprob_backward(
+        _array(hidden),
+        _array(weight),
+        None if bias is None else _array(bias),
+        *index,
+        scale,
+        softcap,
+        _ISA,
+        torch.get_num_threads(),
+        *given,
+        *made,
+    )
+    return grads
