@@ -29,28 +29,24 @@ CHUNK_TOKENS = 5
 PATH = [
     ("icl_ft_fast/engine/score.py:score", "questions in, one Score a question out", ""),
     ("icl_ft_fast/engine/encoding.py:encode_pairs", "text to token ids: one rule for boundaries, one for BOS", ""),
-    (
-        "icl_ft_fast/engine/trie.py:build_from_lists",
-        "all requests merged into one prefix tree (C++: csrc/trie.cpp)",
-        "",
-    ),
-    ("icl_ft_fast/engine/trie.py:plan", "the tree cut into chunks of consecutive rows", ""),
+    ("icl_ft_fast/engine/trie.py:build_from_lists", "all requests merged into one prefix tree (csrc/trie.cpp)", ""),
     ("icl_ft_fast/engine/score.py:_by_chunk", "the one loop over chunks; halves a chunk that memory runs out on", ""),
     (
         "icl_ft_fast/engine/model.py:Model.forward_chunk",
         "compacts the KV cache, then runs transformers' network",
-        'transformers calls the attention registered as "icl_ft_fast"',
+        'transformers calls the attention that is registered as "icl_ft_fast"',
     ),
     ("icl_ft_fast/engine/model.py:_trie_attention", "appends the chunk's keys and values to the KV cache", ""),
     (
-        "icl_ft_fast/ops/__init__.py:trie_attention",
-        "checks shapes, dtypes and devices; gradients",
-        "torch dispatches torch.ops.icl_ft_fast.trie_attention by device",
+        "icl_ft_fast/ops/trie_attention.py:trie_attention",
+        "checks shapes, dtypes and devices; carries gradients",
+        "torch.ops.icl_ft_fast.trie_attention: torch dispatches by device (ops/dispatch.py)",
     ),
+    ("icl_ft_fast/ops/cpu.py:trie_attention", "tensors as arrays, without a copy (csrc/bindings.cpp checks them)", ""),
     (
-        "csrc/bindings.cpp:trie_attention",
-        "checks every array against the others, then leaves Python",
-        "trie_attention_isa.h includes the tile's file once an instruction set",
+        "csrc/trie_attention.cpp:trie_attention",
+        "cuts the work into items for threads",
+        "trie_attention_isa.h includes the tile's file once for each instruction set",
     ),
     ("csrc/trie_attention_tile.h:attend_tile", "the innermost loop: one tile of queries and keys", ""),
 ]
