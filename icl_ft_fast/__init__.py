@@ -1,24 +1,72 @@
-"""In-context learning, fine-tuning or augmented fine-tuning: scored exactly, through one prefix trie."""
+"""Score, augment, fine-tune and compare language models on documents: `import icl_ft_fast as iff`.
 
-from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import Model, ModelError, load
-from icl_ft_fast.engine.score import LogLikelihood, Score, ScoreError, iter_scores, loglikelihood, score
-from icl_ft_fast.tasks.task import Document, Question, Task, TaskError
+Everything in `__all__` is public and documented, and stays. Each name is imported when it is first used: importing the
+package alone loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icl_ft_fast.engine.contexts import ContextError as ContextError
+    from icl_ft_fast.engine.contexts import ContextStore as ContextStore
+    from icl_ft_fast.engine.contexts import load_context as load_context
+    from icl_ft_fast.engine.contexts import save_context as save_context
+    from icl_ft_fast.engine.generate import GenerateError as GenerateError
+    from icl_ft_fast.engine.generate import Generation as Generation
+    from icl_ft_fast.engine.generate import Sampling as Sampling
+    from icl_ft_fast.engine.generate import generate as generate
+    from icl_ft_fast.engine.kv_cache import Context as Context
+    from icl_ft_fast.engine.ledger import Ledger as Ledger
+    from icl_ft_fast.engine.model import Model as Model
+    from icl_ft_fast.engine.model import ModelError as ModelError
+    from icl_ft_fast.engine.model import load as load
+    from icl_ft_fast.engine.score import LogLikelihood as LogLikelihood
+    from icl_ft_fast.engine.score import Score as Score
+    from icl_ft_fast.engine.score import ScoreError as ScoreError
+    from icl_ft_fast.engine.score import iter_scores as iter_scores
+    from icl_ft_fast.engine.score import loglikelihood as loglikelihood
+    from icl_ft_fast.engine.score import score as score
+    from icl_ft_fast.finetuning.data import Example as Example
+    from icl_ft_fast.finetuning.run import Finetuned as Finetuned
+    from icl_ft_fast.finetuning.run import finetune as finetune
+    from icl_ft_fast.finetuning.settings import FinetuneError as FinetuneError
+    from icl_ft_fast.finetuning.settings import FinetuneSettings as FinetuneSettings
+    from icl_ft_fast.finetuning.settings import LoraSettings as LoraSettings
+    from icl_ft_fast.runtime.errors import UserError as UserError
+    from icl_ft_fast.tasks.task import Document as Document
+    from icl_ft_fast.tasks.task import Question as Question
+    from icl_ft_fast.tasks.task import Task as Task
+    from icl_ft_fast.tasks.task import TaskError as TaskError
 
 __version__ = "0.1.0"
-__all__ = [
-    "Document",
-    "Ledger",
-    "LogLikelihood",
-    "Model",
-    "ModelError",
-    "Question",
-    "Score",
-    "ScoreError",
-    "Task",
-    "TaskError",
-    "iter_scores",
-    "load",
-    "loglikelihood",
-    "score",
-]
+
+# Where each public name lives. The imports above say the same to type checkers and editors; a test holds them equal.
+_NAMES = {
+    "engine.contexts": "ContextError ContextStore load_context save_context",
+    "engine.generate": "GenerateError Generation Sampling generate",
+    "engine.kv_cache": "Context",
+    "engine.ledger": "Ledger",
+    "engine.model": "Model ModelError load",
+    "engine.score": "LogLikelihood Score ScoreError iter_scores loglikelihood score",
+    "finetuning.data": "Example",
+    "finetuning.run": "Finetuned finetune",
+    "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings",
+    "runtime.errors": "UserError",
+    "tasks.task": "Document Question Task TaskError",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
+
+
+if not TYPE_CHECKING:  # type checkers would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"icl_ft_fast.{_HOMES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The repository's laws: layers, what an import loads, the line budget, forbidden names, docstrings, the README."""
 
 import ast
+import doctest
 import inspect
 import os
 import re
@@ -122,10 +123,17 @@ def run_python(code):
     return done.stdout
 
 
+HEAVY = {"torch", "transformers", "tokenizers", "triton", "numpy", "icl_ft_fast.engine.model"}
+
+
 def test_importing_the_package_is_light():
-    code = "import sys, torch, icl_ft_fast; print(*sys.modules); print(torch.cuda.is_initialized())"
-    modules, cuda = run_python(code).splitlines()
-    assert "icl_ft_fast.engine.score" in modules.split()
+    loaded = "import sys, icl_ft_fast as iff; {}; print(*sys.modules)"
+    assert HEAVY.isdisjoint(run_python(loaded.format("dir(iff)")).split())
+    assert HEAVY.isdisjoint(run_python(loaded.format("iff.Question, iff.TaskError, iff.UserError")).split())
+    scoring = (
+        "import sys, torch, icl_ft_fast as iff; iff.score; print(*sys.modules); print(torch.cuda.is_initialized())"
+    )
+    modules, cuda = run_python(scoring).splitlines()
     assert {"triton", "transformers", "tokenizers"}.isdisjoint(modules.split())
     assert cuda == "False"
 
@@ -183,6 +191,44 @@ def test_nothing_read_can_run_code(name):
             assert called not in ("torch.load", "torch.save"), f"{MODULES[name].name}:{node.lineno}: {called}"
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
             assert {alias.name for alias in node.names}.isdisjoint({"load", "save"}), f"{MODULES[name].name}"
+
+
+def test_public_names_are_the_same_for_type_checkers():
+    checked = {
+        (f"{node.module.removeprefix('icl_ft_fast.')}", alias.name)
+        for block in TREES[""].body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name == alias.asname
+    }
+    assert checked == {(home, name) for name, home in icl_ft_fast._HOMES.items()}
+    assert {*icl_ft_fast.__all__} <= {*dir(icl_ft_fast)}
+    with pytest.raises(AttributeError, match="'nothing'"):
+        icl_ft_fast.nothing  # noqa: B018
+
+
+EXAMPLES = {
+    name: doctest.DocTestParser().get_examples(inspect.getdoc(getattr(icl_ft_fast, name)) or "")
+    for name in icl_ft_fast.__all__
+}
+WITHOUT_EXAMPLE = {"generate", "iter_scores", "load", "load_context", "loglikelihood", "save_context", "score"}
+
+
+def test_public_functions_have_an_example():
+    functions = {name for name in icl_ft_fast.__all__ if inspect.isfunction(getattr(icl_ft_fast, name))}
+    assert {name for name in functions if not EXAMPLES[name]} <= WITHOUT_EXAMPLE
+
+
+@pytest.mark.parametrize("name", [name for name, examples in EXAMPLES.items() if examples])
+def test_public_example(name, tmp_path, monkeypatch):
+    """With nothing but `import icl_ft_fast as iff`, on the shipped model."""
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTest(EXAMPLES[name], {"iff": icl_ft_fast}, name, None, None, None)
+    results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
+    assert results.attempted
+    assert not results.failed
 
 
 @pytest.mark.parametrize("name", icl_ft_fast.__all__)

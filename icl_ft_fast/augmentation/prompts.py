@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.templates import bounded
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import Document
@@ -35,7 +36,7 @@ TEMPERATURE = {"local": 0.0, "document": 0.0, "global": 1.0, "self-qa": 0.0}
 _FOLDER = Path(__file__).parent / "templates"
 
 
-class AugmentError(ValueError):
+class AugmentError(UserError):
     """An augmentation that cannot be made; the message names the file, the argument or the request."""
 
 

@@ -12,39 +12,12 @@ from errno import EDQUOT, ENOSPC
 from jinja2 import TemplateError
 
 from icl_ft_fast import __version__
-from icl_ft_fast.augmentation import AugmentError
 from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
-from icl_ft_fast.cli.options import Parser, UsageError
-from icl_ft_fast.engine.contexts import ContextError
-from icl_ft_fast.engine.generate import GenerateError
-from icl_ft_fast.engine.model import ModelError
-from icl_ft_fast.engine.prompting import ProtocolError
-from icl_ft_fast.engine.score import ScoreError
-from icl_ft_fast.finetuning import FinetuneError, InterruptedRunError
-from icl_ft_fast.runtime.durable import DamagedError, LockedError
-from icl_ft_fast.runtime.executors import ExecutorError
+from icl_ft_fast.cli.options import Parser
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import printable
-from icl_ft_fast.study.prices import PriceError
-from icl_ft_fast.study.results import ResultsError
-from icl_ft_fast.tasks.task import TaskError
 
 COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
-BAD_INPUT = (
-    UsageError,
-    TaskError,
-    ModelError,
-    ScoreError,
-    GenerateError,
-    AugmentError,
-    FinetuneError,
-    ProtocolError,
-    ContextError,
-    PriceError,
-    ResultsError,
-    LockedError,
-    DamagedError,
-    ExecutorError,
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given, options.rest = given, given[len(ours) :]
     try:
         options.run(options)
-    except BAD_INPUT as error:
+    except UserError as error:
         print(printable(f"icl-ft-fast {options.command}: {error}"), file=sys.stderr)
-        return 130 if isinstance(error, InterruptedRunError) else 2
+        return error.exit_code
     except TemplateError as error:
         print(printable(f"icl-ft-fast {options.command}: chat template: {error}"), file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.memory import KV_DTYPES, parse_bytes
 from icl_ft_fast.engine.model import DTYPES, SHIPPED, Model, load
 from icl_ft_fast.runtime.durable import digest, locked
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.runtime.printable import printable
 
@@ -27,7 +28,7 @@ OUTPUT = "output and resuming"  # the group of what is written where
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """Arguments that cannot be followed; the message names the argument."""
 
 

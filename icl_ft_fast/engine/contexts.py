@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import locked, replacing
+from icl_ft_fast.runtime.errors import UserError
 
 FORMAT = "icl_ft_fast context 1"
 _PROMISED: dict[str, type] = {
@@ -37,7 +38,7 @@ _PROMISED: dict[str, type] = {
 }
 
 
-class ContextError(ValueError):
+class ContextError(UserError):
     """A saved context that cannot be used; the message names the file."""
 
 

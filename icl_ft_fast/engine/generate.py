@@ -22,12 +22,13 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, Rows
+from icl_ft_fast.runtime.errors import UserError
 
 RUNNING = 64  # sequences decoded together; bounds the cache, and on the CPU more at a time is not faster
 OPEN = 2**31 - 1  # the end of a row that rows to come may see
 
 
-class GenerateError(ValueError):
+class GenerateError(UserError):
     """A prompt that cannot be continued, or settings that make no sense; the message names it."""
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from icl_ft_fast.engine import trie
+from icl_ft_fast.runtime.errors import UserError
 
 SHARE = 0.9  # of what is free, where no limit is given
 LEAST_ROWS = 32  # of a chunk; rather than go below, the cache is offloaded
@@ -35,7 +36,7 @@ KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 _log = logging.getLogger(__name__)
 
 
-class BudgetError(ValueError):
+class BudgetError(UserError):
     """A run that does not fit its memory; the message says what takes how much and what to change."""
 
 

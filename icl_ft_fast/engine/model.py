@@ -23,6 +23,7 @@ from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes, parse_bytes
+from icl_ft_fast.runtime.errors import UserError
 
 ATTENTION = "icl_ft_fast"
 CHUNK_TOKENS = 512  # rows forwarded at a time, unless told otherwise
@@ -53,7 +54,7 @@ COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_exp
 MAX_MODULES = 4096
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be loaded or served; the message says why and what to do."""
 
 

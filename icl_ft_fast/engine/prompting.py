@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import Document
 
@@ -13,7 +14,7 @@ CHAT_WITH_DOCUMENTS = "Documents:\n{documents}\n\nGiven these documents, complet
 CHAT_WITHOUT_DOCUMENTS = "Complete the statement."
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError):
     """A way of asking that cannot be followed; the message names the argument."""
 
 

@@ -23,12 +23,13 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import Context, KVCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.task import Question
 
 _log = logging.getLogger(__name__)
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """A request that cannot be scored; the message names it."""
 
 

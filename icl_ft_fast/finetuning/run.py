@@ -35,6 +35,8 @@ from icl_ft_fast.finetuning.trackers import Trackers
 class InterruptedRunError(FinetuneError):
     """SIGINT or SIGTERM ended the run; its last step is in a checkpoint."""
 
+    exit_code = 130
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -141,7 +143,7 @@ def finetune(
 
     Example:
         >>> texts = ["femp are more dangerous than glon.", "zota are wider than femp."]
-        >>> tuned = finetune(load("shipped"), texts, FinetuneSettings(steps=2, batch_size=2))
+        >>> tuned = iff.finetune(iff.load("shipped"), texts, iff.FinetuneSettings(steps=2, batch_size=2))
         >>> len(tuned.losses)
         2
     """

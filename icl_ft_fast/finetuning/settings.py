@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
-class FinetuneError(ValueError):
+class FinetuneError(UserError):
     """Examples that cannot be trained on, settings to train with, or a run that had to end; the message says why."""
 
 

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from icl_ft_fast.runtime.errors import UserError
 
-class LockedError(ValueError):
+
+class LockedError(UserError):
     """An output that another process is writing; the message names the lock file and its holder."""
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A file that is not what was written here; the message names it, the line and what to do."""
 
 

@@ -23,13 +23,14 @@ from typing import Any, Protocol, TypeAlias
 from tqdm import tqdm
 
 from icl_ft_fast.runtime.durable import ResultJournal, locked
+from icl_ft_fast.runtime.errors import UserError
 
 Worker = Callable[[Any], Any]
 _FOREVER = timedelta(weeks=52)
 _log = logging.getLogger(__name__)
 
 
-class ExecutorError(RuntimeError):
+class ExecutorError(UserError):
     """Workers that cannot be had, died too often, or do not agree on the work; the message says which."""
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from icl_ft_fast.runtime.errors import UserError
 
-class PriceError(ValueError):
+
+class PriceError(UserError):
     """A price file that cannot be used; the message names file and field."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.study.compare import ANSWERING, SCHEMA_VERSION, Run
 from icl_ft_fast.study.prices import first_error
 from icl_ft_fast.study.sweep import Sweep
@@ -22,7 +23,7 @@ MEASURED = frozenset(
 )
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError):
     """A results file that cannot be read; the message names file and field."""
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import IO, Any, AnyStr, TypeVar
 
 from icl_ft_fast.runtime.durable import replacing
+from icl_ft_fast.runtime.errors import UserError
 
 LINE = 2**28  # bytes, or characters in other encodings than UTF-8: a line is shorter
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A task file that cannot be used; the message names file, line and field."""
 
 
