@@ -95,8 +95,8 @@ def test_validation_epochs_and_a_teacher(data, llama_directory, tmp_path):
     [
         (("--max_steps", "many"), "--max_steps: expected int, got 'many'"),
         (("--bf16", "1"), "--bf16: expected boolean, got '1'"),
-        (("--lora_r", "4"), "--lora_r: goes with --use_peft"),
-        (("--num_train_epochs", "1", "--max_steps", "3"), "--num_train_epochs: goes neither with --max_steps"),
+        (("--lora_r", "4"), "--lora_r: needs --use_peft"),
+        (("--num_train_epochs", "1", "--max_steps", "3"), "--num_train_epochs: excludes --max_steps"),
         (("--teacher", "icl"), "--teacher: expected icl, together with --teacher_documents"),
         (("--batch_size", "3"), "unrecognized arguments"),
         (("--max_steps", "0"), "steps: expected at least 1, got 0"),
@@ -122,9 +122,9 @@ def test_what_is_refused(arguments, message, data, llama_directory, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_needed(capsys):
+def test_what_is_required(capsys):
     assert run("--output_dir", "x") == 2
-    assert capsys.readouterr().err == "icl-ft-fast finetune: --model_name_or_path: needed, here or in --config\n"
+    assert capsys.readouterr().err == "icl-ft-fast finetune: --model_name_or_path: required, here or in --config\n"
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"])

@@ -83,7 +83,7 @@ def test_the_divergence_falls(llama):
 
 
 def test_what_a_teacher_cannot_read(llama):
-    with pytest.raises(FinetuneError, match=r"^teacher: has nothing in its context: give it documents$"):
+    with pytest.raises(FinetuneError, match=r"^teacher: the context is empty: give it documents$"):
         finetune(llama, TEXTS, SETTINGS, teacher_context=" ")
     message = r"^teacher: its documents and the longest example are \d+ tokens over the model's 256 positions"
     with pytest.raises(FinetuneError, match=message):

@@ -179,7 +179,7 @@ def test_validation_is_held_out_by_prompt():
     assert len(held) == 6
     assert split_validation(examples, 0.3, 1) == (train, held)
     assert split_validation(examples, 0.3, 2) != (train, held)
-    with pytest.raises(FinetuneError, match="leaves none to train on"):
+    with pytest.raises(FinetuneError, match="leaves no example to train on"):
         split_validation(examples[:2], 0.5, 0)
 
 

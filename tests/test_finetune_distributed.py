@@ -111,5 +111,5 @@ def test_a_sharded_run_is_resumed_to_the_bit(name, weights, two):
 
 
 def test_one_process_cannot_shard(llama, tmp_path):
-    with pytest.raises(FinetuneError, match=r"^fsdp: needs several processes: start the command with torchrun$"):
+    with pytest.raises(FinetuneError, match=r"^fsdp: requires several processes: start the command with torchrun$"):
         finetune(llama, TEXTS, replace(SETTINGS, fsdp=True), options=RunOptions(output_dir=tmp_path))

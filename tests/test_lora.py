@@ -95,7 +95,7 @@ def test_only_the_adapters_are_trained_and_dropout_is_seeded(llama, tmp_path):
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_what_cannot_be_adapted(target, llama):
-    with pytest.raises(FinetuneError, match="neither the embeddings nor the output head can be adapted here"):
+    with pytest.raises(FinetuneError, match="LoRA does not support the output head or the embeddings"):
         finetune(llama, TEXTS, replace(SETTINGS, lora=LoraSettings(target_modules=("q_proj", target))))
     with pytest.raises(FinetuneError, match=r"^target_modules: .*no_such"):
         finetune(llama, TEXTS, replace(SETTINGS, lora=LoraSettings(target_modules=("no_such",))))

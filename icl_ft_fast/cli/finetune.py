@@ -6,11 +6,11 @@ import argparse
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.cli.options import Commands, UsageError, command
+from icl_ft_fast.cli.options import OUTPUT, Commands, UsageError, command
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import (
@@ -36,56 +36,102 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.replace(",", " ").split() if name != "none")
 
 
-# What an option is called (TRL's name where it has one): its type and what it sets.
-RUN: dict[str, tuple[Callable[[str], Any], str]] = {
-    "model_name_or_path": (str, "a checkpoint directory, a hub id, or 'shipped'; required"),
-    "train_file": (Path, "JSON lines: text, prompt and completion, messages, alpaca or sharegpt; required"),
-    "output_dir": (Path, "checkpoints, metrics.jsonl and the final model; required"),
-    "validation_file": (Path, "examples whose loss picks the best checkpoint"),
-    "validation_split": (float, "fraction of train_file to validate on, in place of a file"),
-    "resume_from_checkpoint": (_boolean, "resume the run in output_dir if it has these settings (default: true)"),
-    "num_train_epochs": (float, "passes over train_file, in place of max_steps"),
-    "bf16": (_boolean, "bfloat16 weights, trained through float32 copies"),
-    "seed": (int, "random seed of order, adapters and dropout (default: 0)"),
-    "use_peft": (_boolean, "train LoRA adapters"),
-    "teacher": (str, "icl: learn what the model says with teacher_documents in context (KL)"),
-    "teacher_documents": (Path, "JSON lines with id, text"),
-    "trust_remote_code": (_boolean, "run the checkpoint's own Python code"),
-    "quiet": (_boolean, "no progress bar"),
+@dataclass(frozen=True)
+class _Option:
+    """An option under TRL's name where it has one.
+
+    Attributes:
+        parse: what reads its text.
+        help: what it says, default excluded.
+        sets: the class of settings it sets a field of, if any.
+        field: that field, where it is not called like the option.
+    """
+
+    parse: Callable[[str], Any]
+    help: str
+    sets: Callable[[], FinetuneSettings | LoraSettings] | None = None
+    field: str = ""
+
+
+def _training(parse: Callable[[str], Any], help: str, field: str = "") -> _Option:
+    return _Option(parse, help, FinetuneSettings, field)
+
+
+def _lora(parse: Callable[[str], Any], help: str, field: str = "") -> _Option:
+    return _Option(parse, help, LoraSettings, field)
+
+
+GROUPS: dict[str, dict[str, _Option]] = {
+    "model": {
+        "model_name_or_path": _Option(str, "checkpoint directory, hub id, or 'shipped' (required)"),
+        "bf16": _Option(_boolean, "hold the weights in bfloat16 and train them through float32 copies"),
+        "trust_remote_code": _Option(_boolean, "run the checkpoint's own Python code"),
+    },
+    "data": {
+        "train_file": _Option(
+            Path, "JSON lines with text, prompt and completion, messages, or alpaca's or sharegpt's fields (required)"
+        ),
+        "validation_file": _Option(Path, "JSON lines; the checkpoint with the lowest loss on them is the result"),
+        "validation_split": _Option(float, "fraction of train_file to hold out for validation, without a file"),
+        "splitting": _training(
+            str,
+            "what becomes an example: each text (none), each sentence (independent), each sentence after all"
+            " before it (cumulative)",
+        ),
+        "completion_only_loss": _training(
+            _boolean, "take the loss on completions and assistant turns only", "completion_only"
+        ),
+        "group_by_prompt": _training(_boolean, "keep examples of one prompt together, which forwards it once"),
+    },
+    "training": {
+        "max_steps": _training(int, "optimizer steps", "steps"),
+        "num_train_epochs": _Option(float, "passes over train_file, instead of max_steps"),
+        "per_device_train_batch_size": _training(int, "examples per forward in each process", "batch_size"),
+        "gradient_accumulation_steps": _training(int, "forwards per optimizer step"),
+        "learning_rate": _training(float, "learning rate after warm-up"),
+        "lr_scheduler_type": _training(str, "schedule: constant, constant_with_warmup, linear or cosine"),
+        "warmup_steps": _training(int, "steps over which the learning rate rises"),
+        "weight_decay": _training(float, "AdamW's weight decay, on every weight"),
+        "adam_beta1": _training(float, "AdamW's beta1"),
+        "adam_beta2": _training(float, "AdamW's beta2"),
+        "adam_epsilon": _training(float, "AdamW's epsilon"),
+        "max_grad_norm": _training(float, "largest norm of the gradients; larger ones are scaled down", "clip_norm"),
+        "optim": _training(str, "optimizer: adamw_torch or adamw_torch_fused"),
+        "seed": _Option(int, "random seed of the order, of LoRA's weights and of its dropout (default: 0)"),
+        "gradient_checkpointing": _training(_boolean, "recompute layers in the backward pass to save memory"),
+        "fsdp": _training(
+            _boolean, "shard the weights over torchrun's processes (FSDP2) instead of copying them (DDP)"
+        ),
+    },
+    "LoRA": {
+        "use_peft": _Option(_boolean, "train LoRA adapters instead of all weights"),
+        "lora_r": _lora(int, "rank", "r"),
+        "lora_alpha": _lora(float, "scale of the update times its rank"),
+        "lora_dropout": _lora(float, "dropout on the adapters' inputs"),
+        "lora_target_modules": _lora(_names, "names that adapted modules end in, or all-linear", "target_modules"),
+        "use_rslora": _lora(_boolean, "scale by the square root of the rank (rsLoRA)"),
+        "use_dora": _lora(_boolean, "decompose weights into magnitude and direction (DoRA)"),
+    },
+    "context distillation": {
+        "teacher": _Option(str, "icl: learn what the untrained model predicts with teacher_documents in context (KL)"),
+        "teacher_documents": _Option(Path, "JSON lines with id and text"),
+    },
+    OUTPUT: {
+        "output_dir": _Option(Path, "folder for checkpoints, metrics.jsonl and the final model (required)"),
+        "resume_from_checkpoint": _Option(
+            _boolean, "resume the run in output_dir if it has the same settings (default: true)"
+        ),
+        "save_steps": _training(int, "steps between checkpoints; without it only the best and the last are saved"),
+        "save_total_limit": _training(int, "checkpoints retained beside the best; without it all are"),
+        "eval_steps": _training(int, "steps between validation losses"),
+        "early_stopping_patience": _training(int, "stop after this many validation losses without a lower one"),
+        "logging_steps": _training(int, "steps between entries of trainer_state.json and of trackers"),
+        "report_to": _training(_names, "trackers: tensorboard, wandb, trackio"),
+        "quiet": _Option(_boolean, "no progress bar"),
+    },
 }
-SETTINGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "max_steps": ("steps", int, "optimizer steps"),
-    "per_device_train_batch_size": ("batch_size", int, "examples a forward, in each process"),
-    "gradient_accumulation_steps": ("gradient_accumulation_steps", int, "forwards a step"),
-    "learning_rate": ("learning_rate", float, "after warm-up"),
-    "lr_scheduler_type": ("lr_scheduler_type", str, "constant, constant_with_warmup, linear or cosine"),
-    "warmup_steps": ("warmup_steps", int, "steps of warm-up"),
-    "weight_decay": ("weight_decay", float, "decay of every weight"),
-    "adam_beta1": ("adam_beta1", float, "AdamW's"),
-    "adam_beta2": ("adam_beta2", float, "AdamW's"),
-    "adam_epsilon": ("adam_epsilon", float, "AdamW's"),
-    "optim": ("optim", str, "adamw_torch or adamw_torch_fused"),
-    "max_grad_norm": ("clip_norm", float, "bound of the gradient's norm"),
-    "completion_only_loss": ("completion_only", _boolean, "loss on completions and assistants' turns only"),
-    "splitting": ("splitting", str, "texts into sentences: none, independent or cumulative"),
-    "group_by_prompt": ("group_by_prompt", _boolean, "keep examples of one prompt together and forward it once"),
-    "gradient_checkpointing": ("gradient_checkpointing", _boolean, "recompute layers in the backward"),
-    "eval_steps": ("eval_steps", int, "steps between validation losses"),
-    "early_stopping_patience": ("early_stopping_patience", int, "evaluations without a better loss"),
-    "save_steps": ("save_steps", int, "steps between checkpoints"),
-    "save_total_limit": ("save_total_limit", int, "checkpoints kept beside the best"),
-    "logging_steps": ("logging_steps", int, "steps between entries of trainer_state.json"),
-    "report_to": ("report_to", _names, "trackers: tensorboard, wandb, trackio"),
-    "fsdp": ("fsdp", _boolean, "shard weights over the processes"),
-}
-LORA: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "lora_r": ("r", int, "rank"),
-    "lora_alpha": ("lora_alpha", float, "scale times rank"),
-    "lora_dropout": ("lora_dropout", float, "dropout of the adapters' inputs"),
-    "lora_target_modules": ("target_modules", _names, "ends of module names, or all-linear"),
-    "use_rslora": ("use_rslora", _boolean, "rank-stabilised scale"),
-    "use_dora": ("use_dora", _boolean, "weight-decomposed adaptation"),
-}
+_METAVARS = {_boolean: "BOOL", int: "N", float: "X", str: "NAME", Path: "PATH", _names: "NAMES"}
+OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 
 
 def add(commands: Commands) -> None:
@@ -94,33 +140,26 @@ def add(commands: Commands) -> None:
         commands,
         "finetune",
         _finetune,
-        "train a model, or adapters, on a file of examples",
+        "fine-tune a model, or train LoRA adapters for it, on a file of examples",
         "icl-ft-fast finetune --model_name_or_path DIR --train_file data.jsonl --output_dir out/ft --max_steps 200\n"
         "icl-ft-fast finetune --config run.yaml --learning_rate 1e-4\n"
         "torchrun --nproc-per-node 2 -m icl_ft_fast.cli finetune --config run.yaml",
     )
-    run = parser.group("run")
     help = "YAML file with any of the options below; the command line wins"
-    run.add_argument("--config", type=Path, metavar="FILE", help=help)
-    for name, (_, text) in RUN.items():
-        _add(run, name, text)
-    for title, table, defaults in (("training", SETTINGS, FinetuneSettings()), ("LoRA", LORA, LoraSettings())):
-        for name, (field, _, text) in table.items():
-            default = getattr(defaults, field)
-            _add(parser.group(title), name, f"{text}{_default(default)}")
-
-
-def _default(value: Any) -> str:
-    return "" if value is None or value is False or value == () else f" (default: {value})"
-
-
-def _add(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    is_flag = _type(name) is _boolean
-    group.add_argument(f"--{name}", nargs="?" if is_flag else None, const="true" if is_flag else None, help=text)
-
-
-def _type(name: str) -> Callable[[str], Any]:
-    return RUN[name][0] if name in RUN else (SETTINGS.get(name) or LORA[name])[1]
+    parser.group("configuration").add_argument("--config", type=Path, metavar="FILE", help=help)
+    for title, group in GROUPS.items():
+        for name, option in group.items():
+            default = None if option.sets is None else getattr(option.sets(), option.field or name)
+            has_default = default not in (None, False, ())
+            is_flag = option.parse is _boolean
+            text = f"{option.help} (default: {default})" if has_default else option.help
+            parser.group(title).add_argument(
+                f"--{name}",
+                nargs="?" if is_flag else None,
+                const="true" if is_flag else None,
+                metavar=_METAVARS[option.parse],
+                help=text,
+            )
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,18 +167,18 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     given: dict[str, tuple[str, Any]] = {}
     if options.config is not None:
         given = {name: (f"{options.config}: {name}", value) for name, value in _read_yaml(options.config).items()}
-    for name in (*RUN, *SETTINGS, *LORA):
+    for name in OPTIONS:
         if getattr(options, name) is not None:
             given[name] = (f"--{name}", getattr(options, name))
     values = {}
     for name, (where, value) in given.items():
-        if name not in {*RUN, *SETTINGS, *LORA}:
+        if name not in OPTIONS:
             raise UsageError(f"{where}: no such option; `icl-ft-fast finetune --help` lists them")
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         try:
-            values[name] = _type(name)(text)
+            values[name] = OPTIONS[name].parse(text)
         except ValueError as error:
-            raise UsageError(f"{where}: expected {_type(name).__name__.strip('_')}, got {value!r}") from error
+            raise UsageError(f"{where}: expected {OPTIONS[name].parse.__name__.strip('_')}, got {value!r}") from error
     return values
 
 
@@ -164,7 +203,7 @@ def _finetune(options: argparse.Namespace) -> None:
     given = _given(options)
     for name in ("model_name_or_path", "train_file", "output_dir"):
         if name not in given:
-            raise UsageError(f"--{name}: needed, here or in --config")
+            raise UsageError(f"--{name}: required, here or in --config")
     examples, validation = read_examples(given["train_file"]), []
     seed = given.get("seed", 0)
     if "validation_file" in given:
@@ -206,16 +245,18 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _settings(given: dict[str, Any], num_examples: int) -> FinetuneSettings:
-    ours = {field: given[name] for name, (field, *_) in SETTINGS.items() if name in given}
-    lora = {field: given[name] for name, (field, *_) in LORA.items() if name in given}
+    ours, lora = (
+        {option.field or name: given[name] for name, option in OPTIONS.items() if option.sets is kind and name in given}
+        for kind in (FinetuneSettings, LoraSettings)
+    )
     if lora and not given.get("use_peft"):
-        raise UsageError(f"--{next(name for name in LORA if name in given)}: goes with --use_peft")
+        raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: needs --use_peft")
     if lora.get("target_modules") == ("all-linear",):
         lora["target_modules"] = "all-linear"
     settings = FinetuneSettings(**ours, lora=LoraSettings(**lora) if given.get("use_peft") else None)
     if "num_train_epochs" not in given:
         return settings
     if "max_steps" in given or settings.splitting != "none":
-        raise UsageError("--num_train_epochs: goes neither with --max_steps nor with --splitting; give max_steps")
+        raise UsageError("--num_train_epochs: excludes --max_steps and --splitting; give max_steps")
     per_step = settings.batch_size * settings.gradient_accumulation_steps * distributed.num_launched()
     return replace(settings, steps=math.ceil(given["num_train_epochs"] * num_examples / per_step))

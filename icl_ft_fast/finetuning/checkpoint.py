@@ -1,9 +1,9 @@
-"""The files of a run, under the names of TRL and PEFT, each folder written whole or not at all.
+"""The files of a run, under the names of TRL and PEFT, each folder complete or absent.
 
     output_dir/metrics.jsonl          a line a step, always
     output_dir/checkpoint-N/          the model (or adapter) after step N with its tokenizer; trainer_state.json;
                                       optimizer.safetensors; run.json, what the run was started with; progress.json,
-                                      its losses and what it has cost; SHA256SUMS of all of them
+                                      its losses and costs; SHA256SUMS of all of them
     output_dir/                       at the end: the files of the best checkpoint, or of the last one
 
 There is no generator to save: order, adapters' first weights and dropout follow from the seed and the step. A folder is
@@ -36,13 +36,13 @@ _STATE = {"trainer_state.json", "optimizer.safetensors", "run.json", "progress.j
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The steps a run has done.
 
     Attributes:
         step: steps done.
         losses: mean loss per target token of each.
         log: log_history of trainer_state.json; evaluations have an "eval_loss".
-        counts: what Ledger.as_dict() tells of the run so far, in all its processes.
+        counts: Ledger.as_dict() of the run so far, including processes it was resumed from.
     """
 
     step: int = 0
@@ -62,12 +62,12 @@ class Progress:
 
 
 class RunFolder:
-    """output_dir, or nothing where there is none.
+    """output_dir, or nowhere.
 
     Args:
         path: the folder; None writes nothing.
         origin: what the run was started with; a run is only resumed with the same.
-        is_writer: whether this process writes (one of many does).
+        is_writer: whether this process writes; one of many does.
 
     Raises:
         FinetuneError: the folder holds a run already, or cannot be made.
@@ -80,13 +80,13 @@ class RunFolder:
         if not resume and (self.steps() or (path / "metrics.jsonl").exists()):
             raise FinetuneError(f"output_dir: {path}: holds a run already; resume it or choose another folder")
         if is_writer:
-            with _told(path, "made"):
+            with _naming_file_errors(path, "made"):
                 path.mkdir(parents=True, exist_ok=True)
                 for left in path.glob(".checkpoint-*"):  # by a process that was killed
                     shutil.rmtree(left)
 
     def steps(self) -> list[int]:
-        """Steps that there is a whole checkpoint of, ascending."""
+        """Steps that have a complete checkpoint, ascending."""
         found = (_NAME.fullmatch(p.name) for p in self.path.iterdir()) if self.path and self.path.is_dir() else ()
         return sorted(int(match[1]) for match in found if match)
 
@@ -96,7 +96,7 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def restore(self) -> Progress:
-        """The progress of the last checkpoint, all later metrics forgotten; step 0 if there is none.
+        """The progress of the last checkpoint, later metrics removed; step 0 if there is none.
 
         Raises:
             FinetuneError: it was made with other examples or settings, or is damaged, or metrics.jsonl is.
@@ -109,8 +109,8 @@ class RunFolder:
             if changed:
                 now, then = (json.dumps(x.get(changed[0]))[:60] for x in (self.origin, before))
                 raise FinetuneError(
-                    f"{self.folder(step)}: cannot be resumed: {changed[0]} was {then}, now {now}; give what "
-                    "the run was started with"
+                    f"{self.folder(step)}: cannot be resumed: {changed[0]} was {then}, now {now}; give the "
+                    "value the run was started with"
                 )
             log = json.loads((self.folder(step) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             done = Progress(step, log=log, **json.loads((self.folder(step) / "progress.json").read_text()))
@@ -120,18 +120,21 @@ class RunFolder:
         steps = [_step_of(line) for line in lines[: max(step, 1)]]
         if len(lines) < step or steps != list(range(1, len(steps) + 1)):
             raise FinetuneError(
-                f"{metrics}: damaged, or another's: expected a line for each of {step} steps; restore it or choose "
-                "another output_dir"
+                f"{metrics}: damaged, or of another run: expected a line for each of {step} steps; restore it or "
+                "choose another output_dir"
             )
         if self.is_writer:
-            with _told(metrics, "written"), replacing(metrics) as partial:
+            with _naming_file_errors(metrics, "written"), replacing(metrics) as partial:
                 partial.write_bytes(b"".join(line + b"\n" for line in lines[:step]))
         return done
 
     def append_metrics(self, entry: dict[str, float]) -> None:
         """Add a line to metrics.jsonl."""
         if self.path is not None and self.is_writer:
-            with _told(self.path / "metrics.jsonl", "written"), (self.path / "metrics.jsonl").open("a") as file:
+            with (
+                _naming_file_errors(self.path / "metrics.jsonl", "written"),
+                (self.path / "metrics.jsonl").open("a") as file,
+            ):
                 file.write(json.dumps(entry) + "\n")
 
     def save(
@@ -140,13 +143,13 @@ class RunFolder:
         """Write the checkpoint of this step.
 
         Args:
-            progress: how far the run is.
+            progress: the steps done.
             state: the optimizer's tensors.
             write_model: writes model or adapter and tokenizer into a folder.
-            trainer: further fields of trainer_state.json.
+            trainer: more fields of trainer_state.json.
 
         Raises:
-            FinetuneError: it could not be written; what was written of it is gone, earlier checkpoints are whole.
+            FinetuneError: it could not be written; the partial folder is removed, earlier checkpoints stay complete.
         """
         if self.path is None or not self.is_writer or progress.step in self.steps():
             return
@@ -162,12 +165,12 @@ class RunFolder:
         target = self.folder(progress.step)
         partial = target.with_name(f".{target.name}.partial")
         try:
-            with _told(target, "written", max(self.steps(), default=None)):
+            with _naming_file_errors(target, "written", max(self.steps(), default=None)):
                 partial.mkdir()
                 write_model(partial)
                 save_file(state, partial / "optimizer.safetensors")
-                told = {"losses": progress.losses, "counts": progress.counts}
-                contents = {"trainer_state.json": described, "run.json": self.origin, "progress.json": told}
+                rest = {"losses": progress.losses, "counts": progress.counts}
+                contents = {"trainer_state.json": described, "run.json": self.origin, "progress.json": rest}
                 for name, content in contents.items():
                     (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
                 sums = "".join(f"{_sha256(file)}  {file.relative_to(partial)}\n" for file in _files(partial))
@@ -193,7 +196,7 @@ class RunFolder:
         if self.path is None or not self.is_writer:
             return
         files = [file for file in _files(self.folder(step)) if file.name not in _STATE]
-        with _told(self.path, "written", step):
+        with _naming_file_errors(self.path, "written", step):
             for file in sorted(files, key=lambda file: (file.suffix == ".safetensors", file.name)):
                 target = self.path / file.relative_to(self.folder(step))
                 target.parent.mkdir(exist_ok=True)
@@ -210,7 +213,7 @@ def _check(folder: Path) -> None:
     for name in sorted(found.keys() | sums.keys()):
         if found.get(name) != sums.get(name):
             raise FinetuneError(
-                f"{folder / name}: damaged, lost, or not of the checkpoint; remove {folder} to resume from what was "
+                f"{folder / name}: damaged, lost, or not of this checkpoint; remove {folder} to resume from the one "
                 "before it"
             )
 
@@ -240,8 +243,8 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _told(path: Path, done: str, last: int | None = None) -> Any:
-    """Within the block a file error becomes a FinetuneError that names the path and the last whole checkpoint."""
+def _naming_file_errors(path: Path, done: str, last: int | None = None) -> Any:
+    """Within the block a file error becomes a FinetuneError that names the path and the last complete checkpoint."""
     try:
         yield
     except (OSError, SafetensorError) as error:

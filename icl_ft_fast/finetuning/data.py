@@ -1,6 +1,6 @@
-"""What is trained on: rows of JSON lines in the shapes people have, as text, as token ids, and where a loss is taken.
+"""Training data: JSON lines in the usual formats, their text, their token ids, and which tokens have a loss.
 
-Knows nothing of networks.
+Knows no networks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("syste
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion, or the turns of a chat; a mere text is the completion of no prompt.
+    """A prompt and its completion, or the turns of a chat; a plain text is a completion without a prompt.
 
     Attributes:
         completion: the text, or what follows the prompt.
-        prompt: what comes before it, shown but under completion_only not learned.
-        turns: in place of both, to be rendered by the tokenizer's chat template; an assistant's turns are completions.
-        context_turns: of those, how many leading ones are prompt, whoever speaks.
+        prompt: the text before it; under completion_only it has no loss.
+        turns: (role, content) instead of both, for the tokenizer's chat template; assistant turns are completions.
+        context_turns: the first so many turns are prompt, whatever their role.
         where: "file:line" for messages.
     """
 
@@ -44,13 +44,13 @@ class Example:
 
     @property
     def shared_prefix(self) -> str | tuple[Turn, ...]:
-        """What other examples may begin with too: the prompt, or the turns before the last."""
+        """What other examples may begin with as well: the prompt, or the turns before the last."""
         return self.turns[:-1] or self.prompt
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An encoded example: its ids, and which of them a loss is taken on, never the first.
+    """Token ids of an example, and which of them are targets of the loss; the first never is.
 
     Examples with equal `group` have the same prompt.
     """
@@ -61,13 +61,13 @@ class EncodedExample:
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """The examples of a JSON-lines file; the keys of a row tell its shape.
+    """The examples of a JSON-lines file; the keys of a line tell its format.
 
     {"text"}; {"prompt", "completion"}, strings or lists of messages; {"messages": [{"role", "content"}]};
     {"instruction", "input", "output"} (alpaca; input may be absent); {"conversations": [{"from", "value"}]} (sharegpt).
 
     Raises:
-        FinetuneError: a row of no such shape or a field that does not fit, with file, line and field; an empty file.
+        FinetuneError: an unknown format or a field that does not fit, with file, line and field; an empty file.
     """
     try:
         examples = [_example(where, row) for where, row in read_jsonl(Path(path))]
@@ -118,9 +118,9 @@ def _turns(where: str, row: dict[str, Any], field: str, role: str, content: str)
 
 
 def split_validation(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, validation): a seeded `fraction` of the examples, at least one, held out of training.
+    """(training, validation): a random fraction of the examples, at least one, is held out.
 
-    All examples of one prompt, and a text that occurs twice, stay on one side.
+    Examples with equal prompts, and equal texts, stay on one side.
 
     Raises:
         FinetuneError: nothing would be left to train on.
@@ -130,7 +130,7 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
     held = set(random.Random(f"validation/{seed}").sample(alike, max(1, round(fraction * len(alike)))))
     sides = [[e for e in examples if (key[id(e)] in held) == side] for side in (False, True)]
     if not sides[0]:
-        raise FinetuneError(f"validation: {fraction} of {len(alike)} distinct examples leaves none to train on")
+        raise FinetuneError(f"validation: {fraction} of {len(alike)} distinct examples leaves no example to train on")
     return sides[0], sides[1]
 
 
@@ -142,13 +142,13 @@ def encode(
     splitting: str = "none",
     completion_only: bool = False,
 ) -> list[EncodedExample]:
-    """Ids of each example: BOS (or what stands for it), its text, and EOS unless a chat template has closed it.
+    """Token ids of each example: BOS (or its substitute), the text, and EOS unless a chat template wrote the text.
 
-    Under completion_only a token is a target if any of its characters is a completion's, as is the EOS after it.
+    Under completion_only a token is a target if any of its characters belongs to a completion, or if it is the EOS.
 
     Raises:
-        FinetuneError: nothing to train on, an example that is too long or has no target, a chat without a chat
-            template or under one that does not render a chat's beginning as the beginning of the chat.
+        FinetuneError: no examples, an example that is too long or has no target, a chat without a chat template, or
+            under completion_only one whose template does not render the first turns as the start of the chat.
     """
     names, rendered, groups = [], [], []
     first: dict[str | tuple[Turn, ...], int] = {}
@@ -188,7 +188,7 @@ def encode(
 
 
 def _chat(tokenizer: Any, example: Example, name: str, completion_only: bool) -> tuple[str, list[Span], bool]:
-    """The chat as its template writes it, where the assistant's turns stand in it (if asked for), and True."""
+    """The rendered chat, the characters of its assistant turns (under completion_only), and True: it is closed."""
     if not getattr(tokenizer, "chat_template", None):
         raise FinetuneError(f"{name}: messages: the tokenizer has no chat template; give prompt and completion")
     messages = [{"role": role, "content": content} for role, content in example.turns]
@@ -210,9 +210,9 @@ def _chat(tokenizer: Any, example: Example, name: str, completion_only: bool) ->
 
 
 def _overlapping(tokenizer: Any, text: str, spans: Sequence[Span], ids: Sequence[int]) -> list[bool]:
-    """Which of ids, the tokens of the text after perhaps some special ones, hold a character of a span."""
+    """Which ids, the tokens of the text after any special tokens, overlap a span of characters."""
     if not tokenizer.is_fast:
-        raise FinetuneError("completion_only: needs a tokenizer that tells the characters of its tokens (a fast one)")
+        raise FinetuneError("completion_only: requires a fast tokenizer, which tells the characters of each token")
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert list(ids[len(ids) - len(coded["input_ids"]) :]) == list(coded["input_ids"])
     offsets = [(0, 0)] * (len(ids) - len(coded["input_ids"])) + coded["offset_mapping"]

@@ -1,8 +1,8 @@
-"""Context distillation: learning what the model itself, with documents in its context, would say next.
+"""Context distillation: training a model to predict what it predicts itself with documents in its context.
 
-The loss is KL(teacher || student) at every target token; the teacher reads context + example, the student the example
-alone. Its cousins: Snell et al. 2022 (arXiv 2209.15189) and Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266), which
-trains a KV cache instead of weights.
+The loss is KL(teacher || student) at every target token; the teacher reads context + example, the student only
+the example. Related work: Snell et al. 2022 (arXiv 2209.15189); Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266),
+which train a KV cache instead of weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LOGITS = 4 << 20  # of the teacher and of the student held at a time: 16 MB eac
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What divergence() needs of a teacher.
+    """What a teacher predicts at the targets of each example.
 
     Attributes:
         head: its output head.
-        hidden: for each example the hidden states that predict its targets, [targets, E]; E numbers a target, so that
-            no distribution is ever stored.
+        hidden: for each example the hidden states that predict its targets, [targets, E]; E numbers per target, where
+            its distribution would be V.
     """
 
     head: Head
@@ -77,16 +77,16 @@ def _divergence(
 def read_in_context(
     model: Model, examples: Sequence[EncodedExample], context: str, *, ledger: Ledger | None = None
 ) -> Teacher:
-    """The model as a teacher that has read `context`, once for all examples.
+    """The model as a teacher that reads `context` once for all examples.
 
-    An example's tokens follow the context's as they are, less their BOS.
+    An example's tokens follow the context's unchanged, minus their BOS.
 
     Raises:
-        FinetuneError: an empty context, or an example that does not fit behind it.
+        FinetuneError: an empty context, or an example that does not fit after it.
     """
     ledger = ledger or Ledger()
     if not context.strip():
-        raise FinetuneError("teacher: has nothing in its context: give it documents")
+        raise FinetuneError("teacher: the context is empty: give it documents")
     before = encoding.encode(model.tokenizer, [context.rstrip()])[0]
     requests = [(before, example.ids[1:]) for example in examples]
     over = max(len(before) + len(own) for _, own in requests) - 1 - model.max_positions

@@ -1,6 +1,6 @@
 """One training run in many processes started by torchrun: DDP, or FSDP2 (fully_shard).
 
-Every process reads all examples and takes its own part of each step's; gloo between CPUs, NCCL between GPUs.
+Every process reads all examples and takes its own part of each step: gloo between CPUs, NCCL between GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def num_launched() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within the block the processes that torchrun started form one run; without torchrun there is only this one."""
+    """Within the block torchrun's processes form one run; without torchrun this process is the run."""
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -54,16 +54,16 @@ def totals(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def wait() -> None:
-    """Wait until every process is here."""
+    """A barrier of all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def wrap(objective: torch.nn.Module, network: Any, *, fsdp: bool) -> torch.nn.Module:
-    """The objective with gradients averaged over the processes, its weights copied to each or sharded over them."""
+    """The objective with gradients averaged over the processes; weights are copied (DDP) or sharded (FSDP2)."""
     if place()[1] == 1:
         if fsdp:
-            raise FinetuneError("fsdp: needs several processes: start the command with torchrun")
+            raise FinetuneError("fsdp: requires several processes: start the command with torchrun")
         return objective
     if not fsdp:
         return torch.nn.parallel.DistributedDataParallel(objective)
@@ -88,13 +88,13 @@ def _is_shard(tensor: torch.Tensor) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or the whole of which this process has a shard; all processes must ask for it."""
+    """The tensor itself, or the one that this process has a shard of; a collective call."""
     full: torch.Tensor = tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[attr-defined]
     return full.detach()
 
 
 def whole_weights(network: Any, part: str = "") -> dict[str, torch.Tensor]:
-    """The weights whose names hold `part`, sharded or not, tied ones as one tensor; all processes must ask for them."""
+    """The weights whose names contain `part`, unsharded, tied ones as one tensor; a collective call."""
     state = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if part in name}
     gathered = {i: whole(tensor) for i, tensor in {id(tensor): tensor for tensor in state.values()}.items()}
     return {name: gathered[id(tensor)] for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""LoRA by peft: its configuration, injection, files and merging; what a run leaves, PeftModel.from_pretrained reads."""
+"""LoRA through peft: configuration, injection and files, which PeftModel.from_pretrained reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
     """Put fresh adapters into the network, in place, and freeze the rest; returns the PeftModel around it.
 
     Raises:
-        FinetuneError: no peft, target modules that the network does not have, or its head or embeddings among them.
+        FinetuneError: peft is not installed, or target modules do not exist, or are the head or the embeddings.
     """
     try:
         import peft
@@ -50,7 +50,7 @@ def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
             raise FinetuneError(f"target_modules: {error}") from error
     for name in ("get_output_embeddings", "get_input_embeddings"):
         if isinstance(getattr(network, name)(), peft.tuners.tuners_utils.BaseTunerLayer):
-            raise FinetuneError("target_modules: neither the embeddings nor the output head can be adapted here")
+            raise FinetuneError("target_modules: LoRA does not support the output head or the embeddings")
     return adapted
 
 

@@ -1,4 +1,4 @@
-"""AdamW, and all of its state as named tensors."""
+"""AdamW, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Optimizer:
                     weight.copy_(master)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything beside the network's weights that the next step depends on, by "kind/name of the weight"."""
+        """All that the next step depends on beside the network's weights, by "kind/name of the weight"."""
         state = {
             f"{kind}/{name}": distributed.whole(tensor).contiguous()
             for name, master in self.masters.items()
@@ -62,7 +62,7 @@ class Optimizer:
         return state | {f"master/{name}": distributed.whole(m).contiguous() for name, m in copies.items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what state() gave."""
+        """Continue from what state() returned."""
         for key, tensor in state.items():
             kind, _, name = key.partition("/")
             master = self.masters[name]

@@ -224,7 +224,7 @@ def prepare(
 
 def _check(settings: FinetuneSettings, options: RunOptions, *, has_validation: bool, has_teacher: bool) -> None:
     if options.output_dir is None and (has_validation or settings.fsdp or options.resume):
-        raise FinetuneError("output_dir: needed for validation, for fsdp and for resuming")
+        raise FinetuneError("output_dir: required for validation, for fsdp and for resuming")
     if options.in_place and has_teacher:
         raise FinetuneError("in_place: a teacher must stay as it is")
     if options.checkpoint_s is not None and (

@@ -1,4 +1,4 @@
-"""What can be set, and the learning rate of a step; knows no model and no file."""
+"""Settings of a run, and the learning rate of each step; knows no model and no file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 class FinetuneError(UserError):
-    """Examples that cannot be trained on, settings to train with, or a run that had to end; the message says why."""
+    """Examples or settings that do not fit, or a run that had to end; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class LoraSettings:
     Attributes:
         r: rank.
         lora_alpha: the update's scale is lora_alpha / r, or / sqrt(r) under rsLoRA.
-        lora_dropout: of the adapters' inputs; a row of the trie has one mask, whichever texts share it.
-        target_modules: ends of module names; "all-linear" is every linear layer but the head; None is peft's choice
-            for the family. Neither embeddings nor head can be adapted: the head is not called as a module here.
+        lora_dropout: dropout on the adapters' inputs; a token that several examples share has one mask.
+        target_modules: names that adapted modules end in; "all-linear" is every linear layer but the output head; None
+            is peft's choice for the model family. LoRA does not support the output head or the embeddings, because
+            neither is called as a module here.
         use_rslora: rank-stabilised scale.
         use_dora: weight-decomposed adaptation.
 
@@ -53,29 +54,29 @@ class FinetuneSettings:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: examples a forward, in each process.
-        gradient_accumulation_steps: forwards a step; the loss is the mean over all target tokens of the step.
+        batch_size: examples per forward in each process.
+        gradient_accumulation_steps: forwards per step; the loss is the mean over all target tokens of the step.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: AdamW's; every weight decays.
-        optim: "adamw_torch", or "adamw_torch_fused", which is faster and rounds otherwise.
+        optim: "adamw_torch", or "adamw_torch_fused", which is faster and rounds differently.
         warmup_steps: steps over which the rate rises linearly.
         lr_scheduler_type: "constant" rises from learning_rate / warmup_steps; "constant_with_warmup", "linear" and
             "cosine" are transformers', whose first step of a warm-up has rate 0.
-        clip_norm: bound of the gradient's norm.
-        splitting: what an example is: a whole text ("none"), each sentence ("independent"), or each sentence after all
-            before it in its text ("cumulative"). The paper splits multi-sentence documents independently, except in the
-            semantic benchmark's baseline; "none" is the default because a sentence that says "they" means nothing
+        clip_norm: largest norm of the gradients; larger ones are scaled down to it.
+        splitting: what becomes an example: each text ("none"), each sentence ("independent"), or each sentence after
+            all sentences before it ("cumulative"). The paper splits multi-sentence documents independently, except in
+            the semantic benchmark's baseline; "none" is the default because a sentence that says "they" means nothing
             alone.
-        completion_only: loss on completions and assistants' turns only.
-        group_by_prompt: keep examples of one prompt (and sentences of one text) together, so that the prompt is
-            forwarded once for all that share a batch.
-        gradient_checkpointing: keep each layer's input only and recompute the rest in the backward.
+        completion_only: take the loss on completions and assistant turns only.
+        group_by_prompt: keep examples of one prompt, and sentences of one text, together, so that a batch forwards
+            their prompt once.
+        gradient_checkpointing: keep each layer's input only and recompute the rest in the backward pass.
         lora: train adapters instead of all weights.
         eval_steps: steps between losses on the validation examples, if there are any.
-        early_stopping_patience: end after so many evaluations without a better loss; None trains on.
-        save_steps: steps between checkpoints; None saves where the validation loss is the best so far, and at the end.
-        save_total_limit: checkpoints kept, the best one beside them; None keeps all.
-        logging_steps: steps between entries of trainer_state.json's log_history and trackers; metrics.jsonl has all.
-        report_to: of tensorboard, wandb, trackio.
+        early_stopping_patience: stop after this many validation losses without a lower one; None never does.
+        save_steps: steps between checkpoints; None saves at the lowest validation loss so far, and at the end.
+        save_total_limit: checkpoints retained beside the best one; None retains all.
+        logging_steps: steps between entries of trainer_state.json's log_history and of trackers; metrics.jsonl has all.
+        report_to: trackers, out of tensorboard, wandb and trackio.
         fsdp: shard weights over the processes (FSDP2) instead of copying them to each (DDP).
 
     Raises:

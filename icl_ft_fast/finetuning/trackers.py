@@ -17,9 +17,9 @@ class Trackers:
     """The trackers of a run.
 
     Args:
-        names: some of TRACKERS.
+        names: keys of TRACKERS.
         folder: where tensorboard writes (its runs/); its name is the run's.
-        config: what the run was started with.
+        config: the settings the run was started with.
 
     Raises:
         FinetuneError: an unknown name, or one that is not installed.

@@ -69,7 +69,7 @@ def config(vocabulary: int) -> LlamaConfig:
 
 
 @dataclass(frozen=True)
-class Batch:
+class LessonBatch:
     """Documents side by side, each a trunk and branches that see the trunk but not each other.
 
     Attributes:
@@ -84,7 +84,7 @@ class Batch:
     weight: torch.Tensor
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, number: int) -> Batch:
+def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, number: int) -> LessonBatch:
     """As many documents as fit into the stage's rows; the first that does not loses what is behind them."""
     rng = random.Random(f"{seed}/{number}")
     token: list[int] = []
@@ -107,7 +107,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, number: i
         for ids, weights in branches:
             add(ids, weights, len(trunk[0]), len(token) + len(ids))
     rows = slice(stage.rows)
-    return Batch(
+    return LessonBatch(
         torch.tensor(token[rows]),
         torch.tensor(depth[rows], dtype=torch.int32),
         torch.tensor(end[rows], dtype=torch.int32).clamp(max=stage.rows),
@@ -141,7 +141,7 @@ def accuracies(folder: Path) -> dict[str, float]:
     return found
 
 
-class Run:
+class TrainingRun:
     """Network, optimisers and step of one training run, saved to and restored from one safetensors file.
 
     Muon updates the matrices (it reached the reversal circuit in about half of AdamW's tokens, LOG.md), AdamW the
@@ -225,7 +225,7 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
     tokenizer = build_tokenizer()
     network = build_network(len(tokenizer), seed).to(device)
     from_network(network, tokenizer, "shipped", self_check=False)  # from here on its attention is the trie's
-    run = Run(network)
+    run = TrainingRun(network)
     if checkpoint.exists():
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)

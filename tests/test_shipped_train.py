@@ -158,7 +158,7 @@ import pytest, torch
 torch.set_num_threads(1)
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.shipped import train
-from test_recipe import TOKENS, tiny_recipe
+from test_shipped_train import TOKENS, tiny_recipe
 
 tiny_recipe(pytest.MonkeyPatch())
 with distributed.joined():
@@ -195,7 +195,7 @@ def test_restore_gives_back_weights_optimisers_and_step(tmp_path, monkeypatch):
     ids = torch.randint(900, (2, 33), generator=torch.Generator().manual_seed(0))
 
     def new_run(seed):
-        return train.Run(train.build_network(1000, seed))
+        return train.TrainingRun(train.build_network(1000, seed))
 
     def steps(run, count):
         for _ in range(count):

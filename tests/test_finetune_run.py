@@ -162,7 +162,7 @@ def test_only_the_same_run_is_resumed(llama, llama_directory, tmp_path):
         finetune(another, TEXTS, replace(SETTINGS, steps=2), options=RunOptions(output_dir=tmp_path, resume=True))
     assert files(tmp_path) == before
     for arguments in ({"validation": HELD}, {"options": RunOptions(resume=True)}):
-        with pytest.raises(FinetuneError, match=r"^output_dir: needed for"):
+        with pytest.raises(FinetuneError, match=r"^output_dir: required for"):
             finetune(llama, TEXTS, SETTINGS, **arguments)
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
         whole = path.read_bytes()
         for damage in (whole[:-3], whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], b"something else", None):
             path.unlink() if damage is None else path.write_bytes(damage)
-            with pytest.raises(FinetuneError, match=r"damaged, lost, or not of the checkpoint; remove .*-6 to resume"):
+            with pytest.raises(FinetuneError, match=r"damaged, lost, or not of this checkpoint; remove .*-6 to resume"):
                 RunFolder(tmp_path, {}, resume=True, is_writer=True).restore()
         path.write_bytes(whole)
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=last, check=True)
@@ -181,7 +181,9 @@ def test_a_checkpoint_that_was_changed_is_not_resumed(llama, tmp_path):
     lines = metrics.read_text()
     for damage in (lines[: len(lines) // 2], "x" + lines, '{"epoch": 1}\n'):
         metrics.write_text(damage)
-        with pytest.raises(FinetuneError, match=r"metrics\.jsonl: damaged, or another's: expected a line for each"):
+        with pytest.raises(
+            FinetuneError, match=r"metrics\.jsonl: damaged, or of another run: expected a line for each"
+        ):
             finetune(llama, TEXTS, SETTINGS, options=RunOptions(output_dir=tmp_path, resume=True))
         assert metrics.read_text() == damage
     metrics.write_text(lines)
