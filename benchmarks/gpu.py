@@ -60,7 +60,7 @@ LLAMA_8B = {
 }
 TOY = LLAMA_8B | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
-TESTS = {True: ["-m", "gpu", "tests/test_gpu.py", "tests/test_kernels.py"], False: ["tests/test_statistics.py"]}
+TESTS = {True: ["-m", "gpu", "tests/test_gpu.py", "tests/test_triton.py"], False: ["tests/test_statistics.py"]}
 Variants = dict[str, Callable[[], Any] | str]  # a string says why there is nothing to call
 Index = tuple[Tensor, Tensor, Tensor, Tensor]  # row_q, end_k, depth_q, depth_k
 

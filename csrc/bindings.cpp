@@ -56,7 +56,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
         result[name] = array;
         return array.mutable_data();
     };
-    py::array_t<int64_t> path_offset(requests.tails.count + 1);
+    py::array_t<int64_t> path_offset(requests.tails.num_sequences + 1);
     result["path_offset"] = path_offset;
     const icl::TrieArrays out{
         allocate("node_token", sizes.nodes),  allocate("node_depth", sizes.nodes),
@@ -136,17 +136,17 @@ icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::a
     const auto r = view<int32_t, 1>(row, "row", {-1});
     args.hidden = h.data;
     args.weight = w.data;
-    std::copy(h.strides.begin(), h.strides.end(), args.hidden_stride);
-    std::copy(w.strides.begin(), w.strides.end(), args.weight_stride);
+    std::copy(h.strides.begin(), h.strides.end(), args.hidden_strides);
+    std::copy(w.strides.begin(), w.strides.end(), args.weight_strides);
     if (bias) {
         const auto b = floats<1>(args.bfloat16, *bias, "bias", {w.shape[0]});
         args.bias = b.data;
         args.bias_stride = b.strides[0];
     }
-    args.num_rows = h.shape[0];
-    args.width = h.shape[1];
-    args.vocabulary = w.shape[0];
-    args.num_targets = r.shape[0];
+    args.R = h.shape[0];
+    args.E = h.shape[1];
+    args.V = w.shape[0];
+    args.M = r.shape[0];
     args.row = static_cast<const int32_t*>(r.data);
     args.target = static_cast<const int32_t*>(view<int32_t, 1>(target, "target", r.shape).data);
     args.scale = scale;
@@ -162,8 +162,8 @@ void target_logprob(const py::array& hidden, const py::array& weight, const std:
                     int isa, int num_threads, py::array logp, py::array is_argmax, py::array lse) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
     args.batch_invariant = batch_invariant;
-    args.logp = output<float, 1>(logp, "logp", {args.num_targets});
-    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.num_targets});
+    args.logp = output<float, 1>(logp, "logp", {args.M});
+    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.M});
     py::gil_scoped_release release;
     icl::target_logprob(args);
 }
@@ -182,12 +182,12 @@ void target_logprob_backward(const py::array& hidden, const py::array& weight, c
                              : output<float, N>(array, argument, shape);
     };
     icl::TargetLogprobGradients gradients{};
-    gradients.grad_logp = static_cast<const float*>(view<float, 1>(grad_logp, "grad_logp", {args.num_targets}).data);
-    gradients.grad_lse = static_cast<const float*>(view<float, 1>(grad_lse, "grad_lse", {args.num_rows}).data);
-    gradients.grad_hidden = gradient(grad_hidden, "grad_hidden", std::array{args.num_rows, args.width});
+    gradients.grad_logp = static_cast<const float*>(view<float, 1>(grad_logp, "grad_logp", {args.M}).data);
+    gradients.grad_lse = static_cast<const float*>(view<float, 1>(grad_lse, "grad_lse", {args.R}).data);
+    gradients.grad_hidden = gradient(grad_hidden, "grad_hidden", std::array{args.R, args.E});
     if (grad_weight) {
-        gradients.grad_weight = gradient(*grad_weight, "grad_weight", std::array{args.vocabulary, args.width});
-        if (grad_bias) gradients.grad_bias = gradient(*grad_bias, "grad_bias", std::array{args.vocabulary});
+        gradients.grad_weight = gradient(*grad_weight, "grad_weight", std::array{args.V, args.E});
+        if (grad_bias) gradients.grad_bias = gradient(*grad_bias, "grad_bias", std::array{args.V});
     }
     py::gil_scoped_release release;
     icl::target_logprob_backward(args, gradients);
@@ -197,11 +197,11 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
                                        int num_threads, bool backward) {
     icl::TargetLogprob args{};
     args.bfloat16 = bfloat16;
-    args.weight_stride[1] = contiguous ? 1 : 2;
-    args.num_rows = sizes[0];
-    args.width = sizes[1];
-    args.vocabulary = sizes[2];
-    args.num_targets = sizes[3];
+    args.weight_strides[1] = contiguous ? 1 : 2;
+    args.R = sizes[0];
+    args.E = sizes[1];
+    args.V = sizes[2];
+    args.M = sizes[3];
     args.isa = isa;
     args.num_threads = num_threads;
     return backward ? icl::target_logprob_backward_workspace_bytes(args) : icl::target_logprob_workspace_bytes(args);
@@ -212,48 +212,48 @@ icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array&
                                             const py::array& depth_k, const std::optional<py::array>& sinks,
                                             float scale, int32_t window, float softcap, bool batch_invariant, int isa,
                                             py::array& out, py::array& lse) {
-    icl::TrieAttention arguments{};
-    const bool bf16 = arguments.bf16 = is_bfloat16(q);
-    const auto queries = floats<3>(bf16, q, "q", {-1, -1, -1});
+    icl::TrieAttention args{};
+    const bool bfloat16 = args.bfloat16 = is_bfloat16(q);
+    const auto queries = floats<3>(bfloat16, q, "q", {-1, -1, -1});
     const auto [T, H, D] = queries.shape;
-    const auto keys = floats<3>(bf16, k, "k", {-1, -1, D});
+    const auto keys = floats<3>(bfloat16, k, "k", {-1, -1, D});
     const auto [S, G, _] = keys.shape;
-    const auto values = floats<3>(bf16, v, "v", {S, G, -1});
-    arguments.T = T, arguments.H = H, arguments.D = D;
-    arguments.S = S, arguments.G = G, arguments.Dv = values.shape[2];
-    arguments.q = queries.data;
-    arguments.k = keys.data;
-    arguments.v = values.data;
-    std::copy(queries.strides.begin(), queries.strides.end(), arguments.q_strides);
-    std::copy(keys.strides.begin(), keys.strides.end(), arguments.k_strides);
-    std::copy(values.strides.begin(), values.strides.end(), arguments.v_strides);
+    const auto values = floats<3>(bfloat16, v, "v", {S, G, -1});
+    args.T = T, args.H = H, args.D = D;
+    args.S = S, args.G = G, args.Dv = values.shape[2];
+    args.q = queries.data;
+    args.k = keys.data;
+    args.v = values.data;
+    std::copy(queries.strides.begin(), queries.strides.end(), args.q_strides);
+    std::copy(keys.strides.begin(), keys.strides.end(), args.k_strides);
+    std::copy(values.strides.begin(), values.strides.end(), args.v_strides);
     const auto index = [](const py::array& array, const char* argument, int64_t size) {
         return static_cast<const int32_t*>(view<int32_t, 1>(array, argument, {size}).data);
     };
-    arguments.row_q = index(row_q, "row_q", T);
-    arguments.end_k = index(end_k, "end_k", S);
-    arguments.depth_q = index(depth_q, "depth_q", T);
-    arguments.depth_k = index(depth_k, "depth_k", S);
-    if (sinks) arguments.sinks = static_cast<const float*>(view<float, 1>(*sinks, "sinks", {H}).data);
-    arguments.scale = scale;
-    arguments.softcap = softcap;
-    arguments.window = window;
-    arguments.batch_invariant = batch_invariant;
-    arguments.out = bf16 ? static_cast<void*>(output<int16_t, 3>(out, "out", {T, H, arguments.Dv}))
-                         : output<float, 3>(out, "out", {T, H, arguments.Dv});
-    arguments.lse = output<float, 2>(lse, "lse", {T, H});
-    arguments.isa = isa;
-    return arguments;
+    args.row_q = index(row_q, "row_q", T);
+    args.end_k = index(end_k, "end_k", S);
+    args.depth_q = index(depth_q, "depth_q", T);
+    args.depth_k = index(depth_k, "depth_k", S);
+    if (sinks) args.sinks = static_cast<const float*>(view<float, 1>(*sinks, "sinks", {H}).data);
+    args.scale = scale;
+    args.softcap = softcap;
+    args.window = window;
+    args.batch_invariant = batch_invariant;
+    args.out = bfloat16 ? static_cast<void*>(output<int16_t, 3>(out, "out", {T, H, args.Dv}))
+                        : output<float, 3>(out, "out", {T, H, args.Dv});
+    args.lse = output<float, 2>(lse, "lse", {T, H});
+    args.isa = isa;
+    return args;
 }
 
 void trie_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
                     const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
                     const std::optional<py::array>& sinks, float scale, int32_t window, float softcap,
                     bool batch_invariant, int isa, py::array out, py::array lse) {
-    const auto arguments = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window,
-                                                    softcap, batch_invariant, isa, out, lse);
+    const auto args = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
+                                               batch_invariant, isa, out, lse);
     py::gil_scoped_release release;
-    icl::trie_attention(arguments);
+    icl::trie_attention(args);
 }
 
 void trie_attention_backward(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
@@ -261,23 +261,23 @@ void trie_attention_backward(const py::array& q, const py::array& k, const py::a
                              const std::optional<py::array>& sinks, float scale, int32_t window, float softcap, int isa,
                              py::array out, py::array lse, const py::array& grad_out, const py::array& grad_lse,
                              py::array delta, py::array grad_q, py::array grad_k, py::array grad_v) {
-    const auto a = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
-                                            false, isa, out, lse);
+    const auto args = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
+                                               false, isa, out, lse);
     const auto gradient = [&](py::array& array, const char* argument, std::array<int64_t, 3> shape) {
-        return a.bf16 ? static_cast<void*>(output<int16_t, 3>(array, argument, shape))
-                      : output<float, 3>(array, argument, shape);
+        return args.bfloat16 ? static_cast<void*>(output<int16_t, 3>(array, argument, shape))
+                             : output<float, 3>(array, argument, shape);
     };
     icl::TrieAttentionGradients gradients{};
-    const auto of_out = floats<3>(a.bf16, grad_out, "grad_out", {a.T, a.H, a.Dv});
+    const auto of_out = floats<3>(args.bfloat16, grad_out, "grad_out", {args.T, args.H, args.Dv});
     gradients.grad_out = of_out.data;
     std::copy(of_out.strides.begin(), of_out.strides.end(), gradients.grad_out_strides);
-    gradients.grad_lse = static_cast<const float*>(view<float, 2>(grad_lse, "grad_lse", {a.T, a.H}).data);
-    gradients.delta = output<float, 2>(delta, "delta", {a.T, a.H});
-    gradients.grad_q = gradient(grad_q, "grad_q", {a.T, a.H, a.D});
-    gradients.grad_k = gradient(grad_k, "grad_k", {a.S, a.G, a.D});
-    gradients.grad_v = gradient(grad_v, "grad_v", {a.S, a.G, a.Dv});
+    gradients.grad_lse = static_cast<const float*>(view<float, 2>(grad_lse, "grad_lse", {args.T, args.H}).data);
+    gradients.delta = output<float, 2>(delta, "delta", {args.T, args.H});
+    gradients.grad_q = gradient(grad_q, "grad_q", {args.T, args.H, args.D});
+    gradients.grad_k = gradient(grad_k, "grad_k", {args.S, args.G, args.D});
+    gradients.grad_v = gradient(grad_v, "grad_v", {args.S, args.G, args.Dv});
     py::gil_scoped_release release;
-    icl::trie_attention_backward(a, gradients);
+    icl::trie_attention_backward(args, gradients);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ inline void require_range(const char* argument, int64_t value, int64_t least, in
 struct Sequences {
     const int32_t* tokens;  // [num_tokens], >= 0
     int64_t num_tokens;
-    const int64_t* offsets;  // [count + 1], from 0 to num_tokens
-    int64_t count;
+    const int64_t* offsets;  // [num_sequences + 1], from 0 to num_tokens
+    int64_t num_sequences;
 };
 
 // Request r is heads[head[r]] followed by tails[r], or tails[r] alone where head is null. Its first context_lengths[r]
@@ -71,18 +71,17 @@ enum Isa { kBestIsa, kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 int best_isa();
 int choose_isa(int isa);
 
-// What icl_ft_fast/ops/__init__.py says target_logprob is, for float32 or bfloat16 (R hidden rows, V tokens, width E, M
-// targets). Strides are in elements. The results' bits depend on the inputs and the instruction set, not on the
-// threads.
+// What icl_ft_fast/ops/target_logprob.py says target_logprob is, for float32 or bfloat16. Strides are in elements. The
+// results' bits depend on the inputs and the instruction set, not on the threads.
 struct TargetLogprob {
     bool bfloat16, batch_invariant;
     const void* hidden;  // [R, E]
-    int64_t hidden_stride[2];
+    int64_t hidden_strides[2];
     const void* weight;  // [V, E]
-    int64_t weight_stride[2];
+    int64_t weight_strides[2];
     const void* bias;  // [V], or null
     int64_t bias_stride;
-    int64_t num_rows, vocabulary, width, num_targets;
+    int64_t R, V, E, M;           // hidden rows, tokens of the vocabulary, width, targets
     const int32_t *row, *target;  // [M]; out of range: logp is nan
     float scale, softcap;         // softcap 0: none
     int isa, num_threads;
@@ -105,16 +104,16 @@ int64_t target_logprob_backward_workspace_bytes(const TargetLogprob& args);
 void target_logprob(const TargetLogprob& args);
 void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradients& gradients);
 
-// icl_ft_fast/ops/__init__.py says what each means. Elements are bfloat16 or float, strides are counted in them.
+// What icl_ft_fast/ops/trie_attention.py says trie_attention is, for float32 or bfloat16. Strides are in elements.
 struct TrieAttention {
-    bool bf16, batch_invariant;
-    int64_t T, S, H, G, D, Dv;
-    const void *q, *k, *v;  // [T, H, D], [S, G, D], [S, G, Dv]
+    bool bfloat16, batch_invariant;
+    int64_t T, S, H, G, D, Dv;  // queries, keys, their heads, elements of a head of q and k, of v
+    const void *q, *k, *v;      // [T, H, D], [S, G, D], [S, G, Dv]
     int64_t q_strides[3], k_strides[3], v_strides[3];
     const int32_t *row_q, *end_k, *depth_q, *depth_k;  // [T], [S], [T], [S]; compared, never followed
     const float* sinks;                                // [H] or null
-    float scale, softcap;                              // no soft-cap: 0
-    int32_t window;                                    // none: 0
+    float scale, softcap;                              // softcap 0: none
+    int32_t window;                                    // 0: none
     int isa;
     void* out;   // [T, H, Dv], contiguous
     float* lse;  // [T, H], contiguous
@@ -130,7 +129,7 @@ struct TrieAttentionGradients {
 };
 
 // Bits do not depend on the number of threads.
-void trie_attention(const TrieAttention& arguments);
-void trie_attention_backward(const TrieAttention& arguments, const TrieAttentionGradients& gradients);
+void trie_attention(const TrieAttention& args);
+void trie_attention_backward(const TrieAttention& args, const TrieAttentionGradients& gradients);
 
 }  // namespace icl

@@ -18,16 +18,16 @@ template <class K, class Source>
 class Head {
 public:
     Head(const TargetLogprob& args, Arena& arena)
-        : a(args), dot(a.num_rows <= kDotRows && !a.batch_invariant), depth(round_up(a.width, K::kUnit)) {
-        direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
+        : a(args), dot(a.R <= kDotRows && !a.batch_invariant), depth(round_up(a.E, K::kUnit)) {
+        direct = std::is_same_v<Element, Source> && a.weight_strides[1] == 1 && depth == a.E;
         depth_step = std::max<int64_t>(K::kUnit, direct ? std::min(depth, kDepth) : std::min(depth, kPackedDepth));
         const int64_t row_bytes = std::max<int64_t>(1, depth) * sizeof(Element);
         const int64_t panels = std::clamp(kBlockBytes / row_bytes / kPanelRows, int64_t{1}, kBlockRows / kPanelRows);
-        const int64_t blocks = divide_up(std::max<int64_t>(1, a.num_rows), panels * kPanelRows);
-        rows = round_up(divide_up(std::max<int64_t>(1, a.num_rows), blocks), K::kLanes);
+        const int64_t blocks = divide_up(std::max<int64_t>(1, a.R), panels * kPanelRows);
+        rows = round_up(divide_up(std::max<int64_t>(1, a.R), blocks), K::kLanes);
         num_panels = divide_up(rows, kPanelRows);
-        slice_columns = round_up(divide_up(a.vocabulary, kSlices), kSliceColumns);
-        num_slices = divide_up(a.vocabulary, slice_columns);
+        slice_columns = round_up(divide_up(a.V, kSlices), kSliceColumns);
+        num_slices = divide_up(a.V, slice_columns);
         tile_size = kBlockColumns * (depth > depth_step ? rows : std::min(rows, kPanelRows));
         weight_size = direct ? 0 : kBlockColumns * depth_step;
 
@@ -37,17 +37,17 @@ public:
         best = arena.take<int32_t>(num_slices * rows);
         argmax = arena.take<int32_t>(rows);
         first_target = arena.take<int32_t>(num_slices * num_panels);
-        next_target = arena.take<int32_t>(a.num_targets);
+        next_target = arena.take<int32_t>(a.M);
         tiles = arena.take<float>(a.num_threads * tile_size);
         biases = arena.take<float>(a.num_threads * kBlockColumns);
         weights = arena.take<Element>(a.num_threads * weight_size);
     }
 
     void run() {
-        std::fill_n(a.logp, a.num_targets, std::numeric_limits<float>::quiet_NaN());
-        std::fill_n(a.is_argmax, a.num_targets, false);
-        for (first_row = 0; first_row < a.num_rows; first_row += rows) {
-            const int64_t num_rows = std::min(rows, a.num_rows - first_row);
+        std::fill_n(a.logp, a.M, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(a.is_argmax, a.M, false);
+        for (first_row = 0; first_row < a.R; first_row += rows) {
+            const int64_t num_rows = std::min(rows, a.R - first_row);
             chain_targets();
 #pragma omp parallel num_threads(a.num_threads)
             {
@@ -64,7 +64,7 @@ public:
                 // That no logit exceeds the lowest float means that all are -inf.
                 a.lse[first_row + r] = std::log(total[r]) + (top[r] == kLowest ? -kInfinity : top[r]);
             }
-            for (int64_t m = 0; m < a.num_targets; ++m) {
+            for (int64_t m = 0; m < a.M; ++m) {
                 if (!in_block(m)) continue;
                 a.is_argmax[m] = argmax[a.row[m] - first_row] == a.target[m] && !std::isnan(a.logp[m]);
                 a.logp[m] -= a.lse[a.row[m]];
@@ -92,12 +92,12 @@ private:
 
     bool in_block(int64_t m) const {
         const int64_t row = a.row[m], target = a.target[m];
-        return row >= first_row && row < std::min(first_row + rows, a.num_rows) && target >= 0 && target < a.vocabulary;
+        return row >= first_row && row < std::min(first_row + rows, a.R) && target >= 0 && target < a.V;
     }
 
     void chain_targets() {
         std::fill_n(first_target, num_slices * num_panels, -1);
-        for (int64_t m = 0; m < a.num_targets; ++m) {
+        for (int64_t m = 0; m < a.M; ++m) {
             if (!in_block(m)) continue;
             const int64_t panel = (a.row[m] - first_row) / kPanelRows;
             int32_t& first = first_target[a.target[m] / slice_columns * num_panels + panel];
@@ -107,17 +107,18 @@ private:
     }
 
     void pack_row(int64_t r) {
-        const int64_t panel = r / kPanelRows, size = first_row + r < a.num_rows ? a.width : 0;
-        const Source* from = static_cast<const Source*>(a.hidden) + (first_row + r) * a.hidden_stride[0];
+        const int64_t panel = r / kPanelRows, size = first_row + r < a.R ? a.E : 0;
+        const Source* from = static_cast<const Source*>(a.hidden) + (first_row + r) * a.hidden_strides[0];
         Element* to = hidden + (dot ? r * depth : panel * kPanelRows * depth + r % kPanelRows * K::kUnit);
-        pack_lane<K>(from, a.hidden_stride[1], size, depth, dot ? 1 : vectors(panel) * K::kLanes, to);
+        pack_lane<K>(from, a.hidden_strides[1], size, depth, dot ? 1 : vectors(panel) * K::kLanes, to);
     }
 
     void pack_weight(int64_t column, int64_t columns, int64_t k, int64_t size, Element* to) const {
-        const int64_t filled = std::min(size, a.width - k);
+        const int64_t filled = std::min(size, a.E - k);
         for (int64_t c = column; c < column + columns; ++c, to += size) {
-            const Source* from = static_cast<const Source*>(a.weight) + c * a.weight_stride[0] + k * a.weight_stride[1];
-            for (int64_t i = 0; i < filled; ++i) to[i] = convert<Element>(from[i * a.weight_stride[1]]);
+            const Source* from =
+                static_cast<const Source*>(a.weight) + c * a.weight_strides[0] + k * a.weight_strides[1];
+            for (int64_t i = 0; i < filled; ++i) to[i] = convert<Element>(from[i * a.weight_strides[1]]);
             std::fill(to + filled, to + size, Element{0});
         }
     }
@@ -130,7 +131,7 @@ private:
         std::fill_n(total + index * rows, rows, 0.0f);
         std::fill_n(best + index * rows, rows, 0);
         if (dot) std::fill_n(tile, tile_size, 0.0f);
-        const int64_t last = std::min((index + 1) * slice_columns, a.vocabulary);
+        const int64_t last = std::min((index + 1) * slice_columns, a.V);
         for (int64_t column = index * slice_columns; column < last; column += kBlockColumns) {
             const int64_t columns = std::min(kBlockColumns, last - column);
             for (int64_t c = 0; bias != nullptr && c < columns; ++c) {
@@ -141,11 +142,11 @@ private:
                 const int64_t size = std::min(depth_step, depth - k);
                 const Element* weight = weights + thread * weight_size;
                 if (direct) {
-                    weight = static_cast<const Element*>(a.weight) + column * a.weight_stride[0] + k;
+                    weight = static_cast<const Element*>(a.weight) + column * a.weight_strides[0] + k;
                 } else {
                     pack_weight(column, columns, k, size, weights + thread * weight_size);
                 }
-                const int64_t stride = direct ? a.weight_stride[0] : size;
+                const int64_t stride = direct ? a.weight_strides[0] : size;
                 for (int64_t panel = 0; panel < num_panels; ++panel) {
                     float* logits = depth > depth_step ? tile + panel * kPanelRows * kBlockColumns : tile;
                     multiply(weight, stride, columns, panel, k, size, logits);
@@ -166,7 +167,7 @@ private:
         const int64_t lanes = vectors(panel) * K::kLanes;
         if (dot) {
             for (int64_t c = 0; c < columns; ++c) {
-                for (int64_t r = 0; r < a.num_rows; ++r) {
+                for (int64_t r = 0; r < a.R; ++r) {
                     const float product = K::product(weight + c * stride, hidden + r * depth + k, size);
                     tile[c * lanes + r] = (k == 0 ? 0 : tile[c * lanes + r]) + product;
                 }

@@ -174,10 +174,10 @@ auto choose_kernel(const TargetLogprob& args, Call call) {
 }
 
 inline void require_sizes(const TargetLogprob& args) {
-    require_range("rows of hidden", args.num_rows, 0);
-    require_range("columns of hidden", args.width, 0);
-    require_range("rows of weight", args.vocabulary, 1);
-    require_range("targets", args.num_targets, 0);
+    require_range("rows of hidden", args.R, 0);
+    require_range("columns of hidden", args.E, 0);
+    require_range("rows of weight", args.V, 1);
+    require_range("targets", args.M, 0);
 }
 
 // Runs a call whose workspace and result are those of size(null) and size(workspace).

@@ -15,46 +15,46 @@ template <class K, class Source>
 class Gradients {
 public:
     Gradients(const TargetLogprob& args, const TargetLogprobGradients& gradients, Arena& arena)
-        : a(args), grad(gradients), depth(round_up(a.width, K::kUnit)) {
-        direct = std::is_same_v<Element, Source> && a.weight_stride[1] == 1 && depth == a.width;
-        rows = round_up(std::max<int64_t>(1, a.num_rows), K::kLanes);
+        : a(args), grad(gradients), depth(round_up(a.E, K::kUnit)) {
+        direct = std::is_same_v<Element, Source> && a.weight_strides[1] == 1 && depth == a.E;
+        rows = round_up(std::max<int64_t>(1, a.R), K::kLanes);
         row_panels = divide_up(rows, kPanel);
-        components = grad.grad_weight == nullptr ? 0 : round_up(a.width + (grad.grad_bias != nullptr), K::kLanes);
+        components = grad.grad_weight == nullptr ? 0 : round_up(a.E + (grad.grad_bias != nullptr), K::kLanes);
         component_panels = divide_up(components, kPanel);
         const int64_t row_elements = std::max(rows, direct && !kPairs ? 1 : depth);
         const int64_t tiles = std::max<int64_t>(1, kStripElements / row_elements / kBlockColumns);
-        strip_tiles = std::min(tiles, divide_up(a.vocabulary, kBlockColumns));
+        strip_tiles = std::min(tiles, divide_up(a.V, kBlockColumns));
         const int64_t strip = strip_tiles * kBlockColumns;
 
         hidden = arena.take<Element>(rows * depth);
         hidden_across = arena.take<Element>(components * rows);
-        sums = arena.take<float>(a.width * rows);
+        sums = arena.take<float>(a.E * rows);
         lse = arena.take<float>(rows);
         share = arena.take<float>(rows);
         weight_along = arena.take<Element>(direct ? 0 : strip * depth);
-        weight_across = kPairs ? arena.take<Element>(strip * a.width) : weight_along;
+        weight_across = kPairs ? arena.take<Element>(strip * a.E) : weight_along;
         slopes = arena.take<Element>(strip * rows);
         slopes_across = kPairs ? arena.take<Element>(strip * rows) : slopes;
         biases = arena.take<float>(strip);
         first_target = arena.take<int32_t>(strip_tiles * row_panels);
-        next_target = arena.take<int32_t>(a.num_targets);
+        next_target = arena.take<int32_t>(a.M);
         scratch = arena.take<float>(a.num_threads * kScratch);
     }
 
     void run() {
         std::fill_n(lse, rows, kInfinity);  // of rows that are none: their slopes are 0
         std::fill_n(share, rows, 0.0f);
-        std::copy_n(a.lse, a.num_rows, lse);
-        std::copy_n(grad.grad_lse, a.num_rows, share);
-        for (int64_t m = 0; m < a.num_targets; ++m) share[a.row[m]] -= grad.grad_logp[m];
+        std::copy_n(a.lse, a.R, lse);
+        std::copy_n(grad.grad_lse, a.R, share);
+        for (int64_t m = 0; m < a.M; ++m) share[a.row[m]] -= grad.grad_logp[m];
 #pragma omp parallel num_threads(a.num_threads)
         {
 #pragma omp for
             for (int64_t r = 0; r < rows; ++r) pack_row(r);
 #pragma omp for
             for (int64_t i = 0; i < components; ++i) pack_component(i);
-            for (int64_t column = 0; column < a.vocabulary; column += strip_tiles * kBlockColumns) {
-                const int64_t columns = std::min(strip_tiles * kBlockColumns, a.vocabulary - column);
+            for (int64_t column = 0; column < a.V; column += strip_tiles * kBlockColumns) {
+                const int64_t columns = std::min(strip_tiles * kBlockColumns, a.V - column);
                 const int64_t tiles = divide_up(columns, kBlockColumns);
 #pragma omp single
                 {
@@ -68,7 +68,7 @@ public:
                 for (int64_t c = 0; c < columns; c += 2) pack_weights(c, std::min<int64_t>(2, columns - c));
 #pragma omp for schedule(dynamic)
                 for (int64_t i = 0; i < tiles * row_panels; ++i) descend(i / row_panels, i % row_panels);
-                const int64_t items = divide_up(a.width, kComponents);
+                const int64_t items = divide_up(a.E, kComponents);
 #pragma omp for schedule(dynamic)
                 for (int64_t i = 0; i < items + tiles * component_panels; ++i) {
                     if (i < items) {
@@ -79,10 +79,10 @@ public:
                 }
             }
 #pragma omp for
-            for (int64_t r = 0; r < a.num_rows; ++r) {
+            for (int64_t r = 0; r < a.R; ++r) {
                 const int64_t panel = r / kPanel, lanes = vectors(rows, panel) * K::kLanes;
-                K::round(sums + panel * kPanel * a.width + r % kPanel, lanes, a.width,
-                         static_cast<Source*>(grad.grad_hidden) + r * a.width);
+                K::round(sums + panel * kPanel * a.E + r % kPanel, lanes, a.E,
+                         static_cast<Source*>(grad.grad_hidden) + r * a.E);
             }
         }
     }
@@ -111,38 +111,38 @@ private:
     }
 
     int64_t columns_of(int64_t tile) const {
-        return std::min(kBlockColumns, a.vocabulary - first_column - tile * kBlockColumns);
+        return std::min(kBlockColumns, a.V - first_column - tile * kBlockColumns);
     }
 
     int64_t slopes_at(int64_t tile, int64_t panel) const { return kBlockColumns * (tile * rows + panel * kPanel); }
 
     void pack_row(int64_t r) {
         const int64_t panel = r / kPanel;
-        pack_lane<K>(static_cast<const Source*>(a.hidden) + r * a.hidden_stride[0], a.hidden_stride[1],
-                     r < a.num_rows ? a.width : 0, depth, vectors(rows, panel) * K::kLanes,
+        pack_lane<K>(static_cast<const Source*>(a.hidden) + r * a.hidden_strides[0], a.hidden_strides[1],
+                     r < a.R ? a.E : 0, depth, vectors(rows, panel) * K::kLanes,
                      hidden + panel * kPanel * depth + r % kPanel * K::kUnit);
     }
 
     void pack_component(int64_t i) {
         const int64_t panel = i / kPanel;
         const Source one = nearest<Source>(1);
-        const Source* from = i == a.width ? &one : static_cast<const Source*>(a.hidden) + i * a.hidden_stride[1];
-        pack_lane<K>(from, i == a.width ? 0 : a.hidden_stride[0], i <= a.width ? a.num_rows : 0, rows,
+        const Source* from = i == a.E ? &one : static_cast<const Source*>(a.hidden) + i * a.hidden_strides[1];
+        pack_lane<K>(from, i == a.E ? 0 : a.hidden_strides[0], i <= a.E ? a.R : 0, rows,
                      vectors(components, panel) * K::kLanes,
                      hidden_across + panel * kPanel * rows + i % kPanel * K::kUnit);
     }
 
     // Columns c and, if there is one, c + 1 of the strip.
     void pack_weights(int64_t c, int64_t count) {
-        const int64_t stride = a.weight_stride[1];
-        const Source* from = static_cast<const Source*>(a.weight) + (first_column + c) * a.weight_stride[0];
+        const int64_t stride = a.weight_strides[1];
+        const Source* from = static_cast<const Source*>(a.weight) + (first_column + c) * a.weight_strides[0];
         for (int64_t i = 0; !direct && i < count; ++i) {
-            pack_lane<K>(from + i * a.weight_stride[0], stride, a.width, depth, 1, weight_along + (c + i) * depth);
+            pack_lane<K>(from + i * a.weight_strides[0], stride, a.E, depth, 1, weight_along + (c + i) * depth);
         }
         if constexpr (kPairs) {
-            const Source* next = from + a.weight_stride[0];
-            Element* to = weight_across + c * a.width;
-            for (int64_t e = 0; e < a.width; ++e) {
+            const Source* next = from + a.weight_strides[0];
+            Element* to = weight_across + c * a.E;
+            for (int64_t e = 0; e < a.E; ++e) {
                 to[2 * e] = from[e * stride];
                 to[2 * e + 1] = count == 2 ? next[e * stride] : 0;
             }
@@ -151,9 +151,9 @@ private:
 
     void chain_targets() {
         std::fill_n(first_target, strip_tiles * row_panels, -1);
-        for (int64_t m = 0; m < a.num_targets; ++m) {
+        for (int64_t m = 0; m < a.M; ++m) {
             const int64_t column = a.target[m] - first_column, tile = column / kBlockColumns;
-            if (column < 0 || tile >= strip_tiles || a.target[m] >= a.vocabulary) continue;
+            if (column < 0 || tile >= strip_tiles || a.target[m] >= a.V) continue;
             int32_t& first = first_target[tile * row_panels + a.row[m] / kPanel];
             next_target[m] = first;
             first = static_cast<int32_t>(m);
@@ -163,7 +163,7 @@ private:
     // Gradients of a tile's products of hidden and weight.
     void descend(int64_t tile, int64_t panel) {
         const int64_t column = tile * kBlockColumns, columns = columns_of(tile), at = slopes_at(tile, panel);
-        const int64_t stride = direct ? a.weight_stride[0] : depth;
+        const int64_t stride = direct ? a.weight_strides[0] : depth;
         const Element* weight = direct ? static_cast<const Element*>(a.weight) + (first_column + column) * stride
                                        : weight_along + column * stride;
         const int num_vectors = vectors(rows, panel);
@@ -193,9 +193,9 @@ private:
     }
 
     void add_to_hidden(int64_t component, int64_t tiles) {
-        const int64_t count = std::min(kComponents, a.width - component);
+        const int64_t count = std::min(kComponents, a.E - component);
         const bool in_place = direct && !kPairs;
-        const int64_t stride = in_place ? a.weight_stride[0] : a.width * K::kUnit;
+        const int64_t stride = in_place ? a.weight_strides[0] : a.E * K::kUnit;
         const Element* weight =
             in_place ? static_cast<const Element*>(a.weight) + first_column * stride : weight_across;
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -204,7 +204,7 @@ private:
                 const int num_vectors = vectors(rows, panel);
                 multiply<K, true>(factors, stride, count, slopes_across + slopes_at(tile, panel), num_vectors,
                                   divide_up(columns_of(tile), K::kUnit), first_column == 0 && tile == 0,
-                                  sums + panel * kPanel * a.width + component * num_vectors * K::kLanes);
+                                  sums + panel * kPanel * a.E + component * num_vectors * K::kLanes);
             }
         }
     }
@@ -219,12 +219,12 @@ private:
             multiply<K>(slopes + slopes_at(tile, p), size, columns, factors + p * kPanel * lanes, num_vectors,
                         size / K::kUnit, p == 0, products);
         }
-        const int64_t size = std::min(lanes, a.width - panel * kPanel);
+        const int64_t size = std::min(lanes, a.E - panel * kPanel);
         for (int64_t c = 0; c < columns; ++c, products += lanes) {
             const int64_t column = first_column + tile * kBlockColumns + c;
-            K::round(products, 1, size, static_cast<Source*>(grad.grad_weight) + column * a.width + panel * kPanel);
-            if (grad.grad_bias != nullptr && panel == a.width / kPanel) {
-                K::round(products + a.width % kPanel, 1, 1, static_cast<Source*>(grad.grad_bias) + column);
+            K::round(products, 1, size, static_cast<Source*>(grad.grad_weight) + column * a.E + panel * kPanel);
+            if (grad.grad_bias != nullptr && panel == a.E / kPanel) {
+                K::round(products + a.E % kPanel, 1, 1, static_cast<Source*>(grad.grad_bias) + column);
             }
         }
     }
@@ -233,11 +233,11 @@ private:
 // The size of the workspace, and the result if there is one.
 int64_t dispatch(const TargetLogprob& args, const TargetLogprobGradients& gradients, char* workspace) {
     require_sizes(args);
-    require_range("elements of hidden", args.num_rows * args.width, 0, kMostElements);
+    require_range("elements of hidden", args.R * args.E, 0, kMostElements);
     TargetLogprob a = args;
     a.num_threads = static_cast<int>(std::clamp<int64_t>(a.num_threads, 1, kMaxThreads));
-    for (int64_t m = 0; workspace != nullptr && m < a.num_targets; ++m) {
-        require_range("row", a.row[m], 0, a.num_rows - 1);
+    for (int64_t m = 0; workspace != nullptr && m < a.M; ++m) {
+        require_range("row", a.row[m], 0, a.R - 1);
     }
     return choose_kernel(a, [&](auto kernel, auto source) {
         Arena arena{workspace};

@@ -16,11 +16,11 @@ void require(bool holds, const char* argument, const std::string& expected, int6
 std::string of_request(int64_t r) { return " (request " + std::to_string(r) + ")"; }
 
 void check(const Sequences& all, const char* offsets, const std::string& what) {
-    require_range((what + "s").c_str(), all.count, 0);
+    require_range((what + "s").c_str(), all.num_sequences, 0);
     require(all.offsets[0] == 0, offsets, "0 first", all.offsets[0]);
-    require(all.offsets[all.count] == all.num_tokens, offsets,
-            "the number of tokens last, " + std::to_string(all.num_tokens), all.offsets[all.count]);
-    for (int64_t i = 0; i < all.count; ++i) {
+    require(all.offsets[all.num_sequences] == all.num_tokens, offsets,
+            "the number of tokens last, " + std::to_string(all.num_tokens), all.offsets[all.num_sequences]);
+    for (int64_t i = 0; i < all.num_sequences; ++i) {
         // Compared, not subtracted: the difference of two hostile offsets can overflow.
         const int64_t first = all.offsets[i], last = all.offsets[i + 1];
         if (last < first || last > all.num_tokens) {
@@ -35,12 +35,13 @@ int64_t length_of(const Sequences& all, int64_t i) { return all.offsets[i + 1] -
 void check(const Requests& requests) {
     check(requests.tails, "offsets", "request");
     if (requests.head != nullptr) check(requests.heads, "head_offsets", "head");
-    for (int64_t r = 0; r < requests.tails.count; ++r) {
+    for (int64_t r = 0; r < requests.tails.num_sequences; ++r) {
         int64_t length = length_of(requests.tails, r);
         if (requests.head != nullptr) {
             const int64_t head = requests.head[r];
-            if (head < 0 || head >= requests.heads.count) {
-                require(false, "head", "0 <= head < " + std::to_string(requests.heads.count) + of_request(r), head);
+            if (head < 0 || head >= requests.heads.num_sequences) {
+                require(false, "head", "0 <= head < " + std::to_string(requests.heads.num_sequences) + of_request(r),
+                        head);
             }
             length += length_of(requests.heads, head);
         }
@@ -165,7 +166,7 @@ std::vector<SortedRequest> trie_sort(const Requests& requests) {
         size_t first, last;
         int32_t depth;  // tokens known to be shared
     };
-    const size_t num_requests = requests.tails.count;
+    const size_t num_requests = requests.tails.num_sequences;
     std::vector<Entry> entries(num_requests);
     for (size_t i = 0; i < num_requests; ++i) entries[i].request = static_cast<int32_t>(i);
     std::vector<SortedRequest> sorted(num_requests);

@@ -7,9 +7,9 @@
 
 namespace icl {
 
-void trie_attention(const TrieAttention& arguments) {
-    const Version chosen = version(arguments.isa);
-    Problem problem = describe(arguments, arguments.bf16 ? chosen.bfloat16_per_factor : 1);
+void trie_attention(const TrieAttention& args) {
+    const Version chosen = version(args.isa);
+    Problem problem = describe(args, args.bfloat16 ? chosen.bfloat16_per_factor : 1);
     const int64_t threads = max_threads();
     // As few items as keep the threads evenly busy; how tiles are grouped changes no bit of the result.
     const int64_t tiles = (problem.T * (problem.H / problem.G) + kQueries - 1) / kQueries;
@@ -21,7 +21,7 @@ void trie_attention(const TrieAttention& arguments) {
     const int64_t shared = sizeof(float) * kKeys * (problem.factors + problem.Dv + kQueries);
     const int64_t bytes = round_up(shared + per_item * state + 64 * (3 + (1 + outs) * per_item));
     const auto workspace = allocate(threads * bytes);
-    const auto attend = problem.bf16 ? chosen.bfloat16 : chosen.float32;
+    const auto attend = problem.bfloat16 ? chosen.bfloat16 : chosen.float32;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (items > 1)
     for (int64_t item = items - 1; item >= 0; --item) {  // later queries see more keys: the longest items first
         const int64_t first = item / problem.G * per_item;

@@ -90,15 +90,15 @@ inline View see(const Problem& problem, const KeyTile& keys, const Range& rows, 
 }
 
 // Checks the sizes; `per_factor` elements are multiplied at a time.
-inline Problem describe(const TrieAttention& arguments, int64_t per_factor) {
-    for (const int64_t size : {arguments.T, arguments.S, arguments.D, arguments.Dv}) require_range("size", size, 0);
-    require_range("heads of k", arguments.G, 1);
-    require_range("heads of q", arguments.H, 0);
-    require_range("heads of q beyond a multiple of those of k", arguments.H % arguments.G, 0, 0);
-    require_range("window", arguments.window, 0);
+inline Problem describe(const TrieAttention& args, int64_t per_factor) {
+    for (const int64_t size : {args.T, args.S, args.D, args.Dv}) require_range("size", size, 0);
+    require_range("heads of k", args.G, 1);
+    require_range("heads of q", args.H, 0);
+    require_range("heads of q beyond a multiple of those of k", args.H % args.G, 0, 0);
+    require_range("window", args.window, 0);
     // Differences of depths, which windows compare, would overflow; groups of invariant calls are counted from 0.
-    for (int64_t t = 0; arguments.window && t < arguments.T; ++t) require_range("depth_q", arguments.depth_q[t], 0);
-    Problem problem{arguments, {}, 0, 0, 0};
+    for (int64_t t = 0; args.window && t < args.T; ++t) require_range("depth_q", args.depth_q[t], 0);
+    Problem problem{args, {}, 0, 0, 0};
     if (problem.scale == 0) {  // all scores are 0: those of queries and keys without components
         problem.scale = 1;
         problem.D = 0;

@@ -51,11 +51,11 @@ struct Phases {
 
 namespace icl {
 
-void trie_attention_backward(const TrieAttention& arguments, const TrieAttentionGradients& gradients) {
-    const Version chosen = version(arguments.isa);
-    const int64_t per_factor = arguments.bf16 ? chosen.bfloat16_per_factor : 1;
-    Backward problem{describe(arguments, per_factor), gradients, arguments.D, 0, 0, {}, {}, {}};
-    const int64_t D = arguments.D, Dv = problem.Dv, G = problem.G, heads = problem.H / G;
+void trie_attention_backward(const TrieAttention& args, const TrieAttentionGradients& gradients) {
+    const Version chosen = version(args.isa);
+    const int64_t per_factor = args.bfloat16 ? chosen.bfloat16_per_factor : 1;
+    Backward problem{describe(args, per_factor), gradients, args.D, 0, 0, {}, {}, {}};
+    const int64_t D = args.D, Dv = problem.Dv, G = problem.G, heads = problem.H / G;
     problem.value_factors = (Dv + per_factor - 1) / per_factor;
     for (int64_t first = 0; first < problem.T * heads; first += kQueries) {
         QueryRange& tile = problem.query_tiles.emplace_back();
@@ -82,7 +82,7 @@ void trie_attention_backward(const TrieAttention& arguments, const TrieAttention
     const int64_t threads = max_threads();
     const auto workspace = allocate(threads * bytes);
 
-    const auto [accumulate, store_queries, store_keys] = (problem.bf16 ? chosen.bfloat16 : chosen.float32)();
+    const auto [accumulate, store_queries, store_keys] = (problem.bfloat16 ? chosen.bfloat16 : chosen.float32)();
     std::fill_n(problem.delta, problem.T * problem.H, 0.0f);  // of queries that see nothing
     const int64_t most = std::max<int64_t>(1, std::min(query_tiles, key_tiles));
     const int64_t blocks = std::clamp<int64_t>((4 * threads + G - 1) / G, 1, most);

@@ -201,15 +201,15 @@ void fuzz_attention(FuzzedDataProvider& data) {
     const int64_t G = data.ConsumeIntegralInRange(1, 3), H = G * data.ConsumeIntegralInRange(0, 3);
     const int64_t D = data.PickValueInArray(kComponents), Dv = data.PickValueInArray(kComponents);
     icl::TrieAttention a{};
-    a.bf16 = data.ConsumeBool();
+    a.bfloat16 = data.ConsumeBool();
     const bool wild = data.ConsumeIntegralInRange(0, 3) == 0;
-    const Tensor<3> q(data, a.bf16, {T, H, D}, wild), k(data, a.bf16, {S, G, D}, wild),
-        v(data, a.bf16, {S, G, Dv}, wild);
+    const Tensor<3> q(data, a.bfloat16, {T, H, D}, wild), k(data, a.bfloat16, {S, G, D}, wild),
+        v(data, a.bfloat16, {S, G, Dv}, wild);
     const auto most = static_cast<int32_t>(S);
     const auto row_q = indices(data, T, most), end_k = indices(data, S, most);
     const auto depth_q = indices(data, T, most, 0), depth_k = indices(data, S, most, 0);
     Block<float> sinks(H), lse(T * H);
-    Block<char> out(T * H * Dv * (a.bf16 ? 2 : 4));
+    Block<char> out(T * H * Dv * (a.bfloat16 ? 2 : 4));
     for (int64_t h = 0; h < H; ++h) sinks.at[h] = data.ConsumeIntegral<int8_t>() / 16.0f;
     a.T = hostile(data, T), a.S = S, a.H = hostile(data, H), a.G = G, a.D = D, a.Dv = Dv;
     a.q = q.bytes.at.get(), a.k = k.bytes.at.get(), a.v = v.bytes.at.get();
@@ -246,8 +246,8 @@ void fuzz_attention(FuzzedDataProvider& data) {
             }
             for (int64_t d = 0; d < Dv; ++d) {
                 const double expected = total == 0 ? 0 : mean[d] / total;
-                const double got = number(out.at.get(), (t * a.H + h) * Dv + d, a.bf16);
-                require(std::abs(got - expected) <= (a.bf16 ? 3e-2 : 1e-3));
+                const double got = number(out.at.get(), (t * a.H + h) * Dv + d, a.bfloat16);
+                require(std::abs(got - expected) <= (a.bfloat16 ? 3e-2 : 1e-3));
             }
         }
     }
@@ -266,12 +266,12 @@ void fuzz_head(FuzzedDataProvider& data) {
     Block<float> logp(M), lse(R);
     Block<bool> is_argmax(M);
     a.hidden = hidden.bytes.at.get(), a.weight = weight.bytes.at.get();
-    std::copy(hidden.strides.begin(), hidden.strides.end(), a.hidden_stride);
-    std::copy(weight.strides.begin(), weight.strides.end(), a.weight_stride);
+    std::copy(hidden.strides.begin(), hidden.strides.end(), a.hidden_strides);
+    std::copy(weight.strides.begin(), weight.strides.end(), a.weight_strides);
     a.bias = data.ConsumeBool() ? bias.bytes.at.get() : nullptr;
     a.bias_stride = bias.strides[0];
-    a.num_rows = R, a.width = E, a.vocabulary = V, a.num_targets = M;
-    int64_t* const sizes[] = {&a.num_rows, &a.width, &a.vocabulary, &a.num_targets};
+    a.R = R, a.E = E, a.V = V, a.M = M;
+    int64_t* const sizes[] = {&a.R, &a.E, &a.V, &a.M};
     int64_t& size = *data.PickValueInArray(sizes);
     const int64_t given = hostile(data, size);
     if (given < 0 || given > icl::kMaxIndex || given <= size) size = given;
@@ -284,9 +284,9 @@ void fuzz_head(FuzzedDataProvider& data) {
     a.logp = logp.at.get(), a.is_argmax = is_argmax.at.get(), a.lse = lse.at.get();
     require(icl::target_logprob_workspace_bytes(a) > 0);
     icl::target_logprob(a);
-    for (int64_t m = 0; m < a.num_targets; ++m) {
+    for (int64_t m = 0; m < a.M; ++m) {
         const int32_t r = row.at[m], t = target.at[m];
-        const bool inside = r >= 0 && r < a.num_rows && t >= 0 && t < a.vocabulary;
+        const bool inside = r >= 0 && r < a.R && t >= 0 && t < a.V;
         if (!inside) require(std::isnan(logp.at[m]) && !is_argmax.at[m]);
         if (inside && !wild) require(logp.at[m] <= 1e-3f);
     }
@@ -296,18 +296,18 @@ void fuzz_head(FuzzedDataProvider& data) {
     for (int64_t m = 0; m < M; ++m) grad_logp.at[m] = data.ConsumeIntegral<int8_t>() / 128.0f;
     for (int64_t r = 0; r < R; ++r) grad_lse.at[r] = r % 3 / 4.0f;
     for (int64_t r = 0; wild && r < R; ++r) lse.at[r] = data.ConsumeFloatingPoint<float>();
-    for (int64_t m = 0; a.num_rows > 0 && m < M; ++m) {  // the backward refuses others: some inputs keep them
-        if (data.ConsumeIntegralInRange(0, 63)) row.at[m] = std::clamp<int64_t>(row.at[m], 0, a.num_rows - 1);
+    for (int64_t m = 0; a.R > 0 && m < M; ++m) {  // the backward refuses others: some inputs keep them
+        if (data.ConsumeIntegralInRange(0, 63)) row.at[m] = std::clamp<int64_t>(row.at[m], 0, a.R - 1);
     }
     const bool need_weight = data.ConsumeBool();
     require(icl::target_logprob_backward_workspace_bytes(a) > 0);
     icl::target_logprob_backward(
         a, {grad_logp.at.get(), grad_lse.at.get(), grad_hidden.at.get(), need_weight ? grad_weight.at.get() : nullptr,
             need_weight && a.bias != nullptr ? grad_bias.at.get() : nullptr});
-    for (int64_t i = 0; !wild && i < a.num_rows * a.width; ++i) {  // at most the gradients times a weight, which is 1
+    for (int64_t i = 0; !wild && i < a.R * a.E; ++i) {  // at most the gradients times a weight, which is 1
         require(std::abs(number(grad_hidden.at.get(), i, a.bfloat16)) <= 2 * (M + 1));
     }
-    for (int64_t c = 0; !wild && need_weight && a.width > 0 && c < a.vocabulary * a.width; ++c) {
+    for (int64_t c = 0; !wild && need_weight && a.E > 0 && c < a.V * a.E; ++c) {
         require(std::abs(number(grad_weight.at.get(), c, a.bfloat16)) <= 2 * (M + R));
     }
 }
