@@ -197,6 +197,19 @@ def test_options_in_the_text_exist(page):
             assert name in known, f"{page}: `{code}`: no command has {name}"
 
 
+def test_make_targets_and_modules_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page, text in TEXTS.items():
+        for line in blocks(text) + re.findall(r"`([^`\n]+)`", text):
+            if match := re.match(r"make ([a-z]\w*)", line):
+                assert re.search(rf"^{match[1]}:", makefile, re.MULTILINE), f"{page}: {line}: no such target"
+            for module, first in re.findall(r"python -m ((?:benchmarks|icl_ft_fast)[\w.]*)(?: ([a-z]\w+))?", line):
+                path = ROOT / module.replace(".", "/")
+                assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page}: {line}: no such module"
+                if module == "benchmarks" and first:
+                    assert (ROOT / "benchmarks" / f"{first}.py").is_file(), f"{page}: {line}: no such suite"
+
+
 # Links.
 
 
