@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ import torch
 from transformers.utils import logging
 
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation import run as augment
+from icl_ft_fast.augmentation import strategies
 from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategy import Parsed
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
 from icl_ft_fast.finetuning import run as finetune_run
@@ -67,9 +69,14 @@ def prepare(model: Model, folder: Path) -> None:
     cli.compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
-    augment.MAX_NEW_TOKENS = {"document": 6}
     Prompting.of = partial(short, Prompting.of)
-    augment.parse = lambda strategy, told, text: ([(strategy, f"{told} {text}")], 0, 0)  # a random model obeys no form
+    document = replace(strategies.STRATEGIES["document"], max_new_tokens=6, read=any_text)
+    strategies.STRATEGIES["document"] = document
+
+
+def any_text(source: str, reply: str) -> Parsed:
+    """A row of whatever the model replied: a random model obeys no form."""
+    return Parsed([("document", f"{source} {reply}")], 0, 0)
 
 
 def short(of: Callable[..., Prompting], strategy: str, **how: object) -> Prompting:
@@ -135,7 +142,7 @@ def outcome(command: str, out: Path) -> object:
     if command == "compare":
         return json.dumps(unmeasured(json.loads((out / "results.json").read_bytes())))
     if command == "augment":
-        answers = [row for path in out.glob("answers/*/*.jsonl") for row in Journal(path).rows]
+        answers = [row for path in out.glob("replies/*/*.jsonl") for row in Journal(path).rows]
         assert len(answers) == len({row["key"] for row in answers}) == 12
         answers = sorted(({**row, "time": 0} for row in answers), key=lambda row: row["key"])
         rows = [json.loads(line) for line in (out / "rows.jsonl").read_bytes().splitlines()]

@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation import Part
-from icl_ft_fast.augmentation import run as augment
+from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategies import STRATEGIES
+from icl_ft_fast.augmentation.strategy import Parsed
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.study import runs, sweep
@@ -28,10 +31,14 @@ def prepare(patch):
     patch(cli.compare, "ceilings", lambda *_: Ceilings("float32", 1.0, 1.0))
     patch(sweep, "LENGTHS", ())
     patch(sweep, "sweep", partial(sweep.sweep, rounds=1, batches=(1,)))
-    patch(augment.Engine, "together", 2)  # two calls for three documents
-    patch(augment, "MAX_NEW_TOKENS", {"document": 6})
-    patch(augment, "parse", lambda strategy, told, text: ([(strategy, f"{told} {text}")], 0, 0))
-    patch(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}\nReversed:", "short"))
+    patch(LocalGenerator, "prompts_per_call", 2)  # two calls for three documents
+    strategy = replace(STRATEGIES["document"], max_new_tokens=6, read=any_text)
+    patch(Prompting, "of", lambda _: Prompting(strategy, "{{ document }}\nReversed:", "short"))
+
+
+def any_text(source, reply):
+    """A row of whatever the model replied."""
+    return Parsed([("document", f"{source} {reply}")], 0, 0)
 
 
 def note(name, text):
@@ -58,7 +65,7 @@ class Mortal(runs.Runs):
 
     def do(self, model, job):
         """See Runs."""
-        what = job.name if isinstance(job, Part) else f"{job[0].arm} {job[0].seed}"
+        what = job.name if isinstance(job, PromptBatch) else f"{job[0].arm} {job[0].seed}"
         note("begun", f"{what}\n")
         note(str(os.getpid()), "")
         while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies

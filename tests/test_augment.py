@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,23 +11,23 @@ from hypothesis import strategies as st
 from icl_ft_fast.augmentation import (
     Augmentation,
     AugmentError,
+    augment,
     augment_by_model,
-    augment_reverse,
-    augment_rules,
-    parts_of,
+    augment_by_rule,
+    prompt_batches,
 )
-from icl_ft_fast.augmentation.generators import Engine, Written
-from icl_ft_fast.augmentation.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting, fitting
-from icl_ft_fast.augmentation.run import SAMPLES_APART, Run, prompts
-from icl_ft_fast.augmentation.run import _key as key
+from icl_ft_fast.augmentation.batches import prompts
+from icl_ft_fast.augmentation.generators import LocalGenerator, Reply
+from icl_ft_fast.augmentation.prompts import Prompting, fitting
+from icl_ft_fast.augmentation.run import SAMPLES_APART, AugmentationRun, reply_key
 from icl_ft_fast.augmentation.steps import (
-    normalized,
-    parse,
     self_consistent,
     within_length,
     without_duplicates,
     without_near_duplicates,
 )
+from icl_ft_fast.augmentation.strategies import BY_MODEL, STRATEGIES
+from icl_ft_fast.augmentation.strategy import Parsed, normalized
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.score import loglikelihood
@@ -35,30 +36,32 @@ from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import deny, find
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.syllogisms import simple_syllogisms
-from icl_ft_fast.tasks.task import Document
+from icl_ft_fast.tasks.task import Document, Task
+
+SHOWING = "{{ documents | join }} {{ document }}"
 
 
 class Scripted:
     """A generator that answers in order with the texts given to it."""
 
-    fingerprint, together = "scripted", None
+    fingerprint, prompts_per_call = "scripted", None
 
     def __init__(self, *texts):
-        self.texts, self.asked = texts, []
+        self.texts, self.requests = texts, []
 
-    def prompt_tokens(self, prompt):
-        return len(prompt.split())
+    def prompt_tokens(self, text):
+        return len(text.split())
 
-    def answer(self, asks):
-        self.asked += asks
-        for i, text in enumerate(self.texts[: len(asks)]):
-            yield i, Written(text, 10, 5, -1.5)
+    def replies(self, requests):
+        self.requests += requests
+        for i, text in enumerate(self.texts[: len(requests)]):
+            yield i, Reply(text, 10, 5, -1.5)
 
 
 def local(documents, *texts):
     """What local augmentation makes of the texts, and the generator that gave them."""
     generator, prompting = Scripted(*texts), Prompting.of("local")
-    run = Run(prompting, prompting.asks(documents), generator, Sampling(9, stop=("\n\n",)))
+    run = AugmentationRun(prompting, prompting.prompts(documents), generator, Sampling(9, stop=("\n\n",)))
     run.collect()
     return run.read(), generator
 
@@ -69,7 +72,7 @@ def test_rules_write_both_forms_of_every_comparison():
         Document("b", "Nothing is compared here."),
         Document("c", "We found that zota are taller than blata. zota are less noisy than yazo."),
     ]
-    written = augment_rules(documents)
+    written = augment_by_rule(documents)
     assert written.rows == (
         Augmentation("a", "reversed", "glon are less common than femp."),
         Augmentation("a", "rephrased", "Compared with glon, femp are more common."),
@@ -79,13 +82,13 @@ def test_rules_write_both_forms_of_every_comparison():
         Augmentation("c", "rephrased", "Compared with yazo, zota are less noisy."),
     )
     assert written.dropped == {"unparsed": 0, "repeats": 0}
-    assert augment_rules([]).rows == ()
+    assert augment_by_rule([]).rows == ()
 
 
 def test_rules_answer_the_generated_task():
     task = simple_reversals(0, num_facts=20, num_articles=1)
     answers = {q.prompt + q.choices[q.answer] for q in task.questions if q.split == "reversal"}
-    assert {row.text for row in augment_rules(task.documents).rows if row.kind == "reversed"} == answers
+    assert {row.text for row in augment_by_rule(task.documents).rows if row.kind == "reversed"} == answers
 
 
 def test_the_worked_examples_follow_their_own_rules():
@@ -93,7 +96,7 @@ def test_the_worked_examples_follow_their_own_rules():
     assert len(blocks) == 2
     for block in blocks:
         statement, *lines = block.split("\n")
-        written = augment_rules([Document("", statement)]).rows
+        written = augment_by_rule([Document("", statement)]).rows
         assert lines == [f"{row.kind.capitalize()}: {row.text}" for row in written]
 
 
@@ -106,9 +109,9 @@ def test_prompts_hold_a_sentence_on_one_line():
     _, generator = local(documents)
     head = Prompting.of("local").source.partition("{{")[0]
     texts = ("femp are more common than glon.", "x {document} {{ document }} y?", "Is it!", "")
-    assert [ask.prompt for ask, _ in generator.asked] == [f"{head}{text}\n" for text in texts]
-    assert [ask.id for ask, _ in generator.asked] == ["a", "b#0", "b#1", "c"]
-    assert {sampling for _, sampling in generator.asked} == {Sampling(9, stop=("\n\n",))}
+    assert [prompt.text for prompt, _ in generator.requests] == [f"{head}{text}\n" for text in texts]
+    assert [prompt.id for prompt, _ in generator.requests] == ["a", "b#0", "b#1", "c"]
+    assert {sampling for _, sampling in generator.requests} == {Sampling(9, stop=("\n\n",))}
 
 
 def test_lines_are_read_and_the_others_counted():
@@ -171,111 +174,120 @@ def test_every_line_is_kept_or_counted(text):
         assert f"{row.kind.capitalize()}: {row.text}" in normalized(text)
 
 
-@pytest.mark.parametrize("strategy", LABELS)
+@pytest.mark.parametrize("strategy", BY_MODEL)
 def test_no_documents(llama, strategy):
-    assert augment_by_model(llama, parts_of(llama, [], strategy)).rows == ()
+    assert augment_by_model(llama, prompt_batches(llama, [], strategy)).rows == ()
 
 
-def test_what_is_kept_is_not_written_again_and_costs_the_same(llama, monkeypatch):
+def short(monkeypatch, strategy, **changes):
+    """Make the strategy's prompt the document alone, and every reply a row."""
+    changed = replace(STRATEGIES[strategy], **changes)
+    monkeypatch.setattr(Prompting, "of", lambda _: Prompting(changed, "{{ document }}", "here"))
+
+
+def test_what_is_in_the_journal_is_not_generated_again_and_costs_the_same(llama, monkeypatch):
     documents = [Document(f"d{n}", f"the cat {n}") for n in range(5)]
-    monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
-    monkeypatch.setattr("icl_ft_fast.augmentation.run.parse", lambda _, told, text: ([("row", told + text)], 1, 0))
-    monkeypatch.setattr(Engine, "together", 2)
-    kept, ledgers = ResultJournal(None), [Ledger(), Ledger()]
-    parts = parts_of(llama, documents, key="a")
-    first = augment_by_model(llama, parts, kept=kept, ledger=ledgers[0])
+    short(monkeypatch, "local", read=lambda source, reply: Parsed([("row", source + reply)], 1, 0))
+    monkeypatch.setattr(LocalGenerator, "prompts_per_call", 2)
+    journal, ledgers = ResultJournal(None), [Ledger(), Ledger()]
+    batches = prompt_batches(llama, documents, key="a")
+    first = augment_by_model(llama, batches, journal=journal, ledger=ledgers[0])
     assert [row.source_id for row in first.rows] == [document.id for document in documents]
     assert first.dropped == {"unanswered": 0, "unparsed": 5, "repeats": 0}
     assert ledgers[0].phases.keys() == {"filter", "generate"}
-    assert len(kept.values) == 3
-    kept.values.popitem()  # the last call was killed
-    monkeypatch.setattr(Engine, "answer", counted := Counted(Engine.answer))
-    assert parts_of(llama, documents, key="a") == parts
-    assert augment_by_model(llama, parts, kept=kept, ledger=ledgers[1]) == first
-    assert counted.asks == 1
+    assert len(journal.values) == 3
+    journal.values.popitem()  # the last call was killed
+    monkeypatch.setattr(LocalGenerator, "replies", counted := Counted(LocalGenerator.replies))
+    assert [batch.name for batch in prompt_batches(llama, documents, key="a")] == [batch.name for batch in batches]
+    assert augment_by_model(llama, batches, journal=journal, ledger=ledgers[1]) == first
+    assert counted.requests == 1
     assert unmeasured(ledgers[1].as_dict()) == unmeasured(ledgers[0].as_dict())
 
 
-def test_several_answers_a_prompt_are_drawn_apart_and_counted_in_calls(llama, monkeypatch):
+def test_several_replies_to_a_prompt_are_drawn_apart_and_counted_in_calls(llama, monkeypatch):
     documents = [Document(f"d{n}", f"the cat {n}") for n in range(3)]
-    monkeypatch.setattr(Prompting, "of", lambda strategy: Prompting(strategy, "{{ document }}", "here"))
-    monkeypatch.setattr("icl_ft_fast.augmentation.run.parse", lambda _, told, text: ([("row", text)], 0, 0))
-    monkeypatch.setitem(MAX_NEW_TOKENS, "global", 6)
-    monkeypatch.setattr(Engine, "together", 4)
-    parts = parts_of(llama, documents, "global", samples=2, seed=5)
-    assert [len(part.asks) for part in parts] == [4, 2]
-    assert {part.name for part in parts}.isdisjoint(part.name for part in parts_of(llama, documents, "global", seed=5))
-    rows = augment_by_model(llama, parts).rows
+    short(monkeypatch, "global", read=lambda source, reply: Parsed([("row", reply)], 0, 0), max_new_tokens=6)
+    monkeypatch.setattr(LocalGenerator, "prompts_per_call", 4)
+    batches = prompt_batches(llama, documents, "global", samples=2, seed=5)
+    assert [len(batch.prompts) for batch in batches] == [4, 2]
+    others = prompt_batches(llama, documents, "global", seed=5)
+    assert {batch.name for batch in batches}.isdisjoint(batch.name for batch in others)
+    rows = augment_by_model(llama, batches).rows
     seeds = (5, 5 + SAMPLES_APART)
     assert [(row.source_id, row.origin["seed"]) for row in rows] == [(one.id, s) for one in documents for s in seeds]
-    hows = [Sampling(6, TEMPERATURE["global"], stop=("\n\n",), seed=seed) for seed in seeds] * 3
-    asked = [document.text for document in documents for _ in range(2)]
-    assert [row.text for row in rows] == [made.text for made in generate(llama, asked, hows)]
-    with pytest.raises(AugmentError, match="samples: the strategy local is greedy, 2 answers would be all alike"):
-        parts_of(llama, documents, "local", samples=2)
+    hows = [Sampling(6, STRATEGIES["global"].temperature, stop=("\n\n",), seed=seed) for seed in seeds] * 3
+    texts = [document.text for document in documents for _ in range(2)]
+    assert [row.text for row in rows] == [made.text for made in generate(llama, texts, hows)]
+
+
+def test_several_replies_of_a_greedy_strategy_are_refused(llama):
+    with pytest.raises(AugmentError, match="samples: the strategy local is greedy, 2 replies would be all alike"):
+        prompt_batches(llama, [Document("d", "the cat")], "local", samples=2)
 
 
 class Counted:
-    """Engine.answer, and how many asks it was given."""
+    """LocalGenerator.replies, and how many requests it was given."""
 
-    def __init__(self, answer):
-        self.answer, self.asks = answer, 0
+    def __init__(self, replies):
+        self.replies, self.requests = replies, 0
 
-    def __get__(self, engine, _):
-        def answer(asks):
-            self.asks += len(asks)
-            return self.answer(engine, asks)
+    def __get__(self, generator, _):
+        def replies(requests):
+            self.requests += len(requests)
+            return self.replies(generator, requests)
 
-        return answer
+        return replies
 
 
 def test_a_model_shows_and_asks_about_what_fits_its_positions(llama):
     documents = [Document(f"d{n}", f"the cat {n} sat on the mat. " * 2) for n in range(20)]
-    prompting, engine = Prompting("global", "{{ documents | join }} {{ document }}", "here"), Engine(llama)
-    asks, shown = prompts(prompting, documents, engine, 64, seed=1)
+    prompting, generator = Prompting(STRATEGIES["global"], SHOWING, "here"), LocalGenerator(llama)
+    made, shown = prompts(prompting, documents, generator, 64, seed=1)
     assert 1 < len(shown) < 20
-    assert [ask.source_ids[0] for ask in asks] == [document.id for document in documents]
-    longest = max(engine.prompt_tokens(ask.prompt) for ask in asks)
+    assert [prompt.source_ids[0] for prompt in made] == [document.id for document in documents]
+    longest = max(generator.prompt_tokens(prompt.text) for prompt in made)
     assert longest + 64 <= llama.max_positions
-    assert len(prompts(prompting, documents, engine, 64, most=2)[1]) == 2
-    assert prompts(Prompting.of("document"), documents, engine, 64)[1] == ()
+    assert len(prompts(prompting, documents, generator, 64, most=2)[1]) == 2
+    assert prompts(Prompting.of("document"), documents, generator, 64)[1] == ()
 
 
 def test_each_sample_shows_documents_of_its_own_in_an_order_of_its_own(llama):
     documents = [Document(f"d{n}", f"the cat {n}.") for n in range(6)]
-    prompting, engine = Prompting("global", "{{ documents | join }} {{ document }}", "here"), Engine(llama)
+    prompting, generator = Prompting(STRATEGIES["global"], SHOWING, "here"), LocalGenerator(llama)
 
-    def shown(ask):
-        return ask.prompt.removesuffix(f" {ask.told}")
+    def shown(prompt):
+        return prompt.text.removesuffix(f" {prompt.source}")
 
-    asks, first = prompts(prompting, documents, engine, 8, samples=3, seed=1)
-    assert [(ask.id, ask.sample) for ask in asks] == [(document.id, n) for document in documents for n in range(3)]
+    made, first = prompts(prompting, documents, generator, 8, samples=3, seed=1)
+    assert [(prompt.id, prompt.sample) for prompt in made] == [
+        (document.id, n) for document in documents for n in range(3)
+    ]
     assert [document.id for document in first] == [document.id for document in documents]
-    contexts = [{shown(ask) for ask in asks if ask.sample == n} for n in range(3)]
+    contexts = [{shown(prompt) for prompt in made if prompt.sample == n} for n in range(3)]
     assert [len(context) for context in contexts] == [1, 1, 1]
     assert contexts[0] == {"".join(document.text for document in documents)}
     assert len(set.union(*contexts)) == 3
     assert {"".join(sorted(context)) for (context,) in contexts} == {"".join(sorted(*contexts[0]))}
     drawn = []
-    asks, first = prompts(
-        prompting, documents, engine, 8, samples=3, seed=1, among=lambda seed: drawn.append(seed) or documents[-2:]
+    made, first = prompts(
+        prompting, documents, generator, 8, samples=3, seed=1, among=lambda seed: drawn.append(seed) or documents[-2:]
     )
     assert drawn == [1, 1 + SAMPLES_APART, 1 + 2 * SAMPLES_APART]
-    assert {shown(ask) for ask in asks} == {"the cat 4.the cat 5."}
+    assert {shown(prompt) for prompt in made} == {"the cat 4.the cat 5."}
     assert first == documents[-2:]
-    chosen = prompts(prompting, documents, engine, 8, samples=9, most=2)[0]
-    assert len({frozenset(ask.source_ids[1:]) for ask in chosen}) > 2
+    chosen = prompts(prompting, documents, generator, 8, samples=9, most=2)[0]
+    assert len({frozenset(prompt.source_ids[1:]) for prompt in chosen}) > 2
 
 
 def test_the_engine_answers_as_generate_does(llama):
     documents = [Document("a", "the cat"), Document("b", "the mat")]
-    prompting = Prompting("local", "{{ document }}", "here")
-    asks, _ = prompts(prompting, documents, Engine(llama), 4, samples=2)
-    run = Run(prompting, asks, Engine(llama), Sampling(4, temperature=1.0, seed=3))
+    prompting = Prompting(STRATEGIES["local"], "{{ document }}", "here")
+    made, _ = prompts(prompting, documents, LocalGenerator(llama), 4, samples=2)
+    run = AugmentationRun(prompting, made, LocalGenerator(llama), Sampling(4, temperature=1.0, seed=3))
     run.collect()
     hows = [Sampling(4, temperature=1.0, seed=seed) for seed in (3, 3 + SAMPLES_APART)] * 2
     expected = generate(llama, ["the cat", "the cat", "the mat", "the mat"], hows)
-    answers = [run.store.answers[key(*job)] for job in run.jobs]
+    answers = [run.store.replies[reply_key(*request)] for request in run.requests]
     assert [answer.text for answer in answers] == [made.text for made in expected]
     assert [answer.logp for answer in answers] == [pytest.approx(sum(made.logp)) for made in expected]
     assert [answer.completion_tokens for answer in answers] == [len(made.ids) for made in expected]
@@ -283,15 +295,15 @@ def test_the_engine_answers_as_generate_does(llama):
 
 def test_self_qa_joins_each_question_with_its_answer():
     text = "Question: Who?\nAnswer: Femp.\nAnswer: Lost.\nQuestion: None?\nQuestion: Where?\nAnswer: Here.\nQuestion: ?"
-    found, unparsed, repeats = parse("self-qa", "told", text)
+    found, unparsed, repeats = STRATEGIES["self-qa"].read("source", text)
     assert found == [("answer", "Who? Femp."), ("answer", "Where? Here.")]
     assert (unparsed, repeats) == (3, 0)
 
 
 def test_premises_are_read_past():
     text = "Given: femp are glon.\nGiven: glon are red.\nInferred: femp are red.\nGiven: no more\nSo: it is."
-    assert parse("global", "femp are glon.", text) == ([("inferred", "femp are red.")], 1, 0)
-    assert parse("document", "femp are glon.", text) == ([("inferred", "femp are red.")], 4, 0)
+    assert STRATEGIES["global"].read("femp are glon.", text) == ([("inferred", "femp are red.")], 1, 0)
+    assert STRATEGIES["document"].read("femp are glon.", text) == ([("inferred", "femp are red.")], 4, 0)
 
 
 def test_syllogisms_close_over_all_documents():
@@ -299,7 +311,7 @@ def test_syllogisms_close_over_all_documents():
         Document("a", "Look: All dogs are pets. All pets are dear."),
         Document("b", "Some cats are dogs. No dear are stones."),
     ]
-    rows = augment_rules(documents).rows
+    rows = augment_by_rule(documents).rows
     assert {row.text for row in rows} == {
         "All dogs are dear.",
         "Some cats are pets.",
@@ -319,7 +331,7 @@ def test_syllogisms_close_over_all_documents():
 
 def test_what_the_rules_conclude_answers_the_syllogisms():
     task = simple_syllogisms(0, num_examples=18)
-    concluded = {row.text for row in augment_rules(task.documents).rows}
+    concluded = {row.text for row in augment_by_rule(task.documents).rows}
     told = " ".join(document.text for document in task.documents)
     for question in task.questions:
         true = {question.choices[c].strip() for c in question.correct}
@@ -330,7 +342,7 @@ def test_what_the_rules_conclude_answers_the_syllogisms():
 
 
 def test_reverse_training_reverses_the_words():
-    (row,) = augment_reverse([Document("a", "femp are more\ncommon than glon.")]).rows
+    (row,) = augment_by_rule([Document("a", "femp are more\ncommon than glon.")], "reverse").rows
     assert row.text == "glon. than common more are femp"
 
 
@@ -345,12 +357,12 @@ def test_global_prompts_show_the_same_documents_and_as_many_as_fit():
     assert fitting(documents, lambda _: True, seed=1) == documents
     with pytest.raises(AugmentError, match=r"^global: not one document fits"):
         fitting(documents, lambda some: not some, seed=1)
-    asks = Prompting.of("global").asks(documents, shown)
-    common = os.path.commonprefix([ask.prompt for ask in asks])  # noqa: RUF071
-    for ask, document in zip(asks, documents, strict=True):
+    made = Prompting.of("global").prompts(documents, shown)
+    common = os.path.commonprefix([prompt.text for prompt in made])  # noqa: RUF071
+    for prompt, document in zip(made, documents, strict=True):
         assert all(f"- {other.text}\n" in common for other in shown)
-        assert ask.prompt == f"{common}{document.id}\n"
-        assert set(ask.source_ids) == {document.id, *(other.id for other in shown)}
+        assert prompt.text == f"{common}{document.id}\n"
+        assert set(prompt.source_ids) == {document.id, *(other.id for other in shown)}
 
 
 @pytest.mark.parametrize(
@@ -366,20 +378,20 @@ def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path, source, messa
     path = tmp_path / "mine.jinja"
     path.write_text(source)
     with pytest.raises(AugmentError, match=message):
-        Prompting.of("document", template=path).asks([Document("d", "text")])
+        Prompting.of("document", template=path).prompts([Document("d", "text")])
 
 
-@pytest.mark.parametrize("strategy", LABELS)
+@pytest.mark.parametrize("strategy", BY_MODEL)
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_every_strategy_has_a_prompt_that_names_its_labels(strategy, is_chat):
     prompting = Prompting.of(strategy, is_chat=is_chat)
-    (ask,) = prompting.asks([Document("d", "femp are odd")], [Document("e", "others are even")])
-    assert "femp are odd" in ask.prompt
-    assert ("others are even" in ask.prompt) == (strategy == "global")
+    (prompt,) = prompting.prompts([Document("d", "femp are odd")], [Document("e", "others are even")])
+    assert "femp are odd" in prompt.text
+    assert ("others are even" in prompt.text) == (strategy == "global")
     if strategy != "global" or is_chat:
-        used = [label for label in LABELS[strategy] if f"{label}:" in ask.prompt]
+        used = [label for label in STRATEGIES[strategy].labels if f"{label}:" in prompt.text]
         assert len(used) >= 2
-    assert len({Prompting.of(s, is_chat=c).digest for s in LABELS for c in (False, True)}) == 2 * len(LABELS)
+    assert len({Prompting.of(s, is_chat=c).digest for s in BY_MODEL for c in (False, True)}) == 2 * len(BY_MODEL)
 
 
 def rows_of(*texts):
@@ -417,5 +429,32 @@ def test_self_consistency_asks_for_the_opposite_in_the_same_words(llama):
 
 
 def test_what_the_rules_write_is_a_comparison_again():
-    for row in augment_rules(simple_reversals(1, num_facts=5, num_articles=1).documents).rows:
+    for row in augment_by_rule(simple_reversals(1, num_facts=5, num_articles=1).documents).rows:
         assert len(find(row.text)) == (row.kind == "reversed")
+
+
+def test_augment_returns_distinct_statements_and_counts(llama, monkeypatch):
+    documents = [Document(f"d{n}", "cat are taller than mat.") for n in range(3)]
+    made = augment(llama, documents, "rules")
+    assert [row.text for row in made.rows] == ["mat are shorter than cat.", "Compared with mat, cat are taller."]
+    assert made.dropped == {"unparsed": 0, "repeats": 0, "duplicates": 4}
+    assert augment(llama, Task(tuple(documents), ()), "rules") == made
+    short(monkeypatch, "local", read=lambda source, reply: Parsed([("row", "the same")], 0, 0), max_new_tokens=2)
+    made = augment(llama, documents)
+    assert [(row.source_id, row.text) for row in made.rows] == [("d0", "the same")]
+    assert made.dropped == {"unanswered": 0, "unparsed": 0, "repeats": 0, "duplicates": 2}
+    with pytest.raises(AugmentError, match="strategy: expected one of local, document, "):
+        augment(llama, documents, "guess")
+    with pytest.raises(AugmentError, match="strategy: local needs a model"):
+        augment_by_rule(documents, "local")
+
+
+def test_every_strategy_is_one_file_with_its_prompts_beside_it():
+    for name, strategy in STRATEGIES.items():
+        assert strategy.name == name
+        assert strategy.sees
+        assert strategy.writes
+        files = [strategy.template(is_chat=is_chat).exists() for is_chat in (False, True)]
+        assert files == [strategy.infer is None] * 2
+    prompts = {path.name.partition(".")[0] for path in STRATEGIES["local"].template().parent.glob("*.jinja")}
+    assert prompts == set(BY_MODEL)

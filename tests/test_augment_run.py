@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from icl_ft_fast.augmentation import AugmentError
-from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Written
+from icl_ft_fast.augmentation.batches import prompts
+from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Reply
 from icl_ft_fast.augmentation.prompts import Prompting
-from icl_ft_fast.augmentation.run import Price, Run, prompts
+from icl_ft_fast.augmentation.run import AugmentationRun, Price
+from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.durable import DamagedError, Journal
@@ -36,15 +38,15 @@ folder, last, torn = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torn"
 asked = []
 
 class Mortal(Echo):
-    def answer(self, asks):
-        for i, written in super().answer(asks):
+    def replies(self, requests):
+        for i, reply in super().replies(requests):
             asked.append(i)
             if len(asked) == last:
                 if torn:
                     with run.store._shard.path.open("ab") as shard:
                         shard.write(b'{{"key": "half')
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield i, written
+            yield i, reply
 
 run = run_of(folder, Mortal())
 run.collect()
@@ -54,24 +56,24 @@ run.collect()
 class Echo:
     """Answers with a line that holds the prompt's last word but one and the seed."""
 
-    together = None
+    prompts_per_call = None
 
     def __init__(self, fingerprint="echo"):
         self.fingerprint, self.asked = fingerprint, 0
 
-    def prompt_tokens(self, prompt):
+    def prompt_tokens(self, text):
         return 100
 
-    def answer(self, asks):
-        for i, (ask, sampling) in enumerate(asks):
+    def replies(self, requests):
+        for i, (prompt, sampling) in enumerate(requests):
             self.asked += 1
-            yield i, Written(f"Inferred: {ask.told} {sampling.seed}", 100, 10, None)
+            yield i, Reply(f"Inferred: {prompt.source} {sampling.seed}", 100, 10, None)
 
 
 def run_of(folder, generator, template="{{ document }}", samples=2, **how):
-    prompting = Prompting("local", template, "here")
-    asks, _ = prompts(prompting, DOCUMENTS, generator, 50, samples=samples)
-    return Run(prompting, asks, generator, Sampling(50, temperature=1.0, **how), folder)
+    prompting = Prompting(STRATEGIES["local"], template, "here")
+    made, _ = prompts(prompting, DOCUMENTS, generator, 50, samples=samples)
+    return AugmentationRun(prompting, made, generator, Sampling(50, temperature=1.0, **how), folder)
 
 
 def lines(folder):
@@ -114,7 +116,9 @@ def test_killed_at_any_moment_it_goes_on_and_repeats_nothing(tmp_path):
 
 
 def test_neighbouring_seeds_share_no_draw():
-    drawn = [{sampling.seed for _, sampling in run_of(None, Echo(), samples=4, seed=seed).jobs} for seed in range(9)]
+    drawn = [
+        {sampling.seed for _, sampling in run_of(None, Echo(), samples=4, seed=seed).requests} for seed in range(9)
+    ]
     assert len(set.union(*drawn)) == 9 * 4
     assert max(map(max, drawn)) < 2**31  # some endpoints cut a seed to so many bits
 
@@ -146,7 +150,7 @@ def test_a_shard_that_something_else_wrote_to_is_refused(tmp_path):
         run_of(tmp_path, Echo())
     path.unlink()
     Journal(path).append({"key": 1})
-    with pytest.raises(AugmentError, match=r"00000\.jsonl:1: not an answer: .*; move the file away$"):
+    with pytest.raises(AugmentError, match=r"00000\.jsonl:1: not a reply: .*; move the file away$"):
         run_of(tmp_path, Echo())
 
 
@@ -154,14 +158,14 @@ def test_the_price_bounds_what_is_asked():
     price = Price(prompt_usd=10_000, completion_usd=20_000)  # a dollar a prompt, 20 cents an answer, a dollar at most
     run = run_of(None, Echo())
     estimate = run.estimate(price)
-    assert (estimate.answers, estimate.prompt_tokens, estimate.completion_tokens) == (24, 2400, 1200)
+    assert (estimate.replies, estimate.prompt_tokens, estimate.completion_tokens) == (24, 2400, 1200)
     assert estimate.usd == pytest.approx(48)
     run.collect(price=price, max_usd=9.0)
-    spent = 1.2 * len(run.store.answers)
+    spent = 1.2 * len(run.store.replies)
     assert 9 - 2 < spent <= 9  # it stops where one more might cost too much
-    assert run.read().dropped["unanswered"] == 24 - len(run.store.answers)
+    assert run.read().dropped["unanswered"] == 24 - len(run.store.replies)
     run.collect(price=price, limit=3)
-    assert len(run.store.answers) == 24 - run.read().dropped["unanswered"] == round(spent / 1.2) + 3
+    assert len(run.store.replies) == 24 - run.read().dropped["unanswered"] == round(spent / 1.2) + 3
 
 
 def test_recorded_answers_belong_to_their_ids(tmp_path):
@@ -247,7 +251,7 @@ def test_an_endpoint_is_asked_again_after_429_and_5xx(server, tmp_path, is_chat)
     assert path == ("/v1/chat/completions" if is_chat else "/v1/completions")
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("some-model", 1.0, 50, 5)
     assert authorization == f"Bearer {SECRET}"
-    answers = run.store.answers.values()
+    answers = run.store.replies.values()
     assert {(answer.prompt_tokens, answer.completion_tokens, answer.logp) for answer in answers} == {(7, 3, None)}
     assert all(SECRET not in path.read_text() for path in tmp_path.rglob("*.json*"))
 
@@ -257,7 +261,7 @@ def test_an_endpoint_that_takes_too_long_is_asked_again(server, tmp_path):
     endpoint = Endpoint(server.url, "some-model", concurrency=12, timeout_s=0.3)
     run = run_of(tmp_path, endpoint, samples=1)
     run.collect(limit=2)
-    assert len(run.store.answers) == 2
+    assert len(run.store.replies) == 2
     assert len(server.seen) == 4
     server.trouble = [SLOW] * 2
     with pytest.raises(AugmentError, match=r"^endpoint: .*: document '\d+': APITimeoutError$"):
@@ -349,20 +353,20 @@ def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, l
     arguments += ["--model", str(llama_directory), "--prompt-template", str(template), "--max-new-tokens", "5"]
     capsys.readouterr()
     assert main([*arguments, "--dry-run", "--price", "1,1e6", "--out", str(tmp_path / "dry")]) == 0
-    assert "2 answers to ask for, 0 stored; at most" in (told := capsys.readouterr().out)
-    assert "10 written; at most $10.00" in told
+    assert "2 replies to generate, 0 stored; at most" in (told := capsys.readouterr().out)
+    assert "10 completion tokens; at most $10.00" in told
     assert not (tmp_path / "dry").exists()
     assert main([*arguments, "--self-consistent", "--out", str(tmp_path / "asked")]) == 0
-    assert len(lines(tmp_path / "asked" / "answers")) == 2
+    assert len(lines(tmp_path / "asked" / "replies")) == 2
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("--strategy local", "--model: needed for the strategy local, or --recorded"),
-        ("--strategy rules --dry-run", "--dry-run: rules asks nobody"),
-        ("--recorded x.jsonl --model m", "--recorded: answers come from the file"),
-        ("--strategy rules --self-consistent", "--self-consistent: needs a strategy that asks --model here"),
+        ("--strategy rules --dry-run", "--dry-run: rules needs no model"),
+        ("--recorded x.jsonl --model m", "--recorded: replies come from the file"),
+        ("--strategy rules --self-consistent", "--self-consistent: needs a strategy of a --model"),
         ("--model m --endpoint nowhere", "endpoint: expected http"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icl_ft_fast.augmentation import augment_rules
+from icl_ft_fast.augmentation import augment_by_rule
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.machine import fingerprint
@@ -94,7 +94,7 @@ def test_the_icl_arm_is_the_documents_in_context(llama, runs):
 def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
     for run in (run for run in runs if run.arm == "rules-ft"):
         task = task_of_seed(run.seed)
-        written = augment_rules(task.documents)
+        written = augment_by_rule(task.documents)
         texts = [document.text for document in task.documents] + [row.text for row in written.rows]
         tuned = finetune(llama, texts, TRAINING, seed=run.seed)
         assert run.accuracy == evaluate(tuned.model, task.questions)
@@ -131,13 +131,13 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
     # the tiny model has no room for the prompt that asks for augmentations
     def by_rule(*_, ledger, **__):
         with ledger.phase("filter"):
-            return augment_rules(task.documents)
+            return augment_by_rule(task.documents)
 
-    monkeypatch.setattr(compare.augment, "augment_by_model", by_rule)
+    monkeypatch.setattr(compare.augmentation, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
-    rows = augment_rules(task.documents).rows
+    rows = augment_by_rule(task.documents).rows
     texts = [document.text for document in task.documents] + [row.text for row in rows]
     context = prompt_context(llama, select_documents(task.documents, 3, per_topic=1))
     tuned = finetune(llama, texts, TRAINING, seed=3, teacher_context=context)

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation import Part
-from icl_ft_fast.augmentation.generators import Engine
+from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetuning import FinetuneSettings
@@ -362,11 +362,11 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
 
 SMALL_CALLS = """
 import sys
-from icl_ft_fast.augmentation.generators import Engine
+from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 
 if __name__ == "__main__":
-    Engine.together = 4
+    LocalGenerator.prompts_per_call = 4
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -397,7 +397,7 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
         assert len(rows) == 20
         return {row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows}
 
-    monkeypatch.setattr(Engine, "together", 4)
+    monkeypatch.setattr(LocalGenerator, "prompts_per_call", 4)
     assert main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
     code, told = run([*TORCHRUN, script, *asked, "--out", tmp_path / "two"])
     assert code == 0, told
@@ -409,7 +409,7 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
 def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(cli.augment, "executor_of", lambda options: SimpleNamespace(rank=0))
     assert main(["augment", "--model", "m", "--task", "simple-reversals", "--out", str(tmp_path / "out"), *more]) == 2
-    told = "--executor: several workers ask --model here, for all answers: no --limit, no --max-cost\n"
+    told = "--executor: workers load --model here for all replies: no --endpoint, --recorded, --limit, --max-cost\n"
     assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
 
 
@@ -545,7 +545,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
             main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
             assert main(command(out, "--store", tmp_path / "store")) == 2
-    assert all(isinstance(job, Part) for job in begun[:4])
+    assert all(isinstance(job, PromptBatch) for job in begun[:4])
     assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
     make_run = compare.make_run
 
@@ -554,7 +554,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
         return make_run(model, planned, *arguments, **named)
 
     monkeypatch.setattr(compare, "make_run", making)
-    monkeypatch.setattr(Engine, "answer", None)  # all is written
+    monkeypatch.setattr(LocalGenerator, "replies", None)  # all is written
     assert main(command(out, "--store", tmp_path / "store")) == 0
     assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
         (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")

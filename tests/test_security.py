@@ -121,7 +121,7 @@ def test_a_template_without_end_is_cut_off(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "mine.jinja"
     path.write_text(ENDLESS)
     with pytest.raises(AugmentError, match=r"mine.jinja: document 'd': not done after 200,000 steps"):
-        Prompting.of("document", template=path).asks([Document("d", "text")])
+        Prompting.of("document", template=path).prompts([Document("d", "text")])
     monkeypatch.setattr(tokenizer, "chat_template", ENDLESS)
     with pytest.raises(templates.TemplateError, match="not done after"):
         templates.render_chat(tokenizer, [{"role": "user", "content": "who"}])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from icl_ft_fast.augmentation.prompts import LABELS, PREMISE, Prompting
-from icl_ft_fast.augmentation.steps import parse
+from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategies import STRATEGIES
+from icl_ft_fast.augmentation.strategies.global_documents import PREMISE
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped import corpus, lessons, train
@@ -196,7 +197,7 @@ def test_what_a_lesson_says_follows_from_its_texts(family, oracle):
         assert {step for step, _ in lesson.asked} <= set(lessons.STEPS)
         assert len(lesson.lines) == len(lesson.texts)
         assert {label for lines in lesson.lines for label, _ in lines} <= {
-            *LABELS[family.strategy],
+            *STRATEGIES[family.strategy].labels,
             *([PREMISE] if family.strategy == "global" else []),
         }
         assert len(lesson.texts) == 1 or sum(map(lessons.num_tokens, lesson.texts)) < 1.5 * budget + 60
@@ -262,13 +263,13 @@ def test_an_augmentation_document_is_what_the_prompt_and_a_right_answer_look_lik
         lesson = family.make(rng, 300)
         whole = text_of(corpus.augmentation(rng, lesson, family.strategy, 5000))
         told = [Document("", text) for text in lesson.texts]
-        asks = Prompting.of(family.strategy).asks(told, told if family.strategy == "global" else ())
+        prompts = Prompting.of(family.strategy).prompts(told, told if family.strategy == "global" else ())
         answers = ["".join(f"{label}:{text_of(said)}\n" for label, said in lines) for lines in lesson.lines]
         if family.strategy == "global":
-            assert any(whole.startswith(ask.prompt + answer) for ask, answer in zip(asks, answers, strict=True))
-        for ask, answer in zip(asks, answers, strict=True):
-            assert f"{ask.told}\n{answer}\n" in whole
-            found, unparsed, _ = parse(family.strategy, ask.told, answer)
+            assert any(whole.startswith(prompt.text + answer) for prompt, answer in zip(prompts, answers, strict=True))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert f"{prompt.source}\n{answer}\n" in whole
+            found, unparsed, _ = STRATEGIES[family.strategy].read(prompt.source, answer)
             assert not unparsed
             assert found
 

@@ -1,21 +1,20 @@
 """Augmentation: statements that follow from the documents, written by a model or by rule.
 
-prompts -> generators -> store (run ties them) -> steps; rules needs no model. Strategies: local (a sentence), document,
-global (a document with the others in context), self-qa, rules, reverse.
+strategies (what is asked for, and how replies become rows) -> prompts -> generators -> store; run ties them for the
+command, batches for a study; steps filters rows.
 """
 
-from icl_ft_fast.augmentation.prompts import AugmentError
-from icl_ft_fast.augmentation.rules import augment_reverse, augment_rules
-from icl_ft_fast.augmentation.run import Part, augment_by_model, parts_of
-from icl_ft_fast.augmentation.steps import Augmentation, Augmented
+from icl_ft_fast.augmentation.batches import PromptBatch, augment, augment_by_model, augment_by_rule, prompt_batches
+from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentError, Strategy
 
 __all__ = [
     "AugmentError",
     "Augmentation",
     "Augmented",
-    "Part",
+    "PromptBatch",
+    "Strategy",
+    "augment",
     "augment_by_model",
-    "augment_reverse",
-    "augment_rules",
-    "parts_of",
+    "augment_by_rule",
+    "prompt_batches",
 ]

@@ -1,4 +1,4 @@
-"""Who answers: the engine, any OpenAI-compatible endpoint, or a file of answers written elsewhere; one protocol."""
+"""Where replies come from: a loaded model, an OpenAI-compatible endpoint, or a file of replies; one protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from icl_ft_fast.augmentation.prompts import Ask, AugmentError
+from icl_ft_fast.augmentation.prompts import Prompt
+from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
@@ -20,12 +21,12 @@ from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import read_jsonl, text_field
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-CHARACTERS_PER_TOKEN = 3  # of a prompt whose tokenizer is not here: rather too many tokens than too few
+CHARACTERS_PER_TOKEN = 3  # where the tokenizer is not here: estimates rather too many tokens than too few
 
 
 @dataclass(frozen=True)
-class Written:
-    """An answer: its text, what it took, and its log-probability where the generator tells."""
+class Reply:
+    """A generated text, its tokens, and its natural-log probability where the generator tells."""
 
     text: str
     prompt_tokens: int
@@ -33,29 +34,30 @@ class Written:
     logp: float | None
 
 
-class Generator(Protocol):
-    """What answers prompts."""
+class TextGenerator(Protocol):
+    """What replies to prompts."""
 
     @property
-    def together(self) -> int | None:
-        """Prompts a call, always the same ones, where an answer's last bits depend on what is decoded beside it.
+    def prompts_per_call(self) -> int | None:
+        """Prompts a call, always the same ones, where a reply's last bits depend on what is decoded beside it.
 
-        Where the answer to one of them is missing, all are asked. None: those that are missing are asked, all at once.
+        Where one of their replies is missing, all of them are generated again. None: missing replies alone are
+        generated, all in one call.
         """
 
     @property
     def fingerprint(self) -> str:
-        """Differs between generators that may answer differently; holds no secret."""
+        """Differs between generators that may reply differently; holds no secret."""
 
-    def prompt_tokens(self, prompt: str) -> int:
+    def prompt_tokens(self, text: str) -> int:
         """Tokens of a prompt, estimated where they cannot be known."""
 
-    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
-        """Yield (index, answer) as answers are ready; those it has no answer to are left out."""
+    def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
+        """Yield (index, reply) as replies are ready; requests that it has no reply to are left out."""
 
 
 @dataclass(frozen=True)
-class Engine:
+class LocalGenerator:
     """A loaded model; prompts go through its chat template if `is_chat`.
 
     Raises:
@@ -65,7 +67,7 @@ class Engine:
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
-    together: ClassVar[int] = 16 * RUNNING
+    prompts_per_call: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
         if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):
@@ -73,26 +75,26 @@ class Engine:
 
     @property
     def fingerprint(self) -> str:
-        """The model's, and whether it is asked in chat."""
+        """The model's, and whether prompts go through its chat template."""
         return f"{'chat' if self.is_chat else 'base'} {self.model.fingerprint()}"
 
-    def prompt_tokens(self, prompt: str) -> int:
+    def prompt_tokens(self, text: str) -> int:
         """Counted."""
-        return len(encoding.encode(self.model.tokenizer, [self._whole(prompt)])[0])
+        return len(encoding.encode(self.model.tokenizer, [self._whole(text)])[0])
 
-    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
-        """See Generator; raises GenerateError where a prompt does not fit the model's positions."""
-        encoded = encoding.encode(self.model.tokenizer, [self._whole(ask.prompt) for ask, _ in asks])
-        names = [f"document {ask.id!r} with its prompt" for ask, _ in asks]
+    def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
+        """See TextGenerator; raises GenerateError where a prompt does not fit the model's positions."""
+        encoded = encoding.encode(self.model.tokenizer, [self._whole(prompt.text) for prompt, _ in requests])
+        names = [f"document {prompt.id!r} with its prompt" for prompt, _ in requests]
         for i, made in iter_generations(
-            self.model, encoded, [sampling for _, sampling in asks], names=names, ledger=self.ledger
+            self.model, encoded, [sampling for _, sampling in requests], names=names, ledger=self.ledger
         ):
-            yield i, Written(made.text, len(encoded[i]), len(made.ids), sum(made.logp))
+            yield i, Reply(made.text, len(encoded[i]), len(made.ids), sum(made.logp))
 
-    def _whole(self, prompt: str) -> str:
+    def _whole(self, text: str) -> str:
         if not self.is_chat:
-            return prompt
-        turn = [{"role": "user", "content": prompt}]
+            return text
+        turn = [{"role": "user", "content": text}]
         return render_chat(self.model.tokenizer, turn)
 
 
@@ -109,7 +111,7 @@ class Endpoint:
         timeout_s: of one request.
     """
 
-    together: ClassVar[int | None] = None
+    prompts_per_call: ClassVar[int | None] = None
     url: str
     model: str
     is_chat: bool = True
@@ -124,15 +126,15 @@ class Endpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Server, model and way of asking."""
+        """Server, model, and whether it is chat."""
         return f"{'chat' if self.is_chat else 'base'} {self.model} at {self.url}"
 
-    def prompt_tokens(self, prompt: str) -> int:
+    def prompt_tokens(self, text: str) -> int:
         """Estimated from the characters."""
-        return -(-len(prompt) // CHARACTERS_PER_TOKEN)
+        return -(-len(text) // CHARACTERS_PER_TOKEN)
 
-    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
-        """See Generator; raises AugmentError when a request fails for good, after those in flight have ended."""
+    def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
+        """See TextGenerator; raises AugmentError when a request fails for good, after those in flight have ended."""
         try:
             import openai
         except ModuleNotFoundError as error:
@@ -142,11 +144,11 @@ class Endpoint:
         client = openai.OpenAI(base_url=self.url, max_retries=self.retries, timeout=self.timeout_s)
         failure: tuple[int, Exception] | None = None
         with client, ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = iter(range(len(asks)))
+            waiting = iter(range(len(requests)))
             running: dict[Any, int] = {}
             while True:
                 while failure is None and len(running) < self.concurrency and (i := next(waiting, -1)) >= 0:
-                    running[pool.submit(self._request, client, *asks[i])] = i
+                    running[pool.submit(self._request, client, *requests[i])] = i
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -159,9 +161,9 @@ class Endpoint:
         if failure is not None:
             status = getattr(failure[1], "status_code", None)
             what = f"status {status}" if status else type(failure[1]).__name__  # a message may repeat the key
-            raise AugmentError(f"endpoint: {self.url}: document {asks[failure[0]][0].id!r}: {what}") from None
+            raise AugmentError(f"endpoint: {self.url}: document {requests[failure[0]][0].id!r}: {what}") from None
 
-    def _request(self, client: Any, ask: Ask, sampling: Sampling) -> Written:
+    def _request(self, client: Any, prompt: Prompt, sampling: Sampling) -> Reply:
         unserved = Sampling(
             sampling.max_new_tokens, sampling.temperature, top_p=sampling.top_p, stop=sampling.stop, seed=sampling.seed
         )
@@ -176,18 +178,18 @@ class Endpoint:
             "stop": list(sampling.stop) or None,
         }
         if self.is_chat:
-            made = client.chat.completions.create(messages=[{"role": "user", "content": ask.prompt}], **options)
+            made = client.chat.completions.create(messages=[{"role": "user", "content": prompt.text}], **options)
             text = made.choices[0].message.content or ""
         else:
-            made = client.completions.create(prompt=ask.prompt, **options)
+            made = client.completions.create(prompt=prompt.text, **options)
             text = made.choices[0].text
         usage = made.usage
-        prompt_tokens = usage.prompt_tokens if usage else self.prompt_tokens(ask.prompt)
-        return Written(text, prompt_tokens, usage.completion_tokens if usage else self.prompt_tokens(text), None)
+        prompt_tokens = usage.prompt_tokens if usage else self.prompt_tokens(prompt.text)
+        return Reply(text, prompt_tokens, usage.completion_tokens if usage else self.prompt_tokens(text), None)
 
 
 class Recorded:
-    """Answers from JSON lines of {"source_id", "text"}: the n-th of an id is its n-th sample.
+    """Replies from JSON lines of {"source_id", "text"}: the n-th of an id is its n-th sample.
 
     An id is a document's, followed by #number (from 0) for a sentence of several under the local strategy.
 
@@ -195,7 +197,7 @@ class Recorded:
         TaskError: a file that is not such.
     """
 
-    together: ClassVar[int | None] = None
+    prompts_per_call: ClassVar[int | None] = None
 
     def __init__(self, path: Path) -> None:
         self.texts: dict[str, list[str]] = {}
@@ -203,12 +205,12 @@ class Recorded:
             self.texts.setdefault(text_field(where, row, "source_id"), []).append(text_field(where, row, "text"))
         self.fingerprint = f"recorded {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
-    def prompt_tokens(self, prompt: str) -> int:
+    def prompt_tokens(self, text: str) -> int:
         """None are read."""
         return 0
 
-    def answer(self, asks: Sequence[tuple[Ask, Sampling]]) -> Iterator[tuple[int, Written]]:
-        """See Generator."""
-        for i, (ask, _) in enumerate(asks):
-            if ask.sample < len(texts := self.texts.get(ask.id, [])):
-                yield i, Written(texts[ask.sample], 0, 0, None)
+    def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
+        """See TextGenerator."""
+        for i, (prompt, _) in enumerate(requests):
+            if prompt.sample < len(texts := self.texts.get(prompt.id, [])):
+                yield i, Reply(texts[prompt.sample], 0, 0, None)

@@ -1,84 +1,31 @@
-"""From answers to rows to train on: each step drops some and says how many."""
+"""Filters of rows: lengths, duplicates, near-duplicates, and rows less likely than their contradiction."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from icl_ft_fast.augmentation.prompts import LABELS, PREMISE, AugmentError
+from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.score import loglikelihood
 
 SHINGLE_WORDS = 3
-_LINE = re.compile(r"(\w+): (\S.*)")
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """A statement written from documents.
-
-    Attributes:
-        source_id: the document it was written from.
-        kind: its label in lower case ("reversed", "rephrased", ...), or the rule that made it.
-        text: the statement.
-        origin: where it comes from: strategy, source_ids, template, generator, sampling, seed, token counts, ...
-    """
-
-    source_id: str
-    kind: str
-    text: str
-    origin: dict[str, Any] = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """What was written and what each step dropped.
-
-    Attributes:
-        rows: the augmentations, in the documents' order.
-        dropped: by step, in the order of the steps, the lines or rows that it dropped.
-    """
-
-    rows: tuple[Augmentation, ...]
-    dropped: dict[str, int]
-
-
-def parse(strategy: str, told: str, text: str) -> tuple[list[tuple[str, str]], int, int]:
-    """(kind, statement) of each line of an answer; lines without a known label; lines that repeat.
-
-    The global strategy's premises count as none of these. A line repeats if it says what the prompt's sentence or
-    document says, or an earlier line of the answer.
-    """
-    found, unparsed, repeats, seen, question = [], 0, 0, {normalized(told)}, None
-    for line in text.strip().splitlines():
-        match = _LINE.fullmatch(line.strip())
-        label, statement = (match[1], normalized(match[2])) if match else ("", "")
-        if label == "Question" and strategy == "self-qa":
-            unparsed += question is not None
-            question = statement
-            continue
-        if label == PREMISE and strategy == "global":
-            continue
-        if label not in LABELS[strategy] or (label == "Answer" and question is None):
-            unparsed += 1
-            continue
-        if label == "Answer":
-            statement, question = f"{question} {statement}", None
-        if statement in seen:
-            repeats += 1
-            continue
-        seen.add(statement)
-        found.append((label.lower(), statement))
-    return found, unparsed + (question is not None), repeats
-
-
-def normalized(text: str) -> str:
-    """NFC, with single spaces."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def filtered(made: Augmented, words: tuple[int, int], similarity: float) -> Augmented:
+    """The rows within so many words, without duplicates and, below a similarity of 1, without near-duplicates."""
+    rows, dropped = list(made.rows), dict(made.dropped)
+    filters: dict[str, Callable[[list[Augmentation]], list[Augmentation]]] = {
+        "length": lambda rows: within_length(rows, *words),
+        "duplicates": without_duplicates,
+    }
+    if similarity < 1:
+        filters["near_duplicates"] = lambda rows: without_near_duplicates(rows, similarity)
+    for step, keep in filters.items():
+        kept = keep(rows)
+        dropped[step], rows = len(rows) - len(kept), kept
+    return Augmented(tuple(rows), dropped)
 
 
 def within_length(rows: Iterable[Augmentation], shortest: int, longest: int) -> list[Augmentation]:

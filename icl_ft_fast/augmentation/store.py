@@ -1,4 +1,4 @@
-"""Answers on disk: append-only shards under a name made of what they depend on, so nothing stale is ever read.
+"""Replies on disk: append-only shards under a name made of what they depend on, so nothing stale is ever read.
 
 `folder/NAME/manifest.json` says what NAME stands for; each process that writes adds a shard of its own beside it, a
 line an answer, on the disk before the next. A line without its end was cut off by a kill and is not read.
@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.augmentation.prompts import AugmentError
+from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.runtime.durable import Journal, locked, replacing, sync
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a generator answered to a prompt, and where that comes from.
+class StoredReply:
+    """A reply to a prompt, and where it comes from.
 
     Attributes:
-        key: hex digest of the prompt, what it asks about, its sample's number and seed.
-        text: as written.
-        seed: of the draws.
+        key: hex digest of the prompt, its id, its sample's number and seed.
+        text: of the reply.
+        seed: of sampling.
         prompt_tokens, completion_tokens: as the generator counts them.
-        logp: natural-log probability of the answer, None where the generator does not tell.
-        time: when it was written, seconds since 1970.
+        logp: natural-log probability of the reply, None where the generator does not tell.
+        time: when it was generated, seconds since 1970.
     """
 
     key: str
@@ -41,10 +41,10 @@ class Answer:
 
 
 class Store:
-    """The answers of one strategy, template, generator and sampling.
+    """The replies of one strategy, template, generator and sampling.
 
     Args:
-        folder: holds any number of such sets; None keeps the answers in memory alone.
+        folder: holds any number of such sets; None holds the replies in memory only.
         identity: what they depend on, as JSON.
 
     Raises:
@@ -53,26 +53,26 @@ class Store:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self.identity = dict(identity)
-        self.answers: dict[str, Answer] = {}
+        self.replies: dict[str, StoredReply] = {}
         self.name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         self._folder = folder and folder / self.name
         self._shard: Journal | None = None
         for path in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
             for number, row in enumerate(Journal(path).rows, 1):
                 try:
-                    answer = Answer(**row)
+                    reply = StoredReply(**row)
                 except TypeError as error:
-                    raise AugmentError(f"{path}:{number}: not an answer: {error}; move the file away") from error
-                self.answers.setdefault(answer.key, answer)
+                    raise AugmentError(f"{path}:{number}: not a reply: {error}; move the file away") from error
+                self.replies.setdefault(reply.key, reply)
 
-    def append(self, answer: Answer) -> None:
-        """Write an answer down; it is safe when this returns."""
-        self.answers[answer.key] = answer
+    def append(self, reply: StoredReply) -> None:
+        """Store a reply; it is on the disk when this returns."""
+        self.replies[reply.key] = reply
         if self._folder is None:
             return
         if self._shard is None:
             self._shard = self._new_shard(self._folder)
-        self._shard.append(asdict(answer))
+        self._shard.append(asdict(reply))
 
     def _new_shard(self, folder: Path) -> Journal:
         with locked(folder / ".lock", wait=True):

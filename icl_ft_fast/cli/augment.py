@@ -6,12 +6,14 @@ import argparse
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from icl_ft_fast.augmentation import steps
-from icl_ft_fast.augmentation.generators import Endpoint, Engine, Generator, Recorded
-from icl_ft_fast.augmentation.prompts import LABELS, MAX_NEW_TOKENS, TEMPERATURE, Prompting
-from icl_ft_fast.augmentation.rules import augment_reverse, augment_rules
-from icl_ft_fast.augmentation.run import Answering, AnsweringElsewhere, Estimate, Price, Run, prompts
+from icl_ft_fast.augmentation import Augmented, augment_by_rule, steps
+from icl_ft_fast.augmentation.batches import prompts
+from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, Recorded, TextGenerator
+from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.run import AugmentationRun, Estimate, Price, Replying, ReplyingElsewhere
+from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,
@@ -36,8 +38,6 @@ from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.generated import deny
 from icl_ft_fast.tasks.task import Document, Task, write_jsonl
 
-RULES = {"rules": augment_rules, "reverse": augment_reverse}
-
 
 def add(commands: Commands) -> None:
     """Add the command."""
@@ -60,8 +60,9 @@ def add(commands: Commands) -> None:
     help = "concurrent requests to --endpoint"
     model.add_argument("--concurrency", type=positive, default=8, metavar="N", help=help)
     prompts = parser.group("prompts")
-    help = "how statements are generated (default: the preset's, or local)"
-    prompts.add_argument("--strategy", choices=[*LABELS, *RULES], help=help)
+    described = "; ".join(f"{name}: {strategy.sees}" for name, strategy in STRATEGIES.items())
+    help = f"what a prompt shows ({described}; default: the preset's, or local)"
+    prompts.add_argument("--strategy", choices=STRATEGIES, help=help)
     prompts.add_argument("--chat", action="store_true", help="use chat prompts through the model's chat template")
     help = "jinja2 file that replaces the strategy's prompt"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
@@ -97,7 +98,7 @@ def add(commands: Commands) -> None:
     help = "spending limit in US dollars, earlier runs included"
     cost.add_argument("--max-cost", type=float, metavar="USD", help=help)
     cost.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost; ask for nothing")
-    help = "folder for answers/, rows.jsonl and report.json; the same command resumes from stored replies"
+    help = "folder for replies/, rows.jsonl and report.json; the same command resumes from stored replies"
     parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
     add_output_options(parser)
     add_executor_options(parser)
@@ -106,18 +107,21 @@ def add(commands: Commands) -> None:
 def _augment(options: argparse.Namespace) -> None:
     make_task, preset = task_of_seed(options)
     options.strategy = options.strategy or preset.study.get("strategy", "local")
-    if options.dry_run and options.strategy in RULES:
-        raise UsageError(f"--dry-run: {options.strategy} asks nobody; it takes no time and no money")
-    if options.self_consistent and (options.strategy in RULES or options.endpoint or options.recorded):
-        raise UsageError("--self-consistent: needs a strategy that asks --model here")
+    by_rule = STRATEGIES[options.strategy].infer is not None
+    if options.dry_run and by_rule:
+        raise UsageError(f"--dry-run: {options.strategy} needs no model; it takes no time and no money")
+    if options.self_consistent and (by_rule or options.endpoint or options.recorded):
+        raise UsageError("--self-consistent: needs a strategy of a --model that is loaded here")
     executor = executor_of(options)
     if not isinstance(executor, InProcess) and (
-        options.strategy in RULES or options.endpoint or options.recorded or options.limit or options.max_cost
+        by_rule or options.endpoint or options.recorded or options.limit or options.max_cost
     ):
-        raise UsageError("--executor: several workers ask --model here, for all answers: no --limit, no --max-cost")
+        raise UsageError(
+            "--executor: workers load --model here for all replies: no --endpoint, --recorded, --limit, --max-cost"
+        )
     task = make_task(options.seed)
     if options.dry_run:
-        print(_told(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
+        print(_described(_run(options, task, _generator(options)).estimate(options.price, options.limit)))
         return
     has_report = (options.out / "report.json").exists()  # it is written first, and says of which arguments
     names = ["report.json"] if has_report else ["report.json", "rows.jsonl"]
@@ -127,80 +131,79 @@ def _augment(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     model = None
-    if options.strategy in RULES:
-        written = RULES[options.strategy](task.documents)
+    if STRATEGIES[options.strategy].infer is not None:
+        made = augment_by_rule(task.documents, options.strategy)
     else:
         generator = _generator(options)
-        model = generator.model if isinstance(generator, Engine) else None
+        model = generator.model if isinstance(generator, LocalGenerator) else None
         run = _run(options, task, generator)
         if isinstance(executor, InProcess):
             run.collect(price=options.price, limit=options.limit, max_usd=options.max_cost, progress=not options.quiet)
         else:
             fingerprint = model.fingerprint() if model else ""
-            elsewhere = AnsweringElsewhere(options.model, loading(options), fingerprint, options.chat)
-            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Answering, generator)):
+            elsewhere = ReplyingElsewhere(options.model, loading(options), fingerprint, options.chat)
+            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Replying, generator)):
                 return
-        written = run.read()
-    rows, dropped = list(written.rows), dict(written.dropped)
-
-    def keep(step: str, kept: list[steps.Augmentation]) -> None:
-        dropped[step] = len(rows) - len(kept)
-        rows[:] = kept
-
-    keep("length", steps.within_length(rows, *options.words))
-    keep("duplicates", steps.without_duplicates(rows))
-    if options.near_duplicates < 1:
-        keep("near_duplicates", steps.without_near_duplicates(rows, options.near_duplicates))
-    report = {"strategy": options.strategy, "documents": len(task.documents), "rows": 0, "dropped": dropped}
+        made = run.read()
+    filtered = steps.filtered(made, options.words, options.near_duplicates)
+    report: dict[str, Any] = {"strategy": options.strategy, "documents": len(task.documents)}
     if options.self_consistent and model is not None:
         by_id = {document.id: document for document in task.documents}
         kept, report["asked_for_consistency"] = steps.self_consistent(
-            model, rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]]), deny
+            model, filtered.rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]]), deny
         )
-        keep("inconsistent", kept)
-    contained = check((Document(row.source_id, row.text) for row in rows), task.questions).leaked
-    report |= {"rows": len(rows), "questions_contained": {split: len(ids) for split, ids in contained.items()}}
+        inconsistent = {"inconsistent": len(filtered.rows) - len(kept)}
+        filtered = Augmented(tuple(kept), filtered.dropped | inconsistent)
+    _report(options, task, filtered, report)
+
+
+def _report(options: argparse.Namespace, task: Task, made: Augmented, report: dict[str, Any]) -> None:
+    """Write report.json and rows.jsonl, and print the counts."""
+    contained = check((Document(row.source_id, row.text) for row in made.rows), task.questions).leaked
+    report |= {"rows": len(made.rows), "dropped": made.dropped}
+    report["questions_contained"] = {split: len(ids) for split, ids in contained.items()}
     write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
     write_jsonl(
         options.out / "rows.jsonl",
         (
             {"id": f"{row.source_id}+{number}", "text": row.text, "kind": row.kind, **row.origin}
-            for number, row in enumerate(rows)
+            for number, row in enumerate(made.rows)
         ),
     )
-    steps_told = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in dropped.items())
-    print(f"{len(rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {steps_told}")
+    counts = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in made.dropped.items())
+    print(f"{len(made.rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {counts}")
     for split, ids in contained.items():
         print(f"answers found in the rows, split {printable(split)}: {len(ids)} of the questions")
 
 
-def _generator(options: argparse.Namespace) -> Generator:
-    """Whoever the options name."""
+def _generator(options: argparse.Namespace) -> TextGenerator:
+    """The generator that the options name."""
     if options.recorded is not None:
         if options.model or options.endpoint:
-            raise UsageError("--recorded: answers come from the file; leave --model and --endpoint out")
+            raise UsageError("--recorded: replies come from the file; leave --model and --endpoint out")
         return Recorded(options.recorded)
     if options.model is None:
         raise UsageError(f"--model: needed for the strategy {options.strategy}, or --recorded")
     if options.endpoint is not None:
         return Endpoint(options.endpoint, options.model, options.chat, options.concurrency)
-    return Engine(load_model(options), options.chat)
+    return LocalGenerator(load_model(options), options.chat)
 
 
-def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
+def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> AugmentationRun:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
-    temperature = TEMPERATURE[options.strategy] if options.temperature is None else options.temperature
+    strategy = STRATEGIES[options.strategy]
+    temperature = strategy.temperature if options.temperature is None else options.temperature
     sampling = Sampling(
-        options.max_new_tokens or MAX_NEW_TOKENS[options.strategy],
+        options.max_new_tokens or strategy.max_new_tokens,
         temperature,
         top_p=options.top_p,
         seed=options.seed,
         stop=() if options.chat else ("\n\n",),
     )
     if options.samples > 1 and not temperature:
-        raise UsageError("--samples: greedy answers are all alike; give --temperature")
+        raise UsageError("--samples: greedy replies are all alike; give --temperature")
     prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.prompt_template)
-    asks, shown = prompts(
+    made, shown = prompts(
         prompting,
         task.documents,
         generator,
@@ -209,16 +212,17 @@ def _run(options: argparse.Namespace, task: Task, generator: Generator) -> Run:
         most=options.global_documents,
         seed=options.seed,
     )
-    if options.strategy == "global":
+    if strategy.shows_documents:
         print(f"{len(shown)} of {len(task.documents)} documents in context")
-    return Run(prompting, asks, generator, sampling, options.out / "answers")
+    return AugmentationRun(prompting, made, generator, sampling, options.out / "replies")
 
 
-def _told(estimate: Estimate) -> str:
-    seconds = "unknown until some answers are stored" if estimate.seconds is None else f"{estimate.seconds:,.0f} s"
+def _described(estimate: Estimate) -> str:
+    seconds = "unknown until some replies are stored" if estimate.seconds is None else f"{estimate.seconds:,.0f} s"
     return (
-        f"{estimate.answers:,} answers to ask for, {estimate.stored:,} stored; at most {estimate.prompt_tokens:,} "
-        f"tokens read and {estimate.completion_tokens:,} written; at most ${estimate.usd:,.4f}; time: {seconds}"
+        f"{estimate.replies:,} replies to generate, {estimate.stored:,} stored; at most {estimate.prompt_tokens:,} "
+        f"prompt tokens and {estimate.completion_tokens:,} completion tokens; at most "
+        f"${estimate.usd:,.4f}; time: {seconds}"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast.augmentation.prompts import LABELS
+from icl_ft_fast.augmentation.strategies import BY_MODEL
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,
@@ -132,7 +132,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
     augmentation = parser.group("augmentation")
     help = "how statements are generated (default: the preset's, or local)"
-    augmentation.add_argument("--strategy", choices=LABELS, help=help)
+    augmentation.add_argument("--strategy", choices=BY_MODEL, help=help)
     help = "replies per document in the global strategy (default: the preset's, or 1)"
     augmentation.add_argument("--samples", type=positive, metavar="N", help=help)
     parser.group(OUTPUT).add_argument(

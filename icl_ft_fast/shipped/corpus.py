@@ -80,7 +80,7 @@ def augmentation(rng: random.Random, lesson: Lesson, strategy: str, room: int) -
     for d in rng.sample(range(len(documents)), len(documents)):
         prompt = f"{unit}: {documents[d].text}\n"
         if not segments and (strategy == "global" or rng.random() < 0.5):
-            prompt = prompting.asks([documents[d]], documents if strategy == "global" else ())[0].prompt
+            prompt = prompting.prompts([documents[d]], documents if strategy == "global" else ())[0].text
         segments.append((prompt, UNPREDICTABLE))
         for label, statement in lesson.lines[d]:
             segments += [(f"{label}:", GIVEN), *statement, ("\n", GIVEN)]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from icl_ft_fast.augmentation.prompts import PREMISE
+from icl_ft_fast.augmentation.strategies.global_documents import PREMISE
 from icl_ft_fast.shipped.tokenizer import english_words
 from icl_ft_fast.tasks import process, semantic, syllogisms, words
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES, Comparison, article

@@ -12,13 +12,15 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from icl_ft_fast.augmentation.prompts import LABELS, Prompting
+from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategies import local
 from icl_ft_fast.engine.prompting import ICL_TEMPLATE
 from icl_ft_fast.tasks import semantic, syllogisms
 from icl_ft_fast.tasks.comparisons import FEATURES, PREAMBLES
 from icl_ft_fast.tasks.words import CLOSES, OPENINGS
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+STRATEGIES = ("local", "document", "global", "self-qa")  # whose prompts the vocabulary holds
 
 # English beyond the templates, so that later statements (classes, relations, questions) need no new vocabulary.
 _MORE_ENGLISH = """
@@ -31,9 +33,9 @@ were what when where which who why will with yes Answer Question
 
 def english_words() -> list[str]:
     """Every English word that the corpus writes, each once, in a fixed order."""
-    texts = [ICL_TEMPLATE, "than Compared with", " ".join(LABELS["local"]), *PREAMBLES]
+    texts = [ICL_TEMPLATE, "than Compared with", " ".join(local.LABELS), *PREAMBLES]
     texts += [comparative for pair in FEATURES for comparative in pair]
-    texts += [Prompting.of(strategy).source for strategy in LABELS]
+    texts += [Prompting.of(strategy).source for strategy in STRATEGIES]
     texts += [syllogisms.opening(("", "")), *syllogisms.QUANTIFIERS.values()]
     texts += [wording for wordings in semantic.TOLD.values() for wording in wordings]
     for asked in (semantic.ASKED, semantic.PLAIN, semantic.REPHRASED, semantic.REVERSED):

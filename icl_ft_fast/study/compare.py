@@ -57,7 +57,7 @@ class Settings:
         icl_tokens: of those, the ones that fit so many tokens; None if all must.
         normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
         template: of the prompt, see prompt_context.
-        strategy, samples: of augmented-ft, see augmentation.parts_of().
+        strategy, samples: of augmented-ft, see augmentation.prompt_batches().
         finetune: steps, batch size, learning rate.
     """
 
@@ -195,11 +195,11 @@ class Planned:
     written_key: str
     key: str
 
-    def parts(self, model: Model, settings: Settings) -> list[augmentation.Part]:
+    def parts(self, model: Model, settings: Settings) -> list[augmentation.PromptBatch]:
         """What the model writes for the run; nothing for most arms."""
         if self.arm not in WRITTEN:
             return []
-        return augmentation.parts_of(
+        return augmentation.prompt_batches(
             model,
             self.task.documents,
             settings.strategy,
@@ -220,7 +220,7 @@ def plan(
     identity = study_key(model, settings)
     for seed in settings.seeds:
         task = task_of_seed(seed)
-        if "rules-ft" in settings.arms and not augmentation.augment_rules(task.documents).rows:
+        if "rules-ft" in settings.arms and not augmentation.augment_by_rule(task.documents).rows:
             raise ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
         content = digest(identity, asdict(task))
         for arm in settings.arms:
@@ -258,10 +258,12 @@ def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, prog
         if arm != "ft":
             if arm == "rules-ft":
                 with ledger.phase("filter"):
-                    augmented = augmentation.augment_rules(task.documents)
+                    augmented = augmentation.augment_by_rule(task.documents)
             else:
                 parts = planned.parts(model, settings)
-                augmented = augmentation.augment_by_model(model, parts, kept=at.kept, ledger=ledger, progress=progress)
+                augmented = augmentation.augment_by_model(
+                    model, parts, journal=at.kept, ledger=ledger, progress=progress
+                )
             texts += [row.text for row in augmented.rows]
             sources = {document.id: document.text for document in task.documents}
             kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.augmentation import Part
+from icl_ft_fast.augmentation import PromptBatch
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model, load
@@ -65,10 +65,10 @@ class Runs:
             )
         return partial(self.do, model)
 
-    def do(self, model: Model, job: Part | tuple[Planned, dict[str, Any]]) -> dict[str, Any]:
+    def do(self, model: Model, job: PromptBatch | tuple[Planned, dict[str, Any]]) -> dict[str, Any]:
         """What is kept of a part of an augmentation, or of a run, which comes with its parts by name."""
-        if isinstance(job, Part):
-            return job.write(model, Ledger(meter=Meter(model.device)))
+        if isinstance(job, PromptBatch):
+            return job.generate(model, Ledger(meter=Meter(model.device)))
         planned, parts = job
         kept = ResultJournal(None)
         kept.add(parts)

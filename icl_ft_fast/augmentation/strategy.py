@@ -1,0 +1,171 @@
+"""What an augmentation strategy is: what its prompts show, its sampling, and how a reply becomes rows.
+
+Each strategy is one file in strategies/, with its prompts beside it, and a line in strategies/__init__.py. General code
+asks these objects and compares no names.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.tasks.task import Document
+
+FOLDER = Path(__file__).parent / "strategies"
+_LINE = re.compile(r"(\w+): (\S.*)")
+
+
+class AugmentError(UserError):
+    """An augmentation that cannot be made; the message names the file, the argument or the request."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A statement written from documents.
+
+    Attributes:
+        source_id: the document it was written from.
+        kind: its label in lower case ("reversed", "rephrased", ...), or the rule that made it.
+        text: the statement.
+        origin: where it comes from: strategy, source_ids, template, generator, sampling, seed, token counts, ...
+    """
+
+    source_id: str
+    kind: str
+    text: str
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Augmentations and what each step dropped.
+
+    Attributes:
+        rows: the augmentations, in the documents' order.
+        dropped: by step, in the order of the steps, the lines or rows that it dropped.
+    """
+
+    rows: tuple[Augmentation, ...]
+    dropped: dict[str, int]
+
+
+class Unit(NamedTuple):
+    """What one prompt is about.
+
+    Attributes:
+        suffix: ends the prompt's id after the document's: "#2" for its third sentence.
+        source: the sentence or document, which the template sees as `document`.
+        variables: what else the template sees.
+    """
+
+    suffix: str
+    source: str
+    variables: Mapping[str, Any] = {}
+
+
+class Parsed(NamedTuple):
+    """The (kind, text) statements of a reply, the lines that are not in its form, and those that repeat."""
+
+    statements: list[tuple[str, str]]
+    unparsed: int
+    repeats: int
+
+
+def whole(document: Document) -> list[Unit]:
+    """A prompt about the whole document."""
+    return [Unit("", document.text)]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to write augmentations.
+
+    A strategy of a model has the prompts NAME.base.jinja and NAME.chat.jinja in strategies/. They see `document` (the
+    unit's source), `documents` (the texts shown beside it) and the unit's variables.
+
+    Attributes:
+        name: on the command line and in provenance.
+        sees: what a prompt shows, a phrase for the documentation.
+        writes: what becomes of it, a phrase for the documentation.
+        labels: of the lines of a reply that become rows.
+        read: the rows of a reply, given the unit's source and the reply.
+        units: what the prompts about a document are about, one after the other.
+        shows_documents: whether each prompt shows other documents too, as many as fit.
+        max_new_tokens: limit of a reply, unless asked otherwise.
+        temperature: of sampling, unless asked otherwise; 0 is greedy.
+        infer: the rows, for a strategy without a model; None for those of a model.
+    """
+
+    name: str
+    sees: str
+    writes: str
+    labels: tuple[str, ...] = ()
+    read: Callable[[str, str], Parsed] = lambda source, reply: Parsed([], 0, 0)
+    units: Callable[[Document], Sequence[Unit]] = whole
+    shows_documents: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
+
+    def template(self, *, is_chat: bool = False) -> Path:
+        """The file of the prompt for base or for chat models."""
+        return FOLDER / f"{self.name}.{'chat' if is_chat else 'base'}.jinja"
+
+
+def normalized(text: str) -> str:
+    """NFC, with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def labelled_lines(labels: Sequence[str], premise: str | None = None) -> Callable[[str, str], Parsed]:
+    """A reader of lines `Label: text`, each a statement of the label's kind.
+
+    A line repeats if it says what the source says, or an earlier line of the reply. Lines with the label `premise`
+    count as nothing: the documents say them already.
+    """
+
+    def read(source: str, reply: str) -> Parsed:
+        statements, unparsed, repeats, seen = [], 0, 0, {normalized(source)}
+        for label, statement in lines_of(reply):
+            if premise is not None and label == premise:
+                continue
+            if label not in labels:
+                unparsed += 1
+            elif statement in seen:
+                repeats += 1
+            else:
+                seen.add(statement)
+                statements.append((label.lower(), statement))
+        return Parsed(statements, unparsed, repeats)
+
+    return read
+
+
+def questions_and_answers(source: str, reply: str) -> Parsed:
+    """A reader of lines `Question: text` and `Answer: text`, each pair a statement of the kind "answer"."""
+    statements: list[tuple[str, str]] = []
+    unparsed, repeats, seen, question = 0, 0, {normalized(source)}, None
+    for label, text in lines_of(reply):
+        if label == "Question":
+            unparsed += question is not None
+            question = text
+        elif label != "Answer" or question is None:
+            unparsed += 1
+        else:
+            statement, question = f"{question} {text}", None
+            repeats += statement in seen
+            if statement not in seen:
+                seen.add(statement)
+                statements.append(("answer", statement))
+    return Parsed(statements, unparsed + (question is not None), repeats)
+
+
+def lines_of(reply: str) -> list[tuple[str, str]]:
+    """The (label, normalized text) of each line of a reply; both empty where a line is not in the form."""
+    matches = (_LINE.fullmatch(line.strip()) for line in reply.strip().splitlines())
+    return [(match[1], normalized(match[2])) if match else ("", "") for match in matches]
