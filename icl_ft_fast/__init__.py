@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.score import loglikelihood as loglikelihood
     from icl_ft_fast.engine.score import score as score
     from icl_ft_fast.finetuning.data import Example as Example
+    from icl_ft_fast.finetuning.data import read_examples as read_examples
     from icl_ft_fast.finetuning.run import Finetuned as Finetuned
     from icl_ft_fast.finetuning.run import finetune as finetune
     from icl_ft_fast.finetuning.settings import FinetuneError as FinetuneError
     from icl_ft_fast.finetuning.settings import FinetuneSettings as FinetuneSettings
     from icl_ft_fast.finetuning.settings import LoraSettings as LoraSettings
+    from icl_ft_fast.finetuning.settings import RunOptions as RunOptions
     from icl_ft_fast.runtime.errors import UserError as UserError
     from icl_ft_fast.tasks.task import Document as Document
     from icl_ft_fast.tasks.task import Question as Question
@@ -49,9 +51,9 @@ _NAMES = {
     "engine.ledger": "Ledger",
     "engine.model": "Model ModelError load",
     "engine.score": "LogLikelihood Score ScoreError iter_scores loglikelihood score",
-    "finetuning.data": "Example",
+    "finetuning.data": "Example read_examples",
     "finetuning.run": "Finetuned finetune",
-    "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings",
+    "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings RunOptions",
     "runtime.errors": "UserError",
     "tasks.task": "Document Question Task TaskError",
 }

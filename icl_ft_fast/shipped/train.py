@@ -129,7 +129,7 @@ def _encoded(
 
 
 def accuracies(folder: Path) -> dict[str, float]:
-    """In-context accuracy of the model in `folder` on each split of each small task, of a seed kept for this."""
+    """In-context accuracy of the model in `folder` on each split of each small task, of a seed reserved for this."""
     model = load(folder, self_check=False)
     found: dict[str, float] = {}
     for name in TASKS:
