@@ -174,6 +174,60 @@ def test_line_budget():
     assert sum(counts.values()) <= BUDGET, f"{sum(counts.values())} lines of code, budget {BUDGET}: {report}, ..."
 
 
+# What may be longer than MOST_LINES or take more than MOST_PARAMETERS, and why. A room stands for all of its functions.
+MOST_LINES, MOST_PARAMETERS = 90, 8
+LONG = {"ops.triton.trie_attention._backward_kv": "a Triton kernel, which calls no function that holds state"}
+WIDE = {
+    "ops.triton": "kernels and their launchers take tensors, strides and sizes one by one",
+    "ops.cpu": "the native functions' arguments",
+    "ops.reference": "the signatures of the torch.library schemas",
+    "engine.model._trie_attention": "the signature of transformers' attention interface",
+    "integrations.lm_eval.IclFtFastLM.__init__": "lm-evaluation-harness passes --model_args as parameters",
+    "integrations.inspect_ai.IclFtFastAPI.__init__": "Inspect AI passes -M as parameters",
+}
+NOT_YET = {
+    "engine.memory.fit",
+    "engine.model.load",
+    "engine.score._forward",
+    "engine.forward.load",
+    "engine.loading.load",
+    "study.compare.compare",
+}
+
+
+def functions(tree, prefix):
+    """(dotted name, node) of every function in a tree, methods and inner functions included."""
+    for node in ast.iter_child_nodes(tree):
+        name = f"{prefix}.{node.name}" if hasattr(node, "name") else prefix
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node
+        yield from functions(node, name)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_are_short_and_take_few_parameters(module):
+    for name, node in functions(TREES[module], module):
+        given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        parameters = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
+        lines = node.end_lineno - node.lineno + 1
+        assert lines <= MOST_LINES or name in LONG or name in NOT_YET, f"{name}: {lines} lines"
+        known = name in WIDE or room(module) in WIDE or module in WIDE or name in NOT_YET
+        assert len(parameters) <= MOST_PARAMETERS or known, f"{name}: {len(parameters)} parameters: {parameters}"
+
+
+SHARED_NAMES = {"Answer", "Engine", "Generation", "Part", "Run", "Settings", "Written"}  # not one class a name yet
+
+
+def test_one_class_a_name():
+    homes = {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    doubles = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert doubles.keys() <= SHARED_NAMES, doubles
+
+
 def test_no_drawer_for_everything():
     generated = {"build", "out", "node_modules"}
     for folder, folders, files in os.walk(ROOT):
