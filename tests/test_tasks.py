@@ -59,7 +59,7 @@ def test_files_are_legible(tmp_path):
     assert documents == '{"id": "d", "text": "naïve 日本語", "topic": null}\n'
     assert questions == (
         '{"id": "q", "prompt": "ß ", "choices": ["ü"], "answer": null, "split": "test", '
-        '"topic": null, "form": null, "also_correct": []}\n'
+        '"topic": null, "form": null, "also_correct": [], "document": null}\n'
     )
 
 

@@ -237,6 +237,7 @@ def _with_wrong_choices(drafts: Sequence[_Draft], seed: int) -> list[tuple[_Draf
                 tuple(f" {choice}" for choice in choices),
                 choices.index(draft.answer),
                 topic=draft.document.id,
+                document=draft.document.id,
             )
             made.append((draft, question))
     return made

@@ -1,8 +1,8 @@
 """A task: documents and multiple-choice questions about them, read from and written to JSON lines.
 
 documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id", "prompt", "choices"} and perhaps
-"answer" (the index of the correct choice), "split" ("test" unless given), "topic", "form" and "also_correct"; other
-fields are ignored.
+"answer" (the index of the correct choice), "split" ("test" unless given), "topic", "form", "also_correct" and
+"document"; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Question:
         topic: questions of one topic rest on the same facts, so statistics count them as one witness.
         form: a finer kind within the split, such as a syllogism's figure.
         also_correct: indices of further choices that are as true as the answer ("no X are Y", "no Y are X").
+        document: id of the document that answers it, None if unknown.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Question:
     topic: str | None = None
     form: str | None = None
     also_correct: tuple[int, ...] = ()
+    document: str | None = None
 
     @property
     def correct(self) -> tuple[int, ...]:
@@ -247,4 +249,5 @@ def question_of(where: str, row: dict[str, Any]) -> Question:
         optional_field(where, row, "topic"),
         optional_field(where, row, "form"),
         tuple(also),
+        optional_field(where, row, "document"),
     )
