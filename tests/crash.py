@@ -32,7 +32,7 @@ from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
 from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.runtime.durable import Journal, ResultJournal
-from icl_ft_fast.study import sweep
+from icl_ft_fast.study import compare, sweep
 from icl_ft_fast.study.results import read_results, unmeasured
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
@@ -66,7 +66,7 @@ def prepare(model: Model, folder: Path) -> None:
     for command in (cli.compare, cli.augment, cli.score):
         command.load_model = lambda _: model
     cli.finetune.load = lambda *_, **__: model
-    cli.compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
+    compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
     Prompting.of = partial(short, Prompting.of)
@@ -164,7 +164,7 @@ def readable(command: str, out: Path) -> None:
     if command == "compare" and (out / "results.json").exists():
         read_results(out / "results.json")
     if command == "compare":
-        ResultJournal(out / "kept.jsonl")
+        ResultJournal(out / "journal.jsonl")
     for checkpoint in out.glob("checkpoint-*"):
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=checkpoint, check=True)
 

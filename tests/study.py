@@ -19,7 +19,7 @@ from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import Parsed
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.finetuning import run as finetune_run
-from icl_ft_fast.study import runs, sweep
+from icl_ft_fast.study import compare, sweep, workers
 
 MARKS = Path(sys.argv[1] if len(sys.argv) > 1 else "")
 MORTAL = "augmented-ft 1"
@@ -28,7 +28,7 @@ STEP = finetune_run.train_step
 
 def prepare(patch):
     """Cut short, by a function like setattr."""
-    patch(cli.compare, "ceilings", lambda *_: Ceilings("float32", 1.0, 1.0))
+    patch(compare, "ceilings", lambda *_: Ceilings("float32", 1.0, 1.0))
     patch(sweep, "LENGTHS", ())
     patch(sweep, "sweep", partial(sweep.sweep, rounds=1, batches=(1,)))
     patch(LocalGenerator, "prompts_per_call", 2)  # two calls for three documents
@@ -55,16 +55,16 @@ def deadly(*arguments):
     return STEP(*arguments)
 
 
-class Mortal(runs.Runs):
+class Mortal(workers.StudyWorkers):
     """Workers that note what they begin."""
 
     def __call__(self):
-        """See Runs."""
+        """See StudyWorkers."""
         prepare(setattr)
         return super().__call__()
 
     def do(self, model, job):
-        """See Runs."""
+        """See StudyWorkers."""
         what = job.name if isinstance(job, PromptBatch) else f"{job[0].arm} {job[0].seed}"
         note("begun", f"{what}\n")
         note(str(os.getpid()), "")
@@ -76,5 +76,5 @@ class Mortal(runs.Runs):
 
 if __name__ == "__main__":
     prepare(setattr)
-    runs.Runs = Mortal
+    workers.StudyWorkers = Mortal
     sys.exit(cli.main(sys.argv[2:]))

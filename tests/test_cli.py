@@ -26,6 +26,7 @@ from icl_ft_fast.engine.score import loglikelihood, score
 from icl_ft_fast.finetuning import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
+from icl_ft_fast.study import compare
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -67,7 +68,7 @@ def pairs(options):
 @pytest.fixture(autouse=True)
 def _ceilings_measured_once(monkeypatch):
     """Every comparison measures the machine; here the first does."""
-    monkeypatch.setattr(cli.compare, "ceilings", CEILINGS)
+    monkeypatch.setattr(compare, "ceilings", CEILINGS)
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def test_what_the_system_refuses_is_one_line_too(files, refused, monkeypatch):
     def full(path, results):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(cli.compare.compare, "write_results", full)
+    monkeypatch.setattr(compare, "write_results", full)
     path, then = files.folder / "run" / "results.json", "free some space and run the same command again"
     assert refused(files.compare()) == f"{path}: No space left on device; {then}"
 
@@ -666,7 +667,7 @@ def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run)
     assert first["context_documents"] + first["left_out_documents"] == 69
     assert first["context_documents"] >= 1
     assert runs[0]["answers"] != runs[1]["answers"]  # the documents come in another order
-    assert [line for line in printed if line.endswith(" more did not fit its --icl-tokens.")]
+    assert [line for line in printed if line.endswith(" more did not fit --icl-tokens.")]
     results = json.loads((files.folder / "run" / "results.json").read_text())
     assert results["settings"]["icl_tokens"] == 150
     assert results["settings"]["finetune"]["splitting"] == "independent"  # the paper's preset
@@ -680,7 +681,7 @@ def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
     prices = files.folder / "prices.json"
     prices.write_text(PRICES)
     monkeypatch.setenv("NO_COLOR", "1")
-    volume = {"queries_per_day": 100, "days": 7, "prices": prices, "within": 100}
+    volume = {"queries_per_day": 100, "days": 7, "prices": prices, "tolerance": 100}
     code, printed, errors = run(files.compare(**BARE, **volume))
     assert (code, errors) == (0, [])
     text = "\n".join(printed)
@@ -697,7 +698,7 @@ def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
         assert refused(files.compare("--overwrite", **BARE, **volume | {option: value})) == message
     prices.write_text("{}")
     assert refused(files.compare("--overwrite", **BARE, **volume)).startswith(f"{prices}: currency: Field required")
-    assert refused(["report", str(prices)]) == f"{prices}: schema_version: expected 1 to 3, got None"
+    assert refused(["report", str(prices)]) == f"{prices}: schema_version: expected 3 or 4, got None"
 
 
 def test_machines_get_json(files, run):
@@ -705,10 +706,10 @@ def test_machines_get_json(files, run):
     assert (code, errors, len(printed)) == (0, [], 1)
     summary = json.loads(printed[0], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert summary["accuracy"].keys() == {"base", "icl", "ft"}
-    assert summary["costs"]["seconds"].keys() == {"base", "ICL", "ICL kept", "ICL from file", "fine-tuned"}
+    assert summary["costs"]["seconds"].keys() == {"base", "ICL", "ICL cached", "ICL from file", "fine-tuned"}
     assert summary["decision"]["queries"] == 300
     assert {(row["way"], row["rival"]) for row in summary["break_even"]} == {
-        ("fine-tuned", rival) for rival in ("ICL", "ICL kept", "ICL from file")
+        ("fine-tuned", rival) for rival in ("ICL", "ICL cached", "ICL from file")
     }
     (told,) = run(files.score("--json"))[1]
     assert json.loads(told)["known"] == 2

@@ -23,11 +23,11 @@ from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_cont
 from icl_ft_fast.engine.score import prefill, score
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.report import table
-from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
-from icl_ft_fast.study import compare, sweep
+from icl_ft_fast.study import arms, compare, sweep
+from icl_ft_fast.study import runs as study_runs
 from icl_ft_fast.study.amortise import break_even
-from icl_ft_fast.study.compare import ARMS, Paired, Run, Settings, as_json, paired_tests, write_results
 from icl_ft_fast.study.evaluate import (
     NORMALIZATIONS,
     Accuracy,
@@ -39,13 +39,18 @@ from icl_ft_fast.study.evaluate import (
     fit_documents,
     select_documents,
 )
-from icl_ft_fast.study.results import Results, read_results, unmeasured
+from icl_ft_fast.study.paired import Paired, paired_tests
+from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.results import Results, Setting, as_json, read_results, unmeasured, write_results
+from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.study.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
 
 TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
-SETTINGS = Settings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1, finetune=TRAINING)
+ARMS = arms.NAMES
+ARM_TITLES = {arm.name: arm.title for arm in arms.ARMS}
+SETTINGS = StudySettings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1, finetune=TRAINING)
 
 
 def task_of_seed(seed):
@@ -53,11 +58,18 @@ def task_of_seed(seed):
     return simple_reversals(seed, num_facts=2, num_articles=2)
 
 
+def runs_of(model, task_of_seed, settings, journal=None, store=None, on_run=None):
+    """The runs of a study without its costs."""
+    workspace = arms.Workspace(journal or ResultJournal(None), store=store)
+    planned = study_runs.plan(model, task_of_seed, settings, workspace.journal, has_store=store is not None)
+    return study_runs.make_runs(model, planned, settings, workspace, on_run=on_run)
+
+
 @pytest.fixture(scope="module")
 def runs(llama):
     """Two arms under two seeds, and what on_run was told."""
     told = []
-    result = compare.compare(llama, task_of_seed, SETTINGS, on_run=told.append)
+    result = runs_of(llama, task_of_seed, SETTINGS, on_run=told.append)
     assert told == result
     return result
 
@@ -81,13 +93,13 @@ def test_the_icl_arm_is_the_documents_in_context(llama, runs):
 
         pairs = [(context + question.prompt, choice) for question in task.questions for choice in question.choices]
         requests = [before + after for before, after in encoding.encode_pairs(llama.tokenizer, pairs)]
-        assert run.query_tokens == sum(map(len, requests)) / 4
+        assert run.query_request_tokens == sum(map(len, requests)) / 4
         assert run.counts["request_tokens"] == sum(map(len, requests))
         rows = {tuple(request[:n]) for request in requests for n in range(1, len(request))}
         shared = encoding.encode(llama.tokenizer, [context.rstrip()])[0]
         assert run.counts["forwarded_tokens"] == len(rows)
         assert (
-            abs(run.query_rows * 4 - (len(rows) - len(shared))) <= 1
+            abs(run.query_forwarded_tokens * 4 - (len(rows) - len(shared))) <= 1
         )  # the prefill forwards a token after the context
 
 
@@ -111,14 +123,14 @@ def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
         assert run.losses == tuned.losses
         assert [sample.text for sample in run.samples] == [row.text for row in written.rows]
         assert {sample.source for sample in run.samples} <= {document.text for document in task.documents}
-        assert run.query_rows * 4 == run.counts["forwarded_tokens"]
+        assert run.query_forwarded_tokens * 4 == run.counts["forwarded_tokens"]
 
 
 def test_the_plain_arms(llama):
     before = {name: parameter.clone() for name, parameter in llama.network.named_parameters()}
     settings = replace(SETTINGS, arms=("base", "ft"), seeds=(3,))
     task = task_of_seed(3)
-    base, tuned = compare.compare(llama, lambda _: task, settings)
+    base, tuned = runs_of(llama, lambda _: task, settings)
     assert base.accuracy == evaluate(llama, task.questions)
     assert (base.setup_s, base.notes, base.counts["phases"].keys()) == (0.0, {}, {"tokenise", "query"})
     expected = finetune(llama, [document.text for document in task.documents], TRAINING, seed=3)
@@ -133,10 +145,10 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
         with ledger.phase("filter"):
             return augment_by_rule(task.documents)
 
-    monkeypatch.setattr(compare.augmentation, "augment_by_model", by_rule)
+    monkeypatch.setattr(arms.augmentation, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
-    _, augmented, distilled = compare.compare(llama, lambda _: task, settings)
+    _, augmented, distilled = runs_of(llama, lambda _: task, settings)
     rows = augment_by_rule(task.documents).rows
     texts = [document.text for document in task.documents] + [row.text for row in rows]
     context = prompt_context(llama, select_documents(task.documents, 3, per_topic=1))
@@ -151,20 +163,20 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
 
 def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypatch):
     settings, path = replace(SETTINGS, arms=("base", "icl"), seeds=(3,)), tmp_path / "kept.jsonl"
-    first = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(path))
-    costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=ResultJournal(path))
-    make_run, done = compare.make_run, []
+    first = runs_of(llama, task_of_seed, settings, journal=ResultJournal(path))
+    costs = compare.measure(llama, task_of_seed(3), settings, seconds=0.01, journal=ResultJournal(path))
+    make_run, done = study_runs.make_run, []
 
     def making(model, planned, *arguments, **named):
         done.append(planned.arm)
         return make_run(model, planned, *arguments, **named)
 
-    monkeypatch.setattr(compare, "make_run", making)
-    assert compare.compare(llama, task_of_seed, settings, kept=ResultJournal(path)) == first
-    assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, kept=ResultJournal(path)) == costs
+    monkeypatch.setattr(study_runs, "make_run", making)
+    assert runs_of(llama, task_of_seed, settings, journal=ResultJournal(path)) == first
+    assert compare.measure(llama, task_of_seed(3), settings, seconds=0.01, journal=ResultJournal(path)) == costs
     assert done == []
     more = replace(settings, arms=("ft", "icl", "base"))
-    assert compare.compare(llama, task_of_seed, more, kept=ResultJournal(path))[1:] == first[::-1]
+    assert runs_of(llama, task_of_seed, more, journal=ResultJournal(path))[1:] == first[::-1]
     assert done == ["ft"]
     task = task_of_seed(3)
     another = replace(task, questions=(*task.questions[:-1], replace(task.questions[-1], prompt="other")))
@@ -176,13 +188,13 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
     ]
     for other in others:
         done.clear()
-        compare.compare(*other, kept=ResultJournal(path))
+        runs_of(*other, journal=ResultJournal(path))
         assert done == ["base", "icl"]
 
 
 def test_a_store_saves_reading_the_context_and_changes_no_answer(llama, tmp_path):
     def run(seeds, store):
-        return compare.compare(llama, task_of_seed, replace(SETTINGS, arms=("icl",), seeds=seeds), store=store)
+        return runs_of(llama, task_of_seed, replace(SETTINGS, arms=("icl",), seeds=seeds), store=store)
 
     run((0,), ContextStore(tmp_path / "a", llama, 10**9))
     (file,) = (tmp_path / "a").glob("*.safetensors")
@@ -203,26 +215,26 @@ def test_a_store_saves_reading_the_context_and_changes_no_answer(llama, tmp_path
 
 def test_what_a_kill_left_in_the_store_is_not_counted_as_found(llama, tmp_path):
     settings, store = replace(SETTINGS, arms=("icl",), seeds=(0,)), ContextStore(tmp_path / "store", llama, 10**9)
-    whole = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "a"), store=store)[0]
+    whole = runs_of(llama, task_of_seed, settings, journal=ResultJournal(tmp_path / "a"), store=store)[0]
     store = ContextStore(tmp_path / "another", llama, 10**9)
-    compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "b"), store=store)
+    runs_of(llama, task_of_seed, settings, journal=ResultJournal(tmp_path / "b"), store=store)
     lines = (tmp_path / "b").read_bytes().splitlines(keepends=True)
     assert len(lines) == 2  # how much the store held, then the run
     (tmp_path / "b").write_bytes(lines[0])
-    resumed = compare.compare(llama, task_of_seed, settings, kept=ResultJournal(tmp_path / "b"), store=store)[0]
+    resumed = runs_of(llama, task_of_seed, settings, journal=ResultJournal(tmp_path / "b"), store=store)[0]
     assert unmeasured(asdict(resumed)) == unmeasured(asdict(whole))
 
 
 def test_an_unknown_arm(llama):
     with pytest.raises(ValueError, match=r"^arms: expected some of base, icl, .*, got 'lora'$"):
-        compare.compare(llama, task_of_seed, Settings(arms=("base", "lora")))
+        runs_of(llama, task_of_seed, StudySettings(arms=("base", "lora")))
 
 
 def test_results_json(llama, runs, tmp_path):
     path = tmp_path / "new" / "results.json"
-    write_results(path, as_json(llama, "a task", SETTINGS, runs[:1]))
+    write_results(path, as_json(Setting(llama, "a task", SETTINGS), runs[:1]))
     costs = sweep.Sweep(3, (sweep.Point(3, 1, (0.5,), (0.25,)),))
-    write_results(path, as_json(llama, "a task", SETTINGS, runs, costs=costs))
+    write_results(path, as_json(Setting(llama, "a task", SETTINGS), runs, costs=costs))
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
     def no_constants(name):
@@ -231,7 +243,7 @@ def test_results_json(llama, runs, tmp_path):
     results = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constants)
     assert results.keys() == {field.name for field in fields(Results)} | {"checksum"}
     assert (results["schema_version"], results["task"], results["model"]) == (
-        3,
+        4,
         "a task",
         "/".join(Path(llama.name).parts[-2:]),
     )
@@ -255,7 +267,7 @@ def test_results_json(llama, runs, tmp_path):
     for written, run in zip(results["runs"], runs, strict=True):
         assert written.keys() == {field.name for field in fields(Run)}
         assert written["accuracy"]["reversal"] == {"correct": run.accuracy["reversal"].correct, "total": 2}
-        for name in ("arm", "seed", "setup_s", "query_s", "query_tokens", "query_rows", "counts"):
+        for name in ("arm", "seed", "setup_s", "query_s", "query_request_tokens", "query_forwarded_tokens", "counts"):
             assert written[name] == getattr(run, name), name
     read = read_results(path)
     assert read.sweep == costs
@@ -344,8 +356,8 @@ def run_of(arm, seed=0, scale=1.0, **accuracy):
         answers=(),
         setup_s=111.0 * scale * (len(seconds) > 1),
         query_s=0.002 * scale,
-        query_tokens=1234 * scale,
-        query_rows=12.5,
+        query_request_tokens=1234 * scale,
+        query_forwarded_tokens=12.5,
         counts={"phases": {name: {"wall_s": value} for name, value in seconds.items()}},
         notes={},
     )
@@ -365,7 +377,7 @@ COSTS = sweep.Sweep(
 
 def derived(runs, costs=COSTS, **settings):
     """What the tables are made from."""
-    results = Results(3, "model", 1, "task", {}, {}, costs, tuple(runs))
+    results = Results(4, "model", 1, "task", {}, {}, costs, tuple(runs))
     return Derived(results, "study", **settings)
 
 
@@ -391,7 +403,7 @@ def test_the_table_names_every_arm_within_80_columns(runs):
         text = printed(some_runs)
         assert max(map(len, text.splitlines())) <= 80
         assert "…" not in text
-        for name in ("reversal", "trained", "train s", "tokens", "pays from"):
+        for name in ("reversal", "trained", "train s", "tokens", "break-even"):
             assert name in text
         for run in some_runs:
             assert len(cells(text, run.arm)) == 1 + (run.arm in TRAINED), run.arm  # accuracy, and what pays
@@ -436,7 +448,7 @@ def test_break_even_is_told_from_break_even_at_equal_accuracy():
     for way in ("fine-tuned", "distilled"):
         for batch, evens in study.sensitivity_to_batch(way, (1, math.inf)):
             ways = study.ways("seconds", batch=batch)
-            rivals = [ways["ICL"].line, ways["ICL kept"].line]  # read for each batch, and never again
+            rivals = [ways["ICL"].line, ways["ICL cached"].line]  # read for each batch, and never again
             assert evens == [break_even(ways[way].line, rival) for rival in rivals]
 
 
@@ -444,7 +456,7 @@ def test_all_arms_and_five_splits_stay_apart_within_80_columns():
     text = printed([run_of(arm, **{f"split{i}": (i, 5) for i in range(5)}) for arm in ARMS])
     assert max(map(len, text.splitlines())) <= 80
     lines = text.splitlines()
-    heads = [i for i, line in enumerate(lines) if line.lstrip().startswith(("split0", "1 seed(s)", "pays from"))]
+    heads = [i for i, line in enumerate(lines) if line.lstrip().startswith(("split0", "1 seed(s)", "break-even"))]
     assert len(heads) >= 3
     assert all(not lines[i - 1].strip() for i in heads[1:])
 
@@ -474,7 +486,7 @@ def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
 
 def test_without_measured_costs_there_is_no_break_even():
     text = printed([run_of("icl", x=(1, 1)), run_of("ft", x=(1, 1))], costs=sweep.Sweep())
-    assert "pays from" not in text
+    assert "break-even" not in text
     assert cells(text, "ft") == [(["1.000", "12.3", "1,234", "-"], ["0.21-1.00", "98.7", "-", "-"])]
 
 
@@ -502,7 +514,7 @@ def test_nothing_is_cut_or_read_as_markup():
 def test_a_task_without_answers_has_a_table_of_costs(llama):
     task = task_of_seed(0)
     unanswered = replace(task, questions=tuple(replace(question, answer=None) for question in task.questions))
-    (run,) = compare.compare(llama, lambda _: unanswered, replace(SETTINGS, arms=("base",), seeds=(0,)))
+    (run,) = runs_of(llama, lambda _: unanswered, replace(SETTINGS, arms=("base",), seeds=(0,)))
     assert run.accuracy == {}
     assert "base" in printed([run])
 
@@ -565,7 +577,7 @@ def test_many_splits_and_forms_stay_within_80_columns():
 def test_rules_need_something_that_they_know(llama):
     task = replace(task_of_seed(0), documents=(Document("d", "who knows why"),))
     with pytest.raises(ProtocolError, match=r"^arms: rules-ft: no document states a comparison"):
-        compare.compare(llama, lambda _: task, SETTINGS)
+        runs_of(llama, lambda _: task, SETTINGS)
 
 
 def test_answers_are_kept_with_their_questions(llama, runs):

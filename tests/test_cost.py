@@ -285,7 +285,7 @@ def test_a_fit_finds_a_polynomial_and_shows_what_it_misses():
 WAYS = [
     Way("base", 0.5, Line(0, 0, 1)),
     Way("ICL", 0.96, Line(0, 3, 1, 1)),
-    Way("ICL kept", 0.96, Line(0, 3, 1, 100)),
+    Way("ICL cached", 0.96, Line(0, 3, 1, 100)),
     Way("tuned", 0.95, Line(1000, 0, 1)),
     Way("poor", 0.7, Line(10, 0, 1)),
 ]
@@ -294,9 +294,9 @@ WAYS = [
 @pytest.mark.parametrize(
     ("queries", "points", "chosen"),
     [
-        (10, 2, "ICL kept"),
+        (10, 2, "ICL cached"),
         (1e6, 2, "tuned"),
-        (1e6, 0.5, "ICL kept"),
+        (1e6, 0.5, "ICL cached"),
         (1e6, 50, "base"),
     ],
 )
@@ -313,7 +313,9 @@ def test_the_decision_is_the_cheapest_accurate_way(queries, points, chosen):
 
 def test_what_would_change_the_decision():
     decision = decide(WAYS, 1e6, 2)
-    assert [(round(n), way.name) for n, way in decision.switches] == [(1, "ICL"), (1, "ICL kept"), (33333, "tuned")][1:]
+    assert [(round(n), way.name) for n, way in decision.switches] == [(1, "ICL"), (1, "ICL cached"), (33333, "tuned")][
+        1:
+    ]
     assert [(round(gap), way.name) for gap, way in decision.tolerances] == [(26, "poor"), (46, "base")]
 
 

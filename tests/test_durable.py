@@ -225,9 +225,9 @@ def test_the_second_run_on_one_folder_is_refused(command, task, tmp_path, llama_
 
 
 def test_a_damaged_file_of_a_comparison_is_named(task, tmp_path, capsys):
-    (tmp_path / "kept.jsonl").write_text('{"check": "0", "row": {"key": "a", "value": 1}}\n')
+    (tmp_path / "journal.jsonl").write_text('{"check": "0", "row": {"key": "a", "value": 1}}\n')
     assert main(["compare", "--model", "none", "--task", str(task), "--out", str(tmp_path)]) == 2
-    where = f"icl-ft-fast compare: {tmp_path / 'kept.jsonl'}:1: damaged"
+    where = f"icl-ft-fast compare: {tmp_path / 'journal.jsonl'}:1: damaged"
     assert capsys.readouterr().err.startswith(f"{where}, or not written by icl-ft-fast; move the file away")
 
 

@@ -31,10 +31,11 @@ from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetuning import FinetuneSettings
-from icl_ft_fast.runtime.durable import DamagedError, LockedError, locked
+from icl_ft_fast.runtime.durable import DamagedError, LockedError, ResultJournal, locked
 from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, pull, run_journaled
-from icl_ft_fast.study import compare, runs
+from icl_ft_fast.study import runs, workers
 from icl_ft_fast.study.results import unmeasured
+from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import write_jsonl
 
@@ -510,7 +511,7 @@ def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path):
         assert {made["workers"] for made in json.loads((out / "results.json").read_bytes())["runs"]} == {2}
         assert "Arms were timed while 2 workers ran at once" in told
         assert told.count("Written to") == 1
-        assert sorted(path.name for path in out.iterdir()) == ["kept.jsonl", "results.json"]
+        assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "results.json"]
         begun = Counter((marks / "begun").read_text().splitlines())
         arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
         assert begun.keys() > arms
@@ -526,7 +527,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
     study.prepare(monkeypatch.setattr)
     assert main(command(tmp_path / "one", "--store", tmp_path / "store")) == 0
     (tmp_path / "store").rename(tmp_path / "store of one")
-    real, begun, made = runs.Runs.do, [], []
+    real, begun, made = workers.StudyWorkers.do, [], []
 
     def dies(self, model, job):
         begun.append(job)
@@ -540,27 +541,27 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
         free.close()
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
             patch.setenv(name, str(value))
-        patch.setattr(runs.Runs, "do", dies)
+        patch.setattr(workers.StudyWorkers, "do", dies)
         with pytest.raises(KilledError):
             main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
             assert main(command(out, "--store", tmp_path / "store")) == 2
     assert all(isinstance(job, PromptBatch) for job in begun[:4])
     assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
-    make_run = compare.make_run
+    make_run = runs.make_run
 
     def making(model, planned, *arguments, **named):
         made.append((planned.seed, planned.arm))
         return make_run(model, planned, *arguments, **named)
 
-    monkeypatch.setattr(compare, "make_run", making)
+    monkeypatch.setattr(runs, "make_run", making)
     monkeypatch.setattr(LocalGenerator, "replies", None)  # all is written
     assert main(command(out, "--store", tmp_path / "store")) == 0
     assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
         (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")
     ]
     assert unmeasured_bytes(out) == unmeasured_bytes(tmp_path / "one")
-    assert not (out / "parts").exists()
+    assert not (out / "workers").exists()
 
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
@@ -575,15 +576,16 @@ def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_pa
 
 
 def test_a_worker_on_another_kind_of_machine_is_refused(llama_directory, llama, tmp_path, monkeypatch):
-    settings = compare.Settings(("ft",), (0,), finetune=FinetuneSettings(steps=1, batch_size=1))
-    (planned,) = compare.plan(llama, partial(simple_reversals, num_facts=2, num_articles=2), settings)
-    here = compare.study_key(llama, settings)
-    elsewhere = runs.Runs(str(llama_directory), {}, here, settings, 2, tmp_path / "none", 60.0)
-    other = compare.fingerprint("cpu")
-    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"memory_bytes": 1})
+    settings = StudySettings(("ft",), (0,), finetune=FinetuneSettings(steps=1, batch_size=1))
+    task = partial(simple_reversals, num_facts=2, num_articles=2)
+    (planned,) = runs.plan(llama, task, settings, ResultJournal(None))
+    here = runs.study_key(llama, settings)
+    elsewhere = workers.StudyWorkers(str(llama_directory), {}, here, settings, 2, tmp_path / "none", 60.0)
+    other = runs.fingerprint("cpu")
+    monkeypatch.setattr(runs, "fingerprint", lambda device: other | {"memory_bytes": 1})
     assert elsewhere()((planned, {}))["workers"] == 2
     assert not list(tmp_path.iterdir())  # no checkpoint where the study's folder is not seen
-    monkeypatch.setattr(compare, "fingerprint", lambda device: other | {"threads": 99})
+    monkeypatch.setattr(runs, "fingerprint", lambda device: other | {"threads": 99})
     with pytest.raises(ExecutorError, match="its threads or the versions of libraries are not those of where the"):
         elsewhere()
 

@@ -16,10 +16,10 @@ from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.report.study import Study
-from icl_ft_fast.study.compare import Run, Sample
 from icl_ft_fast.study.evaluate import Answer, accuracies
 from icl_ft_fast.study.prices import Prices
-from icl_ft_fast.study.results import Asked, AskedUnder, Results
+from icl_ft_fast.study.records import Run, Sample
+from icl_ft_fast.study.results import AskedQuestion, QuestionsOfSeeds, Results
 from icl_ft_fast.study.sweep import Point, Sweep
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'&{{ 7*7 }}$x^2$"
@@ -89,14 +89,16 @@ def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"
                     (Sample(text, text, text),) if arm == "augmented-ft" else (),
                 )
             )
-    questions = tuple(Asked(f"q{i}", f"{text} {i} is", (f" {text} more", f" {text} less")) for i in range(number))
+    questions = tuple(
+        AskedQuestion(f"q{i}", f"{text} {i} is", (f" {text} more", f" {text} less")) for i in range(number)
+    )
     machine = {
         "processor": text,
         "versions": {"torch": "2"},
         "ceilings": {"dtype": "float32", "flops_per_s": 1e11, "bytes_per_s": 1e10},
     }
     return Results(
-        3,
+        4,
         text,
         1000,
         text,
@@ -105,14 +107,14 @@ def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"
         Sweep(700, POINTS),
         tuple(runs),
         4000,
-        (AskedUnder(tuple(seeds), questions),),
+        (QuestionsOfSeeds(tuple(seeds), questions),),
         {"phases": {"load": PHASE}},
     )
 
 
 @pytest.fixture(scope="module")
 def study():
-    return Derived(results_of(60), "a study", Prices(currency="EUR", machine_per_hour=2.0), reuse=1000.0)
+    return Derived(results_of(60), "a study", Prices(currency="EUR", machine_per_hour=2.0), cache_lifetime=1000.0)
 
 
 class Tags(html.parser.HTMLParser):
@@ -237,7 +239,7 @@ def test_what_an_old_file_lacks_is_left_out(study):
         runs=tuple(replace(run, answers=(), losses=(), samples=(), counts=phases) for run in study.results.runs),
     )
     text = page.render([Derived(bare, "old"), Derived(bare, "older")], 100.0)
-    assert "This results file keeps no answers." in text
+    assert "This results file has no answers." in text
     assert text.count("<svg") == 2  # accuracies
 
 
@@ -399,5 +401,5 @@ def test_a_page_of_a_hundred_thousand_questions_opens_in_two_seconds(browser, ma
 def test_a_study_without_training_has_no_table_of_break_evens(study):
     runs = tuple(run for run in study.results.runs if run.arm in ("base", "icl"))
     untrained = replace(study, results=replace(study.results, runs=runs))
-    assert "<caption>Break-even: queries" in page.render([study])
-    assert "<caption>Break-even: queries" not in page.render([untrained])
+    assert "<caption>Break-even: number of queries" in page.render([study])
+    assert "<caption>Break-even: number of queries" not in page.render([untrained])

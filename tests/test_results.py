@@ -1,17 +1,17 @@
-"""results.json: what is written reads back, older editions come up to date, bad ones are named."""
+"""results.json: what is written reads back, version 3 is converted, bad ones are named."""
 
 import copy
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.study.compare import write_results
-from icl_ft_fast.study.results import Results, ResultsError, read_results, unmeasured
+from icl_ft_fast.study.results import Results, ResultsError, read_results, unmeasured, write_results
 
 
 def run_of(arm, **more):
@@ -19,12 +19,12 @@ def run_of(arm, **more):
         "arm": arm,
         "seed": 0,
         "accuracy": {"test": {"correct": 30, "total": 40}},
+        "answers": [ANSWER],
         "setup_s": 0.0,
         "query_s": 0.02,
-        "query_tokens": 20.0,
-        "query_rows": 5.0,
-        "uncached_query_s": 0.1,
-        "counts": {"forwarded_tokens": 7, "seconds": {"query": 0.8}},
+        "query_request_tokens": 20.0,
+        "query_forwarded_tokens": 5.0,
+        "counts": {"forwarded_tokens": 7, "phases": {"query": {"wall_s": 0.8, "how": {}}}},
         "notes": {},
     } | more
 
@@ -38,26 +38,7 @@ ANSWER = {
     "probability": [0.75, 0.25],
     "correct": [0],
 }
-OLD = {
-    "schema_version": 1,
-    "model": "m",
-    "parameters": 9,
-    "task": "t",
-    "settings": {"seeds": [0]},
-    "machine": {"device": "cpu", "torch": "2.13"},
-    "runs": [
-        run_of("base"),
-        run_of(
-            "icl",
-            query_tokens=520.0,
-            setup_s=2.0,
-            uncached_query_s=2.5,
-            query_s=0.25,
-            counts={"forwarded_tokens": 500, "seconds": {"prefill": 2.0, "query": 10.0}},
-        ),
-        run_of("ft", setup_s=30.0, counts={"forwarded_tokens": 7, "seconds": {"train": 30.0, "query": 0.8}}),
-    ],
-}
+OLD = Path(__file__).parent / "data" / "results-3.json"  # three runs of a study that version 3 wrote
 
 
 @pytest.fixture
@@ -72,49 +53,71 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_older_editions_come_up_to_date(version, written):
-    old = copy.deepcopy(OLD) | {"schema_version": version}
-    if version == 2:
-        for run in old["runs"]:
-            run["answers"] = [ANSWER]
-    results = read_results(written(old))
-    assert results.schema_version == 3
-    assert [len(run.answers) for run in results.runs] == [version - 1] * 3
-    assert [run.setup_s for run in results.runs] == [0.0, 0.0, 30.0]  # reading is no longer part of it
-    assert results.runs[1].counts["phases"]["prefill"]["wall_s"] == 2.0
-    assert results.sweep.context_tokens == 500
-    costs = {(p.context_tokens, p.batch): (p.prefill_s, p.query_s) for p in results.sweep.points}
-    assert costs == {
-        (0, 1): ((), (0.1, 0.1)),
-        (0, 40): ((), (0.02, 0.02)),
-        (500, 1): ((2.0,), (0.5,)),
-        (500, 40): ((2.0,), (0.25,)),
+def test_version_3_is_converted():
+    old, results = json.loads(OLD.read_text()), read_results(OLD)
+    assert results.schema_version == 4
+    assert [run.arm for run in results.runs] == ["base", "icl", "augmented-ft"]
+    for run, before in zip(results.runs, old["runs"], strict=True):
+        assert run.query_request_tokens == before["query_tokens"]
+        assert run.query_forwarded_tokens == before["query_rows"]
+        assert run.setup_s == before["setup_s"]
+        assert [answer.is_correct for answer in run.answers] == [
+            a["predicted"] in a["correct"] for a in before["answers"]
+        ]
+        phases = before["counts"]["phases"]
+        assert {name: phase["forwarded_tokens"] for name, phase in run.counts["phases"].items()} == {
+            name: phase["forwarded_rows"] for name, phase in phases.items()
+        }
+        assert run.counts["cached_tokens"] == before["counts"]["reused_rows"]
+        assert run.counts["head_tokens"] == before["counts"]["head_rows"]
+    assert results.load["phases"]["load"]["wall_s"] == old["load"]["phases"]["load"]["wall_s"]
+    assert len(results.questions[0].questions) == 12
+    study = Derived.read(OLD)
+    assert list(study.resources) == ["seconds", "FLOPs"]
+    assert study.break_evens["seconds"].keys() == {
+        ("augmented", rival) for rival in ("ICL", "ICL cached", "ICL from file")
     }
-    evens = Derived(results, "old").break_evens["seconds"]
-    assert evens["fine-tuned", "ICL"].queries == pytest.approx(30 / (2.5 - 0.1))
-    assert evens["fine-tuned", "ICL kept"].queries == pytest.approx((30 - 2) / (0.5 - 0.1))
-    assert list(Derived(results, "old").resources) == ["seconds"]
 
 
 def spoiled(change):
-    found = copy.deepcopy(OLD)
+    found = copy.deepcopy(NEW)
     change(found)
     return found
+
+
+NEW = {
+    "schema_version": 4,
+    "model": "m",
+    "parameters": 9,
+    "task": "t",
+    "settings": {},
+    "machine": {"versions": {}},
+    "sweep": {"context_tokens": 5, "points": [{"context_tokens": 5, "batch": 1, "prefill_s": [2.0], "query_s": [0.5]}]},
+    "questions": [{"seeds": [0], "questions": [{"id": "q", "prompt": "p", "choices": ["a", "b"]}]}],
+    "runs": [
+        run_of(
+            "icl",
+            counts={"phases": {"query": {"wall_s": 0.8, "how": {}}}},
+            losses=[2.0],
+            samples=[{"source": "a", "kind": "b", "text": "c"}],
+        )
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
         ("nonsense", "not UTF-8 JSON: Expecting value"),
-        ([], "schema_version: expected 1 to 3, got None"),
-        ({"schema_version": 4}, "schema_version: expected 1 to 3, got 4"),
-        ({"schema_version": True}, "schema_version: expected 1 to 3, got True"),
-        ({"schema_version": 3}, "model: Field required (and "),
-        ({"schema_version": 2}, "not a results file of schema 2: KeyError('runs')"),
-        (spoiled(lambda f: f.update(runs=[])), "not a results file of schema 1: ValueError("),
-        (spoiled(lambda f: f.update(runs={"a": 1})), "not a results file of schema 1: TypeError("),
-        (spoiled(lambda f: f["runs"][1].update(seed="x")), "runs[1].seed: Input should be a valid integer"),
+        ([], "schema_version: expected 3 or 4, got None"),
+        ({"schema_version": 5}, "schema_version: expected 3 or 4, got 5"),
+        ({"schema_version": 2}, "schema_version: expected 3 or 4, got 2"),
+        ({"schema_version": True}, "schema_version: expected 3 or 4, got True"),
+        ({"schema_version": 4}, "model: Field required (and "),
+        ({"schema_version": 3}, "not a results file of schema 3: KeyError('runs')"),
+        ({"schema_version": 3, "runs": 7}, "not a results file of schema 3: TypeError("),
+        (spoiled(lambda f: f.update(runs=[])), "runs: Tuple should have at least 1 item"),
+        (spoiled(lambda f: f["runs"][0].update(seed="x")), "runs[0].seed: Input should be a valid integer"),
         (spoiled(lambda f: f["runs"][0].pop("notes")), "runs[0].notes: Field required"),
         (spoiled(lambda f: f.update(parameters=None)), "parameters: Input should be a valid integer"),
     ],
@@ -161,33 +164,14 @@ def test_what_is_left_when_measurements_go():
     assert "sweep" not in found
 
 
-NEW = {
-    "schema_version": 3,
-    "model": "m",
-    "parameters": 9,
-    "task": "t",
-    "settings": {},
-    "machine": {"versions": {}},
-    "sweep": {"context_tokens": 5, "points": [{"context_tokens": 5, "batch": 1, "prefill_s": [2.0], "query_s": [0.5]}]},
-    "questions": [{"seeds": [0], "questions": [{"id": "q", "prompt": "p", "choices": ["a", "b"]}]}],
-    "runs": [
-        run_of(
-            "icl",
-            counts={"phases": {"query": {"wall_s": 0.8, "how": {}}}},
-            answers=[ANSWER],
-            losses=[2.0],
-            samples=[{"source": "a", "kind": "b", "text": "c"}],
-        )
-    ],
-}
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
 JSON = st.recursive(SCALARS, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(), of, max_size=3))
 
 
 @st.composite
 def damaged(draw):
-    """A results file of any schema in which up to three values are others, or gone."""
-    found = copy.deepcopy(draw(st.sampled_from([OLD, OLD | {"schema_version": 2}, NEW])))
+    """A results file of either schema in which up to three values are others, or gone."""
+    found = copy.deepcopy(draw(st.sampled_from([json.loads(OLD.read_text()) | {"checksum": None}, NEW])))
     for _ in range(draw(st.integers(1, 3))):
         at, places = found, []
         while isinstance(at, dict | list) and at and (not places or draw(st.integers(0, 4))):
@@ -204,7 +188,7 @@ def damaged(draw):
 
 
 @given(JSON | damaged())
-@example(OLD | {"runs": [run_of("icl", query_tokens=math.inf), run_of("base")]})
+@example(NEW | {"runs": [run_of("icl", query_request_tokens=math.inf), run_of("base")]})
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_gives_results_or_an_error_that_names_the_file(written, found):
     path = written(found)

@@ -7,8 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,20 +26,18 @@ from icl_ft_fast.cli.options import (
     add_model_options,
     add_output_options,
     add_store_options,
-    alone,
     amount,
     arguments_digest,
+    check_new,
     command,
     executor_of,
     load_model,
     loading,
-    open_store,
     positive,
     show_progress,
 )
 from icl_ft_fast.cli.task import add_task_options, check_task_options, task_of_seed
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import SHIPPED, Model
 from icl_ft_fast.engine.prompting import ProtocolError, check_template
@@ -50,17 +46,17 @@ from icl_ft_fast.finetuning.settings import SCHEDULES
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
-from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
-from icl_ft_fast.runtime.executors import Executor, InProcess, follow
-from icl_ft_fast.study import compare, runs
+from icl_ft_fast.runtime.durable import replacing
+from icl_ft_fast.runtime.executors import Executor
 from icl_ft_fast.study.amortise import decide
+from icl_ft_fast.study.arms import NAMES
+from icl_ft_fast.study.compare import CHECKPOINT_S, MEASURE_S, RESULTS, StudyOptions, compare
 from icl_ft_fast.study.evaluate import NORMALIZATIONS
 from icl_ft_fast.study.prices import Prices, read_prices
-from icl_ft_fast.study.results import parse_results
+from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
 from icl_ft_fast.tasks.sentences import SPLITTINGS
-from icl_ft_fast.tasks.task import Task
 
 ALL = "all"
 DEMO_FACTS = 40
@@ -70,7 +66,7 @@ def add(commands: Commands) -> None:
     """Add both commands."""
     demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
-    _add_comparison_options(demo, arms=",".join((*compare.DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
+    _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
@@ -102,8 +98,8 @@ def add(commands: Commands) -> None:
 def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out: Path | None) -> None:
     defaults = FinetuneSettings()
     study = parser.group("study")
-    usual = arms or f"the preset's, or {','.join(compare.DEFAULT_ARMS)}"
-    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(compare.ARMS)} (default: {usual})")
+    usual = arms or f"the preset's, or {','.join(DEFAULT_ARMS)}"
+    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(NAMES)} (default: {usual})")
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
@@ -128,7 +124,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "how documents are split into training examples (default: the preset's, or none)"
     training.add_argument("--splitting", choices=SPLITTINGS, help=help)
     help = "time between checkpoints in --out"
-    minutes = compare.CHECKPOINT_S / 60
+    minutes = CHECKPOINT_S / 60
     training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
     augmentation = parser.group("augmentation")
     help = "how statements are generated (default: the preset's, or local)"
@@ -146,7 +142,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     add_decision_options(parser)
     help = "time limit for measuring query costs"
     seconds = parser.group("cost and decision")
-    seconds.add_argument("--measure-seconds", type=amount, default=30.0, metavar="SECONDS", help=help)
+    seconds.add_argument("--measure-seconds", type=amount, default=MEASURE_S, metavar="SECONDS", help=help)
     add_store_options(parser)
     add_json_option(parser)
 
@@ -186,8 +182,8 @@ def print_decision(study: Derived, options: argparse.Namespace, console: Console
         console.print("\nNo decision: no question of this task has a known answer.")
 
 
-def reuse_of(options: argparse.Namespace) -> float:
-    """Queries that share a reading of a context that is kept."""
+def cache_lifetime_of(options: argparse.Namespace) -> float:
+    """Queries that share a reading of a context that stays in the cache."""
     return float(options.queries_per_cache_lifetime or options.queries_per_day or math.inf)
 
 
@@ -260,21 +256,33 @@ def _load(options: argparse.Namespace) -> tuple[Model, Ledger]:
 def _compared(
     options: argparse.Namespace, executor: Executor, loaded: Callable[[], tuple[Model, Ledger]]
 ) -> Derived | None:
-    """Run what is not kept yet of a task; None in processes of other rank than 0."""
+    """The study of one task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
-    settings = _settings(options, preset)
-    prices = prices_of(options)
+    settings, prices = _settings(options, preset), prices_of(options)
     if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
-    with nullcontext() if options.out is None or executor.rank else alone(options, "results.json"):
-        found = _study(options, make_task, settings, executor, loaded)
-    if found is None:
+    if options.out is not None and not executor.rank:
+        check_new(options.out / RESULTS, options.overwrite, arguments_digest(options))
+    how = StudyOptions(
+        executor=executor,
+        loading=loading(options),
+        store=options.store,
+        store_bytes=int(options.store_limit * 1e9),
+        checkpoint_s=60 * options.checkpoint_minutes,
+        measure_s=options.measure_seconds,
+        task_name=options.task,
+        arguments=arguments_digest(options),
+        overwrite=options.overwrite,
+    )
+    progress = show_progress(options) and executor.rank == 0
+    results = compare(loaded, make_task, settings, out=options.out, options=how, progress=progress)
+    if results is None:
         return None
     name = options.task if options.out is None else options.out.name
-    return Derived(parse_results(found), name, prices, reuse_of(options), options.batch_size)
+    return Derived(results, name, prices, cache_lifetime_of(options), options.batch_size)
 
 
-def _settings(options: argparse.Namespace, preset: Preset) -> compare.Settings:
+def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     """What the options ask for, else what the preset does, else the defaults."""
     given = {name: getattr(options, name) for name in ("icl_per_topic", "icl_subsample", "strategy", "samples")}
     study = dict(preset.study) | {name: value for name, value in given.items() if value is not None}
@@ -283,8 +291,8 @@ def _settings(options: argparse.Namespace, preset: Preset) -> compare.Settings:
     names = ("steps", "learning_rate", "lr_scheduler_type", "splitting")
     given = {name: getattr(options, name) for name in names}
     training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
-    arms = ",".join(study.get("arms", compare.DEFAULT_ARMS)) if options.arms is None else options.arms
-    return compare.Settings(
+    arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
+    return StudySettings(
         **study
         | {
             "arms": _arms(arms),
@@ -295,70 +303,6 @@ def _settings(options: argparse.Namespace, preset: Preset) -> compare.Settings:
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
         }
     )
-
-
-def _study(
-    options: argparse.Namespace,
-    make_task: Callable[[int], Task],
-    settings: compare.Settings,
-    executor: Executor,
-    loaded: Callable[[], tuple[Model, Ledger]],
-) -> dict[str, Any] | None:
-    """Run what is not kept yet; returns what results.json holds, in rank 0."""
-    follow(executor)  # until it holds the lock, and measures nothing any more of a study before
-    out, progress = options.out, show_progress(options) and executor.rank == 0
-    kept = ResultJournal(None if out is None else out / "kept.jsonl")
-    before, arguments, made = len(kept.values), arguments_digest(options), list[compare.Run]()
-    model, load = loaded()
-    has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
-    if not isinstance(executor, InProcess):
-        key = compare.study_key(model, settings)
-        start = runs.Runs(
-            options.model, loading(options), key, settings, executor.workers, out.absolute(), checkpoint_s
-        )
-        plans = compare.plan(model, make_task, settings, has_store=has_store)
-        # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
-        shared = [one for one in plans if one.arm != "icl" or not has_store]
-        if not runs.make_runs(executor, start, model, shared, kept, progress=progress):
-            return None
-    if out is not None:
-        runs.take_in(kept, out)
-
-    def keep(run: compare.Run) -> None:
-        made.append(run)
-        if out is not None and len(kept.values) > before:  # while all is kept, results.json may be the whole one
-            found = compare.as_json(model, options.task, settings, made, arguments=arguments)
-            compare.write_results(out / "results.json", found)
-
-    compare.compare(
-        model,
-        make_task,
-        settings,
-        kept=kept,
-        checkpoints=None if out is None else out / "checkpoints",
-        checkpoint_s=checkpoint_s,
-        store=open_store(options, model),
-        progress=progress,
-        on_run=keep,
-    )
-    costs = compare.measure(
-        model, make_task(settings.seeds[0]), settings, seconds=options.measure_seconds, kept=kept, progress=progress
-    )
-    key = compare.study_key(model, settings)
-    measured = kept.once(digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype)))
-    found = compare.as_json(
-        model,
-        options.task,
-        settings,
-        made,
-        costs=costs,
-        load=kept.once(digest(key, "load"), load.as_dict),
-        ceilings=Ceilings(**measured),
-        arguments=arguments,
-    )
-    if out is not None:
-        compare.write_results(out / "results.json", found)
-    return found
 
 
 def _template(name: str) -> str:
@@ -378,8 +322,8 @@ def _template(name: str) -> str:
 def _arms(text: str) -> tuple[str, ...]:
     arms = tuple(text.split(","))
     for arm in arms:
-        if arm not in compare.ARMS:
-            raise UsageError(f"--arms: expected some of {','.join(compare.ARMS)}, got {arm!r}")
+        if arm not in NAMES:
+            raise UsageError(f"--arms: expected some of {','.join(NAMES)}, got {arm!r}")
     return _distinct("--arms", arms)
 
 

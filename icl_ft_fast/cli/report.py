@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from icl_ft_fast.cli.compare import add_decision_options, prices_of, print_decision, reuse_of
+from icl_ft_fast.cli.compare import add_decision_options, cache_lifetime_of, prices_of, print_decision
 from icl_ft_fast.cli.options import OUTPUT, Commands, Terminal, UsageError, add_json_option, check_new, command
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
@@ -38,8 +38,9 @@ def _report(options: argparse.Namespace) -> None:
     prices = prices_of(options)
     if options.out is not None:
         check_new(options.out, options.overwrite)
+    lifetime = cache_lifetime_of(options)
     studies = [
-        Derived.read(path, prices=prices, reuse=reuse_of(options), batch=options.batch_size) for path in options.results
+        Derived.read(path, prices=prices, cache_lifetime=lifetime, batch=options.batch_size) for path in options.results
     ]
     names = [study.name for study in studies]
     studies = [

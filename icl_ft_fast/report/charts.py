@@ -16,9 +16,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import count
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.arms import NAMES, recorded_arm
 
 # CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
 LIGHT = {
@@ -33,7 +34,7 @@ LIGHT = {
     "arm5": "#b81f5c",
 }
 MARKS = "osD^vP"
-DASHES = {"ICL kept": (4, 2), "ICL from file": (1, 1.5)}
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))  # of an arm's ways, in their order
 SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -110,7 +111,7 @@ def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes
 
 def _looks(study: Derived) -> dict[str, tuple[str, str]]:
     """Colour and mark of each arm, the same in every chart and every study of a page."""
-    known = [*ARM_TITLES, *sorted(set(study.arms) - ARM_TITLES.keys())]
+    known = [*NAMES, *sorted(set(study.arms) - set(NAMES))]
     return {arm: (LIGHT[f"arm{i % 6}"], MARKS[i % 6]) for i, arm in enumerate(known)}
 
 
@@ -118,11 +119,16 @@ def _look(study: Derived, way: str) -> tuple[str, str]:
     return _looks(study)[study.arm_of(way)]
 
 
+def _rank(study: Derived, way: str) -> int:
+    """The place of a way among those of its arm: 0 for the plainest."""
+    return study.ways_of(study.arm_of(way)).index(way)
+
+
 def _accuracy(study: Derived) -> Chart | None:
     if not study.splits:
         return None
     figure, axes = _axes(height=max(_paired_height(study), 0.8 + 0.19 * len(study.splits) * (len(study.arms) + 1)))
-    told = []
+    shown = []
     for s, split in enumerate(study.splits):
         for a, arm in enumerate(study.arms):
             if (accuracy := study.accuracy(arm, split)) is None:
@@ -131,18 +137,18 @@ def _accuracy(study: Derived) -> Chart | None:
             low, high = study.clustered(arm, split) or accuracy.interval
             low, high = min(low, accuracy.interval[0]), max(high, accuracy.interval[1])
             colour, mark = _looks(study)[arm]
-            label = ARM_TITLES.get(arm, arm) if s == 0 else None
+            label = recorded_arm(arm).title if s == 0 else None
             axes.plot([low, high], [y, y], color=colour)
             axes.plot([accuracy.value], [y], mark, color=colour, label=label, markersize=5)
-            told.append(f"{split}: {ARM_TITLES.get(arm, arm)} {accuracy.value:.2f} ({low:.2f} to {high:.2f})")
+            shown.append(f"{split}: {recorded_arm(arm).title} {accuracy.value:.2f} ({low:.2f} to {high:.2f})")
         if (chance := study.chance(split)) is not None:
             axes.plot([chance] * 2, [s - 0.42, s + 0.42], "--", color=LIGHT["ink"], label="chance" if s == 0 else None)
-            told.append(f"{split}: chance {chance:.2f}")
-    axes.set(xlim=(-0.02, 1.02), ylim=(len(study.splits) - 0.5, -0.5), xlabel="fraction correct")
+            shown.append(f"{split}: chance {chance:.2f}")
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(study.splits) - 0.5, -0.5), xlabel="accuracy")
     axes.set_yticks(range(len(study.splits)), [_wrap(split) for split in study.splits])
     axes.grid(axis="y", visible=False)
     _legend(figure, axes)
-    return Chart("accuracy", "Accuracy by kind of question", "; ".join(told), figure)
+    return Chart("accuracy", "Accuracy by kind of question", "; ".join(shown), figure)
 
 
 def _paired_height(study: Derived) -> float:
@@ -160,14 +166,14 @@ def _paired(study: Derived) -> Chart | None:
         sure = test.p < 0.05
         colour = _looks(study)[test.first if test.difference >= 0 else test.second][0]
         axes.barh(i, test.difference, color=colour if sure else "none", edgecolor=colour, height=0.6)
-        pair = " - ".join(ARM_TITLES.get(arm, arm) for arm in (test.first, test.second))
+        pair = " - ".join(recorded_arm(arm).title for arm in (test.first, test.second))
         names.append(f"{pair}, {test.split}")
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
     axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=8)
     axes.set(xlim=(-1.05, 1.05), ylim=(len(tests) - 0.4, -0.6), xlabel="difference in accuracy; filled: p < .05")
     axes.grid(axis="y", visible=False)
-    told = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
-    return Chart("paired", "Differences on the same questions", "; ".join(told), figure)
+    shown = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
+    return Chart("paired", "Differences on the same questions", "; ".join(shown), figure)
 
 
 def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart:
@@ -179,11 +185,11 @@ def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart
     n = np.geomspace(1, top, 200)
     for way, samples in ways.items():
         colour, _ = _look(study, way)
-        dashes = DASHES.get(way, ())
+        dashes = DASHES[_rank(study, way) % len(DASHES)]
         axes.plot(n, [samples.line.cost(x) for x in n], color=colour, label=way, dashes=dashes)
-    told = []
+    shown = []
     for (way, rival), even in found.items():
-        told.append(f"{way} against {rival}: {count(even.queries)} ({count(even.low)} to {count(even.high)})")
+        shown.append(f"{way} against {rival}: {count(even.queries)} ({count(even.low)} to {count(even.high)})")
         if 1 <= even.queries <= top:
             colour, mark = _look(study, way)
             axes.plot([even.queries], [ways[way].line.cost(even.queries)], mark, color=colour, markersize=5)
@@ -192,37 +198,42 @@ def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart
     axes.set(xscale="log", yscale="log", xlabel="queries", ylabel=unit)
     _plain(axes.xaxis, axes.yaxis)
     _legend(figure, axes)
-    alt = f"Cost in {unit} of n queries; cheaper from so many queries on: " + "; ".join(told)
-    return Chart(f"amortised-{resource.lower()}", f"What n queries cost: {resource}", alt, figure)
+    alt = f"Cost in {unit} of n queries; cheaper from so many queries on: " + "; ".join(shown)
+    return Chart(f"amortised-{resource.lower()}", f"Cost of n queries: {resource}", alt, figure)
 
 
 def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
     ways = study.decision_ways(resource)
     if not ways:
         return None
-    unit, told = study.resources[resource], []
+    unit, shown = study.resources[resource], []
     figure, axes = _axes()
     for way in ways:
         colour, mark = _look(study, way.name)
         each = 1e3 * way.line.cost(queries) / queries
-        hollow = "none" if way.name in DASHES else colour
+        hollow = "none" if _rank(study, way.name) else colour
         axes.plot([each], [way.accuracy], mark, color=colour, markerfacecolor=hollow, label=way.name, markersize=7)
-        told.append(f"{way.name}: accuracy {way.accuracy:.3f}, {each:.3g} {unit}")
-    axes.set(xscale="log", ylim=(-0.03, 1.05), xlabel=f"{unit} for 1,000 queries, of {queries:,.0f}", ylabel="accuracy")
+        shown.append(f"{way.name}: accuracy {way.accuracy:.3f}, {each:.3g} {unit}")
+    axes.set(
+        xscale="log",
+        ylim=(-0.03, 1.05),
+        xlabel=f"{unit} per 1,000 queries, at {queries:,.0f} queries",
+        ylabel="accuracy",
+    )
     _plain(axes.xaxis)
     _legend(figure, axes)
-    return Chart(f"pareto-{resource}", f"Accuracy against cost: {resource}", "; ".join(told), figure)
+    return Chart(f"pareto-{resource}", f"Accuracy against cost: {resource}", "; ".join(shown), figure)
 
 
 def _curves(study: Derived) -> Chart | None:
     if not any(run.losses for run in study.results.runs):
         return None
     figure, axes = _axes()
-    told, named = [], set()
+    shown, named = [], set()
     for run in study.results.runs:
         if run.losses:
             colour, _ = _looks(study)[run.arm]
-            title = ARM_TITLES.get(run.arm, run.arm)
+            title = recorded_arm(run.arm).title
             width = max(1, len(run.losses) // 100)
             losses = [float(np.mean(run.losses[i : i + width])) for i in range(0, len(run.losses), width)]
             steps = [min(i + width, len(run.losses)) for i in range(0, len(run.losses), width)]
@@ -231,11 +242,11 @@ def _curves(study: Derived) -> Chart | None:
                 steps, losses, color=colour, alpha=0.8, label=label, linewidth=1.2, marker="." * (len(steps) == 1)
             )
             named.add(title)
-            told.append(f"{title}, seed {run.seed}: from {losses[0]:.3f} to {losses[-1]:.3f}")
-    axes.set(yscale="log", xlabel="training step", ylabel="loss, nats a token")
+            shown.append(f"{title}, seed {run.seed}: from {losses[0]:.3f} to {losses[-1]:.3f}")
+    axes.set(yscale="log", xlabel="training step", ylabel="loss, nats per token")
     _plain(axes.yaxis)
     _legend(figure, axes)
-    return Chart("curves", "Training", "; ".join(told), figure)
+    return Chart("curves", "Training loss", "; ".join(shown), figure)
 
 
 def _sweep(study: Derived) -> Chart | None:
@@ -249,22 +260,22 @@ def _sweep(study: Derived) -> Chart | None:
         mine = [p for p in points if p.batch == batch]
         ms = [1e3 * float(np.median(p.query_s)) for p in mine]
         axes.plot(
-            [p.context_tokens for p in mine], ms, next(marks), color=LIGHT["arm2"], label=f"query, {batch} together"
+            [p.context_tokens for p in mine], ms, next(marks), color=LIGHT["arm2"], label=f"query, batch of {batch}"
         )
     read = [p for p in points if p.prefill_s]
     ms = [1e3 * float(np.median(p.prefill_s)) for p in read]
-    axes.plot([p.context_tokens for p in read], ms, "x", color=LIGHT["arm1"], label="reading")
+    axes.plot([p.context_tokens for p in read], ms, "x", color=LIGHT["arm1"], label="reading the context")
     for fitted, colour, first in zip(fits, ("arm1", "arm2"), (min(p.context_tokens for p in read), 0), strict=True):
         within = lengths[lengths >= first]
         axes.plot(within, [1e3 * fitted(c) or math.nan for c in within], color=LIGHT[colour], linewidth=1)
-    axes.set(yscale="log", xlabel="tokens of context", ylabel="ms")
+    axes.set(yscale="log", xlabel="context length, tokens", ylabel="ms")
     _plain(axes.yaxis)
     _legend(figure, axes)
     off = [max(map(abs, fitted.residuals)) for fitted in fits]
     alt = (
         f"Milliseconds by context length; the fits are off by at most {off[0]:.0%} (reading) and {off[1]:.0%} (query)."
     )
-    return Chart("sweep", "What was measured, and the fit", alt, figure)
+    return Chart("sweep", "Query cost by context length, measured and fitted", alt, figure)
 
 
 def _plain(*logarithmic: Axis) -> None:

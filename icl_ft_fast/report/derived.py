@@ -12,21 +12,16 @@ from statistics import fmean, median
 from typing import Any
 
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
-from icl_ft_fast.study.compare import ANSWERING, Paired, Run, paired_tests
+from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.paired import Paired, paired_tests
 from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, read_results
 from icl_ft_fast.study.statistics import cluster_bootstrap
 from icl_ft_fast.study.sweep import Point
 
-ARM_TITLES = {
-    "base": "base",
-    "icl": "ICL",
-    "ft": "fine-tuned",
-    "augmented-ft": "augmented",
-    "rules-ft": "by rule",
-    "distilled": "distilled",
-}
 RESOURCES = {"seconds": "s", "FLOPs": "FLOP", "joules": "J"}  # and money, under a price file
 
 
@@ -38,14 +33,14 @@ class Derived:
         results: from read_results().
         name: what it is called beside others.
         prices: of the user; without them there is no money.
-        reuse: queries that share a reading of the context in the arm ICL, where a cache is kept.
-        batch: queries scored together; the nearest measured number is taken.
+        cache_lifetime: queries that share a reading of a context that stays in the cache.
+        batch: queries scored in one batch; the nearest measured number is taken.
     """
 
     results: Results
     name: str
     prices: Prices | None = None
-    reuse: float = math.inf
+    cache_lifetime: float = math.inf
     batch: int = 1
 
     @classmethod
@@ -83,8 +78,8 @@ class Derived:
         """What to know of figures that were measured while other runs were made; empty where none were."""
         workers = {run.workers for run in self.results.runs} - {1}
         count = "several" if None in workers else max(filter(None, workers), default=1)
-        told = f"Arms were timed while {count} workers ran at once, who slow each other down on one machine and share "
-        told += "its joules: setups and break-even numbers may be too high. What a query costs was measured by itself."
+        told = f"Arms were timed while {count} workers ran at once. On one machine they slow each other down and share "
+        told += "its energy: setups and break-even numbers may be too high. Query costs were measured alone."
         return told if workers else ""
 
     def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
@@ -105,7 +100,7 @@ class Derived:
         return paired_tests(self.results.runs)
 
     def chance(self, split: str) -> float | None:
-        """What blind guesses would have."""
+        """Accuracy of blind guesses."""
         chances = [a.chance for run in self.results.runs for a in run.answers if a.split == split]
         return fmean(chances) if chances else None
 
@@ -118,7 +113,7 @@ class Derived:
     def own_point(self) -> Point | None:
         """What was measured behind the ICL arm's own context; None without one."""
         own = self.results.sweep.context_tokens
-        return self._point(own, self.batch) if own else None
+        return nearest_point(self.results.sweep, own, self.batch) if own else None
 
     @cached_property
     def resources(self) -> dict[str, str]:
@@ -126,37 +121,35 @@ class Derived:
         known = dict(RESOURCES) | ({"money": self.prices.currency} if self.prices else {})
         return {name: unit for name, unit in known.items() if self.ways(name)}
 
-    def ways(self, resource: str, *, batch: int | None = None, reuse: float | None = None) -> dict[str, Samples]:
+    def costs(self, arm: str, resource: str, batch: int, cache_lifetime: float) -> ArmCosts:
+        """What an arm costs in a resource."""
+        return ArmCosts(resource, tuple(self.of(arm)), self.results.sweep, batch, cache_lifetime, self.prices)
+
+    def ways(
+        self, resource: str, *, batch: int | None = None, cache_lifetime: float | None = None
+    ) -> dict[str, Samples]:
         """Ways of answering by name with what they cost; none where the resource was not measured.
 
-        ICL is three ways: its context read for each query (or batch of queries scored together), kept in the cache for
-        `reuse` queries, and kept in a file that is read back as often.
+        An arm is one way or several: ICL reads its context for each batch of queries, or caches it in memory, or keeps
+        it in a file.
         """
-        batch, reuse = batch or self.batch, reuse or self.reuse
         found: dict[str, Samples] = {}
-        for arm in self.arms:
-            point = self._point(self.results.sweep.context_tokens if arm == "icl" else 0, batch)
-            if point is None or (query := self._query(point, resource)) is None:
+        for arm in map(recorded_arm, self.arms):
+            costs = self.costs(arm.name, resource, batch or self.batch, cache_lifetime or self.cache_lifetime)
+            ways = arm.asking.ways(arm.title, costs)
+            if not ways:
                 return {}
-            if arm != "icl":
-                setups = [self._setup(run, resource) for run in self.of(arm)]
-                if None in setups:
-                    return {}
-                found[ARM_TITLES.get(arm, arm)] = Samples(tuple(s for s in setups if s is not None), (), query)
-                continue
-            reading = self._reading(point, resource)
-            found["ICL"] = Samples((), reading, query, float(point.batch))
-            if reuse > point.batch:
-                found["ICL kept"] = Samples((), reading, query, reuse)
-            if point.load_s and resource != "joules":
-                load, save = ([self._of_seconds(s, resource) for s in x] for x in (point.load_s, point.save_s))
-                setup = Samples((), reading).line.reading + Samples((), tuple(save)).line.reading
-                found["ICL from file"] = Samples((setup,), tuple(load), query, max(float(batch), reuse))
+            found |= ways
         return found
 
+    def ways_of(self, arm: str) -> list[str]:
+        """The names of the ways that an arm answers in, the plainest first."""
+        own = recorded_arm(arm)
+        return list(own.asking.ways(own.title, self.costs(arm, "seconds", self.batch, self.cache_lifetime)))
+
     def arm_of(self, way: str) -> str:
-        """The arm that a way answers as."""
-        return next((arm for arm in self.arms if way == ARM_TITLES.get(arm, arm)), "icl")
+        """The arm that answers in a way."""
+        return next(arm for arm in self.arms if way in (recorded_arm(arm).title, *self.ways_of(arm)))
 
     def decision_ways(self, resource: str) -> list[Way]:
         """The ways with their accuracies over all splits; without those that have none."""
@@ -169,22 +162,32 @@ class Derived:
 
     @cached_property
     def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:
-        """By resource: (trained way, way of ICL) -> from how many queries on the first is cheaper."""
-        trained = [ARM_TITLES.get(arm, arm) for arm in self.arms if arm not in ("base", "icl")]
+        """By resource: (trained way, way that reads a context) -> from how many queries on the first is cheaper."""
+        arms = [recorded_arm(arm) for arm in self.arms]
+        trained = [arm.title for arm in arms if arm.training is not None]
+        rivals = [way for arm in arms if arm.training is None and arm.reads_context for way in self.ways_of(arm.name)]
         found = {}
         for resource in self.resources:
             ways = self.ways(resource)
-            rivals = [name for name in ways if self.arm_of(name) == "icl"]
-            found[resource] = {(a, b): break_even_interval(ways[a], ways[b]) for a in trained for b in rivals}
+            pairs = itertools.product(trained, (rival for rival in rivals if rival in ways))
+            found[resource] = {(a, b): break_even_interval(ways[a], ways[b]) for a, b in pairs}
         return found
+
+    @property
+    def in_context_arm(self) -> str | None:
+        """The first arm that reads a context and trains nothing, which trained arms are compared with."""
+        arms = map(recorded_arm, self.arms)
+        return next((arm.name for arm in arms if arm.training is None and arm.reads_context), None)
 
     def matches_icl(self, way: str, points: float) -> bool | None:
         """Whether a way's accuracy over all splits is within so many points of ICL's, or above it; None if unknown."""
-        mine, theirs = self.accuracy(self.arm_of(way)), self.accuracy("icl")
+        mine, theirs = self.accuracy(self.arm_of(way)), None
+        if self.in_context_arm is not None:
+            theirs = self.accuracy(self.in_context_arm)
         return None if mine is None or theirs is None else theirs.value - mine.value <= points / 100 + 1e-12
 
-    def sensitivity(self, way: str, reuses: Sequence[float]) -> list[tuple[int, list[float | None]]]:
-        """For each measured context length, the break-even of a trained way in seconds with ICL, by reuse.
+    def sensitivity(self, way: str, lifetimes: Sequence[float]) -> list[tuple[int, list[float | None]]]:
+        """For each measured context length, the break-even of a trained way with ICL in seconds, by cache lifetime.
 
         Readings and queries are the fitted ones at that length, for the study's batch.
         """
@@ -195,24 +198,24 @@ class Derived:
         lengths = sorted({p.context_tokens for p in self.results.sweep.points if p.context_tokens})
         rows = []
         for c in lengths:
-            lines = [Line(0.0, reading(c), query(c), max(reuse, self.batch)) for reuse in reuses]
+            lines = [Line(0.0, reading(c), query(c), max(lifetime, self.batch)) for lifetime in lifetimes]
             rows.append((c, [break_even(trained, line) for line in lines]))
         return rows
 
-    def sensitivity_to_batch(self, way: str, reuses: Sequence[float]) -> list[tuple[int, list[float | None]]]:
-        """For each measured number of queries scored together, the same behind the ICL arm's own context, measured."""
+    def sensitivity_to_batch(self, way: str, lifetimes: Sequence[float]) -> list[tuple[int, list[float | None]]]:
+        """For each measured batch size, the same behind the ICL arm's own context, measured."""
         rows = []
         for batch in self.batches:
             ways = self.ways("seconds", batch=batch)
-            if "ICL" not in ways:
+            if self.in_context_arm is None or not ways:
                 return []
-            trained, kept = ways[way].line, ways["ICL"].line
-            lines = [replace(kept, reuse=max(reuse, float(batch))) for reuse in reuses]
+            trained, read = ways[way].line, ways[recorded_arm(self.in_context_arm).title].line
+            lines = [replace(read, cache_lifetime=max(lifetime, float(batch))) for lifetime in lifetimes]
             rows.append((batch, [break_even(trained, line) for line in lines]))
         return rows
 
     def fits(self) -> tuple[Fit, Fit] | None:
-        """Seconds of reading, and of a query after it, against context length ; None if too few."""
+        """Seconds of reading, and of a query after it, against context length; None if too few."""
         batch = self._nearest(self.batch)
         points = [p for p in self.results.sweep.points if p.context_tokens and p.prefill_s]
         queries = [p for p in self.results.sweep.points if p.batch == batch and p.query_s]
@@ -296,38 +299,6 @@ class Derived:
 
     def _nearest(self, batch: int) -> int:
         return min(self.batches, key=lambda b: abs(b - batch), default=batch)
-
-    def _point(self, context_tokens: int, batch: int) -> Point | None:
-        points = [p for p in self.results.sweep.points if p.context_tokens == context_tokens]
-        return min(points, key=lambda p: abs(p.batch - batch), default=None)
-
-    def _of_seconds(self, seconds: float, resource: str, joules: float | None = None) -> float:
-        """So many seconds in the resource; moving bytes to and from a file computes nothing."""
-        if resource == "money" and self.prices is not None:
-            return self.prices.money(seconds, joules)
-        return seconds if resource == "seconds" else 0.0
-
-    def _query(self, point: Point, resource: str) -> tuple[float, ...] | None:
-        single = {"FLOPs": point.query_flops or None, "joules": point.query_joules}
-        if resource in single:
-            return None if (value := single[resource]) is None else (value,)
-        return tuple(self._of_seconds(s, resource, point.query_joules) for s in point.query_s) or None
-
-    def _reading(self, point: Point, resource: str) -> tuple[float, ...]:
-        single = {"FLOPs": point.prefill_flops, "joules": point.prefill_joules}
-        if resource in single:
-            return (single[resource] or 0.0,)
-        return tuple(self._of_seconds(s, resource, point.prefill_joules) for s in point.prefill_s)
-
-    def _setup(self, run: Run, resource: str) -> float | None:
-        """What a run paid before its first query; None where a phase does not tell."""
-        phases = [phase for name, phase in run.counts["phases"].items() if name not in ANSWERING]
-        joules = [phase.get("joules") for phase in phases]
-        if resource == "FLOPs":
-            return None if any("flops" not in p for p in phases) else float(sum(p["flops"] for p in phases))
-        if resource == "joules":
-            return None if None in joules else math.fsum(joules)
-        return self._of_seconds(run.setup_s, resource, None if None in joules else math.fsum(joules))
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

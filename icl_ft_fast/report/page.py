@@ -13,18 +13,19 @@ import markupsafe
 
 from icl_ft_fast.engine.ledger import HOW
 from icl_ft_fast.report import charts
-from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import count, decision_text
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.amortise import decide
+from icl_ft_fast.study.arms import recorded_arm
 
 FIGURES = {
     "wall_s": "wall s",
     "device_s": "device s",
-    "request_tokens": "tokens asked",
-    "forwarded_tokens": "rows",
-    "trained_tokens": "rows trained",
-    "decoded_tokens": "decoded",
+    "request_tokens": "request tokens",
+    "forwarded_tokens": "forwarded tokens",
+    "trained_tokens": "trained tokens",
+    "decoded_tokens": "decoded tokens",
     "flops": "FLOP",
     "moved_bytes": "bytes moved",
     "kv_bytes": "KV bytes",
@@ -32,7 +33,7 @@ FIGURES = {
     "joules": "J",
 }
 LISTED = 4000  # questions in the page's table; the rest are counted
-REUSES = (1, 10, 100, 1000, float("inf"))  # of the sensitivity table
+LIFETIMES = (1, 10, 100, 1000, float("inf"))  # queries per cache lifetime in the sensitivity tables
 
 
 def render(studies: Sequence[Derived], queries: float | None = None, points: float = 2.0) -> str:
@@ -52,20 +53,20 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("icl_ft_fast.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_told,
+        finalize=_shown,
     )
-    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_told(value), **options)
+    environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_shown(value), **options)
     environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
     return environment
 
 
-def _told(value: Any) -> Any:
+def _shown(value: Any) -> Any:
     """A value with every text in it made printable(); texts that are markup already stay so."""
     if isinstance(value, str):
         return type(value)(printable(value))
     if isinstance(value, dict):
-        return {_told(name): _told(each) for name, each in value.items()}
-    return [_told(each) for each in value] if isinstance(value, list | tuple) else value
+        return {_shown(name): _shown(each) for name, each in value.items()}
+    return [_shown(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _part(study: Derived, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:
@@ -97,9 +98,9 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
             for way in trained
             for resource, found in study.break_evens.items()
         ],
-        "reuses": REUSES,
-        "sensitivity": [(way, study.sensitivity(way, REUSES)) for way in trained] if fits else [],
-        "by_batch": [(way, study.sensitivity_to_batch(way, REUSES)) for way in trained],
+        "lifetimes": LIFETIMES,
+        "sensitivity": [(way, study.sensitivity(way, LIFETIMES)) for way in trained] if fits else [],
+        "by_batch": [(way, study.sensitivity_to_batch(way, LIFETIMES)) for way in trained],
         "points": points,
         "fits": fits
         and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
@@ -126,8 +127,9 @@ def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
         }
         rows.append((arm, name, means))
     if (own := study.own_point) is not None and own.load_s:
-        files = {"context": own.load_s, "save": own.save_s}
-        rows += [("ICL from file", name, dict.fromkeys(FIGURES) | {"wall_s": median(s)}) for name, s in files.items()]
+        files = {"load": own.load_s, "save": own.save_s}
+        way = study.ways_of(study.in_context_arm or "")[-1]
+        rows += [(way, name, dict.fromkeys(FIGURES) | {"wall_s": median(s)}) for name, s in files.items()]
     return rows
 
 
@@ -148,4 +150,4 @@ def _figure(value: float | int | None) -> str:
 
 
 def _title(arm: str) -> str:
-    return ARM_TITLES.get(arm, arm)
+    return recorded_arm(arm).title

@@ -10,11 +10,18 @@ from typing import Any
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.page import fragment
+from icl_ft_fast.study.results import Results
 
 
 @dataclass(frozen=True)
 class Study:
-    """A finished comparison; `derived` has its numbers."""
+    """A finished study in a notebook: it shows its charts, and `derived` has its numbers.
+
+    Example:
+        >>> study = Study.read("out/run1")
+        >>> print(study.derived.accuracy("icl").value)
+        >>> study.export(Path("charts"))
+    """
 
     derived: Derived
 
@@ -22,6 +29,11 @@ class Study:
     def read(cls, path: str | Path, **settings: Any) -> Study:
         """The study of a results.json, or of the folder that holds one; settings and errors are Derived's."""
         return cls(Derived.read(path, **settings))
+
+    @classmethod
+    def of(cls, results: Results, name: str = "study", **settings: Any) -> Study:
+        """The study of what compare() returns; settings are Derived's."""
+        return cls(Derived(results, name, **settings))
 
     def to_pandas(self) -> Any:
         """A pandas frame with a row for every answer; needs pandas."""

@@ -13,25 +13,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icl_ft_fast.report.derived import ARM_TITLES, Derived
+from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study.amortise import BreakEven, Decision, Way
-from icl_ft_fast.study.compare import Run
+from icl_ft_fast.study.arms import ARMS, recorded_arm
 from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.statistics import brier, expected_calibration_error
 
 CAPTION = (
-    "Under an accuracy: Wilson's interval, then the bootstrap's over facts and seeds. Once: seconds of augmentation "
-    "(and of a teacher's reading) and of training. read s: of the documents into the context. ms a query after that: "
-    "one by one; together, so many at a time as the column says."
+    "Below each accuracy: 95% Wilson interval, then 95% bootstrap interval over facts and seeds. `augm. s` (with a "
+    "teacher's reading) and `train s` are one-time costs. `read s`: reading the documents into the context. "
+    "`ms/query`: after that, one query at a time, then in batches of the size shown."
 )
 BREAK_EVEN_CAPTION = (
-    "Queries from which on an arm costs fewer seconds than ICL that reads its context for each query, that keeps it in "
-    "the cache, and that keeps it in a file; below, the bootstrap's interval at 95% over measurements and seeds. As "
-    "accurate: over all questions, to within"
+    "Queries from which an arm takes fewer seconds than in-context learning with the context read for each query, "
+    "cached in memory, or loaded from a file. Below: 95% bootstrap interval over measurements and seeds. "
+    "`as accurate`: accuracy over all questions is at most this far below that of in-context learning:"
 )
 PAIRED_CAPTION = (
-    "Accuracy of the first less that of the second on the same questions; exact sign-flip test over facts, "
-    "Holm-adjusted for all these tests."
+    "Accuracy of the first arm minus accuracy of the second on the same questions. p: exact sign-flip test over facts, "
+    "Holm-adjusted for all tests of the study."
 )
 
 Item = TypeVar("Item")
@@ -46,15 +47,15 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
     """
     splits = study.splits
     if len(splits) > SPLITS_BESIDE_COSTS:
-        for part in _parts(splits, SPLITS_ALONE):
-            table = _accuracy_table(study, part)
+        for some in _groups_of(splits, SPLITS_ALONE):
+            table = _accuracy_table(study, some)
             for arm in study.arms:
-                table.add_row(_title(arm), *_accuracy_cells(study, arm, part))
+                table.add_row(_title(arm), *_accuracy_cells(study, arm, some))
             console.print(table)
             console.print()
         splits = []
     together = max(study.batches, default=1)
-    costs = ("augm. s\ntrain s", "\nread s", "tokens\n/query", f"ms, 1\n{together}")
+    costs = ("augm. s\ntrain s", "\nread s", "tokens\n/query", f"ms/query, 1\n{together}")
     table = _accuracy_table(study, splits, costs, CAPTION)
     alone, all_at_once = (study.ways("seconds", batch=batch) for batch in (1, together))
     for arm in study.arms:
@@ -68,17 +69,17 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
             *_accuracy_cells(study, arm, splits),
             f"{_seconds_cell(fmean(run.setup_s for run in mine) - train_s)}\n{_seconds_cell(train_s)}",
             f"\n{_seconds_cell(reading_s)}",
-            f"{fmean(run.query_tokens for run in mine):,.0f}",
+            f"{fmean(run.query_request_tokens for run in mine):,.0f}",
             "\n".join(query_ms),
         )
     console.print(table)
     if study.beside:
         console.print(study.beside)
     runs, arms = study.results.runs, study.arms
-    icl = [run.notes for run in runs if run.arm == "icl"]
+    icl = [run.notes for run in runs if "context_documents" in run.notes]
     if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):
         read = fmean(notes["context_documents"] for notes in icl)
-        console.print(f"ICL read {read:,.0f} documents; {fmean(left_out):,.0f} more did not fit its --icl-tokens.")
+        console.print(f"ICL read {read:,.0f} documents; {fmean(left_out):,.0f} more did not fit --icl-tokens.")
     more = (
         _break_even_table(study, points),
         _form_tables(runs, arms),
@@ -125,14 +126,14 @@ def decision_text(decision: Decision, unit: str) -> str:
     return text
 
 
-def _parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def _groups_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _new_table(first: str, columns: Iterable[str], caption: str | None = None) -> Table:
     """A table with a column for names; a cell that is too wide wraps and is never cut."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, min_width=max(map(len, ARM_TITLES.values())), no_wrap=True)
+    table.add_column(first, min_width=max(len(arm.title) for arm in ARMS), no_wrap=True)
     for column in columns:
         table.add_column(escape(column), justify="right", overflow="fold")
     return table
@@ -165,7 +166,7 @@ def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL, and whether it is as accurate."""
     if found := study.break_evens.get("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
-        table = _new_table("pays from", [*rivals, "as accurate"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
+        table = _new_table("break-even", [*rivals, "as accurate"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
         for way in dict.fromkeys(way for way, _ in found):
             matches = {None: "-", True: "yes", False: "less accurate"}[study.matches_icl(way, points)]
             table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), matches)
@@ -192,10 +193,10 @@ def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
                 by_arm.setdefault(run.arm, []).append(answer.is_correct)
     splits = [split for split, _ in counts]
     several = [key for key in counts if splits.count(key[0]) > 1]
-    for part in _parts(several, SPLITS_ALONE):
-        table = _new_table("by form", (f"{split}\n{form}" for split, form in part))
+    for some in _groups_of(several, SPLITS_ALONE):
+        table = _new_table("by form", (f"{split}\n{form}" for split, form in some))
         for arm in arms:
-            cells = (counts[key].get(arm) for key in part)
+            cells = (counts[key].get(arm) for key in some)
             table.add_row(_title(arm), *("-" if cell is None else f"{fmean(cell):.3f}" for cell in cells))
         yield table
 
@@ -204,10 +205,10 @@ def _paired_tables(study: Derived) -> Iterator[Table]:
     """Differences in accuracy between arms, with their p-values."""
     tests = {(test.first, test.second, test.split): test for test in study.paired}
     pairs = dict.fromkeys(key[:2] for key in tests)
-    for part in _parts(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
-        table = _new_table("difference, p", part, PAIRED_CAPTION)
+    for some in _groups_of(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
+        table = _new_table("difference, p", some, PAIRED_CAPTION)
         for first, second in pairs:
-            found = (tests.get((first, second, split)) for split in part)
+            found = (tests.get((first, second, split)) for split in some)
             cells = ("-" if t is None else f"{t.difference:+.2f} {_p(t.p)}" for t in found)
             table.add_row(f"{_title(first)} - {_title(second)}", *cells)
         yield table
@@ -240,7 +241,7 @@ def _accuracy_cell(accuracy: Accuracy | None) -> str:
 
 
 def _title(arm: str) -> str:
-    return ARM_TITLES.get(arm, arm)
+    return recorded_arm(arm).title
 
 
 def _seconds_cell(seconds: float) -> str:

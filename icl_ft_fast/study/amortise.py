@@ -15,28 +15,28 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Line:
-    """The cost of n >= 0 queries: setup + reading * max(1, n / reuse) + query * n.
+    """The cost of n >= 0 queries: setup + reading * max(1, n / cache_lifetime) + query * n.
 
     Attributes:
-        setup: paid once: augmentation and training, or saving a context.
-        reading: of the context into the cache, or of a saved one from disk; paid again every `reuse` queries.
-        query: of one query after that.
-        reuse: queries that share a reading, from 1 (no cache) to infinity (a cache that is never lost).
+        setup: paid once: augmentation and training, or saving a prefix cache.
+        reading: paid for the context, from text or from disk, once every `cache_lifetime` queries.
+        query: paid for one query after that.
+        cache_lifetime: queries that share a reading, from 1 (no cache) to infinity (a cache that is never lost).
     """
 
     setup: float
     reading: float
     query: float
-    reuse: float = math.inf
+    cache_lifetime: float = math.inf
 
     def cost(self, n: float) -> float:
-        """Of n queries."""
-        return self.setup + self.reading * max(1.0, n / self.reuse) + self.query * n
+        """The cost of n queries."""
+        return self.setup + self.reading * max(1.0, n / self.cache_lifetime) + self.query * n
 
     @property
     def slope(self) -> float:
-        """Of one more query, after many."""
-        return self.query + self.reading / self.reuse
+        """The cost of one more query, after many."""
+        return self.query + self.reading / self.cache_lifetime
 
 
 def break_even(line: Line, rival: Line) -> float | None:
@@ -49,7 +49,7 @@ def break_even(line: Line, rival: Line) -> float | None:
         return line.cost(n) - rival.cost(n)
 
     # The difference is linear between the numbers where a second reading falls due: go through them from the right.
-    knots = sorted({0.0, *(n for n in (line.reuse, rival.reuse) if n < math.inf)})
+    knots = sorted({0.0, *(n for n in (line.cache_lifetime, rival.cache_lifetime) if n < math.inf)})
     slope, last = line.slope - rival.slope, knots[-1]
     if slope > 0 or (slope == 0 and ahead(last) >= 0):
         return None
@@ -72,19 +72,19 @@ class Samples:
     setup: tuple[float, ...] = ()
     reading: tuple[float, ...] = ()
     query: tuple[float, ...] = ()
-    reuse: float = math.inf
+    cache_lifetime: float = math.inf
 
     @property
     def line(self) -> Line:
         """The line of all measurements."""
         setup = math.fsum(self.setup) / len(self.setup) if self.setup else 0.0
-        return Line(setup, _median(self.reading), _median(self.query), self.reuse)
+        return Line(setup, _median(self.reading), _median(self.query), self.cache_lifetime)
 
     def resampled(self, rng: np.random.Generator, draws: int) -> list[Line]:
         """Lines of as many measurements drawn with replacement."""
         setups = _resample(rng, self.setup, draws, np.mean)
         readings, queries = (_resample(rng, values, draws, np.median) for values in (self.reading, self.query))
-        return [Line(*costs, self.reuse) for costs in zip(setups, readings, queries, strict=True)]
+        return [Line(*costs, self.cache_lifetime) for costs in zip(setups, readings, queries, strict=True)]
 
 
 def _median(values: Sequence[float]) -> float:

@@ -1,460 +1,225 @@
-"""The study: base, ICL, fine-tuning and augmented fine-tuning on one task, over seeds, with what each costs.
+"""The study as one call: every arm under every seed on a task, what each costs, and results.json.
 
-Every arm ends in the same questions through the same scorer; they differ in what is in the context and what was trained
-on. What was paid once is in each arm's ledger; what a query costs is measured apart, by sweep.py.
+Every arm ends in the same questions through the same scorer; arms differ in what stands in the context and in what was
+trained on. What is paid once is in each run's ledger; what a query costs is measured separately, by sweep.py.
 
-What is finished is kept under a digest of all that it depends on, with the figures that were measured as it was made:
-a study that was killed and started again reads them back, and ends with the results of one that was not.
+A finished run is journaled under a digest of all that it depends on, with the figures that were measured as it was
+made: a study that was killed and started again reads them back, and ends with the results of one that was not.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from icl_ft_fast import augmentation
-from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.machine import Ceilings, fingerprint
-from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
-from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, finetune
-from icl_ft_fast.runtime.durable import ResultJournal, digest, replacing
-from icl_ft_fast.study import evaluate, statistics, sweep
-from icl_ft_fast.tasks.task import Document, Question, Task
+from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
+from icl_ft_fast.runtime.executors import Executor, InProcess, follow
+from icl_ft_fast.study import sweep, workers
+from icl_ft_fast.study.arms import Workspace, arm_named
+from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
+from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.task import Task
 
-DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
-ARMS = (*DEFAULT_ARMS, "rules-ft", "distilled")
-WRITTEN = ("augmented-ft", "distilled")  # arms that train on what the model writes
-# 2: answers, normalization, template, splitting; 3: phases, sweep, questions, losses, samples, fingerprint
-SCHEMA_VERSION = 3
-ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
-SAMPLES = 40  # augmentations kept for the report
 CHECKPOINT_S = 600.0
+MEASURE_S = 30.0
+RESULTS, JOURNAL, CHECKPOINTS = "results.json", "journal.jsonl", "checkpoints"  # in a study's folder
+_SWEEP = TypeAdapter(sweep.Sweep)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to compare and how.
+class StudyOptions:
+    """How a study runs; nothing here decides an answer.
 
     Attributes:
-        arms: some of ARMS.
-        seeds: one run of every arm each; a generated task is generated anew for each seed.
-        icl_per_topic: documents of each topic in the context; None for all.
-        icl_subsample: of those, one in this many.
-        icl_tokens: of those, the ones that fit so many tokens; None if all must.
-        normalization: of the choices' log-likelihoods, see evaluate.NORMALIZATIONS.
-        template: of the prompt, see prompt_context.
-        strategy, samples: of augmented-ft, see augmentation.prompt_batches().
-        finetune: steps, batch size, learning rate.
+        executor: who makes the runs.
+        loading: keyword arguments of load(), for workers on other machines.
+        store: a folder where contexts that were read before are found, and new ones left; None for no such folder.
+        store_bytes: the most that the contexts there may take.
+        checkpoint_s: seconds between the checkpoints of a training, in the study's folder.
+        measure_s: limit of measuring what queries cost; 0 measures nothing, and there is no break-even then.
+        task_name: of the task in results.json.
+        arguments: a digest of all that the caller was asked for, by which a rerun is told from another study.
+        overwrite: replace the results of another study.
+        on_run: called with each run as it ends.
     """
 
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    seeds: tuple[int, ...] = (0, 1, 2)
-    icl_per_topic: int | None = None
-    icl_subsample: int = 1
-    icl_tokens: int | None = None
-    normalization: str = "sum"
-    template: str = "base"
-    strategy: str = "local"
-    samples: int = 1
-    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An augmentation and the document it was written from."""
-
-    source: str
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm under one seed.
-
-    Attributes:
-        arm: one of ARMS.
-        seed: the seed.
-        accuracy: correct and total answers by split.
-        answers: each question's choice probabilities, for those whose answer is known.
-        setup_s: seconds spent once before the first query: augmentation and training.
-        query_s: seconds a query took after that and after the context's prefill, all questions scored together.
-        query_tokens: tokens of one query's requests, as a scorer without reuse forwards them.
-        query_rows: rows actually forwarded a query, without the context's prefill.
-        counts: the ledger of the whole run.
-        notes: augmentation counts and the like.
-        losses: mean loss per target token (nats) of each training step.
-        samples: some augmentations, each with the text it was written from.
-        workers: runs that were made at once when this one's figures were measured, itself included; None for as many
-            as a cluster had room for.
-        questions: what was asked.
-    """
-
-    arm: str
-    seed: int
-    accuracy: dict[str, evaluate.Accuracy]
-    answers: tuple[evaluate.Answer, ...]
-    setup_s: float
-    query_s: float
-    query_tokens: float
-    query_rows: float
-    counts: dict[str, Any]
-    notes: dict[str, Any]
-    losses: tuple[float, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    workers: int | None = 1
-    questions: tuple[Question, ...] = field(default=(), repr=False)
+    executor: Executor = field(default_factory=InProcess)
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    store: Path | None = None
+    store_bytes: int = 20 * 10**9
+    checkpoint_s: float = CHECKPOINT_S
+    measure_s: float = MEASURE_S
+    task_name: str = "task"
+    arguments: str = ""
+    overwrite: bool = False
+    on_run: Callable[[Run], None] | None = None
 
 
 def compare(
-    model: Model,
-    task_of_seed: Callable[[int], Task],
-    settings: Settings | None = None,
+    model: Model | Callable[[], tuple[Model, Ledger]],
+    task: Task | Callable[[int], Task],
+    settings: StudySettings | None = None,
     *,
-    kept: ResultJournal | None = None,
-    checkpoints: Path | None = None,
-    checkpoint_s: float = CHECKPOINT_S,
-    store: ContextStore | None = None,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    options: StudyOptions | None = None,
     progress: bool = False,
-    on_run: Callable[[Run], None] | None = None,
-) -> list[Run]:
-    """Run every arm under every seed.
+) -> Results | None:
+    """Run every arm under every seed, measure what queries cost, and return the results.
 
     Args:
-        model: from load(), float32 if an arm trains; left as it is.
-        task_of_seed: the task for a seed (the same one each time, if it was read from a folder).
-        settings: see Settings.
-        kept: where finished runs are looked up and put, under all that decides them: weights, the task's content,
-            settings, machine and versions.
-        checkpoints: a folder for arms that are being fine-tuned, each of which goes on from where it was.
-        checkpoint_s: seconds between checkpoints.
-        store: where the ICL arm finds what its context was read to, or leaves it.
+        model: from load(), float32 if an arm trains; left as it is. Or a function that loads it, which is called once
+            `out` is locked, and returns the ledger of loading too.
+        task: one for all seeds, or a function that makes one for a seed.
+        settings: what to compare and how.
+        arms: in place of those of the settings.
+        seeds: in place of those of the settings.
+        out: a folder for results.json and for what is finished, from which the same call resumes after a kill; None
+            keeps everything in memory.
+        options: how to run it.
         progress: show bars.
-        on_run: called with each run as it ends.
 
     Returns:
-        The runs, seeds outermost.
+        What results.json holds; None in an executor's processes of other rank than 0.
 
     Raises:
-        ProtocolError: rules-ft on documents that it has no rule for.
+        ProtocolError: an arm that cannot take the task.
+        ResultsError: `out` holds another study's results.
+        LockedError: another process is at work in `out`.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
+
+    Example:
+        >>> task = simple_reversals(num_facts=4)
+        >>> results = compare(load("shipped"), task, arms=["base", "icl"], seeds=[0])
+        >>> print(results.runs[1].accuracy["reversal"].value)
     """
-    settings, kept, runs = settings or Settings(), kept or ResultJournal(None), []
-    at = At(kept, checkpoints, checkpoint_s, store)
-    for planned in plan(model, task_of_seed, settings, has_store=store is not None):
-        found = kept.once(planned.key, partial(make_run, model, planned, settings, at, progress=progress))
-        runs.append(replace(_RUN.validate_python(found), questions=planned.task.questions))
-        if checkpoints is not None and (checkpoints / planned.key).exists():
-            shutil.rmtree(checkpoints / planned.key)
-            if not any(checkpoints.iterdir()):
-                checkpoints.rmdir()
-        if on_run is not None:
-            on_run(runs[-1])
-    return runs
+    settings, options = settings or StudySettings(), options or StudyOptions()
+    settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))
+    for name in settings.arms:
+        arm_named(name)
+    folder = None if out is None else Path(out)
+    with nullcontext() if folder is None or options.executor.rank else locked(folder / ".lock"):
+        if folder is not None and options.arguments:  # refused before the model is loaded
+            _check_folder(folder, options)
+        follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
+        journal = ResultJournal(None if folder is None else folder / JOURNAL)
+        loaded, load = (model, None) if isinstance(model, Model) else model()
+        if not options.arguments:
+            options = replace(options, arguments=digest(study_key(loaded, settings), settings.arms, settings.seeds))
+        if folder is not None:
+            _check_folder(folder, options)
+        study = _Study(loaded, load, settings, options, folder, journal, progress)
+        return study.run(task if callable(task) else lambda _: task)
 
 
-def study_key(model: Model, settings: Settings) -> str:
-    """A digest of what decides every run: weights, settings but for arms and seeds, the machine and its versions."""
-    machine = fingerprint(model.device) | {"device": model.device.type}
-    del machine["memory_bytes"]  # machines of one kind differ in it by a little
-    return digest("study 2", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), machine)
-
-
-_RUN, _SWEEP = TypeAdapter(Run), TypeAdapter(sweep.Sweep)
+def _check_folder(folder: Path, options: StudyOptions) -> None:
+    """Refuse to replace the results of another study."""
+    path = folder / RESULTS
+    is_rerun = path.exists() and f'"arguments": "{options.arguments}"' in path.read_text(errors="replace")
+    if path.exists() and not is_rerun and not options.overwrite:
+        raise ResultsError(f"{path}: holds the results of another study; choose another folder or overwrite it")
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run to be made.
+class _Study:
+    """A study whose folder is locked and whose model is loaded."""
 
-    Attributes:
-        task: of the seed.
-        arm, seed: of the run.
-        written_key: a digest of what the model's augmentations depend on, beside how it is asked: the same for a seed's
-            arms.
-        key: a digest of all that decides the run.
-    """
+    model: Model
+    load: Ledger | None
+    settings: StudySettings
+    options: StudyOptions
+    folder: Path | None
+    journal: ResultJournal
+    progress: bool
 
-    task: Task
-    arm: str
-    seed: int
-    written_key: str
-    key: str
+    def run(self, task_of_seed: Callable[[int], Task]) -> Results | None:
+        """Make what is not in the journal yet; rank 0 returns the results."""
+        model, settings, options, journal = self.model, self.settings, self.options, self.journal
+        before = len(journal.values)
+        planned = plan(model, task_of_seed, settings, journal, has_store=options.store is not None)
+        if not isinstance(options.executor, InProcess) and not self._make_elsewhere(planned):
+            return None
+        if self.folder is not None:
+            workers.take_in(journal, self.folder)
+        setting, runs = Setting(model, options.task_name, settings, options.arguments), list[Run]()
 
-    def parts(self, model: Model, settings: Settings) -> list[augmentation.PromptBatch]:
-        """What the model writes for the run; nothing for most arms."""
-        if self.arm not in WRITTEN:
-            return []
-        return augmentation.prompt_batches(
-            model,
-            self.task.documents,
-            settings.strategy,
-            samples=settings.samples,
-            among=lambda drawn: _icl_documents(self.task, drawn, settings),
-            seed=self.seed,
-            key=self.written_key,
+        def keep(run: Run) -> None:
+            runs.append(run)
+            if len(journal.values) > before:  # else results.json may be whole already
+                self._write(as_json(setting, runs))
+            if options.on_run is not None:
+                options.on_run(run)
+
+        checkpoints = None if self.folder is None else self.folder / CHECKPOINTS
+        store = None if options.store is None else ContextStore(options.store, model, options.store_bytes)
+        workspace = Workspace(journal, checkpoints, options.checkpoint_s, store)
+        make_runs(model, planned, settings, workspace, progress=self.progress, on_run=keep)
+        key, costs, best, load = study_key(model, settings), sweep.Sweep(), None, self.load
+        if options.measure_s:
+            task, limit = planned[0].task, options.measure_s  # the first seed's
+            costs = measure(model, task, settings, seconds=limit, journal=journal, progress=self.progress)
+            measured = journal.once(
+                digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype))
+            )
+            best = Ceilings(**measured)
+        told = None if load is None else journal.once(digest(key, "load"), load.as_dict)
+        found = as_json(setting, runs, costs=costs, load=told, ceilings=best)
+        self._write(found)
+        return parse_results(found)
+
+    def _make_elsewhere(self, planned: Sequence[PlannedRun]) -> bool:
+        """Have the executor's workers make the runs; whether this process is the one that goes on."""
+        if self.folder is None:
+            raise ValueError("out: an executor's workers leave their runs in a folder; give one")
+        options = self.options
+        start = workers.StudyWorkers(
+            self.model.name,
+            dict(options.loading),
+            study_key(self.model, self.settings),
+            self.settings,
+            options.executor.workers,
+            self.folder.absolute(),
+            options.checkpoint_s,
         )
+        # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
+        shared = [one for one in planned if options.store is None or not one.reads_context]
+        return workers.make_runs(options.executor, start, self.model, shared, self.journal, progress=self.progress)
 
-
-def plan(
-    model: Model, task_of_seed: Callable[[int], Task], settings: Settings, *, has_store: bool = False
-) -> Iterator[Planned]:
-    """The runs of a study, seeds outermost; arguments and errors are compare()'s."""
-    unknown = [arm for arm in settings.arms if arm not in ARMS]
-    if unknown:
-        raise ValueError(f"arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
-    identity = study_key(model, settings)
-    for seed in settings.seeds:
-        task = task_of_seed(seed)
-        if "rules-ft" in settings.arms and not augmentation.augment_by_rule(task.documents).rows:
-            raise ProtocolError("arms: rules-ft: no document states a comparison, all that the rules know")
-        content = digest(identity, asdict(task))
-        for arm in settings.arms:
-            key = digest(content, arm, seed, arm == "icl" and has_store)
-            yield Planned(task, arm, seed, digest(content, seed), key)
-
-
-@dataclass(frozen=True)
-class At:
-    """Where a run finds what was done before; its attributes are compare()'s arguments."""
-
-    kept: ResultJournal
-    checkpoints: Path | None
-    checkpoint_s: float
-    store: ContextStore | None = None
-
-
-def make_run(model: Model, planned: Planned, settings: Settings, at: At, *, progress: bool = False) -> dict[str, Any]:
-    """A run's fields but for the questions."""
-    task, arm, seed = planned.task, planned.arm, planned.seed
-    ledger, store = Ledger(meter=Meter(model.device)), None
-    documents: list[Document] = []
-    context = prompt_context(model, documents, settings.template)
-    notes: dict[str, Any] = {}
-    losses: tuple[float, ...] = ()
-    samples: list[Sample] = []
-    if arm == "icl":
-        documents, context, left_out = _icl_context(model, task, seed, settings)
-        if settings.icl_tokens is not None:
-            notes["left_out_documents"] = left_out
-        notes["context_documents"] = len(documents)
-        store = _as_begun(model, context, at, planned.key)
-    elif arm != "base":
-        texts = [document.text for document in task.documents]
-        if arm != "ft":
-            if arm == "rules-ft":
-                with ledger.phase("filter"):
-                    augmented = augmentation.augment_by_rule(task.documents)
-            else:
-                parts = planned.parts(model, settings)
-                augmented = augmentation.augment_by_model(
-                    model, parts, journal=at.kept, ledger=ledger, progress=progress
-                )
-            texts += [row.text for row in augmented.rows]
-            sources = {document.id: document.text for document in task.documents}
-            kept = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
-            samples = [Sample(sources[row.source_id], row.kind, row.text) for row in kept]
-            notes["augmentations"] = len(augmented.rows)
-            notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
-        teacher_context = _icl_context(model, task, seed, settings)[1] if arm == "distilled" else None
-        resumed = at.checkpoints is not None
-        tuned = finetune(
-            model,
-            texts,
-            settings.finetune,
-            seed=seed,
-            teacher_context=teacher_context,
-            ledger=ledger,
-            options=RunOptions(
-                output_dir=at.checkpoints and at.checkpoints / planned.key,
-                resume=resumed,
-                checkpoint_s=at.checkpoint_s if resumed else None,
-                progress=progress,
-            ),
-        )
-        losses, model = tuned.losses, tuned.model
-        notes["final_loss"] = losses[-1]
-    setup_s = math.fsum(ledger.seconds.values())
-    asked = ledger.request_tokens
-    answers = evaluate.answers(
-        model,
-        task.questions,
-        context=context,
-        normalization=settings.normalization,
-        store=store,
-        ledger=ledger,
-        progress=progress,
-    )
-    n, query = len(task.questions), ledger.phases["query"]
-    run = Run(
-        arm=arm,
-        seed=seed,
-        accuracy=evaluate.accuracies(answers),
-        answers=tuple(answers),
-        setup_s=setup_s,
-        query_s=(query.wall_s + ledger.phases["tokenise"].wall_s) / n,
-        query_tokens=(ledger.request_tokens - asked) / n,
-        query_rows=query.forwarded_tokens / n,
-        counts=ledger.as_dict(),
-        notes=notes,
-        losses=losses,
-        samples=tuple(samples),
-    )
-    return asdict(run)
-
-
-def _as_begun(model: Model, context: str, at: At, key: str) -> ContextStore | None:
-    """The store, with no more of this context in it than when the run was begun: a kill must not change its cost."""
-    if (store := at.store) is None:
-        return None
-    (token,) = encoding.encode(model.tokenizer, [context.rstrip()])
-
-    def stored_tokens() -> int:
-        found = store.find(token)
-        return 0 if found is None else len(found.token)
-
-    return store.up_to(at.kept.once(digest(key, "stored tokens"), stored_tokens))
-
-
-def _icl_documents(task: Task, seed: int, settings: Settings) -> list[Document]:
-    """The documents that ICL reads, and that first samples of the global strategy of augmentation show, if they fit."""
-    return evaluate.select_documents(
-        task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
-    )
-
-
-def _icl_context(model: Model, task: Task, seed: int, settings: Settings) -> tuple[list[Document], str, int]:
-    """The documents that ICL reads, what stands before each prompt then, and how many documents did not fit."""
-    documents = _icl_documents(task, seed, settings)
-    chosen = len(documents)
-    if settings.icl_tokens is not None:
-        documents = evaluate.fit_documents(model, documents, settings.icl_tokens, settings.template)
-    return documents, prompt_context(model, documents, settings.template), chosen - len(documents)
+    def _write(self, found: dict[str, Any]) -> None:
+        if self.folder is not None:
+            write_results(self.folder / RESULTS, found)
 
 
 def measure(
     model: Model,
     task: Task,
-    settings: Settings,
+    settings: StudySettings,
     *,
-    seconds: float = 30.0,
-    kept: ResultJournal | None = None,
+    seconds: float = MEASURE_S,
+    journal: ResultJournal | None = None,
     progress: bool = False,
 ) -> sweep.Sweep:
-    """What queries cost behind none and, with an ICL arm, behind its context and other lengths; see sweep.sweep()."""
-    context, lengths = "", ()
-    if "icl" in settings.arms:
-        (_, context, _), lengths = _icl_context(model, task, settings.seeds[0], settings), sweep.LENGTHS
+    """What queries cost without a context and, where an arm reads one, behind it and behind other lengths."""
+    text, lengths = "", ()
+    readers = [arm.asking.context for name in settings.arms if (arm := arm_named(name)).asking.context is not None]
+    if readers and readers[0] is not None:
+        text, lengths = readers[0](model, task, settings.seeds[0], settings).text, sweep.LENGTHS
 
     def run() -> dict[str, Any]:
-        measured = sweep.sweep(model, task.questions, context, lengths=lengths, seconds=seconds, progress=progress)
-        return asdict(measured)
+        return asdict(sweep.sweep(model, task.questions, text, lengths=lengths, seconds=seconds, progress=progress))
 
-    key = digest(study_key(model, settings), [asdict(question) for question in task.questions], context, seconds)
-    found: sweep.Sweep = _SWEEP.validate_python((kept or ResultJournal(None)).once(key, run))
+    key = digest(study_key(model, settings), [asdict(question) for question in task.questions], text, seconds)
+    found: sweep.Sweep = _SWEEP.validate_python((journal or ResultJournal(None)).once(key, run))
     return found
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two arms on the same questions of a split.
-
-    Attributes:
-        first, second: the arms.
-        split: the split.
-        difference: accuracy of the first less that of the second.
-        p: exact two-sided p-value of the sign-flip test over topics, Holm-adjusted for all tests made together.
-    """
-
-    first: str
-    second: str
-    split: str
-    difference: float
-    p: float
-
-
-def paired_tests(runs: Sequence[Run]) -> list[Paired]:
-    """Every two arms in every split, on the questions and seeds that both have."""
-    arms = dict.fromkeys(run.arm for run in runs)
-    right: dict[str, dict[tuple[int, str], evaluate.Answer]] = {
-        arm: {(run.seed, answer.question_id): answer for run in runs if run.arm == arm for answer in run.answers}
-        for arm in arms
-    }
-    tests = []
-    for first, second in itertools.combinations(arms, 2):
-        differences: dict[str, dict[str, list[int]]] = {}
-        for key in right[first].keys() & right[second].keys():
-            a, b = right[first][key], right[second][key]
-            topics = differences.setdefault(a.split, {})
-            topics.setdefault(a.topic, []).append(a.is_correct - b.is_correct)
-        for split in dict.fromkeys(answer.split for answer in right[first].values()):
-            if topics := differences.get(split, {}):
-                each = [difference for topic in topics.values() for difference in topic]
-                p = statistics.sign_flip_test([sum(topic) for topic in topics.values()])
-                tests.append(Paired(first, second, split, sum(each) / len(each), p))
-    adjusted = statistics.holm([test.p for test in tests])
-    return [replace(test, p=p) for test, p in zip(tests, adjusted, strict=True)]
-
-
-def as_json(
-    model: Model,
-    task_name: str,
-    settings: Settings,
-    runs: Sequence[Run],
-    *,
-    costs: sweep.Sweep | None = None,
-    load: dict[str, Any] | None = None,
-    ceilings: Ceilings | None = None,
-    arguments: str = "",
-) -> dict[str, Any]:
-    """Everything results.json holds; results.py reads it. Of an absolute path it names the last two parts.
-
-    `costs` are those of measure(), `load` is the ledger of loading the model, `arguments` a digest of the command's.
-    """
-    asked: dict[tuple[Question, ...], list[int]] = {}
-    for run in runs:
-        seeds = asked.setdefault(run.questions, [])
-        seeds += [run.seed] * (run.seed not in seeds)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": _public(model.name),
-        "parameters": model.num_parameters,
-        "weight_bytes": work_of(model).weight_bytes,
-        "task": _public(task_name),
-        "settings": asdict(settings),
-        "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
-        "load": load,
-        "arguments": arguments,
-        "sweep": asdict(costs or sweep.Sweep()),
-        "questions": [
-            {"seeds": seeds, "questions": [{"id": q.id, "prompt": q.prompt, "choices": q.choices} for q in questions]}
-            for questions, seeds in asked.items()
-        ],
-        "runs": [asdict(replace(run, questions=())) for run in runs],
-    }
-
-
-def _public(name: str) -> str:
-    """A path as others may read it: of an absolute one the last two parts."""
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write results.json atomically, with a digest of it all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(results | {"checksum": digest(results)}, indent=1) + "\n", encoding="utf-8")

@@ -16,10 +16,10 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
+from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.engine.score import Score, score
 from icl_ft_fast.study import statistics
-from icl_ft_fast.tasks.task import Document, Question
+from icl_ft_fast.tasks.task import Document, Question, Task
 
 # A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or less its log-likelihood
 # after nothing at all (pointwise mutual information with the prompt and the documents).
@@ -197,11 +197,33 @@ def fit_documents(model: Model, documents: Sequence[Document], tokens: int, temp
 
 def evaluate(
     model: Model,
-    questions: Sequence[Question],
+    questions: Task | Sequence[Question],
     *,
-    context: str = "",
+    context: str | Sequence[Document] = "",
+    normalization: str = "sum",
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> dict[str, Accuracy]:
-    """Score the questions after `context` and count the correct ones by split."""
-    return accuracies(answers(model, questions, context=context, ledger=ledger, progress=progress))
+    """Accuracy by split: the fraction of questions whose best choice is correct, with its interval.
+
+    Args:
+        model: from load().
+        questions: a task, or questions of one; those without a known answer are left out.
+        context: documents, or the text of any context, in front of every question.
+        normalization: what a choice's log-likelihood is divided by, see NORMALIZATIONS.
+        ledger: counts the work.
+        progress: show a bar.
+
+    Raises:
+        ProtocolError: an unknown normalization.
+        ScoreError: a question that does not fit the model's positions behind the context.
+
+    Example:
+        >>> task = simple_reversals(num_facts=4)
+        >>> accuracy = evaluate(load("shipped"), task, context=task.documents)
+        >>> print(accuracy["reversal"].value, accuracy["reversal"].interval)
+    """
+    asked = questions.questions if isinstance(questions, Task) else questions
+    text = context if isinstance(context, str) else icl_context(context)
+    given = answers(model, asked, context=text, normalization=normalization, ledger=ledger, progress=progress)
+    return accuracies(given)

@@ -1,19 +1,27 @@
-"""results.json: its schema, validated, and older editions of it brought up to date."""
+"""results.json: written with a checksum, read with its schema validated, version 3 converted."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.machine import Ceilings, fingerprint
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.durable import digest, replacing
 from icl_ft_fast.runtime.errors import UserError
-from icl_ft_fast.study.compare import ANSWERING, SCHEMA_VERSION, Run
 from icl_ft_fast.study.prices import first_error
+from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.study.sweep import Sweep
+from icl_ft_fast.tasks.task import Question
+
+SCHEMA_VERSION = 4  # 3 counted rows where 4 counts tokens
 
 # Fields, at any depth, that two runs of one command fill differently: times, energies, resident memory, what of them
 # decided how much was measured, and how many workers they were measured beside.
@@ -28,7 +36,7 @@ class ResultsError(UserError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestion:
     """A question as it was asked."""
 
     id: str
@@ -37,26 +45,26 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class AskedUnder:
+class QuestionsOfSeeds:
     """The questions of some seeds."""
 
     seeds: tuple[int, ...]
-    questions: tuple[Asked, ...]
+    questions: tuple[AskedQuestion, ...]
 
 
 @dataclass(frozen=True)
 class Results:
-    """What compare.as_json() writes.
+    """A study's results.
 
     Attributes:
-        schema_version: SCHEMA_VERSION, also where the file was an older one.
-        model, parameters, weight_bytes: the network; 0 bytes where an old file does not tell.
+        schema_version: SCHEMA_VERSION, also where the file had an older one.
+        model, parameters, weight_bytes: the network; 0 bytes where the file does not tell.
         task, settings, machine: as they were given and found.
         sweep: what a query costs.
-        questions: by seed; empty where an old file does not tell.
+        questions: by seed; empty where the file does not tell.
         runs: every arm under every seed.
         load: the ledger of loading the model.
-        arguments: a digest of the command's; empty where there was none.
+        arguments: a digest of the command's arguments; empty where there was none.
     """
 
     schema_version: int
@@ -68,16 +76,78 @@ class Results:
     sweep: Sweep
     runs: tuple[Run, ...] = Field(min_length=1)
     weight_bytes: int = 0
-    questions: tuple[AskedUnder, ...] = ()
+    questions: tuple[QuestionsOfSeeds, ...] = ()
     load: dict[str, Any] | None = None
     arguments: str = ""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a study's results are about; `arguments` is a digest of the caller's, by which it finds them again."""
+
+    model: Model
+    task_name: str
+    settings: StudySettings
+    arguments: str = ""
+
+
+def as_json(
+    setting: Setting,
+    runs: Sequence[Run],
+    *,
+    costs: Sweep | None = None,
+    load: dict[str, Any] | None = None,
+    ceilings: Ceilings | None = None,
+) -> dict[str, Any]:
+    """Everything that results.json holds. Of an absolute path it names the last two parts.
+
+    Args:
+        setting: what the runs are of.
+        runs: those that are made.
+        costs: what queries cost.
+        load: the ledger of loading the model.
+        ceilings: what the device does at best.
+    """
+    model, questions_of = setting.model, dict[tuple[Question, ...], list[int]]()
+    for run in runs:
+        seeds = questions_of.setdefault(run.questions, [])
+        seeds += [run.seed] * (run.seed not in seeds)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": _public(model.name),
+        "parameters": model.num_parameters,
+        "weight_bytes": work_of(model).weight_bytes,
+        "task": _public(setting.task_name),
+        "settings": asdict(setting.settings),
+        "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
+        "load": load,
+        "arguments": setting.arguments,
+        "sweep": asdict(costs or Sweep()),
+        "questions": [
+            {"seeds": seeds, "questions": [{"id": q.id, "prompt": q.prompt, "choices": q.choices} for q in questions]}
+            for questions, seeds in questions_of.items()
+        ],
+        "runs": [asdict(replace(run, questions=())) for run in runs],
+    }
+
+
+def _public(name: str) -> str:
+    """A path as others may read it: of an absolute one the last two parts."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results.json atomically, with a digest of it all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(results | {"checksum": digest(results)}, indent=1) + "\n", encoding="utf-8")
+
+
 def read_results(path: Path) -> Results:
-    """Read a results.json of any schema version so far.
+    """Read a results.json of schema version 3 or 4.
 
     Raises:
-        ResultsError: no UTF-8 JSON object, a newer schema, a field that is missing or wrong, or another checksum.
+        ResultsError: no UTF-8 JSON object, another schema, a field that is missing or wrong, or a wrong checksum.
         OSError: the file cannot be read.
     """
     try:
@@ -88,58 +158,44 @@ def read_results(path: Path) -> Results:
     if checksum not in (None, digest(found)):
         raise ResultsError(f"{path}: checksum: the file was changed after it was written; `compare` writes it anew")
     version = found.get("schema_version") if isinstance(found, dict) else None
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise ResultsError(f"{path}: schema_version: expected 1 to {SCHEMA_VERSION}, got {version!r}")
+    if type(version) is not int or not 3 <= version <= SCHEMA_VERSION:
+        raise ResultsError(f"{path}: schema_version: expected 3 or {SCHEMA_VERSION}, got {version!r}")
     try:
-        return parse_results(found if version == SCHEMA_VERSION else _from_2(found))
+        return parse_results(found if version == SCHEMA_VERSION else _from_3(found))
     except ValidationError as error:
         raise ResultsError(f"{path}: {first_error(error)}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # an old file of another shape
+    except (KeyError, TypeError, AttributeError) as error:  # a file of another shape
         raise ResultsError(f"{path}: not a results file of schema {version}: {error!r}") from error
 
 
 def unmeasured(found: Any) -> Any:
-    """A results file's JSON less what is measured: the rest is the same, to the byte, whenever a command is run."""
+    """A results file's JSON without what is measured: the rest is the same, to the byte, whenever a command is run."""
     if isinstance(found, dict):
         return {name: unmeasured(value) for name, value in found.items() if name not in MEASURED}
     return [unmeasured(value) for value in found] if isinstance(found, list) else found
 
 
 def parse_results(found: dict[str, Any]) -> Results:
-    """Results from what compare.as_json() makes; raises pydantic's ValidationError."""
+    """Results from what as_json() makes; raises pydantic's ValidationError."""
     results: Results = TypeAdapter(Results).validate_python(found)
     return results
 
 
-def _from_2(found: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 from 2, or from 1, which has no answers: its seconds become phases and points of a sweep."""
-    tokens = {run["arm"]: run["query_tokens"] for run in found["runs"]}
-    context = max(0, round(tokens.get("icl", 0) - min(tokens.values())))
-    samples: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    runs = []
-    for run in found["runs"]:
-        seconds = run["counts"]["seconds"]
-        read_s, alone_s, length = seconds.get("prefill", 0.0), run["uncached_query_s"], context * (run["arm"] == "icl")
-        together = max([2, *(accuracy["total"] for accuracy in run["accuracy"].values())])
-        samples.setdefault((length, 1), []).append((read_s, max(0.0, alone_s - read_s)))
-        samples.setdefault((length, together), []).append((read_s, run["query_s"]))
-        counts = {name: value for name, value in run["counts"].items() if name != "seconds"}
-        setup_s = sum(value for name, value in seconds.items() if name not in ANSWERING)
-        phases = {name: {"wall_s": value, "how": {"wall_s": "measured"}} for name, value in seconds.items()}
-        runs.append({"answers": []} | run | {"setup_s": setup_s, "counts": counts | {"phases": phases}})
-    points = [
-        {
-            "context_tokens": length,
-            "batch": batch,
-            "prefill_s": [read for read, _ in pairs if length],
-            "query_s": [query for _, query in pairs],
-        }
-        for (length, batch), pairs in sorted(samples.items())
-    ]
-    machine = {"versions": {}, "cores": None, "ceilings": None} | found["machine"]
-    return found | {
-        "schema_version": 3,
-        "machine": machine,
-        "runs": runs,
-        "sweep": {"context_tokens": context, "points": points},
+def _from_3(found: dict[str, Any]) -> dict[str, Any]:
+    """Schema 4 from 3, which counted rows where 4 counts tokens."""
+    renamed = {
+        "forwarded_rows": "forwarded_tokens",
+        "reused_rows": "cached_tokens",
+        "head_rows": "head_tokens",
+        "query_rows": "query_forwarded_tokens",
     }
+
+    def with_new_names(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {renamed.get(name, name): with_new_names(each) for name, each in value.items()}
+        return [with_new_names(each) for each in value] if isinstance(value, list) else value
+
+    runs = [with_new_names(run) for run in found["runs"]]
+    runs = [run | {"query_request_tokens": run["query_tokens"]} for run in runs]
+    runs = [{name: value for name, value in run.items() if name != "query_tokens"} for run in runs]
+    return found | {"schema_version": 4, "load": with_new_names(found.get("load")), "runs": runs}

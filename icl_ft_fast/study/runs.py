@@ -1,126 +1,163 @@
-"""A study's runs as jobs of an executor, which ends with the results of one process in the time of several.
-
-First the model's augmentations are written, a job a call of the engine, then the arms are run, a job each: whoever
-trains on an augmentation finds it written. What workers made is on the disk, in PARTS beside what the study keeps, and
-is taken in when all is there; compare() then goes on as after a kill, and finds every run made.
-"""
+"""The runs of a study: planned once, each found in the journal or made."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from icl_ft_fast.augmentation import PromptBatch
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.meters import Meter
-from icl_ft_fast.engine.model import Model, load
-from icl_ft_fast.runtime.durable import ResultJournal
-from icl_ft_fast.runtime.executors import (
-    Executor,
-    ExecutorError,
-    Job,
-    Ray,
-    Worker,
-    follow,
-    journaled_in,
-    run_journaled,
-)
-from icl_ft_fast.study.compare import At, Planned, Settings, make_run, study_key
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.study import evaluate
+from icl_ft_fast.study.arms import Arm, ArmJob, Workspace, arm_named
+from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.task import Task
 
-PARTS = "parts"
+_RUN = TypeAdapter(Run)
+
+
+def study_key(model: Model, settings: StudySettings) -> str:
+    """A digest of what decides every run: weights, settings except arms and seeds, the machine and its versions."""
+    machine = fingerprint(model.device) | {"device": model.device.type}
+    del machine["memory_bytes"]  # machines of one kind differ in it by a little
+    return digest("study 3", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), machine)
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Makes workers of a study, in this process or another, perhaps on another machine.
+class PlannedRun:
+    """A run to be made.
 
     Attributes:
-        name, loading: what load() is called with.
-        key: study_key() where the command was started.
-        settings: of the study.
-        workers: see compare.Run.
-        folder: of the study; checkpoints are written there where it is seen.
-        checkpoint_s: seconds between them.
+        arm: the name of the arm.
+        seed: of the run.
+        task: of the seed.
+        key: a digest of all that decides the run.
+        batches: prompts that the model answers for the run, call by call; empty where the run was found in the journal.
     """
 
-    name: str
-    loading: dict[str, Any]
+    arm: str
+    seed: int
+    task: Task
     key: str
-    settings: Settings
-    workers: int | None
-    folder: Path
-    checkpoint_s: float
+    batches: tuple[PromptBatch, ...] = ()
 
-    def __call__(self) -> Worker:
-        """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
-        model = load(self.name, **self.loading)
-        if study_key(model, self.settings) != self.key:
-            raise ExecutorError(
-                f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "
-                "of where the command was started"
-            )
-        return partial(self.do, model)
+    @property
+    def trains(self) -> bool:
+        """Whether the arm trains, which takes longest."""
+        return arm_named(self.arm).training is not None
 
-    def do(self, model: Model, job: PromptBatch | tuple[Planned, dict[str, Any]]) -> dict[str, Any]:
-        """What is kept of a part of an augmentation, or of a run, which comes with its parts by name."""
-        if isinstance(job, PromptBatch):
-            return job.generate(model, Ledger(meter=Meter(model.device)))
-        planned, parts = job
-        kept = ResultJournal(None)
-        kept.add(parts)
-        at = At(kept, self.folder / "checkpoints" if self.folder.is_dir() else None, self.checkpoint_s)
-        return make_run(model, planned, self.settings, at) | {"workers": self.workers}
+    @property
+    def reads_context(self) -> bool:
+        """Whether the arm reads a context that a store may hold."""
+        return arm_named(self.arm).reads_context
+
+
+def plan(
+    model: Model,
+    task_of_seed: Callable[[int], Task],
+    settings: StudySettings,
+    journal: ResultJournal,
+    *,
+    has_store: bool = False,
+) -> list[PlannedRun]:
+    """Every arm under every seed, seeds outermost.
+
+    Args:
+        model: from load().
+        task_of_seed: the task for a seed.
+        settings: of the study.
+        journal: runs that were made before; their prompts are not needed any more.
+        has_store: whether contexts are looked up in a store, which changes what reading them costs.
+
+    Raises:
+        ProtocolError: an arm that cannot take the task.
+        ValueError: an unknown arm.
+    """
+    arms = [arm_named(name) for name in settings.arms]
+    identity, planned = study_key(model, settings), []
+    for seed in settings.seeds:
+        task = task_of_seed(seed)
+        content = digest(identity, asdict(task))
+        batch_key, batches = digest(content, seed), dict[bool, tuple[PromptBatch, ...]]()
+        for arm in arms:
+            if arm.training is not None:
+                arm.training.check(task)
+            key = digest(content, arm.name, seed, arm.reads_context and has_store)
+            generates = arm.training is not None and arm.training.generates
+            if key in journal.values:
+                generates = False
+            if generates and generates not in batches:  # the same prompts for every arm of the seed
+                batches[generates] = tuple(arm.batches(model, task, seed, settings, batch_key))
+            planned.append(PlannedRun(arm.name, seed, task, key, batches.get(generates, ())))
+    return planned
+
+
+def make_run(
+    model: Model, planned: PlannedRun, settings: StudySettings, workspace: Workspace, *, progress: bool = False
+) -> dict[str, Any]:
+    """A run's fields except the questions, as plain values."""
+    ledger, task = Ledger(meter=Meter(model.device)), planned.task
+    job = ArmJob(model, task, planned.seed, settings, ledger, workspace, planned.key, planned.batches, progress)
+    arm: Arm = arm_named(planned.arm)
+    ready = arm.prepare(job)
+    setup_s = math.fsum(ledger.seconds.values())
+    before = ledger.request_tokens
+    answers = arm.asking.ask(job, ready)
+    num_questions, query = len(task.questions), ledger.phases["query"]
+    run = Run(
+        arm=planned.arm,
+        seed=planned.seed,
+        accuracy=evaluate.accuracies(answers),
+        answers=tuple(answers),
+        setup_s=setup_s,
+        query_s=(query.wall_s + ledger.phases["tokenise"].wall_s) / num_questions,
+        query_request_tokens=(ledger.request_tokens - before) / num_questions,
+        query_forwarded_tokens=query.forwarded_tokens / num_questions,
+        counts=ledger.as_dict(),
+        notes=ready.notes,
+        losses=ready.losses,
+        samples=ready.samples,
+    )
+    return asdict(run)
 
 
 def make_runs(
-    executor: Executor,
-    start: Runs,
     model: Model,
-    plans: Iterable[Planned],
-    kept: ResultJournal,
+    planned: Sequence[PlannedRun],
+    settings: StudySettings,
+    workspace: Workspace,
     *,
     progress: bool = False,
-) -> bool:
-    """Make the runs that are not kept yet, where an executor's workers are, and leave them in PARTS.
+    on_run: Callable[[Run], None] | None = None,
+) -> list[Run]:
+    """The planned runs: those in the journal as they are, the others made here and left in it.
 
     Args:
-        executor: who makes them.
-        start: makes a worker.
-        model: the same one, loaded in this process.
-        plans: from compare.plan().
-        kept: what is there already.
-        progress: show bars of jobs.
-
-    Returns:
-        Whether this process is the one that goes on, with take_in().
-
-    Raises:
-        ExecutorError, LockedError, DamagedError: see executors.run_journaled(); and whatever a run raises.
+        model: float32 if an arm trains; left as it is.
+        planned: from plan().
+        settings: of the study.
+        workspace: see Workspace.
+        progress: show bars.
+        on_run: called with each run as it ends.
     """
-    folder = start.folder / PARTS
-    # Whoever begins the longest last keeps all waiting: arms that train nothing come last.
-    left = [p for p in sorted(plans, key=lambda p: p.arm in ("base", "icl")) if p.key not in kept.values]
-    parts = {p.key: p.parts(model, start.settings) for p in left}
-    new = {part.name: part for its in parts.values() for part in its if part.name not in kept.values}
-
-    def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
-        named = [Job(name, work, 0, group=name) for name, work in jobs.items()]
-        worker = start if isinstance(executor, Ray) else lambda: partial(start.do, model)
-        with run_journaled(executor, worker, named, folder, progress=what if progress else "", more=more) as results:
-            return results is not None
-
-    run(new, "augmenting", more=True)
-    follow(executor)  # until all is written
-    there = kept.values | journaled_in(folder, expected=new)
-    return run({p.key: (p, {part.name: there[part.name] for part in parts[p.key]}) for p in left}, "comparing")
-
-
-def take_in(kept: ResultJournal, folder: Path) -> None:
-    """Keep what workers left in a study's folder, and nowhere else."""
-    if (folder / PARTS).is_dir():
-        kept.add({key: value for key, value in journaled_in(folder / PARTS).items() if key not in kept.values})
-        shutil.rmtree(folder / PARTS)
+    runs, checkpoints = [], workspace.checkpoints
+    for one in planned:
+        made = workspace.journal.once(one.key, partial(make_run, model, one, settings, workspace, progress=progress))
+        runs.append(replace(_RUN.validate_python(made), questions=one.task.questions))
+        if checkpoints is not None and (checkpoints / one.key).exists():
+            shutil.rmtree(checkpoints / one.key)
+            if not any(checkpoints.iterdir()):
+                checkpoints.rmdir()
+        if on_run is not None:
+            on_run(runs[-1])
+    return runs

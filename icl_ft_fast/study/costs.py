@@ -1,0 +1,81 @@
+"""What an arm costs in a resource: its setups, and the queries that the sweep measured. Knows no arm by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.sweep import Point, Sweep
+
+ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
+
+
+def nearest_point(sweep: Sweep, context_tokens: int, batch: int) -> Point | None:
+    """The measurement behind so many tokens whose batch size is nearest; None if there is none."""
+    points = [point for point in sweep.points if point.context_tokens == context_tokens]
+    return min(points, key=lambda point: abs(point.batch - batch), default=None)
+
+
+@dataclass(frozen=True)
+class ArmCosts:
+    """What an arm costs in one resource, as far as it was measured.
+
+    Attributes:
+        resource: "seconds", "FLOPs", "joules" or "money".
+        runs: of the arm, one a seed.
+        sweep: what queries cost.
+        batch: queries scored together; the nearest measured number is taken.
+        cache_lifetime: queries that share a reading of a context that stays in the cache.
+        prices: the user's; needed for money.
+    """
+
+    resource: str
+    runs: tuple[Run, ...]
+    sweep: Sweep
+    batch: int = 1
+    cache_lifetime: float = math.inf
+    prices: Prices | None = None
+
+    @property
+    def setup(self) -> tuple[float, ...] | None:
+        """What each run paid before its first query, empty where none paid; None where a phase does not tell."""
+        found = [self._setup(run) for run in self.runs]
+        if None in found:
+            return None
+        return tuple(cost for cost in found if cost is not None) if any(found) else ()
+
+    def point(self, context_tokens: int) -> Point | None:
+        """The measurement of queries behind so many tokens."""
+        return nearest_point(self.sweep, context_tokens, self.batch)
+
+    def query(self, point: Point) -> tuple[float, ...] | None:
+        """What a query costs after its context was read, a measurement each; None where it was not measured."""
+        single = {"FLOPs": point.query_flops or None, "joules": point.query_joules}
+        if self.resource in single:
+            return None if (value := single[self.resource]) is None else (value,)
+        return self.of_seconds(point.query_s, point.query_joules) or None
+
+    def reading(self, point: Point) -> tuple[float, ...]:
+        """What reading the context costs, a measurement each."""
+        single = {"FLOPs": point.prefill_flops, "joules": point.prefill_joules}
+        if self.resource in single:
+            return (single[self.resource] or 0.0,)
+        return self.of_seconds(point.prefill_s, point.prefill_joules)
+
+    def of_seconds(self, seconds: Sequence[float], joules: float | None = None) -> tuple[float, ...]:
+        """Seconds in the resource. Moving bytes to and from a file computes nothing, so it has no FLOPs or joules."""
+        if self.resource == "money" and self.prices is not None:
+            return tuple(self.prices.money(s, joules) for s in seconds)
+        return tuple(s if self.resource == "seconds" else 0.0 for s in seconds)
+
+    def _setup(self, run: Run) -> float | None:
+        phases: list[Mapping[str, Any]] = [p for name, p in run.counts["phases"].items() if name not in ANSWERING]
+        joules = [phase.get("joules") for phase in phases]
+        if self.resource == "FLOPs":
+            return None if any("flops" not in phase for phase in phases) else float(sum(p["flops"] for p in phases))
+        read = None if None in joules else math.fsum(value for value in joules if value is not None)
+        return read if self.resource == "joules" else self.of_seconds([run.setup_s], read)[0]

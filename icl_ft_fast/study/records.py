@@ -1,0 +1,57 @@
+"""What a study records of each run: answers, costs, counts. Plain values that results.json holds as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.tasks.task import Question
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An augmentation and the document it was written from."""
+
+    source: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one seed.
+
+    Attributes:
+        arm: the name of an arm, see arms.ARMS.
+        seed: the seed.
+        accuracy: correct and total answers by split.
+        answers: each question's choice probabilities, for those whose answer is known.
+        setup_s: seconds spent once before the first query: augmentation and training.
+        query_s: seconds a query took after that and after the context's prefill, all questions scored together.
+        query_request_tokens: tokens of one query's requests, as a scorer without reuse forwards them: each choice with
+            its own copy of the context and the prompt.
+        query_forwarded_tokens: tokens really forwarded a query, without the context's prefill.
+        counts: the ledger of the whole run.
+        notes: augmentation counts and the like.
+        losses: mean loss per target token (nats) of each training step.
+        samples: some augmentations, each with the text it was written from.
+        workers: runs that were made at once when this one was timed, itself included; None for as many as a cluster had
+            room for.
+        questions: what was asked.
+    """
+
+    arm: str
+    seed: int
+    accuracy: dict[str, Accuracy]
+    answers: tuple[Answer, ...]
+    setup_s: float
+    query_s: float
+    query_request_tokens: float
+    query_forwarded_tokens: float
+    counts: dict[str, Any]
+    notes: dict[str, Any]
+    losses: tuple[float, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    workers: int | None = 1
+    questions: tuple[Question, ...] = field(default=(), repr=False)

@@ -1,0 +1,38 @@
+"""What a study compares and how: everything here decides its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from icl_ft_fast.finetuning import FinetuneSettings
+
+DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to compare and how.
+
+    Attributes:
+        arms: names of arms, see arms.ARMS.
+        seeds: every arm runs once under each; a generated task is generated anew for each seed.
+        icl_per_topic: documents of each topic in the context; None for all.
+        icl_subsample: of those, one in this many.
+        icl_tokens: of those, the ones that fit into so many tokens; None if all must fit.
+        normalization: what the choices' log-likelihoods are divided by, see evaluate.NORMALIZATIONS.
+        template: the prompt around documents and question, see prompt_context().
+        strategy: how the model augments documents, see augmentation.
+        samples: answers about each document, in strategies that sample.
+        finetune: steps, batch size, learning rate and the rest of the training.
+    """
+
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    icl_per_topic: int | None = None
+    icl_subsample: int = 1
+    icl_tokens: int | None = None
+    normalization: str = "sum"
+    template: str = "base"
+    strategy: str = "local"
+    samples: int = 1
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)

@@ -1,0 +1,129 @@
+"""A study's runs as jobs of an executor, which ends with the results of one process in the time of several.
+
+First the model writes the augmentations, a job a call of the engine; then the arms run, a job each, and whoever trains
+on an augmentation finds it written. What workers made is on the disk, in the folder WORKERS beside the study's journal,
+and is taken into it when all is there; compare() then goes on as after a kill, and finds every run made.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.meters import Meter
+from icl_ft_fast.engine.model import Model, load
+from icl_ft_fast.runtime.durable import ResultJournal
+from icl_ft_fast.runtime.executors import (
+    Executor,
+    ExecutorError,
+    Job,
+    Ray,
+    Worker,
+    follow,
+    journaled_in,
+    run_journaled,
+)
+from icl_ft_fast.study.arms import Workspace
+from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
+from icl_ft_fast.study.settings import StudySettings
+
+WORKERS = "workers"
+
+
+@dataclass(frozen=True)
+class StudyWorkers:
+    """Makes workers of a study, in this process or another, perhaps on another machine.
+
+    Attributes:
+        name, loading: what load() is called with.
+        key: study_key() where the command was started.
+        settings: of the study.
+        workers: see records.Run.
+        folder: of the study; checkpoints are written there where it is seen.
+        checkpoint_s: seconds between them.
+    """
+
+    name: str
+    loading: dict[str, Any]
+    key: str
+    settings: StudySettings
+    workers: int | None
+    folder: Path
+    checkpoint_s: float
+
+    def __call__(self) -> Worker:
+        """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
+        model = load(self.name, **self.loading)
+        if study_key(model, self.settings) != self.key:
+            raise ExecutorError(
+                f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "
+                "of where the command was started"
+            )
+        return partial(self.do, model)
+
+    def do(self, model: Model, job: PromptBatch | tuple[PlannedRun, dict[str, Any]]) -> dict[str, Any]:
+        """What a batch of augmentation gave, or a run, which comes with what its batches gave by name."""
+        if isinstance(job, PromptBatch):
+            return job.generate(model, Ledger(meter=Meter(model.device)))
+        planned, written = job
+        journal = ResultJournal(None)
+        journal.add(written)
+        checkpoints = self.folder / "checkpoints" if self.folder.is_dir() else None
+        workspace = Workspace(journal, checkpoints, self.checkpoint_s)
+        return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
+
+
+def make_runs(
+    executor: Executor,
+    start: StudyWorkers,
+    model: Model,
+    planned: Iterable[PlannedRun],
+    journal: ResultJournal,
+    *,
+    progress: bool = False,
+) -> bool:
+    """Make the runs that are not in the journal yet, where an executor's workers are, and leave them in WORKERS.
+
+    Args:
+        executor: who makes them.
+        start: makes a worker.
+        model: the same one, loaded in this process.
+        planned: from runs.plan().
+        journal: what is there already.
+        progress: show bars of jobs.
+
+    Returns:
+        Whether this process is the one that goes on, with take_in().
+
+    Raises:
+        ExecutorError, LockedError, DamagedError: see executors.run_journaled(); and whatever a run raises.
+    """
+    folder = start.folder / WORKERS
+    # Whoever begins the longest job last keeps all waiting: arms that train nothing come last.
+    left = [p for p in sorted(planned, key=lambda p: not p.trains) if p.key not in journal.values]
+    new = {batch.name: batch for p in left for batch in p.batches if batch.name not in journal.values}
+
+    def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
+        named = [Job(name, job, 0, group=name) for name, job in jobs.items()]
+        worker = start if isinstance(executor, Ray) else lambda: partial(start.do, model)
+        with run_journaled(executor, worker, named, folder, progress=what if progress else "", more=more) as results:
+            return results is not None
+
+    run(new, "augmenting", more=True)
+    follow(executor)  # until all is written
+    there = journal.values | journaled_in(folder, expected=new)
+    return run({p.key: (p, {batch.name: there[batch.name] for batch in p.batches}) for p in left}, "comparing")
+
+
+def take_in(journal: ResultJournal, folder: Path) -> None:
+    """Move what workers left in a study's folder into its journal."""
+    if (folder / WORKERS).is_dir():
+        found = journaled_in(folder / WORKERS)
+        journal.add({key: value for key, value in found.items() if key not in journal.values})
+        shutil.rmtree(folder / WORKERS)
