@@ -355,13 +355,13 @@ def test_no_directory_at_all(files, refused):
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
-    monkeypatch.setattr(cli.options, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("icl_ft_fast.engine.model.load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert refused(files.compare(**{option: value})) == message
 
 
 def test_a_device_that_is_not_there_is_refused_and_the_default_is_the_one_there_is(files, refused, monkeypatch):
     given = []
-    monkeypatch.setattr(cli.options, "load", lambda *_, device, **__: given.append(device) or 1 / 0)
+    monkeypatch.setattr("icl_ft_fast.engine.model.load", lambda *_, device, **__: given.append(device) or 1 / 0)
     score = files.score()
     for device, message in (
         ("cuda", "cuda: torch finds no such device here"),
@@ -763,7 +763,9 @@ def test_compare_on_a_generated_task(files, run):
 
 def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
     loaded = []
-    monkeypatch.setattr(cli.options, "load", lambda name, **options: loaded.append((name, options)) or llama)
+    monkeypatch.setattr(
+        "icl_ft_fast.engine.model.load", lambda name, **options: loaded.append((name, options)) or llama
+    )
     code, printed, errors = run(
         ["demo", "--quiet", "--facts", "2", "--seeds", "0", "--steps", "1", "--arms", "base,icl"]
     )

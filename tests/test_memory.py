@@ -23,9 +23,10 @@ from icl_ft_fast import ops
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import memory as budget
 from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.defaults import parse_bytes
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
-from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes, parse_bytes
+from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes
 from icl_ft_fast.engine.model import ModelError, from_network, load
 from icl_ft_fast.engine.score import ScoreError, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question

@@ -37,9 +37,10 @@ from icl_ft_fast.cli.options import (
     show_progress,
 )
 from icl_ft_fast.cli.task import add_task_options, check_task_options, task_of_seed
+from icl_ft_fast.engine.defaults import SHIPPED
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
-from icl_ft_fast.engine.model import SHIPPED, Model
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, check_template
 from icl_ft_fast.finetuning import FinetuneSettings
 from icl_ft_fast.finetuning.settings import SCHEDULES

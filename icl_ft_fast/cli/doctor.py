@@ -7,12 +7,7 @@ import importlib.util
 import json
 from dataclasses import asdict
 
-from rich.table import Table
-
 from icl_ft_fast.cli.options import Commands, Terminal, add_device_option, add_json_option, command, device_of
-from icl_ft_fast.engine.machine import ceilings, fingerprint
-from icl_ft_fast.engine.meters import Meter
-from icl_ft_fast.engine.model import DTYPES
 
 EXTRAS = {"report": "matplotlib", "lm-eval": "lm_eval", "Triton kernels": "triton", "GPU energy": "pynvml"}
 
@@ -31,6 +26,12 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from icl_ft_fast.engine.machine import ceilings, fingerprint
+    from icl_ft_fast.engine.meters import Meter
+    from icl_ft_fast.engine.model import DTYPES
+
     device = device_of(options)
     machine, reading = fingerprint(device), Meter(device).read()
     measured = [asdict(ceilings(device, dtype)) for dtype in DTYPES.values()]

@@ -9,19 +9,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.memory import KV_DTYPES, parse_bytes
-from icl_ft_fast.engine.model import DTYPES, SHIPPED, Model, load
+from icl_ft_fast.engine.defaults import DTYPE_NAMES, KV_DTYPE_NAMES, SHIPPED, parse_bytes
 from icl_ft_fast.runtime.durable import digest, locked
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores
 from icl_ft_fast.runtime.printable import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from icl_ft_fast.engine.contexts import ContextStore
+    from icl_ft_fast.engine.model import Model
 
 OUTPUT = "output and resuming"  # the group of what is written where
 
@@ -90,7 +93,7 @@ def add_model_options(parser: Parser, *, positional: bool = False, required: boo
         group.add_argument("model", metavar="MODEL", help=help)
     else:
         group.add_argument("--model", required=required, help=help)
-    group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype of the weights")
+    group.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="dtype of the weights")
     add_device_option(parser)
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code of the checkpoint")
     group.add_argument(
@@ -109,6 +112,8 @@ def add_device_option(parser: Parser) -> None:
 
 def device_of(options: argparse.Namespace) -> torch.device:
     """The device of --device; refuses one that torch does not find here."""
+    import torch
+
     found = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if found else "cpu") if options.device == "auto" else options.device)
@@ -140,7 +145,7 @@ def add_memory_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--kv-dtype",
-        choices=list(KV_DTYPES),
+        choices=KV_DTYPE_NAMES,
         help="dtype of the KV cache; int8 and bfloat16 save memory and change scores slightly (default: --dtype)",
     )
     group.add_argument(
@@ -189,6 +194,8 @@ def executor_of(options: argparse.Namespace) -> Executor:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.workers)]
         command = [sys.executable, *torchrun, "-m", "icl_ft_fast.cli", *options.given]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    import torch
+
     torch.set_num_threads(threads)  # here too: what is measured here and there is one machine's
     return Ray(options.workers, address=options.ray_address, cpus=threads, gpus=int(device_of(options).type == "cuda"))
 
@@ -216,6 +223,8 @@ def add_store_options(parser: Parser, *, required: bool = False) -> None:
 
 def open_store(options: argparse.Namespace, model: Model) -> ContextStore | None:
     """The store of --store."""
+    from icl_ft_fast.engine.contexts import ContextStore
+
     return None if options.store is None else ContextStore(options.store, model, int(options.store_limit * 1e9))
 
 
@@ -234,6 +243,8 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
 def load_model(options: argparse.Namespace) -> Model:
     """The model of --model; where torchrun started several processes, on the GPU of this one."""
     from transformers.utils import logging
+
+    from icl_ft_fast.engine.model import load
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()

@@ -28,9 +28,9 @@ from icl_ft_fast.cli.options import (
     show_progress,
 )
 from icl_ft_fast.engine import shards
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS, SHARD_TOKENS
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_TOKENS
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import Score, encode_questions, score_of
 from icl_ft_fast.runtime.durable import replacing
@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
     scoring.group("workers").add_argument(
         "--shard-tokens",
         type=positive,
-        default=shards.SHARD_TOKENS,
+        default=SHARD_TOKENS,
         metavar="N",
         help="average tokens per shard, the unit of work that a killed worker loses",
     )

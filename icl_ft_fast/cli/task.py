@@ -20,7 +20,7 @@ from icl_ft_fast.cli.options import (
     positive,
 )
 from icl_ft_fast.engine import encoding
-from icl_ft_fast.engine.model import SHIPPED, SHIPPED_FOLDER
+from icl_ft_fast.engine.defaults import SHIPPED, SHIPPED_FOLDER
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -25,13 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.defaults import KV_DTYPE_NAMES
 from icl_ft_fast.runtime.errors import UserError
 
 SHARE = 0.9  # of what is free, where no limit is given
 LEAST_ROWS = 32  # of a chunk; rather than go below, the cache is offloaded
 INDEX_BYTES = 64  # of a cache row's ends, depths and positions while a chunk is prepared
 OTHER_BYTES = 32 << 20  # workspaces of kernels and libraries, and what the allocator keeps, whatever the sizes
-KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = {name: getattr(torch, name) for name in KV_DTYPE_NAMES}
 
 _log = logging.getLogger(__name__)
 
@@ -63,15 +63,6 @@ class Memory:
     def kept(self) -> torch.dtype | None:
         """kv_dtype as torch knows it."""
         return None if self.kv_dtype is None else KV_DTYPES[self.kv_dtype]
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes of a number of them or of a text like "4GB" (10**9) or "512 MiB" (2**20); raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    value = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if not value or not match or (match[3] and not match[2]):
-        raise ValueError(f"memory: expected a number of bytes above 0 or a size like 4GB, got {size!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)

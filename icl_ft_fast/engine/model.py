@@ -21,15 +21,14 @@ import torch
 
 from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS as CHUNK_TOKENS
+from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
 from icl_ft_fast.engine.kv_cache import KVCache
-from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes, parse_bytes
+from icl_ft_fast.engine.memory import Footprint, Memory, live_bytes
 from icl_ft_fast.runtime.errors import UserError
 
 ATTENTION = "icl_ft_fast"
-CHUNK_TOKENS = 512  # rows forwarded at a time, unless told otherwise
 BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
-SHIPPED = "shipped"  # the name of the model that comes with the package
-SHIPPED_FOLDER = Path(__file__).parents[1] / "shipped" / "model"
 
 # Families whose mathematics the interval rule does not express; the self-check finds others.
 UNSERVED = {
@@ -306,7 +305,7 @@ def _blocks(rows: Rows) -> Iterator[Rows]:
         )
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def load(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.defaults import SHARD_TOKENS
 from icl_ft_fast.engine.flops import Work
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
@@ -26,7 +27,6 @@ from icl_ft_fast.engine.score import LogLikelihood, loglikelihood, prefill, stor
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Job
 
-SHARD_TOKENS = 2048  # rows of an average shard: a few forwards, what a kill loses at most of each worker's work
 Request = tuple[list[int], list[int]]
 
 
