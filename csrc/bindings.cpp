@@ -28,10 +28,10 @@ icl::Sequences sequences(const Array<int32_t>& tokens, const Array<int64_t>& off
 
 py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets, const Array<int64_t>& context_lengths,
                     const Array<int32_t>& head_tokens, const Array<int64_t>& head_offsets,
-                    const std::optional<Array<int32_t>>& head) {
+                    const std::optional<Array<int32_t>>& head, bool whole) {
     require_vector(context_lengths, "context_lengths");
     icl::Requests requests{sequences(tokens, offsets, "offsets"), context_lengths.data(),
-                           sequences(head_tokens, head_offsets, "head_offsets"), head ? head->data() : nullptr};
+                           sequences(head_tokens, head_offsets, "head_offsets"), head ? head->data() : nullptr, whole};
     const auto require_size = [&](const char* name, int64_t size) {
         if (offsets.size() != size + 1) {
             throw py::value_error(std::string("offsets: expected one more value than ") + name + ", " +
@@ -48,7 +48,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
     {
         py::gil_scoped_release release;
         sorted = icl::trie_sort(requests);
-        sizes = icl::trie_sizes(sorted);
+        sizes = icl::trie_sizes(sorted, whole);
     }
     py::dict result;
     const auto allocate = [&](const char* name, int64_t size) {
@@ -65,7 +65,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
         allocate("end", sizes.rows),          allocate("parent", sizes.rows),
         allocate("row_node", sizes.rows),     allocate("scored_token", sizes.scored),
         allocate("scored_row", sizes.scored), allocate("path", sizes.path),
-        path_offset.mutable_data(),
+        path_offset.mutable_data(),           allocate("last_row", requests.tails.count),
     };
     {
         py::gil_scoped_release release;
@@ -286,7 +286,7 @@ PYBIND11_MODULE(_C, m) {
     using py::arg;
     m.def("trie_build", &trie_build, arg("tokens").noconvert(), arg("offsets").noconvert(),
           arg("context_lengths").noconvert(), arg("head_tokens").noconvert(), arg("head_offsets").noconvert(),
-          arg("head").noconvert());
+          arg("head").noconvert(), arg("whole"));
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
     m.def("best_isa", &icl::best_isa);
     m.def("target_logprob", &target_logprob);

@@ -30,12 +30,14 @@ struct Sequences {
 };
 
 // Request r is heads[head[r]] followed by tails[r], or tails[r] alone where head is null. Its first context_lengths[r]
-// tokens are context and the rest continuation, both at least one token.
+// tokens are context and the rest continuation, both at least one token. With `whole` the last token of every request
+// is a row too, so that what comes after it can be predicted; a continuation may then be empty.
 struct Requests {
     Sequences tails;                 // R of them
     const int64_t* context_lengths;  // [R]
     Sequences heads;
     const int32_t* head;  // [R] or null
+    bool whole;
 };
 
 // One of the requests in lexicographic order, whose first `shared` tokens the one sorted before it has too.
@@ -47,19 +49,20 @@ struct TrieSizes {
     int64_t nodes, rows, scored, path;
 };
 
-// Outputs of trie_fill, all int32 but the last; icl_ft_fast/engine/trie.py says what each means.
+// Outputs of trie_fill, all int32 but path_offset; icl_ft_fast/engine/trie.py says what each means.
 struct TrieArrays {
     int32_t *node_token, *node_depth, *node_end, *node_parent;  // [nodes]
     int32_t *token, *depth, *end, *parent, *row_node;           // [rows]
     int32_t *scored_token, *scored_row;                         // [scored]
     int32_t* path;                                              // [path]
     int64_t* path_offset;                                       // [R + 1]
+    int32_t* last_row;                                          // [R]
 };
 
 // Every input token is compared about once, at memory speed: O(num_tokens log R) at worst, O(R) memory. Requests with
 // the same head compare their tails only.
 std::vector<SortedRequest> trie_sort(const Requests& requests);
-TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted);
+TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted, bool whole);
 void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorted, const TrieSizes& sizes,
                const TrieArrays& out);
 

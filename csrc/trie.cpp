@@ -47,9 +47,9 @@ void check(const Requests& requests) {
         }
         const int64_t context = requests.context_lengths[r];
         if (length > kMaxIndex) require(false, "offsets", "fewer than 2^31 tokens" + of_request(r), length);
-        if (context < 1 || context >= length) {
-            require(false, "context_lengths", "1 <= context < length " + std::to_string(length) + of_request(r),
-                    context);
+        if (context < 1 || context >= length + requests.whole) {
+            const std::string range = requests.whole ? "1 <= context <= length " : "1 <= context < length ";
+            require(false, "context_lengths", range + std::to_string(length) + of_request(r), context);
         }
     }
 }
@@ -202,7 +202,7 @@ std::vector<SortedRequest> trie_sort(const Requests& requests) {
     return sorted;
 }
 
-TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted) {
+TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted, bool whole) {
     TrieSizes sizes{};
     for (const SortedRequest& request : sorted) {
         sizes.nodes += request.length - request.shared;
@@ -214,7 +214,7 @@ TrieSizes trie_sizes(const std::vector<SortedRequest>& sorted) {
         sorted, [](auto&&...) {},
         [&](int32_t base, int32_t first, int32_t last, int32_t context, int32_t node) {
             sizes.scored += std::max(0, last - std::max(first, context));
-            sizes.rows -= base + last == node;
+            sizes.rows -= !whole && base + last == node;
         });
     return sizes;
 }
@@ -246,6 +246,7 @@ void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorte
                 for (int32_t depth = first; depth < last; ++depth) out.path[offset + depth] = path[k - 1].base + depth;
                 last = first;
             }
+            out.last_row[request.request] = path.back().base + request.length - 1;  // a node, until rows are counted
         },
         [&](int32_t base, int32_t first, int32_t last, int32_t context, int32_t node) {
             for (int32_t depth = first; depth < last; ++depth) {
@@ -257,7 +258,7 @@ void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorte
     int32_t num_rows = 0, num_scored = 0;
     for (int32_t node = 0; node < sizes.nodes; ++node) {
         row[node] = num_rows;
-        if (out.node_end[node] > node + 1) out.row_node[num_rows++] = node;
+        if (requests.whole || out.node_end[node] > node + 1) out.row_node[num_rows++] = node;
         if (scored[node]) {
             out.scored_token[num_scored] = out.node_token[node];
             out.scored_row[num_scored] = row[out.node_parent[node]];
@@ -273,6 +274,10 @@ void trie_fill(const Requests& requests, const std::vector<SortedRequest>& sorte
         out.parent[i] = parent < 0 ? -1 : row[parent];
     }
     for (int64_t i = 0; i < sizes.path; ++i) out.path[i] = scored[out.path[i]];
+    for (size_t r = 0; r < sorted.size(); ++r) {
+        const int32_t node = out.last_row[r];
+        out.last_row[r] = row[requests.whole ? node : out.node_parent[node]];
+    }
 }
 
 void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_t* out, int64_t num_out) {

@@ -30,10 +30,11 @@ PATH = [
     ("icl_ft_fast/engine/score.py:score", "questions in, one Score a question out", ""),
     ("icl_ft_fast/engine/encoding.py:encode_pairs", "text to token ids: one rule for boundaries, one for BOS", ""),
     ("icl_ft_fast/engine/trie.py:build_from_lists", "all requests merged into one prefix tree (csrc/trie.cpp)", ""),
-    ("icl_ft_fast/engine/score.py:_by_chunk", "the one loop over chunks; halves a chunk that memory runs out on", ""),
+    ("icl_ft_fast/engine/likelihood.py:score_requests", "what every way of scoring comes down to", ""),
+    ("icl_ft_fast/engine/forward.py:in_chunks", "the one loop over chunks; halves a chunk that memory runs out on", ""),
     (
         "icl_ft_fast/engine/model.py:Model.forward_chunk",
-        "compacts the KV cache, then runs transformers' network",
+        "runs transformers' network on the chunk's tokens",
         'transformers calls the attention that is registered as "icl_ft_fast"',
     ),
     ("icl_ft_fast/engine/model.py:_trie_attention", "appends the chunk's keys and values to the KV cache", ""),

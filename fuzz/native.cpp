@@ -154,18 +154,20 @@ void fuzz_trie(FuzzedDataProvider& data) {
         {tokens.at.get(), tokens.size, (split ? tail_offsets : offsets).data(), num_requests},
         context.data(),
         {head_tokens.at.get(), head_tokens.size, head_offsets.data(), static_cast<int64_t>(head_offsets.size()) - 1},
-        split ? head.data() : nullptr};
+        split ? head.data() : nullptr,
+        data.ConsumeBool()};
     const auto sorted = icl::trie_sort(requests);
-    const icl::TrieSizes sizes = icl::trie_sizes(sorted);
+    const icl::TrieSizes sizes = icl::trie_sizes(sorted, requests.whole);
     std::vector<Block<int32_t>> made;
     for (const int64_t size : {sizes.nodes, sizes.nodes, sizes.nodes, sizes.nodes, sizes.rows, sizes.rows, sizes.rows,
-                               sizes.rows, sizes.rows, sizes.scored, sizes.scored, sizes.path}) {
+                               sizes.rows, sizes.rows, sizes.scored, sizes.scored, sizes.path, num_requests}) {
         made.emplace_back(size);
     }
     Block<int64_t> path_offset(num_requests + 1);
     const auto at = [&](int i) { return made[i].at.get(); };
     const icl::TrieArrays out{
-        at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), path_offset.at.get()};
+        at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), path_offset.at.get(),
+        at(12)};
     icl::trie_fill(requests, sorted, sizes, out);
 
     if (head != sound_head || head_offsets != sound_offsets) return;  // another request than `all` has
@@ -173,6 +175,8 @@ void fuzz_trie(FuzzedDataProvider& data) {
     for (int64_t r = 0; r < num_requests; ++r) {
         const auto first = all.begin() + offsets[r];
         for (int64_t n = 1; n <= offsets[r + 1] - offsets[r]; ++n) prefixes.emplace(first, first + n);
+        const int64_t last = offsets[r + 1] - offsets[r] - (requests.whole ? 1 : 2);
+        require(out.token[out.last_row[r]] == first[last] && out.depth[out.last_row[r]] == last);
         require(out.path_offset[r + 1] - out.path_offset[r] == offsets[r + 1] - offsets[r] - context[r]);
         for (int64_t i = context[r]; i < offsets[r + 1] - offsets[r]; ++i) {
             const int32_t node = out.path[out.path_offset[r] + i - context[r]];

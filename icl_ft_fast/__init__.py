@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.generate import generate as generate
     from icl_ft_fast.engine.kv_cache import Context as Context
     from icl_ft_fast.engine.ledger import Ledger as Ledger
+    from icl_ft_fast.engine.likelihood import LogLikelihood as LogLikelihood
+    from icl_ft_fast.engine.likelihood import ScoreError as ScoreError
+    from icl_ft_fast.engine.likelihood import loglikelihood as loglikelihood
     from icl_ft_fast.engine.model import Model as Model
     from icl_ft_fast.engine.model import ModelError as ModelError
     from icl_ft_fast.engine.model import load as load
-    from icl_ft_fast.engine.score import LogLikelihood as LogLikelihood
     from icl_ft_fast.engine.score import Score as Score
-    from icl_ft_fast.engine.score import ScoreError as ScoreError
     from icl_ft_fast.engine.score import iter_scores as iter_scores
-    from icl_ft_fast.engine.score import loglikelihood as loglikelihood
     from icl_ft_fast.engine.score import score as score
     from icl_ft_fast.finetuning.data import Example as Example
     from icl_ft_fast.finetuning.data import read_examples as read_examples
@@ -50,7 +50,8 @@ _NAMES = {
     "engine.kv_cache": "Context",
     "engine.ledger": "Ledger",
     "engine.model": "Model ModelError load",
-    "engine.score": "LogLikelihood Score ScoreError iter_scores loglikelihood score",
+    "engine.likelihood": "LogLikelihood ScoreError loglikelihood",
+    "engine.score": "Score iter_scores score",
     "finetuning.data": "Example read_examples",
     "finetuning.run": "Finetuned finetune",
     "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings RunOptions",

@@ -30,7 +30,7 @@ from icl_ft_fast.augmentation.strategies import BY_MODEL, STRATEGIES
 from icl_ft_fast.augmentation.strategy import Parsed, normalized
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.score import loglikelihood
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import deny, find

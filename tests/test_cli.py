@@ -20,9 +20,10 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import load_model
 from icl_ft_fast.engine.encoding import vocabulary_words
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.machine import ceilings
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.engine.score import loglikelihood, score
+from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer

@@ -17,10 +17,11 @@ from rich.console import Console
 from icl_ft_fast.augmentation import augment_by_rule
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
-from icl_ft_fast.engine.score import prefill, score
+from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icl_ft_fast.engine.kv_cache import ContextCache
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.score import ScoreError, iter_token_logprobs, loglikelihood, prefill
+from icl_ft_fast.engine.likelihood import ScoreError, ScoringOptions, iter_token_logprobs, loglikelihood, prefill
 
 RNG = random.Random(0)
 CONTEXT = [0, *RNG.choices(range(2, 300), k=40)]
@@ -63,7 +63,7 @@ def test_probabilities_within_a_context_forward_nothing(llama):
 def test_a_context_near_another_forwards_what_differs(llama):
     parted = [*CONTEXT[:25], 7, 8, 9]
     near, ledger = prefill(llama, CONTEXT), Ledger()
-    got = prefill(llama, parted, near=near, ledger=ledger)
+    got = prefill(llama, parted, reuse_from=near, ledger=ledger)
     want = prefill(llama, parted)
     torch.testing.assert_close(got.hidden, want.hidden, rtol=1e-5, atol=1e-5)
     assert (ledger.forwarded_tokens, ledger.cached_tokens) == (3, 25)
@@ -96,11 +96,13 @@ def test_contexts_that_cannot_be_forwarded_are_refused(llama, token, message):
 
 
 def test_token_logprobs_are_those_of_plain_forwards(llama, plain_llama, monkeypatch):
-    monkeypatch.setattr(import_module("icl_ft_fast.engine.score"), "LOGIT_ROWS", 3)  # blocks that end between siblings
+    monkeypatch.setattr(
+        import_module("icl_ft_fast.engine.likelihood"), "LOGIT_ROWS", 3
+    )  # blocks that end between siblings
     requests = [([*CONTEXT, 4], [5, 6, 7]), ([*CONTEXT, 4], [5, 9]), (CONTEXT[:1], [*CONTEXT[1:], 8])]
     requests += [([*CONTEXT, 4], [n]) for n in range(20, 28)]
     for start in (None, prefill(llama, CONTEXT[:20])):
-        results = dict(iter_token_logprobs(llama, requests, top=4, start=start, chunk_tokens=16))
+        results = dict(iter_token_logprobs(llama, requests, top=4, start=start, options=ScoringOptions(16)))
         for r, (context, continuation) in enumerate(requests):
             with torch.no_grad():
                 logits = plain_llama(torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1 : -1]

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import COUNTS, HOW, Ledger, Phase
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.machine import ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter, Reading
 from icl_ft_fast.engine.model import from_network
-from icl_ft_fast.engine.score import loglikelihood, score
+from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.study.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit
 from icl_ft_fast.study.prices import PriceError, Prices, read_prices

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import from_network
-from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetuning import FinetuneError, FinetuneSettings, finetune
 from icl_ft_fast.tasks.sentences import split_sentences
 

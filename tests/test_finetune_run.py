@@ -15,8 +15,8 @@ import torch
 from transformers import AutoTokenizer, TrainerState
 
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import from_network, load
-from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetuning import (
     FinetuneError,
     FinetuneSettings,

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.forward import hidden_states
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import Model, Rows, from_network, load
-from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetuning import FinetuneSettings, batches, finetune
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.network import Objective
@@ -28,8 +29,7 @@ def test_scoring_and_training_stay_on_one_device_and_read_nothing_back(family, t
     tree = trie.build_from_lists(REQUESTS)
     plan = trie.plan(tree, 7)
     cache = KVCache(plan.capacity)
-    for chunk in plan.chunks:
-        hidden = model.forward_chunk(chunk, cache)
+    for chunk, hidden in hidden_states(model, plan, cache):
         needed = hidden[chunk.head_rows.to(hidden.device)]
         results = model.target_logprob(needed, chunk.target_row, chunk.target_token)
         assert [x.device.type for x in (hidden, *results)] == ["meta"] * 3

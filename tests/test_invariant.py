@@ -19,8 +19,8 @@ from icl_ft_fast import _C
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.contexts import ContextError, load_context, save_context
 from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.likelihood import iter_token_logprobs, loglikelihood, prefill
 from icl_ft_fast.engine.model import ModelError, from_network, load
-from icl_ft_fast.engine.score import iter_token_logprobs, loglikelihood, prefill
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.ops import cpu
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -91,7 +91,7 @@ def test_a_score_has_the_same_bits_in_any_company(
                 near = (
                     prefill(model, CONTEXT[:60] + [5], chunk_tokens=chunk_tokens) if start == "near another" else None
                 )
-                context = prefill(model, CONTEXT, near=near, chunk_tokens=chunk_tokens)
+                context = prefill(model, CONTEXT, reuse_from=near, chunk_tokens=chunk_tokens)
                 if start == "saved":
                     path = tmp_path_factory.mktemp("contexts") / "one.safetensors"
                     save_context(path, model, context, fingerprint="tiny")

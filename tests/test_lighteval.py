@@ -20,7 +20,7 @@ from lighteval.tasks.requests import Doc
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError
-from icl_ft_fast.engine.score import ScoreError
+from icl_ft_fast.engine.likelihood import ScoreError
 from icl_ft_fast.integrations import lighteval as ours
 from icl_ft_fast.integrations.lighteval import IclFtFastModel
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import load
-from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetuning import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune, lora
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed")

@@ -26,9 +26,9 @@ from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.defaults import parse_bytes
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
+from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
 from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes
 from icl_ft_fast.engine.model import ModelError, from_network, load
-from icl_ft_fast.engine.score import ScoreError, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question
 
 ROOT = Path(__file__).parents[1]
@@ -416,14 +416,19 @@ def test_what_cannot_be_halved_or_is_no_want_of_memory_is_raised(llama, monkeypa
 
 
 def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeypatch):
-    work_on = KVCache._work_on
+    compact, work_on = KVCache.compact, KVCache._work_on
+
+    def compacting(cache, keep):
+        with monkeypatch.context() as patch:
+            patch.setattr(KVCache, "_work_on", failing)
+            compact(cache, keep)
 
     def failing(cache, layer):
-        if cache.rows < 0 and layer == 1:
+        if layer == 1:
             raise MemoryError("compacting")
         work_on(cache, layer)
 
-    monkeypatch.setattr(KVCache, "_work_on", failing)
+    monkeypatch.setattr(KVCache, "compact", compacting)
     with pytest.raises(MemoryError, match="compacting"):
         loglikelihood(llama, ASKED, chunk_tokens=16)
 

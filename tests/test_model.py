@@ -19,9 +19,10 @@ from transformers import AutoConfig
 
 from icl_ft_fast.engine import model as model_module
 from icl_ft_fast.engine import trie
+from icl_ft_fast.engine.forward import hidden_states
 from icl_ft_fast.engine.kv_cache import KVCache
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import ModelError, from_network, load
-from icl_ft_fast.engine.score import loglikelihood
 
 MOE = {"num_experts_per_tok": 2}
 # Windows of 8 are shorter than the requests, and every kind of layer appears; caps are low enough to bite.
@@ -202,7 +203,7 @@ def test_a_forest_at_once_gives_the_hidden_states_of_its_chunks(served):
     plan = trie.plan(tree, 16)
     cache = KVCache(plan.capacity)
     with torch.no_grad():
-        chunks = torch.cat([model.forward_chunk(chunk, cache) for chunk in plan.chunks])
+        chunks = torch.cat([hidden for _, hidden in hidden_states(model, plan, cache)])
         torch.testing.assert_close(model.forward_tree(tree), chunks, rtol=0, atol=1e-5)
 
 
@@ -721,6 +722,7 @@ def test_the_stack_holds_the_open_ancestors_and_the_chunk(llama, plain_llama):
     cache = KVCache(plan.capacity)
     with torch.no_grad():
         for before, chunk in pairwise((None, *plan.chunks)):
+            cache.compact(chunk.keep)
             llama.forward_chunk(chunk, cache)
             assert cache.rows == chunk.cached_rows + len(chunk.token) <= plan.capacity
             assert before is None or chunk.first_row == before.last_row

@@ -16,8 +16,9 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine import contexts
 from icl_ft_fast.engine.contexts import ContextError, ContextStore, load_context, read_header, save_context
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood, prefill, stored_context
 from icl_ft_fast.engine.model import load
-from icl_ft_fast.engine.score import loglikelihood, prefill, score, stored_context
+from icl_ft_fast.engine.score import score
 from icl_ft_fast.tasks.task import Question, write_jsonl
 
 RNG = random.Random(0)
@@ -161,7 +162,7 @@ def test_a_run_counts_each_row_once(llama, tmp_path):
     for reused in (0, len(CONTEXT)):  # made and saved, then mapped
         ledger, again = Ledger(), Ledger()
         start = stored_context(llama, CONTEXT, store, ledger=ledger)
-        loglikelihood(llama, REQUESTS, start=start, ledger=ledger)
+        loglikelihood(llama, REQUESTS, start=start, ledger=ledger, count_start=False)
         rows = len(CONTEXT) + 4
         assert (ledger.forwarded_tokens, ledger.cached_tokens) == (rows - reused, reused)
         loglikelihood(llama, REQUESTS, start=start, ledger=again)
@@ -188,7 +189,7 @@ import sys
 from pathlib import Path
 import icl_ft_fast as iff
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.score import prefill
+from icl_ft_fast.engine.likelihood import prefill
 model = iff.load(sys.argv[1])
 store = ContextStore(Path(sys.argv[2]), model, int(sys.argv[4]))
 for n in range(2, 14):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.score import LogLikelihood, ScoreError, iter_loglikelihood, iter_scores, loglikelihood, score
+from icl_ft_fast.engine.likelihood import LogLikelihood, ScoreError, iter_loglikelihood, loglikelihood
+from icl_ft_fast.engine.score import iter_scores, score
 from icl_ft_fast.tasks.task import Question
 
 PART = st.lists(st.sampled_from([0, 5, VOCABULARY - 1]), min_size=1, max_size=6).map(tuple)

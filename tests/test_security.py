@@ -17,7 +17,7 @@ from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import Terminal
 from icl_ft_fast.engine.contexts import ContextError, read_header, save_context
-from icl_ft_fast.engine.score import prefill
+from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.runtime import templates
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks import own, task

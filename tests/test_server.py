@@ -25,7 +25,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.score import ScoreError, loglikelihood
+from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
 from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
 from icl_ft_fast.integrations.guard import Limits
 from icl_ft_fast.integrations.server import make_app

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from icl_ft_fast.engine import shards
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.score import loglikelihood
+from icl_ft_fast.engine.likelihood import loglikelihood
 
 WORK = Work(row_flops=10, head_flops=0, attention=((None, 1), (3, 2)), weight_bytes=0, kv_row_bytes=0)
 TOKENS = st.lists(st.sampled_from([2, 3]), min_size=1, max_size=6)

@@ -27,11 +27,11 @@ REQUESTS = (
 )
 
 
-def naive(requests):
+def naive(requests, whole=False):
     """Every array of the trie, as lists; a node is the tuple of its tokens, and sorting tuples is pre-order."""
     paths = [[(c + t)[:n] for n in range(1, len(c + t) + 1)] for c, t in requests]
     nodes = sorted({p for path in paths for p in path})
-    rows = sorted({p[:-1] for p in nodes if len(p) > 1})
+    rows = nodes if whole else sorted({p[:-1] for p in nodes if len(p) > 1})
     ends = [path[len(c) :] for path, (c, _) in zip(paths, requests, strict=True)]
     scored = sorted({p for end in ends for p in end})
     node_index, row_index, scored_index = ({p: i for i, p in enumerate(x)} for x in (nodes, rows, scored))
@@ -50,6 +50,7 @@ def naive(requests):
         "scored_row": [row_index[p[:-1]] for p in scored],
         "path": [scored_index[p] for end in ends for p in end],
         "path_offset": np.cumsum([0] + [len(end) for end in ends]).tolist(),
+        "last_row": [row_index[path[-1] if whole else path[-2]] for path in paths],
         "request_tokens": sum(len(path) for path in paths),
     }
 
@@ -83,13 +84,26 @@ def test_equals_the_naive_trie(requests):
 
 
 @settings(deadline=None)
+@given(REQUESTS, st.data())
+@example([((1, 2), ()), ((1, 2), (3,)), ((1, 2, 3), ()), ((4,), ())], None)
+def test_whole_requests_have_a_row_for_every_node(requests, data):
+    if data is not None:
+        ends = [data.draw(st.booleans()) for _ in requests]
+        requests = [(c + t, ()) if end else (c, t) for (c, t), end in zip(requests, ends, strict=True)]
+    built = trie.build_from_lists(requests, whole=True)
+    assert contents(built) == naive(requests, whole=True)
+    assert torch.equal(built.row_node, torch.arange(len(built.node_token), dtype=torch.int32))
+    assert sum(len(chunk.token) for chunk in trie.plan(built, 3).chunks) == len(built.token)
+
+
+@settings(deadline=None)
 @given(st.data())
 def test_the_order_of_requests_moves_only_paths(data):
     requests = data.draw(REQUESTS)
     order = data.draw(st.permutations(range(len(requests))))
     one, other = trie.build_from_lists(requests), trie.build_from_lists([requests[r] for r in order])
     for f in fields(one):
-        if f.name not in ("path", "path_offset", "request_tokens"):
+        if f.name not in ("path", "path_offset", "last_row", "request_tokens"):
             assert torch.equal(getattr(one, f.name), getattr(other, f.name)), f.name
     for i, r in enumerate(order):
         there, here = (x.path[x.path_offset[k] : x.path_offset[k + 1]] for x, k in ((one, r), (other, i)))

@@ -9,8 +9,8 @@ trl = pytest.importorskip("trl", reason="the extra trl is not installed")
 import datasets
 import peft
 
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import from_network, load
-from icl_ft_fast.engine.score import loglikelihood
 from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, finetune
 from icl_ft_fast.finetuning.batches import order
 from icl_ft_fast.finetuning.data import encode

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.score import loglikelihood
 
 SHINGLE_WORDS = 3
 

@@ -20,8 +20,8 @@ from icl_ft_fast.cli.options import (
     load_model,
 )
 from icl_ft_fast.engine import contexts, encoding
+from icl_ft_fast.engine.likelihood import stored_context
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.engine.score import stored_context
 from icl_ft_fast.tasks.task import read_documents
 
 

@@ -88,13 +88,16 @@ class KVCache:
         """Make the last `rows` appended rows part of the cache."""
         self.rows += rows
 
+    def truncate(self, rows: int) -> None:
+        """Forget all rows but the first `rows`, and what was appended and not committed."""
+        self.rows = rows
+
     def compact(self, keep: torch.Tensor) -> None:
         """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing.
 
-        Where this fails for want of memory the cache is lost, and its `rows` are -1.
+        If memory runs out meanwhile, only the rows that stay where they are can still be used: truncate to them.
         """
         stay = int((keep == torch.arange(len(keep))).sum())  # keep ascends, so these come first
-        self.rows = -1
         if stay < len(keep):
             for layer, parts in self._layers.items():
                 self._work_on(layer)
@@ -185,35 +188,45 @@ def common_tokens(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 
 @dataclass(eq=False)
 class Context:
-    """A beginning of token sequences, forwarded: requests that begin with it forward what follows it only.
+    """A prefix of token sequences, forwarded: requests that begin with it forward only what follows it.
 
-    One run at a time may start from it: the run's rows go onto its cache, after its own.
+    One run at a time may start from it: the run's rows go into its cache, after its own.
 
     Attributes:
         token: int32 [S].
         hidden: hidden states of the tokens, [S, E], so that probabilities within and right after it can be asked for.
         cache: their keys and values.
-        is_counted: whether a ledger has its rows, forwarded or reused, so that the next run must not add them again.
+        is_borrowed: whether the cache is another context's, so that a run must copy it.
     """
 
     token: NDArray[np.int32]
     hidden: torch.Tensor
     cache: KVCache
-    is_counted: bool = False
+    is_borrowed: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values (with the cache's free rows) and hidden states."""
         return self.cache.nbytes + self.hidden.nbytes
 
-    def open(self, empty: KVCache) -> KVCache:
-        """The cache with the context's rows on it and nothing else, moved to `empty` unless it has as much room.
+    @classmethod
+    def empty(cls, hidden: torch.Tensor) -> Context:
+        """A context of no tokens, whose hidden states are like these."""
+        return cls(np.empty(0, np.int32), hidden[:0], KVCache(0))
 
-        It is moved too where `empty` keeps rows in another dtype.
-        """
-        if empty.capacity > self.cache.capacity or empty.kv_dtype != self.cache.kv_dtype:
-            self.cache = self.cache.copy(len(self.token), empty)
-        self.cache.rows = len(self.token)
+    def prefix(self, num_tokens: int) -> Context:
+        """Its first tokens, to start from; this one stays as it is."""
+        return Context(self.token[:num_tokens], self.hidden[:num_tokens], self.cache, is_borrowed=True)
+
+    def room(self, kv_dtype: torch.dtype | None) -> int:
+        """Rows that open() has without another cache, if rows are to be kept in this dtype."""
+        return 0 if self.is_borrowed or self.cache.kv_dtype != kv_dtype else self.cache.capacity
+
+    def open(self, empty: KVCache) -> KVCache:
+        """The cache with the context's rows in it and nothing else, moved to `empty` unless it has as much room."""
+        if empty.capacity > self.room(empty.kv_dtype):
+            self.cache, self.is_borrowed = self.cache.copy(len(self.token), empty), False
+        self.cache.truncate(len(self.token))
         return self.cache
 
 

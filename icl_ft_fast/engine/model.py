@@ -255,8 +255,7 @@ class Model:
         return hidden
 
     def forward_chunk(self, chunk: trie.Chunk, cache: KVCache) -> torch.Tensor:
-        """Hidden states [T, E] of a planned chunk; compacts the cache first and commits the chunk's rows."""
-        cache.compact(chunk.keep)
+        """Hidden states [T, E] of a planned chunk, whose ancestors are all that the cache holds; commits its rows."""
         device, kept = self.device, chunk.cached_rows
         end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
         row_q = torch.arange(kept, len(chunk.end_k), dtype=torch.int32, device=device)
@@ -563,7 +562,11 @@ def _self_check(model: Model) -> None:
     plan = trie.plan(tree, 7)
     cache = KVCache(plan.capacity)
     try:
-        hidden = torch.cat([model.forward_chunk(chunk, cache) for chunk in plan.chunks])
+        parts = []
+        for chunk in plan.chunks:
+            cache.compact(chunk.keep)
+            parts.append(model.forward_chunk(chunk, cache))
+        hidden = torch.cat(parts)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way

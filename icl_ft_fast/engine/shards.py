@@ -22,8 +22,8 @@ from icl_ft_fast.engine.defaults import SHARD_TOKENS
 from icl_ft_fast.engine.flops import Work
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import LogLikelihood, loglikelihood, prefill, stored_context
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load_same
-from icl_ft_fast.engine.score import LogLikelihood, loglikelihood, prefill, stored_context
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Job
 
@@ -183,8 +183,8 @@ class Scorer:
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
         """Results in the order of the shard's requests, and the ledger of what it took."""
-        ledger = Ledger()
-        if shard.stem != self._stem[0]:
+        ledger, is_new = Ledger(), shard.stem != self._stem[0]
+        if is_new:
             self._stem = (), None  # freed before the next is made
             options: dict[str, Any] = {"chunk_tokens": self.chunk_tokens, "ledger": ledger}
             with ledger.phase("prefill"):
@@ -196,7 +196,12 @@ class Scorer:
                 ledger.request_tokens = 0  # the stem's are counted with each request
             self._stem = shard.stem, context
         results = loglikelihood(
-            self.model, shard.requests, chunk_tokens=self.chunk_tokens, ledger=ledger, start=self._stem[1]
+            self.model,
+            shard.requests,
+            chunk_tokens=self.chunk_tokens,
+            ledger=ledger,
+            start=self._stem[1],
+            count_start=not is_new,
         )
         return {"logp_is_greedy": results, "ledger": ledger.as_dict()}
 

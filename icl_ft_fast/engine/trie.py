@@ -21,21 +21,22 @@ class Trie:
     """All requests merged: every distinct token prefix is one node, in depth-first pre-order.
 
     Siblings, roots included, ascend by token, so nodes, rows and scored nodes do not depend on the order in which
-    requests are given; only `path` and `path_offset` follow it. All tensors are contiguous and on the CPU.
+    requests are given; only `path`, `path_offset` and `last_row` follow it. All tensors are contiguous and on the CPU.
 
     Nodes, int32 [N]: `node_token`, `node_depth` (position in the sequence, roots 0), `node_end` (first node after the
     subtree), `node_parent` (-1 for roots).
 
     Rows, int32 [T], are the nodes that have a child, in the same order, and all that a network must be run on: `token`,
     `depth`, `end` and `parent` count in rows, `row_node` is the node a row stands for. Row i sees row j if and only if
-    j <= i < end[j].
+    j <= i < end[j]. In a trie of whole requests every node is a row, because something may come after each request.
 
     Scored nodes, int32 [M], are the nodes in some request's continuation, ascending: `scored_token`, and `scored_row`,
     the parent's row, whose hidden state predicts the token.
 
     `path[path_offset[r]:path_offset[r + 1]]` lists the continuation of request r as indices into the scored nodes;
-    path is int32 [total continuation length], path_offset int64 [R + 1]. `request_tokens` is the total length of the
-    requests, what a forward pass per request would read.
+    path is int32 [total continuation length], path_offset int64 [R + 1]. `last_row`, int32 [R], is the last row on the
+    path of each request: its last token's in a trie of whole requests, else that of the token before. `request_tokens`
+    is the total length of the requests, what a forward pass per request would read.
     """
 
     node_token: Tensor
@@ -51,6 +52,7 @@ class Trie:
     scored_row: Tensor
     path: Tensor
     path_offset: Tensor
+    last_row: Tensor
     request_tokens: int
 
 
@@ -61,6 +63,7 @@ def build(
     *,
     heads: tuple[Tensor | NDArray[np.int32], Tensor | NDArray[np.int64]] | None = None,
     head: Tensor | NDArray[np.int32] | None = None,
+    whole: bool = False,
 ) -> Trie:
     """Merge R requests into one trie.
 
@@ -71,6 +74,7 @@ def build(
             1 <= context_lengths[r] < length of request r.
         heads: beginnings that many requests share: their tokens and offsets, as above.
         head: which of them request r begins with, int32 [R]; `tokens` then holds what follows it.
+        whole: the last token of every request is a row too, and a continuation may be empty.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or values, or there are 2^31 distinct prefixes.
@@ -90,6 +94,7 @@ def build(
         head_tokens,
         _vector("head_offsets", head_offsets, np.int64),
         None if head is None else _vector("head", head, np.int32),
+        whole,
     )
     of_heads = 0 if head is None else int(np.diff(np.asarray(head_offsets))[np.asarray(head)].sum())
     return Trie(
@@ -98,8 +103,8 @@ def build(
     )
 
 
-def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
-    """Merge requests given as (context ids, continuation ids), neither empty; see `build`.
+def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, whole: bool = False) -> Trie:
+    """Merge requests given as (context ids, continuation ids), neither empty unless `whole`; see `build`.
 
     A context that is one object for many requests is read, compared and kept once.
     """
@@ -124,6 +129,7 @@ def build_from_lists(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) ->
         lengths[np.asarray(head)],
         heads=(np.asarray(head_tokens), np.asarray(head_offsets)),
         head=np.asarray(head),
+        whole=whole,
     )
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.kv_cache import KVCache
+from icl_ft_fast.engine.forward import ScoringOptions, forward_chunks
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Head, Model
+from icl_ft_fast.engine.memory import BudgetError
+from icl_ft_fast.engine.model import Head, Model
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.settings import FinetuneError
 
@@ -96,19 +96,15 @@ def read_in_context(
             "positions; give it fewer documents"
         )
     tree = trie.build_from_lists(requests)
-    plan = trie.plan(tree, CHUNK_TOKENS)
-    cache, kept, num_kept = KVCache(plan.capacity), [], 0
-    place = torch.empty(len(tree.scored_token), dtype=torch.int64)  # of each scored node's predicting row in `kept`
-    work = work_of(model)
-    for chunk in plan.chunks:
-        hidden = model.forward_chunk(chunk, cache)
-        ledger.ran(work, chunk.depth_k[chunk.cached_rows :], chunk.cached_rows, 0)
-        place[chunk.target_index] = chunk.target_row.long() + num_kept
-        kept.append(hidden[chunk.head_rows.long().to(hidden.device)])
-        num_kept += len(kept[-1])
-    ledger.request_tokens += tree.request_tokens
-    ledger.forwarded_tokens += len(tree.token)
-    rows, path = torch.cat(kept), tree.path.long()
+    predicting = _Predicting(model, tree)
+    with ledger.phase("teach"):
+        ledger.request_tokens += tree.request_tokens
+    try:
+        for _ in forward_chunks(model, tree, predicting, options=ScoringOptions(), ledger=ledger, phase="teach"):
+            pass
+    except BudgetError as error:
+        raise FinetuneError(f"teacher: {error}") from error
+    rows, place, path = torch.cat(predicting.hidden), predicting.place, tree.path.long()
     offsets = tree.path_offset.tolist()
     head = model.head
     return Teacher(
@@ -118,3 +114,20 @@ def read_in_context(
             for e, example in enumerate(examples)
         ],
     )
+
+
+class _Predicting:
+    """Reads the hidden states that predict the scored tokens."""
+
+    def __init__(self, model: Model, tree: trie.Trie) -> None:
+        weight = model.head.weight
+        self.hidden: list[torch.Tensor] = []
+        self.place = torch.empty(len(tree.scored_token), dtype=torch.int64)  # of each scored token's row among them
+        self.extra_bytes = len(tree.scored_token) * weight.shape[1] * weight.element_size()
+        self._rows = 0
+
+    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+        needed = hidden[chunk.head_rows.long().to(hidden.device)]
+        self.place[chunk.target_index] = chunk.target_row.long() + self._rows
+        self.hidden.append(needed)
+        self._rows += len(needed)

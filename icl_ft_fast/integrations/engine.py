@@ -25,8 +25,15 @@ from icl_ft_fast.engine.contexts import ContextError, ContextStore
 from icl_ft_fast.engine.generate import Sampling, iter_generations
 from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import (
+    ScoreError,
+    ScoringOptions,
+    check_fit,
+    iter_loglikelihood,
+    iter_token_logprobs,
+    prefill,
+)
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
-from icl_ft_fast.engine.score import ScoreError, check_fit, iter_loglikelihood, iter_token_logprobs, prefill
 from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
 
 REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered
@@ -144,6 +151,7 @@ class Engine:
         self.store = store
         self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
         self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
+        self._counted: set[Context | None] = set()  # contexts whose tokens the ledger has, and that no run began from
         self._declared = functools.lru_cache(64)(self._encode_context)
         self._queue: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -242,12 +250,16 @@ class Engine:
     def _results(
         self, asked: Choices | Sequences | Prompts, start: Context | None, pairs: list[Pair]
     ) -> Iterator[tuple[int, Any]]:
-        model, chunk_tokens, ledger = self.model, self.chunk_tokens, self.ledger
+        model, ledger, count_start = self.model, self.ledger, start not in self._counted
+        self._counted.discard(start)
         if isinstance(asked, Choices):
-            return iter_loglikelihood(model, pairs, chunk_tokens=chunk_tokens, ledger=ledger, start=start)
+            return iter_loglikelihood(
+                model, pairs, chunk_tokens=self.chunk_tokens, ledger=ledger, start=start, count_start=count_start
+            )
         if isinstance(asked, Sequences):
+            options = ScoringOptions(self.chunk_tokens)
             return iter_token_logprobs(
-                model, pairs, top=asked.top, chunk_tokens=chunk_tokens, ledger=ledger, start=start
+                model, pairs, top=asked.top, options=options, ledger=ledger, start=start, count_start=count_start
             )
         return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
 
@@ -317,7 +329,8 @@ class Engine:
         if saved is not None and len(saved.token) == len(ids):
             return saved
         near = saved or self.contexts.find(token, whole=False)
-        made = prefill(self.model, ids, near=near, chunk_tokens=self.chunk_tokens, ledger=self.ledger)
+        made = prefill(self.model, ids, reuse_from=near, chunk_tokens=self.chunk_tokens, ledger=self.ledger)
+        self._counted.add(made)
         self._in_store(lambda store: store.add(made))
         return made
 

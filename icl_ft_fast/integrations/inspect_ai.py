@@ -19,9 +19,10 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError, Generation, Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import ProtocolError
-from icl_ft_fast.engine.score import LogLikelihood, Score, iter_loglikelihood
+from icl_ft_fast.engine.score import Score
 from icl_ft_fast.integrations.together import Together
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.runtime.templates import render_chat

@@ -26,8 +26,8 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import iter_generations
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood, stored_context
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load
-from icl_ft_fast.engine.score import LogLikelihood, iter_loglikelihood, stored_context
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
@@ -336,6 +336,7 @@ class IclFtFastLM(TemplateLM):
                 ledger=self.ledger,
                 progress=not disable_tqdm,
                 start=start,
+                count_start=False,
             )
             yield from ((members[i], result) for i, result in done)
 

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError, Generation, end_tokens
-from icl_ft_fast.engine.score import ScoreError
+from icl_ft_fast.engine.likelihood import ScoreError
 from icl_ft_fast.integrations.engine import (
     Answer,
     Choices,

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from icl_ft_fast.engine.score import ScoreError
+from icl_ft_fast.engine.likelihood import ScoreError
 
 _log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import load_context, save_context
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.score import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.tasks.task import Question
 
 BATCHES = (1, 8, 64)

@@ -1,0 +1,208 @@
+"""The one loop that forwards a tree: planned under the memory, chunk after chunk, in halves where memory runs out.
+
+Scoring, prefilling, generation and distillation all go through it. It knows no request, question or document.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from icl_ft_fast.engine import memory, trie
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.kv_cache import Context, KVCache
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How to score: what every layer passes on unchanged. Results do not depend on it beyond rounding.
+
+    Attributes:
+        chunk_tokens: tokens forwarded at a time; fewer where the model's memory asks for it.
+        progress: whether to show a progress bar.
+        store: of saved contexts; a shared prefix is taken from it, or forwarded and saved there.
+    """
+
+    chunk_tokens: int = CHUNK_TOKENS
+    progress: bool = False
+    store: ContextStore | None = None
+
+
+class Reader(Protocol):
+    """What is done with hidden states.
+
+    Attributes:
+        extra_bytes: what it allocates beside the forward passes.
+    """
+
+    extra_bytes: int
+
+    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+        """Read a chunk's hidden states [rows, E]; called again with halves of the chunk if memory runs out."""
+
+
+class StartError(UserError):
+    """A context that the tree does not begin with."""
+
+
+def forward_chunks(
+    model: Model,
+    tree: trie.Trie,
+    reader: Reader,
+    *,
+    options: ScoringOptions,
+    ledger: Ledger,
+    start: Context | None = None,
+    shared_tokens: int = 0,
+    phase: str = "query",
+) -> Iterator[trie.Chunk]:
+    """Forward a tree and yield each chunk as soon as `reader` has read its hidden states.
+
+    Args:
+        model: from load().
+        tree: what to forward.
+        reader: called with each chunk.
+        options: chunk_tokens and progress are used.
+        ledger: counts are added to it.
+        start: from prefill(); the tree begins with its tokens, which are read from it and not forwarded again.
+        shared_tokens: leading tokens that count as the ledger's phase "prefill".
+        phase: of everything else.
+
+    Raises:
+        StartError: the tree does not begin with `start`.
+        BudgetError: too little memory.
+    """
+    num_rows = len(tree.token)
+    shared_rows = int((tree.end[:shared_tokens] == num_rows).int().cumprod(0).sum())
+    known, room = 0, 0
+    if start is not None:
+        known, room = min(len(start.token), num_rows), start.room(model.memory.kept)
+        begins = torch.from_numpy(start.token[:known]).equal(tree.token[:known])
+        if not begins or not (tree.end[:known] == num_rows).all():
+            raise StartError("start: not every request begins with its tokens")
+    plan, need = memory.fit(
+        tree,
+        options.chunk_tokens,
+        model.memory,
+        model.footprint,
+        model.device,
+        known=known,
+        cut=shared_rows,
+        room=room,
+        extra_bytes=reader.extra_bytes,
+    )
+    cache = model.new_cache(plan.capacity, need.folder if need.offloaded_bytes else None)
+    if start is not None:
+        cache = start.open(cache)
+    work = work_of(model)
+
+    def prepare(chunk: trie.Chunk) -> None:
+        if chunk.first_row >= known:
+            cache.compact(chunk.keep)
+
+    def undo(chunk: trie.Chunk) -> None:
+        cache.truncate(chunk.cached_rows)
+
+    def run(chunk: trie.Chunk) -> None:
+        with ledger.phase("prefill" if known < chunk.last_row <= shared_rows else phase):
+            if start is not None and chunk.first_row < known:
+                hidden = start.hidden[chunk.first_row : chunk.last_row]
+            else:
+                hidden = model.forward_chunk(chunk, cache)
+                if chunk.first_row == known:
+                    ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
+                depth = tree.depth[chunk.first_row : chunk.last_row]
+                ledger.ran(work, depth, chunk.cached_rows, 0)
+                ledger.forwarded_tokens += len(chunk.token)
+        with ledger.phase(phase):
+            reader(chunk, hidden)
+
+    bar = {"desc": "scoring", "unit": "token", "disable": not options.progress, "delay": 1}
+    with tqdm(total=num_rows, initial=known, **bar) as shown:
+        for chunk, _ in in_chunks(plan, run, prepare=prepare, undo=undo):
+            shown.update(max(0, chunk.last_row - max(known, chunk.first_row)))
+            yield chunk
+
+
+def hidden_states(model: Model, plan: trie.Plan, cache: KVCache) -> Iterator[tuple[trie.Chunk, torch.Tensor]]:
+    """Each chunk of a plan with its hidden states [rows, E]; for trees that need no memory plan."""
+    yield from in_chunks(
+        plan,
+        partial(model.forward_chunk, cache=cache),
+        prepare=lambda chunk: cache.compact(chunk.keep),
+        undo=lambda chunk: cache.truncate(chunk.cached_rows),
+    )
+
+
+Part = TypeVar("Part", bound="RowRange")
+Result = TypeVar("Result")
+
+
+class RowRange(Protocol):
+    """Consecutive rows that are forwarded together: a trie.Chunk, or a trie.Slice."""
+
+    @property
+    def first_row(self) -> int:
+        """Of the first."""
+
+    @property
+    def last_row(self) -> int:
+        """Of the first row behind them."""
+
+
+class Parts(Protocol[Part]):
+    """Rows in the order they are forwarded in: a trie.Plan, or trie.Slices."""
+
+    @property
+    def chunks(self) -> Sequence[Part]:
+        """All of them."""
+
+    def halved(self, k: int) -> Parts[Part]:
+        """Those from number k on, none longer than half of that one."""
+
+
+def in_chunks(
+    plan: Parts[Part],
+    run: Callable[[Part], Result],
+    *,
+    prepare: Callable[[Part], None] = lambda _: None,
+    undo: Callable[[Part], None] = lambda _: None,
+) -> Iterator[tuple[Part, Result]]:
+    """Run chunks in turn, each yielded with its result when it is done.
+
+    A chunk that memory runs out on, and all after it, are run in halves.
+
+    Args:
+        plan: the chunks.
+        run: forwards one, and may raise for want of memory.
+        prepare: called before run(); if it runs out of memory, so does the caller.
+        undo: called after a run() that ran out of memory, to forget what it has done.
+    """
+    k = 0
+    while k < len(plan.chunks):
+        chunk = plan.chunks[k]
+        rows = chunk.last_row - chunk.first_row
+        prepare(chunk)
+        try:
+            result = run(chunk)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_exhausted(error) or rows == 1:
+                raise
+            _log.warning("memory: ran out with %d tokens at a time; resuming with %d (%s)", rows, -(-rows // 2), error)
+            undo(chunk)
+            plan, k = plan.halved(k), 0
+        else:
+            yield chunk, result
+            k += 1
