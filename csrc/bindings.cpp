@@ -65,7 +65,7 @@ py::dict trie_build(const Array<int32_t>& tokens, const Array<int64_t>& offsets,
         allocate("end", sizes.rows),          allocate("parent", sizes.rows),
         allocate("row_node", sizes.rows),     allocate("scored_token", sizes.scored),
         allocate("scored_row", sizes.scored), allocate("path", sizes.path),
-        path_offset.mutable_data(),           allocate("last_row", requests.tails.count),
+        path_offset.mutable_data(),           allocate("last_row", requests.tails.num_sequences),
     };
     {
         py::gil_scoped_release release;
