@@ -8,6 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icl_ft_fast.augmentation.batches import augment as augment
+    from icl_ft_fast.augmentation.strategy import Augmentation as Augmentation
+    from icl_ft_fast.augmentation.strategy import Augmented as Augmented
+    from icl_ft_fast.augmentation.strategy import AugmentError as AugmentError
     from icl_ft_fast.engine.contexts import ContextError as ContextError
     from icl_ft_fast.engine.contexts import ContextStore as ContextStore
     from icl_ft_fast.engine.contexts import load_context as load_context
@@ -45,6 +49,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives. The imports above say the same to type checkers and editors; a test holds them equal.
 _NAMES = {
+    "augmentation.batches": "augment",
+    "augmentation.strategy": "AugmentError Augmentation Augmented",
     "engine.contexts": "ContextError ContextStore load_context save_context",
     "engine.generate": "GenerateError Generation Sampling generate",
     "engine.kv_cache": "Context",

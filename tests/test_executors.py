@@ -394,7 +394,7 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
     ]
 
     def answers(folder):
-        rows = [row for kept in (folder / "answers").iterdir() for row in rows_in(kept)]
+        rows = [row for kept in (folder / "replies").iterdir() for row in rows_in(kept)]
         assert len(rows) == 20
         return {row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows}
 

@@ -33,10 +33,6 @@ def augment(
 ) -> Augmented:
     """Statements that follow from documents, written by the model.
 
-        model = iff.load("shipped")
-        made = iff.augment(model, [iff.Document("a", "femp are more dangerous than glon.")])
-        made.rows[0].text  # "glon are less dangerous than femp."
-
     Args:
         model: a base model, or any for the strategies rules and reverse, which do not use it.
         task: the documents, or a task with them.
@@ -52,6 +48,12 @@ def augment(
     Raises:
         AugmentError: an unknown strategy, or several samples of a greedy one.
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> made = iff.augment(model, [iff.Document("d", "zota are wider than blata.")])
+        >>> [row.text for row in made.rows if row.kind == "rephrased"]
+        ['Compared with blata, zota are wider.']
     """
     documents = task.documents if isinstance(task, Task) else task
     found = strategies.find(strategy)
