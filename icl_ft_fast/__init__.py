@@ -39,7 +39,15 @@ if TYPE_CHECKING:
     from icl_ft_fast.finetuning.settings import FinetuneSettings as FinetuneSettings
     from icl_ft_fast.finetuning.settings import LoraSettings as LoraSettings
     from icl_ft_fast.finetuning.settings import RunOptions as RunOptions
+    from icl_ft_fast.report.study import Study as Study
     from icl_ft_fast.runtime.errors import UserError as UserError
+    from icl_ft_fast.study.compare import StudyOptions as StudyOptions
+    from icl_ft_fast.study.compare import compare as compare
+    from icl_ft_fast.study.evaluate import Accuracy as Accuracy
+    from icl_ft_fast.study.evaluate import evaluate as evaluate
+    from icl_ft_fast.study.results import Results as Results
+    from icl_ft_fast.study.results import ResultsError as ResultsError
+    from icl_ft_fast.study.settings import StudySettings as StudySettings
     from icl_ft_fast.tasks.task import Document as Document
     from icl_ft_fast.tasks.task import Question as Question
     from icl_ft_fast.tasks.task import Task as Task
@@ -61,7 +69,12 @@ _NAMES = {
     "finetuning.data": "Example read_examples",
     "finetuning.run": "Finetuned finetune",
     "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings RunOptions",
+    "report.study": "Study",
     "runtime.errors": "UserError",
+    "study.compare": "StudyOptions compare",
+    "study.evaluate": "Accuracy evaluate",
+    "study.results": "Results ResultsError",
+    "study.settings": "StudySettings",
     "tasks.task": "Document Question Task TaskError",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -13,7 +13,7 @@ from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetuning import FinetuneSettings, finetune
 from icl_ft_fast.runtime.durable import DamagedError, digest
 from icl_ft_fast.study import questions
-from icl_ft_fast.study.questions import Settings, write_questions
+from icl_ft_fast.study.questions import QuestionSettings, write_questions
 from icl_ft_fast.tasks.task import Document, Question, Task, read_questions, write_jsonl
 
 TEMPLATE = "{statement}\n"
@@ -40,7 +40,7 @@ def writer(llama):
 
 
 def test_a_model_writes_questions_that_it_can_answer(writer, tmp_path):
-    found = write_questions(writer, DOCUMENTS, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
+    found = write_questions(writer, DOCUMENTS, tmp_path / "journal", QuestionSettings(TEMPLATE, max_new_tokens=40))
     assert (found.statements, found.dropped) == (len(DOCUMENTS), {})
     template, model = digest(TEMPLATE), writer.fingerprint()
     answers = {document.id: question_about(document)[2] for document in DOCUMENTS}
@@ -83,7 +83,7 @@ def test_what_is_dropped_is_counted(llama, tmp_path, monkeypatch):
     Scripted(monkeypatch, good | bad)
     documents = [Document(f"d{n}", text) for n, text in enumerate(good)]
     documents[0] = Document("d0", " ".join([*list(good)[:1], *bad, "too short."]) + " " + "mat " * 300 + ".")
-    found = write_questions(llama, documents, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
+    found = write_questions(llama, documents, tmp_path / "journal", QuestionSettings(TEMPLATE, max_new_tokens=40))
     assert found.statements == 11
     kept = {question.topic for question, _ in found.rows}
     assert "d0" not in kept  # its document does not fit the context
@@ -127,7 +127,7 @@ def test_wrong_choices_are_near_in_length_and_not_in_the_document():
 def test_a_run_that_was_stopped_goes_on_and_a_torn_line_is_written_again(llama, tmp_path, monkeypatch):
     good = {f"the cat sat {n} times.": f"Question: q{n}?\nAnswer: a{n}" for n in range(150)}
     documents = [Document(f"d{n}", text) for n, text in enumerate(good)]
-    journal, settings = tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40)
+    journal, settings = tmp_path / "journal", QuestionSettings(TEMPLATE, max_new_tokens=40)
     whole = write(Scripted(monkeypatch, good), llama, documents, tmp_path / "whole", settings)
     script = Scripted(monkeypatch, good)
     script.most = 130
@@ -158,12 +158,12 @@ def test_some_sentences_of_each_document(llama, tmp_path, monkeypatch):
     chosen = []
     for seed in (0, 0, 1):
         script = Scripted(monkeypatch, texts)
-        write_questions(llama, documents, tmp_path / f"{len(chosen)}", Settings(TEMPLATE, 2, seed=seed))
+        write_questions(llama, documents, tmp_path / f"{len(chosen)}", QuestionSettings(TEMPLATE, 2, seed=seed))
         chosen.append(script.prompts)
         assert [sum(prompt[:-1] in d.text for prompt in script.prompts) for d in documents] == [2, 2, 2]
     assert chosen[0] == chosen[1] != chosen[2]
     with pytest.raises(ValueError, match=r"^template: expected a text with one \{statement\}, got 'x'$"):
-        Settings("x")
+        QuestionSettings("x")
 
 
 def test_questions_from_the_command_line(writer, tmp_path, capsys, monkeypatch):
@@ -174,7 +174,7 @@ def test_questions_from_the_command_line(writer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli.task, "load_model", lambda _: writer)
     arguments = ["task", "questions", str(folder), "--model", "any", "--quiet", "--prompt-template", str(template)]
     assert main([*arguments, "--max-new-tokens", "40"]) == 0
-    found = write_questions(writer, DOCUMENTS, tmp_path / "journal", Settings(TEMPLATE, max_new_tokens=40))
+    found = write_questions(writer, DOCUMENTS, tmp_path / "journal", QuestionSettings(TEMPLATE, max_new_tokens=40))
     out = folder / "questions.jsonl"
     assert capsys.readouterr().out == f"4 questions from 4 statements; dropped: none. Written to {out}\n"
     assert read_questions(out) == tuple(question for question, _ in found.rows)

@@ -49,7 +49,6 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor
-from icl_ft_fast.study.amortise import decide
 from icl_ft_fast.study.arms import NAMES
 from icl_ft_fast.study.compare import CHECKPOINT_S, MEASURE_S, RESULTS, StudyOptions, compare
 from icl_ft_fast.study.evaluate import NORMALIZATIONS
@@ -174,13 +173,8 @@ def print_decision(study: Derived, options: argparse.Namespace, console: Console
     """The decision at the end of a report, if a volume was given."""
     if options.queries_per_day is None:
         return
-    resource = "seconds" if study.prices is None else "money"
-    if ways := study.decision_ways(resource):
-        console.print()
-        decision = decide(ways, options.queries_per_day * options.days, options.tolerance)
-        table.print_decision(decision, resource, study.resources[resource], console)
-    else:
-        console.print("\nNo decision: no question of this task has a known answer.")
+    queries = options.queries_per_day * options.days
+    table.print_decision_at(study, queries, options.tolerance, console)
 
 
 def cache_lifetime_of(options: argparse.Namespace) -> float:

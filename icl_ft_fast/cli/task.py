@@ -182,7 +182,7 @@ def _new(options: argparse.Namespace) -> None:
 def _questions(options: argparse.Namespace) -> None:
     out, documents = options.folder / "questions.jsonl", options.folder / "documents.jsonl"
     check_new(out, options.overwrite)
-    settings = questions.Settings(
+    settings = questions.QuestionSettings(
         per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
     )
     if options.prompt_template is not None:

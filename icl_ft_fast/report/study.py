@@ -1,4 +1,4 @@
-"""A study in a notebook: it shows itself, becomes a pandas frame, writes its charts."""
+"""A finished study in a script or a notebook: its numbers, tables, charts, and a pandas frame of its answers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.report import charts
+from rich.console import Console
+
+from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.page import fragment
+from icl_ft_fast.study.evaluate import Accuracy
 from icl_ft_fast.study.results import Results
 
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study in a notebook: it shows its charts, and `derived` has its numbers.
+    """A finished study: prints its tables, shows its charts in a notebook, and has its numbers in `derived`.
 
     Example:
-        >>> study = Study.read("out/run1")
-        >>> print(study.derived.accuracy("icl").value)
-        >>> study.export(Path("charts"))
+        >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
+        >>> task, options = iff.Task((), (question,)), iff.StudyOptions(measure_s=0)
+        >>> results = iff.compare(iff.load("shipped"), task, arms=["base"], seeds=[0], options=options)
+        >>> iff.Study.of(results).accuracy("base").total
+        1
     """
 
     derived: Derived
@@ -34,6 +38,22 @@ class Study:
     def of(cls, results: Results, name: str = "study", **settings: Any) -> Study:
         """The study of what compare() returns; settings are Derived's."""
         return cls(Derived(results, name, **settings))
+
+    def accuracy(self, arm: str, split: str | None = None) -> Accuracy | None:
+        """An arm's accuracy over all seeds, and over all splits if none is given; None without answers."""
+        return self.derived.accuracy(arm, split)
+
+    def print(self, queries: float | None = None, *, tolerance: float = 2.0) -> None:
+        """Print the tables of `icl-ft-fast compare`.
+
+        Args:
+            queries: end with a decision for so many.
+            tolerance: accuracy that may be lost against the best arm, in percentage points.
+        """
+        console = Console()
+        table.print_study(self.derived, console, tolerance)
+        if queries is not None:
+            table.print_decision_at(self.derived, queries, tolerance, console)
 
     def to_pandas(self) -> Any:
         """A pandas frame with a row for every answer; needs pandas."""
@@ -58,11 +78,18 @@ class Study:
         )
 
     def export(self, folder: Path, queries: float | None = None, *, overwrite: bool = False) -> list[Path]:
-        """Write each chart as .svg and .png; `queries` is marked in them.
+        """Write each chart as .svg and .png; needs matplotlib.
+
+        Args:
+            folder: made when missing.
+            queries: marked in the charts.
+            overwrite: replace files that are there.
 
         Raises:
             FileExistsError: a file is there already and is not to be overwritten.
         """
+        from icl_ft_fast.report import charts
+
         folder.mkdir(parents=True, exist_ok=True)
         name, written = re.sub(r"[^\w.-]+", "_", self.derived.name), []
         for chart in charts.draw(self.derived, queries):
@@ -73,4 +100,6 @@ class Study:
         return written
 
     def _repr_html_(self) -> str:
+        from icl_ft_fast.report.page import fragment
+
         return fragment(self.derived)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.study.amortise import BreakEven, Decision, Way
+from icl_ft_fast.study.amortise import BreakEven, Decision, Way, decide
 from icl_ft_fast.study.arms import ARMS, recorded_arm
 from icl_ft_fast.study.evaluate import Accuracy, Answer
 from icl_ft_fast.study.records import Run
@@ -104,6 +104,16 @@ def print_decision(decision: Decision, resource: str, unit: str, console: Consol
     console.print(table)
     console.print()
     console.print(decision_text(decision, unit), highlight=False, markup=False)
+
+
+def print_decision_at(study: Derived, queries: float, points: float, console: Console) -> None:
+    """Print the decision for so many queries: by money under a price file, else by seconds."""
+    resource = "seconds" if study.prices is None else "money"
+    console.print()
+    if ways := study.decision_ways(resource):
+        print_decision(decide(ways, queries, points), resource, study.resources[resource], console)
+    else:
+        console.print("No decision: no question of this task has a known answer.")
 
 
 def decision_text(decision: Decision, unit: str) -> str:

@@ -101,9 +101,13 @@ def compare(
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
 
     Example:
-        >>> task = simple_reversals(num_facts=4)
-        >>> results = compare(load("shipped"), task, arms=["base", "icl"], seeds=[0])
-        >>> print(results.runs[1].accuracy["reversal"].value)
+        >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
+        >>> task = iff.Task((iff.Document("d", "femp are wider than glon."),), (question,))
+        >>> settings = iff.StudySettings(arms=("base", "icl"), seeds=(0,))
+        >>> options = iff.StudyOptions(measure_s=0)
+        >>> results = iff.compare(iff.load("shipped"), task, settings, options=options)
+        >>> results.runs[1].accuracy["test"].value
+        1.0
     """
     settings, options = settings or StudySettings(), options or StudyOptions()
     settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))

@@ -219,9 +219,10 @@ def evaluate(
         ScoreError: a question that does not fit the model's positions behind the context.
 
     Example:
-        >>> task = simple_reversals(num_facts=4)
-        >>> accuracy = evaluate(load("shipped"), task, context=task.documents)
-        >>> print(accuracy["reversal"].value, accuracy["reversal"].interval)
+        >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
+        >>> documents = [iff.Document("d", "femp are wider than glon.")]
+        >>> iff.evaluate(iff.load("shipped"), [question], context=documents)
+        {'test': Accuracy(correct=1, total=1)}
     """
     asked = questions.questions if isinstance(questions, Task) else questions
     text = context if isinstance(context, str) else icl_context(context)
