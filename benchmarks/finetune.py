@@ -23,8 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.score import SIZES, make_tokenizer
 from benchmarks.timing import Row, peak_bytes
 from icl_ft_fast.engine.model import from_network
-from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, batches, finetune
+from icl_ft_fast.finetuning import batches
 from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings, RunOptions
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import semantic_structure
 

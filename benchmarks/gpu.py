@@ -41,9 +41,10 @@ from benchmarks.trie_attention import check_budget
 from icl_ft_fast import ops
 from icl_ft_fast.engine import generate, trie
 from icl_ft_fast.engine.model import ATTENTION, Model, from_network
-from icl_ft_fast.finetuning import FinetuneSettings, LoraSettings, batches, lora, network
+from icl_ft_fast.finetuning import batches, lora, network
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.optimizer import Optimizer
+from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings
 from icl_ft_fast.ops import reference
 
 OURS, HEADS, KV_HEADS = "icl_ft_fast", 32, 8

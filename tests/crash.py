@@ -28,6 +28,10 @@ from icl_ft_fast import cli
 from icl_ft_fast.augmentation import strategies
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategy import Parsed
+from icl_ft_fast.cli.run import augment as run_augment
+from icl_ft_fast.cli.run import compare as run_compare
+from icl_ft_fast.cli.run import finetune as run_finetune
+from icl_ft_fast.cli.run import score as run_score
 from icl_ft_fast.engine.machine import Ceilings
 from icl_ft_fast.engine.model import Model, load
 from icl_ft_fast.finetuning import run as finetune_run
@@ -63,9 +67,9 @@ def prepare(model: Model, folder: Path) -> None:
     (folder / "short.jinja").write_text("{{ document }}\nReversed:")
     for name, rows in TASK.items():
         (folder / "task" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (cli.compare, cli.augment, cli.score):
+    for command in (run_compare, run_augment, run_score):
         command.load_model = lambda _: model
-    cli.finetune.load = lambda *_, **__: model
+    run_finetune.load = lambda *_, **__: model
     compare.ceilings = lambda *_: Ceilings("float32", 1.0, 1.0)
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES

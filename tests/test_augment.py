@@ -8,15 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icl_ft_fast.augmentation import (
-    Augmentation,
-    AugmentError,
-    augment,
-    augment_by_model,
-    augment_by_rule,
-    prompt_batches,
-)
-from icl_ft_fast.augmentation.batches import prompts
+from icl_ft_fast.augmentation.batches import augment, augment_by_model, augment_by_rule, prompt_batches, prompts
 from icl_ft_fast.augmentation.generators import LocalGenerator, Reply
 from icl_ft_fast.augmentation.prompts import Prompting, fitting
 from icl_ft_fast.augmentation.run import SAMPLES_APART, AugmentationRun, reply_key
@@ -27,7 +19,7 @@ from icl_ft_fast.augmentation.steps import (
     without_near_duplicates,
 )
 from icl_ft_fast.augmentation.strategies import BY_MODEL, STRATEGIES
-from icl_ft_fast.augmentation.strategy import Parsed, normalized
+from icl_ft_fast.augmentation.strategy import Augmentation, AugmentError, Parsed, normalized
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood

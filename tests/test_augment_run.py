@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from icl_ft_fast.augmentation import AugmentError
 from icl_ft_fast.augmentation.batches import prompts
 from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Reply
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.run import AugmentationRun, Price
 from icl_ft_fast.augmentation.strategies import STRATEGIES
+from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.durable import DamagedError, Journal

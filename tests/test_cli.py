@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.machine import ceilings
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import score
-from icl_ft_fast.finetuning import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.study import compare
@@ -141,7 +142,7 @@ def test_score_without_documents_or_answers(files, run, llama, monkeypatch):
         budgets.append(chunk_tokens)
         return loglikelihood(*arguments, chunk_tokens=chunk_tokens, **options)
 
-    monkeypatch.setattr(cli.score.shards, "loglikelihood", spy)
+    monkeypatch.setattr("icl_ft_fast.engine.shards.loglikelihood", spy)
     write_jsonl(files.questions, [{"id": "a", "prompt": "the cat", "choices": [" sat", " is"]}])
     code, (line,), errors = run(files.score("--chunk-tokens", 1))
     assert (code, errors) == (0, [])
@@ -283,7 +284,7 @@ def test_an_interruption_is_one_line_and_leaves_no_lock(files, run, monkeypatch)
         assert (files.folder / "run" / ".lock").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.compare, "load_model", interrupted)
+    monkeypatch.setattr("icl_ft_fast.cli.run.compare.load_model", interrupted)
     assert run(files.compare()) == (130, [], ["icl-ft-fast compare: interrupted"])
     assert not (files.folder / "run" / ".lock").exists()
 
@@ -451,7 +452,9 @@ def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):
     for name in names:
         monkeypatch.setitem(GENERATORS, name, replace(GENERATORS[name], make=lambda seed, **_: few))
     loads = []
-    monkeypatch.setattr(cli.compare, "load_model", lambda options: loads.append(load_model(options)) or loads[-1])
+    monkeypatch.setattr(
+        "icl_ft_fast.cli.run.compare.load_model", lambda options: loads.append(load_model(options)) or loads[-1]
+    )
     code, printed, errors = run(files.compare(task="all", preset="small", seeds="0,1"))
     assert (code, errors) == (0, [])
     assert len(loads) == 1
@@ -582,6 +585,16 @@ def test_limit_and_template_mean_one_thing():
             for option in {"--limit", "--template"} & set(action.option_strings):
                 meanings.setdefault(option, {}).setdefault(action.help, []).append(name)
     assert {option: len(texts) for option, texts in meanings.items()} == {"--limit": 1, "--template": 1}, meanings
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "compare --help", "score --nonsense", "nonsense"])
+def test_help_and_usage_errors_load_nothing_heavy(line):
+    code = "import sys; from icl_ft_fast.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "icl_ft_fast.cli.compare" in loaded
+    assert {"torch", "transformers", "tokenizers", "numpy", "pandas", "pydantic"}.isdisjoint(loaded)
 
 
 def test_version(capsys):

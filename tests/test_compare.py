@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from icl_ft_fast.augmentation import augment_by_rule
+from icl_ft_fast.augmentation.batches import augment_by_rule
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.likelihood import prefill
@@ -22,7 +22,8 @@ from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.model import load
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.engine.score import score
-from icl_ft_fast.finetuning import FinetuneSettings, finetune
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
@@ -30,7 +31,6 @@ from icl_ft_fast.study import arms, compare, sweep
 from icl_ft_fast.study import runs as study_runs
 from icl_ft_fast.study.amortise import break_even
 from icl_ft_fast.study.evaluate import (
-    NORMALIZATIONS,
     Accuracy,
     Answer,
     accuracies,
@@ -43,13 +43,13 @@ from icl_ft_fast.study.evaluate import (
 from icl_ft_fast.study.paired import Paired, paired_tests
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, Setting, as_json, read_results, unmeasured, write_results
-from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.study.settings import ARM_NAMES, NORMALIZATIONS, StudySettings
 from icl_ft_fast.study.statistics import cluster_bootstrap
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
 
 TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
-ARMS = arms.NAMES
+ARMS = ARM_NAMES
 ARM_TITLES = {arm.name: arm.title for arm in arms.ARMS}
 SETTINGS = StudySettings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1, finetune=TRAINING)
 
@@ -57,6 +57,10 @@ SETTINGS = StudySettings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1
 def task_of_seed(seed):
     """Two facts, two articles each."""
     return simple_reversals(seed, num_facts=2, num_articles=2)
+
+
+def test_names_of_arms():
+    assert tuple(arm.name for arm in arms.ARMS) == ARM_NAMES
 
 
 def runs_of(model, task_of_seed, settings, journal=None, store=None, on_run=None):

@@ -21,7 +21,8 @@ from icl_ft_fast.engine.machine import ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter, Reading
 from icl_ft_fast.engine.model import from_network
 from icl_ft_fast.engine.score import score
-from icl_ft_fast.finetuning import FinetuneSettings, finetune
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.study.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit
 from icl_ft_fast.study.prices import PriceError, Prices, read_prices
 from icl_ft_fast.tasks.task import Question

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from icl_ft_fast.engine.model import Head
-from icl_ft_fast.finetuning import Example, FinetuneError, FinetuneSettings, RunOptions, distillation, finetune
-from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning import distillation
+from icl_ft_fast.finetuning.data import Example, encode
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 
 CONTEXT = "Documents:\n- the cat sat on that mat.\n- who knows why.\n\n"
 TEXTS = [

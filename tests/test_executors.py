@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
-from icl_ft_fast.finetuning import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, LockedError, ResultJournal, locked
 from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, pull, run_journaled
 from icl_ft_fast.study import runs, workers
@@ -246,7 +246,7 @@ def test_another_model_or_other_questions_reuse_nothing(case, tmp_path, monkeypa
     tiny_network("llama", num_hidden_layers=2, rms_norm_eps=0.5).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     write_jsonl(tmp_path / "questions.jsonl", [row | {"prompt": "who " + row["prompt"]} for row in QUESTIONS])
-    monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+    monkeypatch.setattr("icl_ft_fast.cli.run.score.shutil", SimpleNamespace(rmtree=lambda folder: None))
     real = shards.Scorer.__call__
     monkeypatch.setattr(shards.Scorer, "__call__", lambda self, shard: calls.append(shard) or real(self, shard))
     changes = (
@@ -283,14 +283,14 @@ def test_killed_at_its_very_end(case, tmp_path, monkeypatch, capsys):
     command, whole = case
     out, kept = tmp_path / "scores.jsonl", tmp_path / "scores.jsonl.shards"
     with monkeypatch.context() as patch:
-        patch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+        patch.setattr("icl_ft_fast.cli.run.score.shutil", SimpleNamespace(rmtree=lambda folder: None))
         assert main(command(out)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(shards.Scorer, "__call__", None)  # nothing is left to be scored
         assert main(command(out)) == 0
     assert out.read_bytes() == whole
     assert not kept.exists()
-    monkeypatch.setattr(cli.score, "shutil", SimpleNamespace(rmtree=lambda folder: None))
+    monkeypatch.setattr("icl_ft_fast.cli.run.score.shutil", SimpleNamespace(rmtree=lambda folder: None))
     assert main(command(out, "--overwrite")) == 0
     out.write_text("mine")
     assert main(command(out)) == 2  # what was there before a run with --overwrite is not replaced by one without
@@ -306,7 +306,8 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from icl_ft_fast.engine import shards
-from icl_ft_fast.cli import main, score
+from icl_ft_fast.cli import main
+from icl_ft_fast.cli.run import score
 
 MARKS = Path(sys.argv[1])
 
@@ -408,7 +409,7 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
 
 @pytest.mark.parametrize("more", [("--strategy", "rules"), ("--limit", "3"), ("--max-cost", "1")])
 def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeypatch, capsys, more):
-    monkeypatch.setattr(cli.augment, "executor_of", lambda options: SimpleNamespace(rank=0))
+    monkeypatch.setattr("icl_ft_fast.cli.run.augment.executor_of", lambda options: SimpleNamespace(rank=0))
     assert main(["augment", "--model", "m", "--task", "simple-reversals", "--out", str(tmp_path / "out"), *more]) == 2
     told = "--executor: workers load --model here for all replies: no --endpoint, --recorded, --limit, --max-cost\n"
     assert capsys.readouterr().err == f"icl-ft-fast augment: {told}"
@@ -566,7 +567,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
 def test_a_rank_that_is_not_the_first_writes_and_prints_nothing(compared, tmp_path, monkeypatch, capsys):
     second = SimpleNamespace(rank=1, workers=2, run=lambda *_, more: iter(()), is_last=lambda: False)
-    monkeypatch.setattr(cli.compare, "executor_of", lambda options: second)
+    monkeypatch.setattr("icl_ft_fast.cli.run.compare.executor_of", lambda options: second)
     command, _ = compared
     for more in ((), ("--task", "all", "--preset", "small")):
         assert main(command(tmp_path / "out", "--arms", "base,ft", *more)) == 0

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl_ft_fast.finetuning import Example, FinetuneError, FinetuneSettings, finetune, read_examples, split_validation
 from icl_ft_fast.finetuning.batches import order, pack
-from icl_ft_fast.finetuning.data import EncodedExample, encode
+from icl_ft_fast.finetuning.data import EncodedExample, Example, encode, read_examples, split_validation
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from icl_ft_fast.engine.model import load
-from icl_ft_fast.finetuning import FinetuneError, FinetuneSettings, LoraSettings, RunOptions, finetune
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)
@@ -27,7 +28,9 @@ from dataclasses import replace
 sys.path.insert(0, sys.argv[3])
 import torch
 torch.set_num_threads(1)
-from icl_ft_fast.finetuning import RunOptions, distributed, finetune
+from icl_ft_fast.finetuning import distributed
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.engine.model import load
 from test_finetune_distributed import RUNS, SETTINGS, TEXTS
 

@@ -17,18 +17,12 @@ from transformers import AutoTokenizer, TrainerState
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import from_network, load
-from icl_ft_fast.finetuning import (
-    FinetuneError,
-    FinetuneSettings,
-    InterruptedRunError,
-    LoraSettings,
-    RunOptions,
-    finetune,
-)
 from icl_ft_fast.finetuning import checkpoint as checkpoint_module
 from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.finetuning.checkpoint import RunFolder
 from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning.run import InterruptedRunError, finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 from icl_ft_fast.runtime import durable
 from icl_ft_fast.study.results import unmeasured
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.finetuning import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.study.compare import Settings
 from icl_ft_fast.study.evaluate import select_documents

@@ -12,10 +12,12 @@ from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import Model, Rows, from_network, load
-from icl_ft_fast.finetuning import FinetuneSettings, batches, finetune
+from icl_ft_fast.finetuning import batches
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.network import Objective
 from icl_ft_fast.finetuning.optimizer import Optimizer
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 
 REQUESTS = [([3, *range(10, 40)], [5, 6]), ([3, *range(10, 40)], [7]), ([3, 4], [9, 9, 8]), ([3, *range(10, 20)], [2])]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import pytest
 
-from icl_ft_fast import cli
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Generation
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.finetuning import FinetuneSettings, finetune
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, digest
 from icl_ft_fast.study import questions
 from icl_ft_fast.study.questions import QuestionSettings, write_questions
@@ -171,7 +171,7 @@ def test_questions_from_the_command_line(writer, tmp_path, capsys, monkeypatch):
     Task(tuple(DOCUMENTS), ()).write(folder)
     (folder / "questions.jsonl").unlink()
     template.write_text(TEMPLATE)
-    monkeypatch.setattr(cli.task, "load_model", lambda _: writer)
+    monkeypatch.setattr("icl_ft_fast.cli.run.task.load_model", lambda _: writer)
     arguments = ["task", "questions", str(folder), "--model", "any", "--quiet", "--prompt-template", str(template)]
     assert main([*arguments, "--max-new-tokens", "40"]) == 0
     found = write_questions(writer, DOCUMENTS, tmp_path / "journal", QuestionSettings(TEMPLATE, max_new_tokens=40))

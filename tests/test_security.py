@@ -12,8 +12,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from test_repo import IMPORTS, MODULES, ROOT
 
-from icl_ft_fast.augmentation import AugmentError
 from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.cli import main
 from icl_ft_fast.cli.options import Terminal
 from icl_ft_fast.engine.contexts import ContextError, read_header, save_context

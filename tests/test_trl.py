@@ -11,9 +11,10 @@ import peft
 
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import from_network, load
-from icl_ft_fast.finetuning import FinetuneSettings, RunOptions, finetune
 from icl_ft_fast.finetuning.batches import order
 from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings, RunOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and its libraries' own
 TEXTS = [f"the cat sat {'on that mat ' * (n % 4)}who knows {n}" for n in range(40)]

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-from rich.console import Console
 
 from icl_ft_fast.augmentation.strategies import BY_MODEL
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,
     Parser,
-    Terminal,
-    UsageError,
     add_executor_options,
     add_json_option,
     add_memory_options,
@@ -27,44 +16,27 @@ from icl_ft_fast.cli.options import (
     add_output_options,
     add_store_options,
     amount,
-    arguments_digest,
-    check_new,
     command,
-    executor_of,
-    load_model,
-    loading,
+    later,
     positive,
-    show_progress,
 )
-from icl_ft_fast.cli.task import add_task_options, check_task_options, task_of_seed
+from icl_ft_fast.cli.task import add_task_options
 from icl_ft_fast.engine.defaults import SHIPPED
-from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.meters import Meter
-from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import ProtocolError, check_template
-from icl_ft_fast.finetuning import FinetuneSettings
-from icl_ft_fast.finetuning.settings import SCHEDULES
-from icl_ft_fast.report import table
-from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.markdown import accuracy_table
-from icl_ft_fast.runtime.durable import replacing
-from icl_ft_fast.runtime.executors import Executor
-from icl_ft_fast.study.arms import NAMES
-from icl_ft_fast.study.compare import CHECKPOINT_S, MEASURE_S, RESULTS, StudyOptions, compare
-from icl_ft_fast.study.evaluate import NORMALIZATIONS
-from icl_ft_fast.study.prices import Prices, read_prices
-from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
-from icl_ft_fast.tasks.generated import GENERATORS
-from icl_ft_fast.tasks.generator import Preset
+from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings
+from icl_ft_fast.study.settings import ARM_NAMES, CHECKPOINT_S, DEFAULT_ARMS, MEASURE_S, NORMALIZATIONS
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 ALL = "all"
+
+
 DEMO_FACTS = 40
 
 
 def add(commands: Commands) -> None:
     """Add both commands."""
-    demo = command(commands, "demo", _demo, "the whole comparison on the shipped model", "icl-ft-fast demo")
+    demo = command(
+        commands, "demo", later("compare", "run_demo"), "the whole comparison on the shipped model", "icl-ft-fast demo"
+    )
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
     _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
@@ -73,7 +45,7 @@ def add(commands: Commands) -> None:
     comparison = command(
         commands,
         "compare",
-        _compare,
+        later("compare", "run_compare"),
         "arms x seeds on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model shipped --task all --preset small --out out/all\n"
@@ -99,7 +71,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     defaults = FinetuneSettings()
     study = parser.group("study")
     usual = arms or f"the preset's, or {','.join(DEFAULT_ARMS)}"
-    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(NAMES)} (default: {usual})")
+    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(ARM_NAMES)} (default: {usual})")
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
@@ -160,182 +132,3 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
     help = "queries scored in one batch"
     cost.add_argument("--batch-size", type=positive, default=1, metavar="N", help=help)
-
-
-def prices_of(options: argparse.Namespace) -> Prices | None:
-    """The price file, read before any work."""
-    if options.tolerance < 0:
-        raise UsageError(f"--tolerance: expected points of 0 or more, got {options.tolerance}")
-    return None if options.prices is None else read_prices(options.prices)
-
-
-def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
-    """The decision at the end of a report, if a volume was given."""
-    if options.queries_per_day is None:
-        return
-    queries = options.queries_per_day * options.days
-    table.print_decision_at(study, queries, options.tolerance, console)
-
-
-def cache_lifetime_of(options: argparse.Namespace) -> float:
-    """Queries that share a reading of a context that stays in the cache."""
-    return float(options.queries_per_cache_lifetime or options.queries_per_day or math.inf)
-
-
-def _demo(options: argparse.Namespace) -> None:
-    options.trust_remote_code = options.batch_invariant = False
-    if not options.json:
-        _describe_demo(options)
-    _compare(options)
-
-
-def _describe_demo(options: argparse.Namespace) -> None:
-    Terminal().print(
-        f"Simple reversals: {options.facts} facts such as 'femp are more dangerous than glon.', asked as "
-        "'glon are' less / more 'dangerous than femp.'; chance 0.5.\n",
-        highlight=False,
-    )
-
-
-def _compare(options: argparse.Namespace) -> None:
-    executor = executor_of(options)
-    if options.task == ALL:
-        _compare_all(options, executor)
-    elif (study := _compared(options, executor, lambda: _load(options))) is not None:
-        _print(study, options)
-
-
-def _print(study: Derived, options: argparse.Namespace) -> None:
-    if options.json:
-        print(json.dumps(_summary(study, options)))
-        return
-    console = Terminal()
-    table.print_study(study, console, options.tolerance)
-    print_decision(study, options, console)
-    if options.out is not None:
-        print(f"\nWritten to {options.out / 'results.json'}")
-
-
-def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
-    """Every task that is made from a seed, each in a folder of its own in --out, and one table of them all."""
-    check_task_options(options, None)
-    studies, loaded = [], cache(lambda: _load(options))  # once for all tasks
-    for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
-        if show_progress(options) and executor.rank == 0:
-            print(f"{name}:", file=sys.stderr)
-        one = argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})
-        if (study := _compared(one, executor, loaded)) is not None:
-            studies.append(study)
-    if executor.rank:
-        return
-    text = accuracy_table(studies)
-    with replacing(options.out / "table.md") as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-    print(json.dumps([_summary(study, options) for study in studies]) if options.json else text)
-    if not options.json:
-        print(f"\nWritten to {options.out}: table.md, and a folder for each task with its results.json")
-
-
-def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
-    return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.tolerance)
-
-
-def _load(options: argparse.Namespace) -> tuple[Model, Ledger]:
-    """The model and what loading it cost."""
-    load = Ledger(meter=Meter("cpu"))
-    with load.phase("load"):
-        model = load_model(options)
-    return model, load
-
-
-def _compared(
-    options: argparse.Namespace, executor: Executor, loaded: Callable[[], tuple[Model, Ledger]]
-) -> Derived | None:
-    """The study of one task; None in processes of other rank than 0."""
-    make_task, preset = task_of_seed(options)
-    settings, prices = _settings(options, preset), prices_of(options)
-    if not options.checkpoint_minutes >= 0:
-        raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
-    if options.out is not None and not executor.rank:
-        check_new(options.out / RESULTS, options.overwrite, arguments_digest(options))
-    how = StudyOptions(
-        executor=executor,
-        loading=loading(options),
-        store=options.store,
-        store_bytes=int(options.store_limit * 1e9),
-        checkpoint_s=60 * options.checkpoint_minutes,
-        measure_s=options.measure_seconds,
-        task_name=options.task,
-        arguments=arguments_digest(options),
-        overwrite=options.overwrite,
-    )
-    progress = show_progress(options) and executor.rank == 0
-    results = compare(loaded, make_task, settings, out=options.out, options=how, progress=progress)
-    if results is None:
-        return None
-    name = options.task if options.out is None else options.out.name
-    return Derived(results, name, prices, cache_lifetime_of(options), options.batch_size)
-
-
-def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
-    """What the options ask for, else what the preset does, else the defaults."""
-    given = {name: getattr(options, name) for name in ("icl_per_topic", "icl_subsample", "strategy", "samples")}
-    study = dict(preset.study) | {name: value for name, value in given.items() if value is not None}
-    if study.get("strategy") != preset.study.get("strategy") and options.samples is None:
-        study.pop("samples", None)  # the preset's are those of its own strategy
-    names = ("steps", "learning_rate", "lr_scheduler_type", "splitting")
-    given = {name: getattr(options, name) for name in names}
-    training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
-    arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
-    return StudySettings(
-        **study
-        | {
-            "arms": _arms(arms),
-            "seeds": _seeds(options.seeds),
-            "icl_tokens": options.icl_tokens,
-            "normalization": options.normalization,
-            "template": _template(options.template),
-            "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
-        }
-    )
-
-
-def _template(name: str) -> str:
-    """base, chat, or the text of a file, less the line break that ends it."""
-    if name in ("base", "chat"):
-        return name
-    try:
-        return check_template(Path(name).read_text(encoding="utf-8").removesuffix("\n"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--template: {name}: not UTF-8 text (byte {error.start + 1})") from error
-    except OSError as error:
-        raise UsageError(f"--template: {name}: neither base, chat nor a file: {error.strerror}") from error
-    except ProtocolError as error:
-        raise UsageError(f"--template: {name}: {error}") from error
-
-
-def _arms(text: str) -> tuple[str, ...]:
-    arms = tuple(text.split(","))
-    for arm in arms:
-        if arm not in NAMES:
-            raise UsageError(f"--arms: expected some of {','.join(NAMES)}, got {arm!r}")
-    return _distinct("--arms", arms)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(int(seed) for seed in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--seeds: expected whole numbers separated by commas, got {text!r}") from error
-    return _distinct("--seeds", seeds)
-
-
-Item = TypeVar("Item", str, int)
-
-
-def _distinct(option: str, items: tuple[Item, ...]) -> tuple[Item, ...]:
-    """The items; a repeated one would be counted as more evidence than it is."""
-    for i, item in enumerate(items):
-        if item in items[:i]:
-            raise UsageError(f"{option}: {item} is given twice")
-    return items

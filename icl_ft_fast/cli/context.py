@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
-
-from rich import box
-from rich.table import Table
 
 from icl_ft_fast.cli.options import (
     Commands,
-    Terminal,
-    UsageError,
     add_memory_options,
     add_model_options,
     add_store_options,
     command,
-    load_model,
+    later,
 )
-from icl_ft_fast.engine import contexts, encoding
-from icl_ft_fast.engine.likelihood import stored_context
-from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.tasks.task import read_documents
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +27,7 @@ def add(commands: Commands) -> None:
         "icl-ft-fast context remove --store contexts/ 3f2a",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    save = command(actions, "save", _save, "compute the KV cache of documents and save it")
+    save = command(actions, "save", later("context", "run_save"), "compute the KV cache of documents and save it")
     add_model_options(save)
     data = save.group("data")
     help = "JSON lines file with id and text"
@@ -46,60 +35,11 @@ def add(commands: Commands) -> None:
     data.add_argument("--label", default="", help="name shown by list (default: the documents' file)")
     add_store_options(save, required=True)
     add_memory_options(save)
-    listing = command(actions, "list", _list, "list saved contexts, most recently used first")
-    check = command(actions, "verify", _verify, "check every file against its checksum")
-    remove = command(actions, "remove", _remove, "delete saved contexts")
+    listing = command(actions, "list", later("context", "run_list"), "list saved contexts, most recently used first")
+    check = command(actions, "verify", later("context", "run_verify"), "check every file against its checksum")
+    remove = command(actions, "remove", later("context", "run_remove"), "delete saved contexts")
     help = "id as shown by list; its first characters suffice"
     remove.group("prefix cache on disk").add_argument("ids", nargs="+", metavar="ID", help=help)
     for action in (listing, check, remove):
         help = "folder of saved contexts"
         action.group("prefix cache on disk").add_argument("--store", type=Path, required=True, metavar="DIR", help=help)
-
-
-def _save(options: argparse.Namespace) -> None:
-    documents = read_documents(options.documents)
-    model = load_model(options)
-    (token,) = encoding.encode(model.tokenizer, [icl_context(documents).rstrip()])
-    store = contexts.ContextStore(options.store, model, int(options.store_limit * 1e9))
-    start = time.perf_counter()
-    context = stored_context(model, token, store, label=options.label or str(options.documents))
-    print(
-        f"{len(context.token):,} tokens, {context.nbytes / 1e6:,.0f} MB, in {time.perf_counter() - start:.2f} s; "
-        f"in {options.store}"
-    )
-
-
-def _saved(options: argparse.Namespace) -> list[contexts.SavedContext]:
-    if not options.store.is_dir():
-        raise UsageError(f"--store: {options.store}: no such folder")
-    return list(contexts.contexts_in(options.store))
-
-
-def _list(options: argparse.Namespace) -> None:
-    saved = sorted(_saved(options), key=lambda saved: -saved.used)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("id", "tokens", "MB", "last used", "model", "label"):
-        table.add_column(name, justify="right" if name in ("tokens", "MB") else "left", overflow="fold")
-    for context in saved:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(context.used))
-        size = f"{context.num_bytes / 1e6:,.1f}"
-        table.add_row(context.id[:8], f"{context.num_tokens:,}", size, used, Path(context.model).name, context.label)
-    Terminal(markup=False).print(table)
-    print(f"{len(saved)} contexts, {sum(context.num_bytes for context in saved) / 1e6:,.1f} MB")
-
-
-def _verify(options: argparse.Namespace) -> None:
-    saved = _saved(options)
-    for context in saved:
-        contexts.verify(context.path)
-    print(f"{len(saved)} contexts are whole")
-
-
-def _remove(options: argparse.Namespace) -> None:
-    saved = _saved(options)
-    for given in options.ids:
-        matching = [context.id for context in saved if context.id.startswith(given)]
-        if len(matching) != 1:
-            raise UsageError(f"ID: {given!r} begins {len(matching)} of the ids in {options.store}; expected one")
-        contexts.remove(options.store, matching[0])
-        print(f"removed {matching[0]}")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -83,6 +84,15 @@ def command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def later(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """A function of cli/run/, whose module is imported when it is called: help and usage errors load no torch."""
+
+    def run(options: argparse.Namespace) -> None:
+        getattr(import_module(f"icl_ft_fast.cli.run.{module}"), function)(options)
+
+    return run
 
 
 def add_model_options(parser: Parser, *, positional: bool = False, required: bool = True) -> None:

@@ -26,7 +26,8 @@ from icl_ft_fast.engine.score import Score
 from icl_ft_fast.integrations.together import Together
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.runtime.templates import render_chat
-from icl_ft_fast.study.evaluate import NORMALIZATIONS, choice_scores
+from icl_ft_fast.study.evaluate import choice_scores
+from icl_ft_fast.study.settings import NORMALIZATIONS
 from icl_ft_fast.tasks.task import Question
 
 MAX_TOKENS = 256

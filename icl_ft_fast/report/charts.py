@@ -19,7 +19,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import count
 from icl_ft_fast.runtime.printable import printable
-from icl_ft_fast.study.arms import NAMES, recorded_arm
+from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.settings import ARM_NAMES
 
 # CSS variable -> its value in the light theme; each value once, so that it can be found again in the SVG.
 LIGHT = {
@@ -111,7 +112,7 @@ def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes
 
 def _looks(study: Derived) -> dict[str, tuple[str, str]]:
     """Colour and mark of each arm, the same in every chart and every study of a page."""
-    known = [*NAMES, *sorted(set(study.arms) - set(NAMES))]
+    known = [*ARM_NAMES, *sorted(set(study.arms) - set(ARM_NAMES))]
     return {arm: (LIGHT[f"arm{i % 6}"], MARKS[i % 6]) for i, arm in enumerate(known)}
 
 

@@ -2,7 +2,7 @@
 
 An arm is one object in ARMS; nothing else in the package compares arms by name. It is made of two independent parts:
 how its weights are made (Training, or none) and what stands before a question (Asking). To add one, write the part that
-is new and add the Arm to ARMS; docs/add-an-arm.md goes through it.
+is new and add the Arm to ARMS and its name to settings.ARM_NAMES; docs/add-an-arm.md goes through it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast import augmentation
+from icl_ft_fast.augmentation.batches import PromptBatch, augment_by_model, augment_by_rule, prompt_batches
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
-from icl_ft_fast.finetuning import RunOptions, finetune
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.records import Sample
-from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.study.settings import ARM_NAMES, StudySettings
 from icl_ft_fast.tasks.task import Document, Task
 
 SAMPLES = 40  # augmentations in a run's record, for the report
@@ -69,7 +70,7 @@ class ArmJob:
     ledger: Ledger
     workspace: Workspace
     key: str
-    batches: tuple[augmentation.PromptBatch, ...] = ()
+    batches: tuple[PromptBatch, ...] = ()
     progress: bool = False
 
 
@@ -179,13 +180,11 @@ class Arm:
         store = None if self.training is not None else _store_as_begun(job, read.text)
         return Prepared(ready.model, read.text, store, notes, ready.losses, ready.samples)
 
-    def batches(
-        self, model: Model, task: Task, seed: int, settings: StudySettings, key: str
-    ) -> list[augmentation.PromptBatch]:
+    def batches(self, model: Model, task: Task, seed: int, settings: StudySettings, key: str) -> list[PromptBatch]:
         """What the model is asked to write for the arm; nothing for most."""
         if self.training is None or not self.training.generates:
             return []
-        return augmentation.prompt_batches(
+        return prompt_batches(
             model,
             task.documents,
             settings.strategy,
@@ -305,18 +304,18 @@ IN_CONTEXT = Asking(ways_behind_context, context=all_documents)
 
 
 def _by_model(job: ArmJob) -> Augmented:
-    return augmentation.augment_by_model(
+    return augment_by_model(
         job.model, job.batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
     )
 
 
 def _by_rule(job: ArmJob) -> Augmented:
     with job.ledger.phase("filter"):
-        return augmentation.augment_by_rule(job.task.documents)
+        return augment_by_rule(job.task.documents)
 
 
 def _check_rules(task: Task) -> None:
-    if not augmentation.augment_by_rule(task.documents).rows:
+    if not augment_by_rule(task.documents).rows:
         raise ProtocolError("arms: rules-ft: no document states a comparison, which is all that the rules know")
 
 
@@ -328,7 +327,6 @@ ARMS = (
     Arm("rules-ft", "by rule", CLOSED_BOOK, Training(_by_rule, check=_check_rules)),
     Arm("distilled", "distilled", CLOSED_BOOK, Training(_by_model, generates=True, has_teacher=True)),
 )
-NAMES = tuple(arm.name for arm in ARMS)
 _BY_NAME = {arm.name: arm for arm in ARMS}
 
 
@@ -339,7 +337,7 @@ def arm_named(name: str) -> Arm:
         ValueError: no arm has it.
     """
     if name not in _BY_NAME:
-        raise ValueError(f"arms: expected some of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"arms: expected some of {', '.join(ARM_NAMES)}, got {name!r}")
     return _BY_NAME[name]
 
 

@@ -28,11 +28,9 @@ from icl_ft_fast.study.arms import Workspace, arm_named
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
 from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
-from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.study.settings import CHECKPOINT_S, MEASURE_S, StudySettings
 from icl_ft_fast.tasks.task import Task
 
-CHECKPOINT_S = 600.0
-MEASURE_S = 30.0
 RESULTS, JOURNAL, CHECKPOINTS = "results.json", "journal.jsonl", "checkpoints"  # in a study's folder
 _SWEEP = TypeAdapter(sweep.Sweep)
 

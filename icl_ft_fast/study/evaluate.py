@@ -19,11 +19,11 @@ from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.engine.score import Score, score
 from icl_ft_fast.study import statistics
+from icl_ft_fast.study.settings import NORMALIZATIONS
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 # A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or less its log-likelihood
 # after nothing at all (pointwise mutual information with the prompt and the documents).
-NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.meters import Meter

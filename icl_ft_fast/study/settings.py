@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from icl_ft_fast.finetuning import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings
 
+ARM_NAMES = ("base", "icl", "ft", "augmented-ft", "rules-ft", "distilled")  # of arms.ARMS, for help without torch
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
+NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
+CHECKPOINT_S = 600.0  # between checkpoints of an arm in training
+MEASURE_S = 30.0  # of measuring what a query costs
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class StudySettings:
         icl_per_topic: documents of each topic in the context; None for all.
         icl_subsample: of those, one in this many.
         icl_tokens: of those, the ones that fit into so many tokens; None if all must fit.
-        normalization: what the choices' log-likelihoods are divided by, see evaluate.NORMALIZATIONS.
+        normalization: what the choices' log-likelihoods are divided by, one of NORMALIZATIONS.
         template: the prompt around documents and question, see prompt_context().
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.augmentation import PromptBatch
+from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model, load

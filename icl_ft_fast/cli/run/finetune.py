@@ -1,0 +1,124 @@
+"""The work of `icl-ft-fast finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from icl_ft_fast.cli.finetune import GROUPS
+from icl_ft_fast.cli.options import UsageError
+from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetuning import distributed
+from icl_ft_fast.finetuning.data import read_examples, split_validation
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, RunOptions
+from icl_ft_fast.runtime.durable import locked
+from icl_ft_fast.tasks.task import read_documents
+
+OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were set, in the file or on the command line, each of its type."""
+    given: dict[str, tuple[str, Any]] = {}
+    if options.config is not None:
+        given = {name: (f"{options.config}: {name}", value) for name, value in _read_yaml(options.config).items()}
+    for name in OPTIONS:
+        if getattr(options, name) is not None:
+            given[name] = (f"--{name}", getattr(options, name))
+    values = {}
+    for name, (where, value) in given.items():
+        if name not in OPTIONS:
+            raise UsageError(f"{where}: no such option; `icl-ft-fast finetune --help` lists them")
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            values[name] = OPTIONS[name].parse(text)
+        except ValueError as error:
+            raise UsageError(f"{where}: expected {OPTIONS[name].parse.__name__.strip('_')}, got {value!r}") from error
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise UsageError(f"--config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(read, dict):
+        raise UsageError(f"--config: {path}: expected `option: value` lines")
+    for name, value in read.items():  # aliases within aliases would be longer than memory once written out
+        if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"--config: {path}: {name}: expected a value or a list of values")
+    return {str(name): value for name, value in read.items() if value is not None}
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """`icl-ft-fast finetune`."""
+    from transformers.utils import logging
+
+    given = _given(options)
+    for name in ("model_name_or_path", "train_file", "output_dir"):
+        if name not in given:
+            raise UsageError(f"--{name}: required, here or in --config")
+    examples, validation = read_examples(given["train_file"]), []
+    seed = given.get("seed", 0)
+    if "validation_file" in given:
+        validation = read_examples(given["validation_file"])
+    elif "validation_split" in given:
+        examples, validation = split_validation(examples, given["validation_split"], seed)
+    settings = _settings(given, len(examples))
+    if given.get("teacher", "icl") != "icl" or ("teacher" in given) != ("teacher_documents" in given):
+        raise UsageError("--teacher: expected icl, together with --teacher_documents")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    out = given["output_dir"]
+    with distributed.joined(), locked(out / ".lock") if distributed.place()[0] == 0 else nullcontext():
+        model = load(
+            given["model_name_or_path"],
+            dtype="bfloat16" if given.get("bf16") else "float32",
+            device=distributed.device(),
+            trust_remote_code=given.get("trust_remote_code", False),
+        )
+        context = None
+        if "teacher" in given:
+            context = prompt_context(model, read_documents(given["teacher_documents"]))
+        tuned = finetune(
+            model,
+            examples,
+            settings,
+            seed=seed,
+            validation=validation,
+            teacher_context=context,
+            options=RunOptions(
+                output_dir=out,
+                resume=given.get("resume_from_checkpoint", True),
+                in_place=context is None,
+                progress=not given.get("quiet", False),
+            ),
+        )
+        if distributed.place()[0] == 0:
+            print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
+
+
+def _settings(given: dict[str, Any], num_examples: int) -> FinetuneSettings:
+    ours, lora = (
+        {option.field or name: given[name] for name, option in OPTIONS.items() if option.sets is kind and name in given}
+        for kind in (FinetuneSettings, LoraSettings)
+    )
+    if lora and not given.get("use_peft"):
+        raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: needs --use_peft")
+    if lora.get("target_modules") == ("all-linear",):
+        lora["target_modules"] = "all-linear"
+    settings = FinetuneSettings(**ours, lora=LoraSettings(**lora) if given.get("use_peft") else None)
+    if "num_train_epochs" not in given:
+        return settings
+    if "max_steps" in given or settings.splitting != "none":
+        raise UsageError("--num_train_epochs: excludes --max_steps and --splitting; give max_steps")
+    per_step = settings.batch_size * settings.gradient_accumulation_steps * distributed.num_launched()
+    return replace(settings, steps=math.ceil(given["num_train_epochs"] * num_examples / per_step))

@@ -1,0 +1,51 @@
+"""The work of `icl-ft-fast report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from icl_ft_fast.cli.options import Terminal, UsageError, check_new
+from icl_ft_fast.cli.run.compare import cache_lifetime_of, prices_of, print_decision
+from icl_ft_fast.report import table
+from icl_ft_fast.report.derived import Derived
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """`icl-ft-fast report`."""
+    prices = prices_of(options)
+    if options.out is not None:
+        check_new(options.out, options.overwrite)
+    lifetime = cache_lifetime_of(options)
+    studies = [
+        Derived.read(path, prices=prices, cache_lifetime=lifetime, batch=options.batch_size) for path in options.results
+    ]
+    names = [study.name for study in studies]
+    studies = [
+        replace(s, name=str(p)) if names.count(s.name) > 1 else s for s, p in zip(studies, options.results, strict=True)
+    ]
+    queries = options.queries_per_day and options.queries_per_day * options.days
+    if options.json:
+        print(json.dumps([study.summary(queries, options.tolerance) for study in studies]))
+    elif options.out is None and options.charts is None:
+        console = Terminal()
+        for study in studies:
+            console.print(f"{study.name}:", highlight=False, markup=False)
+            table.print_study(study, console, options.tolerance)
+            print_decision(study, options, console)
+    if options.out is None and options.charts is None:
+        return
+    try:
+        from icl_ft_fast.report import page
+        from icl_ft_fast.report.study import Study
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[report]'") from error
+    if options.charts is not None:
+        for study in studies:
+            Study(study).export(options.charts, queries, overwrite=options.overwrite)
+        print(f"Charts written to {options.charts}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page.render(studies, queries, options.tolerance), encoding="utf-8")
+        print(f"Written to {options.out}")

@@ -1,0 +1,59 @@
+"""The work of `icl-ft-fast serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from icl_ft_fast.cli.options import (
+    UsageError,
+    load_model,
+    open_store,
+)
+from icl_ft_fast.cli.serve import KEY_VARIABLE
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """`icl-ft-fast serve`."""
+    try:
+        import uvicorn
+
+        from icl_ft_fast.integrations.engine import Engine
+        from icl_ft_fast.integrations.guard import Limits
+        from icl_ft_fast.integrations.server import make_app
+    except ModuleNotFoundError as error:
+        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[serve]'") from error
+    key = _key(options.key_file)
+    name = options.name or Path(options.model).name or options.model
+    if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
+    model = load_model(options)
+    engine = Engine(
+        model,
+        context_bytes=options.context_memory * 10**6,
+        max_waiting=options.max_waiting,
+        store=open_store(options, model),
+    )
+    limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
+    app = make_app(engine, name, key=key, limits=limits)
+    print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        limit_concurrency=options.max_connections,
+        server_header=False,
+        timeout_graceful_shutdown=options.shutdown_timeout,
+        log_level="warning",
+        access_log=False,
+    )
+
+
+def _key(file: Path | None) -> str | None:
+    """The bearer key of a file or of the environment; it is no option, since command lines are seen by everyone."""
+    text = os.environ.get(KEY_VARIABLE) if file is None else (file.read_text(encoding="utf-8").splitlines() or [""])[0]
+    if text is not None and not text.strip():
+        raise UsageError(f"{file or '$' + KEY_VARIABLE}: the key is empty")
+    return None if text is None else text.strip()

@@ -1,0 +1,165 @@
+"""The work of `icl-ft-fast task`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from icl_ft_fast.cli.options import (
+    UsageError,
+    check_new,
+    load_model,
+)
+from icl_ft_fast.cli.task import _OPTIONS
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.defaults import SHIPPED, SHIPPED_FOLDER
+from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study import questions
+from icl_ft_fast.tasks import check, own
+from icl_ft_fast.tasks.generated import GENERATORS
+from icl_ft_fast.tasks.generator import Preset, TaskOption
+from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
+from icl_ft_fast.tasks.words import ENGLISH
+
+
+def check_task_options(options: argparse.Namespace, task: str | None) -> dict[str, int]:
+    """The arguments of the task's maker that its own options set; refuses an option of another task.
+
+    Args:
+        options: of a command with add_task_options().
+        task: a name of GENERATORS; None for none of them.
+    """
+    given = {}
+    for name, option in _OPTIONS.items():
+        value = getattr(options, name, None)
+        if value is not None and name not in _options_of(task):
+            owners = [owner for owner in GENERATORS if name in _options_of(owner)]
+            raise UsageError(f"--{option.name}: is an option of {', '.join(owners)}, not of {task or 'this --task'}")
+        if value is not None:
+            given[option.argument] = value
+    return given
+
+
+def _options_of(task: str | None) -> dict[str, TaskOption]:
+    """The task's own options, by their attribute among the parsed ones."""
+    generator = GENERATORS.get(task or "")
+    return {option.name.replace("-", "_"): option for option in (generator.options if generator else ())}
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """`icl-ft-fast task NAME`."""
+    for name in ("documents.jsonl", "questions.jsonl"):
+        check_new(options.out / name, options.overwrite)
+    task = task_of_seed(options)[0](options.seed)
+    task.write(options.out)
+    print(f"{len(task.documents)} documents and {len(task.questions)} questions written to {options.out}")
+
+
+def run_new(options: argparse.Namespace) -> None:
+    """`icl-ft-fast task new`."""
+    try:
+        form = own.Format(options.encoding, "\t" if options.delimiter == "tab" else options.delimiter)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    for name in ("documents.jsonl", "questions.jsonl"):
+        check_new(options.folder / name, options.overwrite)
+    given = own.read_questions(options.questions, form) if options.questions else ()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    documents = own.iter_documents(options.documents, form)
+    count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
+    if given:
+        write_jsonl(options.folder / "questions.jsonl", map(asdict, given))
+    missing = "" if given else "; questions.jsonl is yours to add"
+    print(f"{count} documents and {len(given)} questions written to {options.folder}{missing}")
+
+
+def run_questions(options: argparse.Namespace) -> None:
+    """`icl-ft-fast task questions`."""
+    out, documents = options.folder / "questions.jsonl", options.folder / "documents.jsonl"
+    check_new(out, options.overwrite)
+    settings = questions.QuestionSettings(
+        per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
+    )
+    if options.prompt_template is not None:
+        try:
+            settings = replace(settings, template="".join(line for _, line in read_lines(options.prompt_template)))
+        except ValueError as error:
+            raise UsageError(f"--prompt-template: {error}") from error
+    read = read_documents(documents)
+    written = questions.write_questions(
+        load_model(options), read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet
+    )
+    dropped = ", ".join(f"{count} {reason}" for reason, count in written.dropped.items()) or "none"
+    counts = f"{len(written.rows)} questions from {written.statements} statements; dropped: {dropped}"
+    if not written.rows:
+        raise TaskError(f"{documents}: {counts}")
+    write_jsonl(out, (asdict(question) | {"provenance": origin} for question, origin in written.rows))
+    print(f"{counts}. Written to {out}")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    """`icl-ft-fast task check`."""
+    questions = read_questions(options.folder / "questions.jsonl")
+    documents = own.iter_documents([options.folder / "documents.jsonl"])
+    found = check.check(documents, questions, ngram=options.ngram)
+    print(f"documents that repeat another: {_named(found.same_documents)}")
+    print(f"questions that repeat another: {_named(found.same_questions)}")
+    for split, leaked in found.leaked.items():
+        print(f"answers found in the documents, split {printable(split)}, of {found.answered[split]}: {_named(leaked)}")
+    print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
+    for number, counts in found.positions.items():
+        print(f"position of the answer among {number} choices: {', '.join(map(str, counts))}")
+
+
+def _named(ids: Sequence[str]) -> str:
+    """How many, and the first few."""
+    return f"{len(ids)} ({printable(', '.join(ids[:3]))}{', ...' if len(ids) > 3 else ''})" if ids else "none"
+
+
+def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Preset]:
+    """The named task, or the folder's, for a seed; and its preset."""
+    generator = GENERATORS.get(options.task)
+    if generator is None:
+        if not Path(options.task).is_dir():
+            raise UsageError(f"--task: {options.task}: neither a folder nor one of {', '.join(GENERATORS)}")
+        check_task_options(options, None)
+        task = Task.read(options.task)
+        return lambda _: task, Preset()
+    if options.preset not in generator.presets:
+        raise UsageError(f"--preset: {options.task} has {', '.join(generator.presets)}; got {options.preset!r}")
+    preset = generator.presets[options.preset]
+    own_arguments = check_task_options(options, options.task)
+    if (options.data is None) != (generator.reads is None):
+        raise UsageError(f"--data: {options.task} reads {generator.reads or 'no folder'}")
+    excluded = frozenset(preset.arguments.get("exclude", ())).union(*map(_words, options.exclude_words))
+    arguments = {**preset.arguments, "exclude": excluded, **own_arguments}
+    folders = [] if options.data is None else [options.data]
+
+    def make_task(seed: int) -> Task:
+        return generator.make(*folders, seed=seed if options.task_seed is None else options.task_seed, **arguments)
+
+    try:
+        make_task(0)  # refused before any work
+    except TaskError:
+        raise
+    except ValueError as error:
+        names = [f"--{option.name}" for option in _options_of(options.task).values()]
+        raise UsageError(f"{', '.join([*names, '--exclude-words'])}: {error}") from error
+    return make_task, preset
+
+
+def _words(source: str) -> frozenset[str]:
+    """The words that one of --exclude-words stands for."""
+    if source == "english":
+        return ENGLISH
+    if Path(source).is_file():
+        return frozenset(word for _, line in read_lines(Path(source)) for word in line.casefold().split())
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(SHIPPED_FOLDER if source == SHIPPED else source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--exclude-words: {source}: neither english, a file nor a checkpoint's tokenizer") from error
+    return encoding.vocabulary_words(tokenizer)
