@@ -27,14 +27,13 @@ CHUNK_TOKENS = 5
 # One request from iff.score to the innermost loop: where, what happens there, and, where no search for the name
 # finds the next step, how the call gets there.
 PATH = [
-    ("icl_ft_fast/engine/score.py:score", "questions in, one Score a question out", ""),
-    ("icl_ft_fast/engine/encoding.py:encode_pairs", "text to token ids: one rule for boundaries, one for BOS", ""),
+    ("icl_ft_fast/engine/score.py:score", "questions to token ids (encoding.py); one Score a question", ""),
+    ("icl_ft_fast/engine/likelihood.py:score_requests", "a log-likelihood for each request, as soon as it is done", ""),
     ("icl_ft_fast/engine/trie.py:build_from_lists", "all requests merged into one prefix tree (csrc/trie.cpp)", ""),
-    ("icl_ft_fast/engine/likelihood.py:score_requests", "what every way of scoring comes down to", ""),
-    ("icl_ft_fast/engine/forward.py:in_chunks", "the one loop over chunks; halves a chunk that memory runs out on", ""),
+    ("icl_ft_fast/engine/forward.py:forward_chunks", "the plan that fits the memory; the one loop over chunks", ""),
     (
         "icl_ft_fast/engine/model.py:Model.forward_chunk",
-        "runs transformers' network on the chunk's tokens",
+        "compacts the KV cache, then runs transformers' network",
         'transformers calls the attention that is registered as "icl_ft_fast"',
     ),
     ("icl_ft_fast/engine/model.py:_trie_attention", "appends the chunk's keys and values to the KV cache", ""),

@@ -91,7 +91,7 @@ FILE = re.compile(r"`((?:icl_ft_fast|csrc|tests|benchmarks|docs|examples|fuzz)/[
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_and_folders_exist(page):
     for name in FILE.findall(TEXTS[page]):
-        assert (ROOT / name).exists(), f"{page}: there is no {name}"
+        assert "NAME" in name or (ROOT / name).exists(), f"{page}: there is no {name}"
 
 
 # The tree of rooms.
