@@ -139,4 +139,4 @@ def test_a_chat_template_that_fails_ends_in_one_line(template, llama_directory, 
     needed = ("--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "chats.jsonl")
     assert run(*needed, "--output_dir", tmp_path / "out", "--max_steps", 1) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("icl-ft-fast finetune: chat template: ")
+    assert error.startswith(f"icl-ft-fast finetune: {tmp_path / 'chats.jsonl'}:1: messages: chat template: ")

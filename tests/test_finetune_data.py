@@ -15,7 +15,7 @@ from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings
 
 CHAT = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{{ '<s>' }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 TURNS = (
@@ -147,7 +147,7 @@ def test_what_cannot_be_encoded(tokenizer, chatty, tokenizer_without_bos):
         encode(chatty, [chat], 9)
     chatty.chat_template = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"
     encode(chatty, [chat], 256)
-    with pytest.raises(FinetuneError, match=r"^f:3: messages\[2\]: completion_only: the chat template does not write"):
+    with pytest.raises(FinetuneError, match=r"^f:3: messages\[2\]: completion_only: the chat template does not show"):
         encode(chatty, [chat], 256, completion_only=True)
     chatty.chat_template = CHAT
     with pytest.raises(FinetuneError, match=r"^f:3: no tokens to predict$"):

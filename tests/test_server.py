@@ -33,7 +33,7 @@ from icl_ft_fast.integrations.server import make_app
 KEY = "a key that nobody guesses"
 CONTEXT = " ".join(["the cat sat on that mat, who knows why?"] * 6)
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m['role'] }}>{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 CHOICES = (" sat on that mat", " knows", " why who")

@@ -2,8 +2,9 @@
 
 Boundary (lm-evaluation-harness's): spaces that end the context move to the continuation, both are encoded together, and
 the continuation is what follows the tokens of the context encoded alone; how many continuations a token that spans the
-join has shortened is logged. BOS: the tokenizer's own habit, never twice; an empty context becomes BOS, or EOS where
-there is none. A long beginning that texts share is encoded once. Knows nothing of models or tries.
+join has shortened is logged. BOS: the tokenizer's own habit, never twice, and none before ChatText, whose template
+writes it; an empty context becomes BOS, or EOS where there is none. A long prefix that texts share is encoded once.
+Knows nothing of models or tries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import re
 from collections.abc import Sequence
 from typing import Any
+
+from icl_ft_fast.runtime.templates import ChatText
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, not imported here: importing the package stays light
 
@@ -52,7 +55,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bos: bool | None = Non
     Args:
         tokenizer: a transformers tokenizer.
         texts: any strings.
-        bos: True begins every text with BOS, False none; None leaves it to the tokenizer.
+        bos: True begins every text with BOS, False none; None leaves it to the tokenizer, or a chat's template.
 
     Raises:
         ValueError: bos is True and the tokenizer has no BOS token.
@@ -134,15 +137,16 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> lis
         return []
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos: the tokenizer has no BOS token to begin a text with")
-    first = opening(tokenizer) if bos is None else [tokenizer.bos_token_id] * bos
+    habit = opening(tokenizer) if bos is None else [tokenizer.bos_token_id] * bos
 
-    def opened(ids: list[int]) -> list[int]:
+    def opened(ids: list[int], text: str) -> list[int]:
+        first = [] if bos is None and isinstance(text, ChatText) else habit
         return ids if not first or ids[:1] == first[:1] else first + ids
 
     encoded: list[tuple[list[int], list[int]]] = [([], [])] * len(texts)
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, bool], list[int]] = {}
     for t, text in enumerate(texts):
-        groups.setdefault(text[:_ALIKE], []).append(t)
+        groups.setdefault((text[:_ALIKE], isinstance(text, ChatText)), []).append(t)
     whole: list[int] = []
     nothing: list[int] = []
     for members in groups.values():
@@ -150,7 +154,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> lis
         if not cut:
             whole += members
             continue
-        head = opened(_ids(tokenizer, [texts[members[0]][:cut]])[0])
+        (head,) = _ids(tokenizer, [texts[members[0]][:cut]])
+        head = opened(head, texts[members[0]])
         heads: dict[int, list[int]] = {}  # a beginning of the rest that is shared in its turn, behind this one
         rest = _encode(tokenizer, [texts[t][cut:] for t in members], bos=False)
         for t, (more, tail) in zip(members, rest, strict=True):
@@ -158,7 +163,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> lis
                 heads[id(more)] = head + more
             encoded[t] = heads[id(more)], tail
     for t, ids in zip(whole, _ids(tokenizer, [texts[t] for t in whole]), strict=True):
-        encoded[t] = nothing, opened(ids)
+        encoded[t] = nothing, opened(ids, texts[t])
     return encoded
 
 

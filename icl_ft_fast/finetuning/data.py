@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.finetuning.chats import Chat, Span
 from icl_ft_fast.finetuning.settings import FinetuneError
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
-Span = tuple[int, int]  # characters [first, last)
 
 _ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 
@@ -148,27 +148,34 @@ def encode(
     splitting: str = "none",
     completion_only: bool = False,
 ) -> list[EncodedExample]:
-    """Token ids of each example: BOS (or its substitute), the text, and EOS unless a chat template wrote the text.
+    """Token ids of each example: BOS (or EOS, where there is none), the text, and EOS; of a chat, the template's own.
 
     Under completion_only a token is a target if any of its characters belongs to a completion, or if it is the EOS.
 
     Raises:
-        FinetuneError: no examples, an example that is too long or has no target, a chat without a chat template, or
-            under completion_only one whose template does not render the first turns as the start of the chat.
+        FinetuneError: no examples, an example that is too long or has no target, a chat without a chat template or
+            that the template refuses, or under completion_only one whose turns cannot be told apart.
     """
-    names, rendered, groups = [], [], []
+    names: list[str] = []
+    rendered: list[tuple[str, list[Span]]] = []
+    groups: list[int] = []
     first: dict[str | tuple[Turn, ...], int] = {}
     for e, given in enumerate(examples):
         example = given if isinstance(given, Example) else Example(given)
         names += [example.where or f"texts[{e}]"]
         if example.turns and (getattr(tokenizer, "chat_template", None) or not example.completion):
-            rendered.append(_chat(tokenizer, example, names[-1], completion_only))
+            if not getattr(tokenizer, "chat_template", None):
+                raise FinetuneError(
+                    f"{names[-1]}: messages: the tokenizer has no chat template; give prompt and completion"
+                )
+            chat = Chat(tokenizer, example.turns, names[-1])
+            rendered.append((chat.text, chat.assistant_spans(example.context_turns) if completion_only else []))
         elif example.prompt:
             text = example.prompt + example.completion
-            rendered.append((text, [(len(example.prompt), len(text))], False))
+            rendered.append((text, [(len(example.prompt), len(text))]))
         else:
             parts = split_sentences(example.completion, splitting)
-            rendered += [(part, [(0, len(part))], False) for part in parts]
+            rendered += [(part, [(0, len(part))]) for part in parts]
             names += [names[-1]] * (len(parts) - 1)
             groups += [e] * (len(parts) - 1)
         groups.append(first.setdefault(example.shared_prefix, e) if example.shared_prefix else e)
@@ -176,11 +183,12 @@ def encode(
         raise FinetuneError("texts: nothing to train on")
     prefix, eos = encoding.prefix_token_id(tokenizer), tokenizer.eos_token_id
     encoded = []
-    for name, (text, spans, is_closed), group, ids in zip(
-        names, rendered, groups, encoding.encode(tokenizer, [text for text, *_ in rendered]), strict=True
+    for name, (text, spans), group, ids in zip(
+        names, rendered, groups, encoding.encode(tokenizer, [text for text, _ in rendered]), strict=True
     ):
-        ids = ids if ids[:1] == [prefix] else [prefix, *ids]
-        num_ends = int(eos is not None and not is_closed)
+        is_chat = isinstance(text, ChatText)
+        ids = ids if is_chat or ids[:1] == [prefix] else [prefix, *ids]
+        num_ends = int(eos is not None and not is_chat)
         is_target = [False] + [True] * (len(ids) - 1)
         if completion_only and spans != [(0, len(text))]:
             is_target = _overlapping(tokenizer, text, spans, ids)
@@ -191,28 +199,6 @@ def encode(
             raise FinetuneError(f"{name}: {reason}" + (" to predict" if len(ids) > 1 and over <= 0 else ""))
         encoded.append(EncodedExample(ids, is_target, group))
     return encoded
-
-
-def _chat(tokenizer: Any, example: Example, name: str, completion_only: bool) -> tuple[str, list[Span], bool]:
-    """The rendered chat, the characters of its assistant turns (under completion_only), and True: it is closed."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise FinetuneError(f"{name}: messages: the tokenizer has no chat template; give prompt and completion")
-    messages = [{"role": role, "content": content} for role, content in example.turns]
-
-    def render(n: int, ask: bool) -> str:
-        return render_chat(tokenizer, messages[:n], add_generation_prompt=ask)
-
-    whole, spans = render(len(messages), False), []
-    for m in range(example.context_turns, len(messages) if completion_only else 0):
-        if messages[m]["role"] == "assistant":
-            before, after = render(m, True), render(m + 1, False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise FinetuneError(
-                    f"{name}: messages[{m}]: completion_only: the chat template does not write a chat's beginning as "
-                    "it writes it inside the whole chat, so where this turn begins and ends is unknown"
-                )
-            spans.append((len(before), len(after)))
-    return whole, spans, True
 
 
 def _overlapping(tokenizer: Any, text: str, spans: Sequence[Span], ids: Sequence[int]) -> list[bool]:

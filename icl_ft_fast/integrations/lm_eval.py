@@ -181,13 +181,14 @@ class IclFtFastLM(TemplateLM):
         """The prompt of a conversation; without its system message where the template takes none, as hf does it."""
 
         def render(messages: list[dict[str, str]]) -> str:
-            return render_chat(
+            text = render_chat(
                 self.tokenizer,
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
                 **self.chat_template_args,
             )
+            return str(text)  # add_bos_token decides on BOS, as it does in hf
 
         try:
             return render(chat_history)

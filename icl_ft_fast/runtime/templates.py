@@ -36,7 +36,24 @@ def bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
+class ChatText(str):
+    """Text that a chat template wrote, and what is appended to it.
+
+    The template writes BOS and EOS where they belong, so encoding adds neither: the token ids are those of
+    transformers' apply_chat_template(tokenize=True).
+    """
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> ChatText:
+        return ChatText(str(self) + other)
+
+    def rstrip(self, chars: str | None = None, /) -> ChatText:
+        """See str."""
+        return ChatText(str(self).rstrip(chars))
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> ChatText:
     """The prompt that the tokenizer's chat template makes of messages, each with its role and content.
 
     Args:
@@ -48,4 +65,5 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: A
         jinja2.TemplateError: the template refuses the messages, reaches out of the sandbox, or does not end.
     """
     with bounded():
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True} | options))
+        options = {"add_generation_prompt": True} | options
+        return ChatText(tokenizer.apply_chat_template(messages, tokenize=False, **options))
