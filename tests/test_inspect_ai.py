@@ -32,7 +32,7 @@ pytestmark = [
 LINES = [line.strip() for line in sentences(40, seed=3)]
 QUESTIONS = [f"who knows {line}" for line in LINES[:12]]
 CHOICES = [LINES[12 + 2 * q : 15 + 2 * q] for q in range(12)]
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} {% endfor %}<assistant>"
+TEMPLATE = "{{ '<s>' }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} {% endfor %}<assistant>"
 
 
 @pytest.fixture
