@@ -1,0 +1,57 @@
+"""Contexts of slots: keys and values that no text makes, such as a compacted context's or a trained prefix's.
+
+A context of slots is a Context like any other, so files, stores, scorer and server take it as it is. Requests find a
+context by its tokens; those of slots are a key: a text of as many tokens as there are slots, which stands in no
+document. Whoever writes the key's text before a question asks behind the slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.kv_cache import Context, KVCache
+from icl_ft_fast.engine.model import Model
+
+_TRIES = 1000
+
+
+def key_of(model: Model, name: str, num_slots: int) -> tuple[str, list[int]]:
+    """The text that stands for slots of this name, and its `num_slots` token ids; the same each time.
+
+    Args:
+        model: its tokenizer makes the tokens.
+        name: what tells these slots from others, such as a digest of them.
+        num_slots: at least 1, and more than the special tokens that the tokenizer begins a text with.
+
+    Raises:
+        ValueError: the tokenizer gives no text of so many tokens back as the same tokens.
+    """
+    tokenizer, opening = model.tokenizer, encoding.opening(model.tokenizer)
+    for attempt in range(_TRIES):
+        letters = hashlib.sha256(f"{name} {num_slots} {attempt}".encode()).hexdigest()
+        pool = " ".join(letters[i : i + 4] for i in range(0, len(letters), 4))
+        (ids,) = encoding.encode(tokenizer, [f"[{pool}" + f" {pool}" * (num_slots // 16)])
+        text = tokenizer.decode(ids[len(opening) : num_slots])
+        if text and encoding.encode(tokenizer, [text])[0] == ids[:num_slots] and len(ids) >= num_slots:
+            follow = encoding.encode_pairs(tokenizer, [(text, " The")])[0]
+            if follow[0] == ids[:num_slots]:
+                return text, ids[:num_slots]
+    raise ValueError(f"num_slots: {model.name} has no text of {num_slots} tokens that is read back as the same tokens")
+
+
+def slots_context(
+    model: Model, layers: dict[int, tuple[torch.Tensor, torch.Tensor]], hidden: torch.Tensor, token: list[int]
+) -> Context:
+    """A context of keys [p, G, D] and values [p, G, Dv] by layer.
+
+    Args:
+        model: whose layers they are.
+        layers: for positions 0 to p - 1, rotated as the model does it.
+        hidden: what the first token after the slots is predicted from, [E].
+        token: ids of the key, [p].
+    """
+    return Context(np.asarray(token, np.int32), hidden.expand(len(token), -1).clone(), KVCache.of(layers))
