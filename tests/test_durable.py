@@ -12,9 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from icl_ft_fast.cli import main
-from icl_ft_fast.runtime.durable import DamagedError, Journal, LockedError, ResultJournal, locked, replacing
+from icl_ft_fast.runtime.durable import (
+    DamagedError,
+    Journal,
+    LockedError,
+    ResultJournal,
+    follow_umask,
+    locked,
+    replacing,
+)
 
 ROWS = [{"n": n, "text": "ü\n\r\u2028" * n, "value": 0.1 * n, "list": [None, True, {"a": n}]} for n in range(5)]
 
@@ -259,3 +269,38 @@ def test_commands_on_full_and_read_only_disks(crashes):
     if "filled" not in crashes["compare"]:
         pytest.skip("needs unprivileged user namespaces, to mount file systems")
     assert sum(report["filled"] for report in crashes.values()) >= 4
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_of_the_umask(umask, tmp_path):
+    """Whatever wrote them: safetensors gives its files to one user alone."""
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "a") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+            assert partial.stat().st_mode & 0o777 == 0o600
+        follow_umask(tmp_path / "a")
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_lock_file_of_another_user_is_locked_all_the_same(tmp_path, monkeypatch):
+    path, real = tmp_path / ".lock", Path.open
+    path.write_text("process 1 on elsewhere\n")
+
+    def refused(self, mode="r", **options):
+        if self == path and mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with (
+        locked(path, shared=True),
+        locked(path, shared=True),
+        pytest.raises(LockedError, match="process 1 on"),
+        locked(path),
+    ):
+        pass
+    with locked(path), pytest.raises(LockedError), locked(path, shared=True):
+        pass

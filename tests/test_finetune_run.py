@@ -95,6 +95,7 @@ def test_the_files_of_a_run(llama, tmp_path):
     for folder, expected in ((run, tuned.model), (run / f"checkpoint-{best['step']}", tuned.model)):
         assert equal(weights(load(folder)), weights(expected))
     assert not list(run.rglob(".*"))
+    assert len({p.stat().st_mode for p in run.rglob("*") if p.is_file()}) == 1  # that of the umask
     assert not [p for p in run.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +275,28 @@ def test_the_commands(llama_directory, tmp_path, capsys):
     assert main(["context", "remove", "--store", str(store), path.stem[:8]]) == 0
     assert not path.exists()
     assert main(["context", "list", "--store", str(tmp_path / "none")]) == 2
+
+
+def test_a_store_is_shared_by_users(llama, tmp_path, monkeypatch, caplog):
+    """What another user may not read is passed over, and what is his is not touched."""
+    store = ContextStore(tmp_path, llama, 10**9)
+    context = prefill(llama, CONTEXT)
+    path = store.add(context, "one")
+    assert path.stat().st_mode & 0o044
+    open_, utime = Path.open, os.utime
+
+    def refused(what):
+        def call(first, *arguments, **options):
+            if Path(first) == path:
+                raise PermissionError(13, "Permission denied", str(first))
+            return what(first, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refused(utime))
+        assert len(store.find(CONTEXT).token) == len(CONTEXT)
+        patch.setattr(Path, "open", refused(open_))
+        assert store.find(CONTEXT) is None
+        assert f"{path}: cannot be read: Permission denied; passed over" in caplog.text
+        assert store.add(context, "one") == path

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import locked, replacing
 from icl_ft_fast.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "icl_ft_fast context 1"
 _PROMISED: dict[str, type] = {
@@ -195,7 +198,8 @@ class ContextStore:
             for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
                 n = saved.num_tokens
                 if n <= min(self._most, len(ids)) and saved.token_digest == _digest(ids[:n]):
-                    os.utime(saved.path)
+                    with contextlib.suppress(PermissionError):  # another user's
+                        os.utime(saved.path)
                     return load_context(saved.path, self.model, fingerprint=self.fingerprint, like=like)
         return None
 
@@ -228,8 +232,12 @@ class ContextStore:
 
 
 def contexts_in(folder: Path) -> Iterator[SavedContext]:
-    """The saved contexts of a folder, by name; raises ContextError at a file that is none."""
-    return (read_header(path) for path in sorted(folder.glob("*.safetensors")))
+    """The saved contexts of a folder that this user may read, by name; raises ContextError at a file that is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            yield read_header(path)
+        except PermissionError as error:
+            _log.warning("%s: cannot be read: %s; passed over", path, error.strerror)
 
 
 def remove(folder: Path, context_id: str) -> None:
@@ -275,6 +283,7 @@ def _checksum(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    path.open("rb").close()  # safetensors says of a file that may not be read that there is none
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from icl_ft_fast.finetuning.settings import FinetuneError
-from icl_ft_fast.runtime.durable import replacing, sync
+from icl_ft_fast.runtime.durable import follow_umask, replacing, sync
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = {"trainer_state.json", "optimizer.safetensors", "run.json", "progress.json", "SHA256SUMS"}
@@ -175,6 +175,8 @@ class RunFolder:
                     (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
                 sums = "".join(f"{_sha256(file)}  {file.relative_to(partial)}\n" for file in _files(partial))
                 (partial / "SHA256SUMS").write_text(sums, encoding="utf-8")
+                for file in _files(partial):
+                    follow_umask(file)
                 for file in (*partial.rglob("*"), partial, self.path / "metrics.jsonl"):
                     sync(file)
                 os.rename(partial, target)

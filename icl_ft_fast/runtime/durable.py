@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from icl_ft_fast.runtime.errors import UserError
+
+_umask_lock = threading.Lock()  # the umask can only be read by setting it
 
 
 class LockedError(UserError):
@@ -45,7 +48,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a+", encoding="utf-8") as file:
+        with _opened_lock(path) as file:
             try:
                 fcntl.flock(file, how)
             except BlockingIOError as error:
@@ -55,7 +58,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             if not _is_at(path, file.fileno()):  # its last holder removed it while this one waited
                 continue
             try:
-                if not shared:
+                if not shared and file.writable():
                     with _named(path):
                         file.truncate(0)
                         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -67,9 +70,19 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             return
 
 
+def _opened_lock(path: Path) -> IO[str]:
+    """The lock file, made when missing; another user's is opened to read, which suffices to lock it."""
+    try:
+        return path.open("a+", encoding="utf-8")
+    except PermissionError:
+        return path.open(encoding="utf-8")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to during the block; what is there at its end is synced and takes the place of `path`.
+
+    Its mode follows the umask, whatever wrote it: safetensors gives its files to one user alone.
 
     If the block fails, `path` is as it was and nothing else is left. One writer at a time: hold a lock.
 
@@ -80,12 +93,21 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _named(path):
             yield partial
+            follow_umask(partial)
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that open() would have made it with."""
+    with _umask_lock:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from icl_ft_fast.engine.model import Rows, from_network, load
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetuning import distributed
-from icl_ft_fast.runtime.durable import replacing
+from icl_ft_fast.runtime.durable import follow_umask, replacing
 from icl_ft_fast.shipped import corpus
 from icl_ft_fast.shipped.curriculum import CURRICULUM, Stage
 from icl_ft_fast.shipped.lessons import DECISIVE, Segments
@@ -272,6 +272,7 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
     if rank == 0:
         run.network.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
+        follow_umask(out / "model.safetensors")
 
 
 def _sum_gradients(network: LlamaForCausalLM) -> None:
