@@ -19,6 +19,7 @@ from icl_ft_fast.engine.likelihood import (
     stored_context,
 )
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.shards import ShardedRun
 from icl_ft_fast.tasks.task import Question
 
 
@@ -67,10 +68,22 @@ def iter_scores(
 
 
 def _scored(
-    model: Model, questions: Sequence[Question], context: str, options: ScoringOptions, ledger: Ledger
+    model: Model,
+    questions: Sequence[Question],
+    context: str,
+    options: ScoringOptions,
+    ledger: Ledger,
+    sharded: ShardedRun | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Yield (question index, score) as questions are done."""
     encoded, shared = encode_questions(model, questions, context, ledger)
+    requests = [request for its in encoded for request in its]
+    if sharded is not None:
+        found = sharded.score(model, requests, len(shared), options, ledger)
+        in_turn = iter(found or ())
+        for q, its in enumerate(encoded if found is not None else ()):
+            yield q, score_of(questions[q], its, [next(in_turn) for _ in its])
+        return
     owner = [q for q, its in enumerate(encoded) for _ in its]
     first = [0, *itertools.accumulate(map(len, encoded))]
     waiting = [len(its) for its in encoded]
@@ -82,7 +95,6 @@ def _scored(
             start = stored_context(
                 model, shared, options.store, label=label, chunk_tokens=options.chunk_tokens, ledger=ledger
             )
-    requests = [request for its in encoded for request in its]
     for r, result in score_requests(model, requests, options, ledger, start, len(shared), count_start=False):
         results[r] = result
         q = owner[r]
@@ -144,6 +156,7 @@ def score(
     ledger: Ledger | None = None,
     progress: bool = False,
     store: ContextStore | None = None,
+    sharded: ShardedRun | None = None,
 ) -> list[Score]:
     """Score multiple-choice questions by the likelihood of each choice after context + prompt.
 
@@ -156,13 +169,14 @@ def score(
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded rows.
         store: of saved contexts; `context` is taken from it, or forwarded and saved there.
+        sharded: to let other processes score too, and to resume a run that was killed.
 
     Returns:
-        One Score a question, in the order given.
+        One Score a question, in the order given; none in processes of other rank than 0 of a sharded run.
 
     Raises:
         ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
     """
     options = ScoringOptions(chunk_tokens, progress, store)
-    scores = dict(_scored(model, questions, context, options, ledger or Ledger()))
-    return [scores[q] for q in range(len(questions))]
+    scores = dict(_scored(model, questions, context, options, ledger or Ledger(), sharded))
+    return [scores[q] for q in sorted(scores)]

@@ -8,8 +8,10 @@ the same number of threads on a machine of the same kind.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ from numpy.typing import NDArray
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.defaults import SHARD_TOKENS
-from icl_ft_fast.engine.flops import Work
+from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.likelihood import LogLikelihood, loglikelihood, prefill, stored_context
+from icl_ft_fast.engine.likelihood import LogLikelihood, ScoringOptions, loglikelihood, prefill, stored_context
 from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load_same
 from icl_ft_fast.runtime.durable import digest
-from icl_ft_fast.runtime.executors import Job
+from icl_ft_fast.runtime.executors import Executor, Job, Ray, run_journaled
 
 Request = tuple[list[int], list[int]]
 
@@ -219,9 +221,69 @@ class ScorerElsewhere:
 
     def __call__(self) -> Scorer:
         """Load, check, make."""
-        return self.of(load_same(self.name, self.loading, self.fingerprint))
-
-    def of(self, model: Model) -> Scorer:
-        """A Scorer of a model that is loaded already."""
+        model = load_same(self.name, self.loading, self.fingerprint)
         store = None if self.store is None else ContextStore(self.store, model, self.store_bytes)
         return Scorer(model, self.chunk_tokens, store)
+
+
+class ShardedRun:
+    """Scores requests shard by shard, and stores what is done: give it to score(sharded=...), within a `with`.
+
+    Until the block ends the folder is locked. It is the caller's to remove, once the scores are in their place.
+
+    Args:
+        executor: whose workers score.
+        folder: of finished shards; a run that was killed resumes from it.
+        name: the model as load() takes it, for workers in other processes.
+        loading: keyword arguments of load(), for these too.
+        shard_tokens: see cut().
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        folder: Path,
+        name: str,
+        loading: dict[str, Any],
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self.executor, self.folder, self.name, self.loading = executor, folder, name, loading
+        self.shard_tokens = shard_tokens
+        self._locked = contextlib.ExitStack()
+
+    def __enter__(self) -> ShardedRun:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._locked.close()
+
+    def score(
+        self, model: Model, requests: Sequence[Request], shared_tokens: int, options: ScoringOptions, ledger: Ledger
+    ) -> list[LogLikelihood] | None:
+        """Results in the order of the requests; None in processes of other rank than 0.
+
+        Args:
+            model: from load().
+            requests: token ids that check_fit() has passed.
+            shared_tokens: leading tokens that all have in common and that a store may have.
+            options: see ScoringOptions.
+            ledger: what all workers have counted is added to it.
+        """
+        work = work_of(model)
+        cuts = cut(requests, work, shard_tokens=self.shard_tokens, stem_tokens=shared_tokens)
+        fingerprint, chunk_tokens = model.fingerprint(), options.chunk_tokens
+        identity = {"model": fingerprint, "chunk_tokens": chunk_tokens, "loading": repr(self.loading)}
+        store = options.store if shared_tokens else None
+        where = (None, 0) if store is None else (store.folder, store.max_bytes)
+        elsewhere = ScorerElsewhere(self.name, self.loading, fingerprint, chunk_tokens, *where)
+        start = elsewhere if isinstance(self.executor, Ray) else partial(Scorer, model, chunk_tokens, store)
+        jobs = jobs_of(requests, cuts, work, identity)
+        progress = "scoring" if options.progress else ""
+        running = run_journaled(self.executor, start, jobs, self.folder, progress=progress)
+        results = self._locked.enter_context(running)
+        if results is None:
+            return None
+        for result in results:
+            ledger.include(result["ledger"])
+        return in_order(cuts, results)
