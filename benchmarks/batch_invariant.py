@@ -9,7 +9,7 @@ import torch
 import icl_ft_fast as iff
 from benchmarks.score import DTYPES, SIZES, TOLERANCE, Case, article, save_model
 from benchmarks.timing import Row, measure
-from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.loading import from_network
 
 
 def run(quick: bool, data: Path | None = None) -> list[Row]:

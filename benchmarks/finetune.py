@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.score import SIZES, make_tokenizer
 from benchmarks.timing import Row, peak_bytes
-from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.loading import from_network
 from icl_ft_fast.finetuning import batches
 from icl_ft_fast.finetuning.data import encode
 from icl_ft_fast.finetuning.run import finetune

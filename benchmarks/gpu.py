@@ -40,7 +40,8 @@ from benchmarks.timing import Row, append_csv, machine, measure, peak_bytes
 from benchmarks.trie_attention import check_budget
 from icl_ft_fast import ops
 from icl_ft_fast.engine import generate, trie
-from icl_ft_fast.engine.model import ATTENTION, Model, from_network
+from icl_ft_fast.engine.loading import from_network
+from icl_ft_fast.engine.model import ATTENTION, Model
 from icl_ft_fast.finetuning import batches, lora, network
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.optimizer import Optimizer

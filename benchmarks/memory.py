@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.timing import Row, status_bytes
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.likelihood import loglikelihood
+from icl_ft_fast.engine.loading import from_network
 from icl_ft_fast.engine.memory import Memory, Need
-from icl_ft_fast.engine.model import from_network
 
 SMALL = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}

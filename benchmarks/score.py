@@ -26,7 +26,8 @@ from benchmarks.peers import Job, PeerMissingError, Sample, interpreter
 from benchmarks.timing import Row, measure
 from icl_ft_fast import ops
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Question, read_documents, read_questions

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.likelihood import LogLikelihood as LogLikelihood
     from icl_ft_fast.engine.likelihood import ScoreError as ScoreError
     from icl_ft_fast.engine.likelihood import loglikelihood as loglikelihood
+    from icl_ft_fast.engine.loading import load as load
     from icl_ft_fast.engine.model import Model as Model
     from icl_ft_fast.engine.model import ModelError as ModelError
-    from icl_ft_fast.engine.model import load as load
     from icl_ft_fast.engine.score import Score as Score
     from icl_ft_fast.engine.score import iter_scores as iter_scores
     from icl_ft_fast.engine.score import score as score
@@ -63,7 +63,8 @@ _NAMES = {
     "engine.generate": "GenerateError Generation Sampling generate",
     "engine.kv_cache": "Context",
     "engine.ledger": "Ledger",
-    "engine.model": "Model ModelError load",
+    "engine.loading": "load",
+    "engine.model": "Model ModelError",
     "engine.likelihood": "LogLikelihood ScoreError loglikelihood",
     "engine.score": "Score iter_scores score",
     "finetuning.data": "Example read_examples",

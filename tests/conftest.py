@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from icl_ft_fast.engine.model import Model, load
+from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.model import Model
 
 VOCABULARY = 300
 TINY = {

@@ -32,8 +32,9 @@ from icl_ft_fast.cli.run import augment as run_augment
 from icl_ft_fast.cli.run import compare as run_compare
 from icl_ft_fast.cli.run import finetune as run_finetune
 from icl_ft_fast.cli.run import score as run_score
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.machine import Ceilings
-from icl_ft_fast.engine.model import Model, load
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.runtime.durable import Journal, ResultJournal
 from icl_ft_fast.study import compare, sweep

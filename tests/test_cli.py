@@ -129,7 +129,8 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
     correct = sum(result.is_correct is True for result in expected)
     assert re.fullmatch(
         rf"3 questions in \d+\.\d s, {correct} of 2 correct: {ledger.request_tokens:,} request tokens, "
-        rf"{ledger.forwarded_tokens:,} tokens forwarded \(1 in {ledger.request_tokens / ledger.forwarded_tokens:.0f}\), "
+        rf"{ledger.forwarded_tokens:,} tokens forwarded "
+        rf"\(1 in {ledger.request_tokens / ledger.forwarded_tokens:.0f}\), "
         rf"{ledger.head_tokens:,} through the head\. Written to {re.escape(str(files.out))}",
         line,
     )
@@ -357,13 +358,13 @@ def test_no_directory_at_all(files, refused):
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(option, value, message, files, refused, monkeypatch):
-    monkeypatch.setattr("icl_ft_fast.engine.model.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("icl_ft_fast.engine.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert refused(files.compare(**{option: value})) == message
 
 
 def test_a_device_that_is_not_there_is_refused_and_the_default_is_the_one_there_is(files, refused, monkeypatch):
     given = []
-    monkeypatch.setattr("icl_ft_fast.engine.model.load", lambda *_, device, **__: given.append(device) or 1 / 0)
+    monkeypatch.setattr("icl_ft_fast.engine.loading.load", lambda *_, device, **__: given.append(device) or 1 / 0)
     score = files.score()
     for device, message in (
         ("cuda", "cuda: torch finds no such device here"),
@@ -778,7 +779,7 @@ def test_compare_on_a_generated_task(files, run):
 def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        "icl_ft_fast.engine.model.load", lambda name, **options: loaded.append((name, options)) or llama
+        "icl_ft_fast.engine.loading.load", lambda name, **options: loaded.append((name, options)) or llama
     )
     code, printed, errors = run(
         ["demo", "--quiet", "--facts", "2", "--seeds", "0", "--steps", "1", "--arms", "base,icl"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from icl_ft_fast.cli import main
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.finetuning.data import read_examples
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings

@@ -8,7 +8,7 @@ from icl_ft_fast.engine.compaction import OPEN, CompactionError, _matched, _read
 from icl_ft_fast.engine.contexts import ContextError, ContextStore, load_context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.engine.slots import key_of, slots_context
 from icl_ft_fast.tasks.task import Question

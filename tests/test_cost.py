@@ -17,9 +17,9 @@ from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import COUNTS, HOW, Ledger, Phase
 from icl_ft_fast.engine.likelihood import loglikelihood
+from icl_ft_fast.engine.loading import from_network
 from icl_ft_fast.engine.machine import ceilings, fingerprint
 from icl_ft_fast.engine.meters import Meter, Reading
-from icl_ft_fast.engine.model import from_network
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings

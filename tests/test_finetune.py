@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.loading import from_network
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings
 from icl_ft_fast.tasks.sentences import split_sentences

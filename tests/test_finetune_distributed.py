@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import RunOptions
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from test_finetune_distributed import RUNS, SETTINGS, TEXTS
 
 with distributed.joined():

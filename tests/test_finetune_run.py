@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerState
 
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import from_network, load
+from icl_ft_fast.engine.loading import from_network, load
 from icl_ft_fast.finetuning import checkpoint as checkpoint_module
 from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.finetuning.checkpoint import RunFolder

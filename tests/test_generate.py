@@ -13,7 +13,7 @@ from icl_ft_fast.engine import generate as generate_module
 from icl_ft_fast.engine.encoding import encode
 from icl_ft_fast.engine.generate import GenerateError, Sampling, generate, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import from_network
+from icl_ft_fast.engine.loading import from_network
 
 NEW_TOKENS = 12
 # Shared prefixes, prompts that begin others, one twice, one that BOS makes equal to another, and BOS alone.

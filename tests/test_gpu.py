@@ -11,7 +11,8 @@ from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import Model, Rows, from_network, load
+from icl_ft_fast.engine.loading import from_network, load
+from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.finetuning import batches
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.network import Objective

@@ -20,7 +20,8 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine.contexts import ContextError, load_context, save_context
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.likelihood import iter_token_logprobs, loglikelihood, prefill
-from icl_ft_fast.engine.model import ModelError, from_network, load
+from icl_ft_fast.engine.loading import from_network, load
+from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.ops import cpu

@@ -29,7 +29,7 @@ from icl_ft_fast.engine.contexts import read_header
 from icl_ft_fast.engine.generate import GenerateError, Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
 from icl_ft_fast.integrations.processes import Processes

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.finetuning import lora
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions

@@ -25,10 +25,12 @@ from icl_ft_fast.engine import memory as budget
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.defaults import parse_bytes
 from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.forward import footprint_of
 from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
+from icl_ft_fast.engine.loading import from_network, load
 from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes
-from icl_ft_fast.engine.model import ModelError, from_network, load
+from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.tasks.task import Question
 
 ROOT = Path(__file__).parents[1]
@@ -137,18 +139,18 @@ def test_a_rows_bytes_are_those_that_the_allocator_counts(family, tiny_network):
         with torch.inference_mode():
             peaks.append(profiled_bytes(lambda c=chunk: model.forward_chunk(c, cache)))
         cache.rows = 0
-    assert model.footprint.row_bytes == pytest.approx((peaks[2] - peaks[1]) / 60, rel=0.02)
-    assert model.footprint.kv_row_bytes == work_of(model).kv_row_bytes
-    assert model.footprint.weight_bytes == work_of(model).weight_bytes
+    assert footprint_of(model).row_bytes == pytest.approx((peaks[2] - peaks[1]) / 60, rel=0.02)
+    assert footprint_of(model).kv_row_bytes == work_of(model).kv_row_bytes
+    assert footprint_of(model).weight_bytes == work_of(model).weight_bytes
 
 
 def test_rows_that_are_kept_in_less_take_less(llama):
     heads, size, layers = 2, 8, 2
     for kv_dtype, element, scale in (("bfloat16", 2, 0), ("int8", 1, 4)):
-        footprint = replace(llama, memory=Memory(kv_dtype=kv_dtype)).footprint
+        footprint = footprint_of(replace(llama, memory=Memory(kv_dtype=kv_dtype)))
         assert footprint.kv_row_bytes == layers * 2 * heads * (size * element + scale)
         assert footprint.open_row_bytes == 2 * heads * size * 4
-    assert llama.footprint.open_row_bytes == 0
+    assert footprint_of(llama).open_row_bytes == 0
 
 
 FOOTPRINT = Footprint(weight_bytes=10**6, row_bytes=70_000, kv_row_bytes=30_000, layers=3, open_row_bytes=0)
@@ -211,7 +213,7 @@ def spilling(model, folder, requests, chunk_tokens, monkeypatch):
     """The model with a limit under which these requests have to spill."""
     monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
     tree = trie.build_from_lists(requests)
-    _, need = fit(tree, chunk_tokens, Memory(10**12), model.footprint, CPU)
+    _, need = fit(tree, chunk_tokens, Memory(10**12), footprint_of(model), CPU)
     return replace(model, memory=Memory(need.total_bytes - 1 + extra_of(tree), model.memory.kv_dtype, Path(folder)))
 
 
@@ -232,7 +234,7 @@ def test_a_spilled_stack_changes_no_bit_and_leaves_nothing_behind(llama, tmp_pat
         folders.append((rows.cache.folder, list(tmp_path.iterdir()), maps.count(str(tmp_path))))
         return hidden
 
-    assert offloaded.footprint == kept.footprint  # taken now, on a cache in memory
+    assert footprint_of(offloaded) == footprint_of(kept)  # taken now, on a cache in memory
     monkeypatch.setattr(type(llama), "forward", spy)
     with caplog.at_level(logging.WARNING):
         assert loglikelihood(offloaded, ASKED, chunk_tokens=16) == expected

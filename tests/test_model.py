@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from icl_ft_fast.engine import loading, trie
 from icl_ft_fast.engine import model as model_module
-from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.forward import hidden_states
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import ModelError, from_network, load
+from icl_ft_fast.engine.loading import from_network, load
+from icl_ft_fast.engine.model import Model, ModelError
 
 MOE = {"num_experts_per_tok": 2}
 # Windows of 8 are shorter than the requests, and every kind of layer appears; caps are low enough to bite.
@@ -267,7 +268,7 @@ UNLISTED = {
 
 @pytest.mark.parametrize("family", UNLISTED)
 def test_the_self_check_refuses_a_family_whose_results_would_differ(family, tiny_network, monkeypatch):
-    monkeypatch.setattr(model_module, "UNSERVED", {})
+    monkeypatch.setattr(loading, "UNSERVED", {})
     with pytest.raises(ModelError, match=f"^here: {family}: this family cannot be served: "):
         from_network(tiny_network(family, **UNLISTED[family]), None, "here")
 
@@ -290,7 +291,7 @@ def assert_refused_with(attention, network, monkeypatch):
             with pytest.raises(ModelError, match="hidden states differ from its own forward by"):
                 from_network(network, None, "here")
     finally:
-        model_module._register_attention()  # transformers kept the wrong one
+        model_module.register_attention()  # transformers kept the wrong one
 
 
 @pytest.mark.parametrize(("family", "wrong"), [("llama", blind), ("mistral", in_rows)])
@@ -726,3 +727,23 @@ def test_the_stack_holds_the_open_ancestors_and_the_chunk(llama, plain_llama):
             llama.forward_chunk(chunk, cache)
             assert cache.rows == chunk.cached_rows + len(chunk.token) <= plan.capacity
             assert before is None or chunk.first_row == before.last_row
+
+
+def test_weights_are_read_once_and_again_when_they_have_changed(tiny_network, tokenizer, monkeypatch):
+    model, read = from_network(tiny_network("llama"), tokenizer, "here", self_check=False), []
+    hashed = Model._hashed
+    monkeypatch.setattr(Model, "_hashed", lambda self: read.append(self) or hashed(self))
+    first = model.fingerprint()
+    assert first == model.fingerprint()
+    assert len(read) == 1
+    weight = model.network.get_output_embeddings().weight
+    with torch.no_grad():
+        weight.add_(1)
+    second = model.fingerprint()
+    weight.data = weight.data - 1.0  # another storage, as merging an adapter makes it
+    third = model.fingerprint()
+    assert first != second != third
+    assert len(read) == 3
+    model.network.config.eos_token_id = 7
+    assert model.fingerprint() != third
+    assert len(read) == 4

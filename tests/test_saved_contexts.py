@@ -18,7 +18,7 @@ from icl_ft_fast.engine import contexts
 from icl_ft_fast.engine.contexts import ContextError, ContextStore, load_context, read_header, save_context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill, stored_context
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.tasks.task import Question, write_jsonl
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategies.global_documents import PREMISE
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.shipped import corpus, lessons, train
 from icl_ft_fast.shipped.tokenizer import END_OF_TEXT, PADDING, build_tokenizer, english_words

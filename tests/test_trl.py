@@ -10,7 +10,7 @@ import datasets
 import peft
 
 from icl_ft_fast.engine.likelihood import loglikelihood
-from icl_ft_fast.engine.model import from_network, load
+from icl_ft_fast.engine.loading import from_network, load
 from icl_ft_fast.finetuning.batches import order
 from icl_ft_fast.finetuning.data import encode
 from icl_ft_fast.finetuning.run import finetune

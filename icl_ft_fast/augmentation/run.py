@@ -16,7 +16,7 @@ from icl_ft_fast.augmentation.prompts import Prompt, Prompting
 from icl_ft_fast.augmentation.store import Store, StoredReply
 from icl_ft_fast.augmentation.strategy import Augmentation, Augmented
 from icl_ft_fast.engine.generate import Sampling
-from icl_ft_fast.engine.model import load_same
+from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Worker
 

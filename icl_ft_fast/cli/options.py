@@ -254,7 +254,7 @@ def load_model(options: argparse.Namespace) -> Model:
     """The model of --model; where torchrun started several processes, on the GPU of this one."""
     from transformers.utils import logging
 
-    from icl_ft_fast.engine.model import load
+    from icl_ft_fast.engine.loading import load
 
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()

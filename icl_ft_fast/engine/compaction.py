@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import ATTENTION, CHUNK_TOKENS, Model, Rows
+from icl_ft_fast.engine.model import ATTENTION, Model, Rows
 
 OPEN = 2**31 - 1  # the end of a key that all later queries see
 RECORDING = f"{ATTENTION}_recording"

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from icl_ft_fast.engine import memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.memory import Footprint
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def forward_chunks(
         tree,
         options.chunk_tokens,
         model.memory,
-        model.footprint,
+        footprint_of(model),
         model.device,
         known=known,
         cut=shared_rows,
@@ -122,7 +124,7 @@ def forward_chunks(
             else:
                 hidden = model.forward_chunk(chunk, cache)
                 if chunk.first_row == known:
-                    ledger.kv_bytes += plan.capacity * model.footprint.kv_row_bytes
+                    ledger.kv_bytes += plan.capacity * footprint_of(model).kv_row_bytes
                 depth = tree.depth[chunk.first_row : chunk.last_row]
                 ledger.ran(work, depth, chunk.cached_rows, 0)
                 ledger.forwarded_tokens += len(chunk.token)
@@ -134,6 +136,37 @@ def forward_chunks(
         for chunk, _ in in_chunks(plan, run, prepare=prepare, undo=undo):
             shown.update(max(0, chunk.last_row - max(known, chunk.first_row)))
             yield chunk
+
+
+def footprint_of(model: Model) -> Footprint:
+    """Bytes that weights and rows take, measured once while a few rows are forwarded: exact for any architecture.
+
+    What is computed of the same rows is told by flops.work_of(), from shapes.
+    """
+    if model.measured.footprint is None:
+        model.measured.footprint = _measured_footprint(model)
+    return model.measured.footprint
+
+
+@torch.inference_mode()
+def _measured_footprint(model: Model) -> Footprint:
+    most = min(64, model.max_positions)
+    cache, peaks = model.new_cache(most), []
+    for rows in (most, most // 2, most):  # the first also makes the cache
+        plan = trie.plan(trie.build_from_lists([([0] * rows, [])], whole=True), rows)
+        peaks.append(memory.live_bytes(partial(list, hidden_states(model, plan, cache))))
+        cache.truncate(0)
+    layers = cache.layers(most)
+    # The copy of a layer that is read, and, of an int8 one, the float32 that it is made from.
+    opened = max((k.nbytes + v.nbytes) * 4 // k.element_size() for k, v in layers.values())
+    return Footprint(
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.network.parameters()),
+        row_bytes=(peaks[2] - peaks[1]) // (most - most // 2),
+        kv_row_bytes=cache.nbytes // most,
+        layers=len(layers),
+        open_row_bytes=0 if model.memory.kv_dtype is None else opened // most,
+        block_bytes=peaks[2] if model.batch_invariant else 0,
+    )
 
 
 def hidden_states(model: Model, plan: trie.Plan, cache: KVCache) -> Iterator[tuple[trie.Chunk, torch.Tensor]]:

@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from icl_ft_fast.engine import encoding, trie
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, Rows
+from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.runtime.errors import UserError
 
 RUNNING = 64  # sequences decoded together; bounds the cache, and on the CPU more at a time is not faster

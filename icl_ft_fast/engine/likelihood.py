@@ -15,12 +15,13 @@ import torch
 
 from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.forward import Reader, StartError, forward_chunks
 from icl_ft_fast.engine.forward import ScoringOptions as ScoringOptions
 from icl_ft_fast.engine.kv_cache import Context, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.errors import UserError
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import (
     Encoded,
@@ -18,7 +19,7 @@ from icl_ft_fast.engine.likelihood import (
     score_requests,
     stored_context,
 )
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.shards import ShardedRun
 from icl_ft_fast.tasks.task import Question
 

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.defaults import SHARD_TOKENS
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS, SHARD_TOKENS
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, ScoringOptions, loglikelihood, prefill, stored_context
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load_same
+from icl_ft_fast.engine.loading import load_same
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Ray, run_journaled
 

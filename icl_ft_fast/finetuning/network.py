@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from icl_ft_fast.engine.model import Model, from_network
+from icl_ft_fast.engine.loading import from_network
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning import distributed, lora
 from icl_ft_fast.finetuning.batches import Batch
 from icl_ft_fast.finetuning.distillation import Teacher

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextError, ContextStore
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.generate import Sampling, iter_generations
 from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
@@ -33,7 +34,7 @@ from icl_ft_fast.engine.likelihood import (
     iter_token_logprobs,
     prefill,
 )
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
 
 REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered

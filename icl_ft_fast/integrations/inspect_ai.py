@@ -20,7 +20,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError, Generation, Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.engine.score import Score
 from icl_ft_fast.integrations.together import Together

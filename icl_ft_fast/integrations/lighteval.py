@@ -23,7 +23,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 
 LOAD = ("tokenizer", "revision", "dtype", "device", "adapter", "trust_remote_code")

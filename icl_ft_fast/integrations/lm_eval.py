@@ -24,10 +24,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.generate import iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood, stored_context
-from icl_ft_fast.engine.model import CHUNK_TOKENS, Model, load
+from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes

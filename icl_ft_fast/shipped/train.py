@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from icl_ft_fast.engine.model import Rows, from_network, load
+from icl_ft_fast.engine.loading import from_network, load
+from icl_ft_fast.engine.model import Rows
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.runtime.durable import follow_umask, replacing

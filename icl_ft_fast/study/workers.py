@@ -16,8 +16,9 @@ from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.meters import Meter
-from icl_ft_fast.engine.model import Model, load
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.runtime.executors import (
     Executor,

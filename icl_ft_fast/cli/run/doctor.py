@@ -16,9 +16,9 @@ def run_doctor(options: argparse.Namespace) -> None:
     """`icl-ft-fast doctor`."""
     from rich.table import Table
 
+    from icl_ft_fast.engine.loading import DTYPES
     from icl_ft_fast.engine.machine import ceilings, fingerprint
     from icl_ft_fast.engine.meters import Meter
-    from icl_ft_fast.engine.model import DTYPES
 
     device = device_of(options)
     machine, reading = fingerprint(device), Meter(device).read()

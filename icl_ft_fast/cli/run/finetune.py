@@ -11,7 +11,7 @@ from typing import Any
 
 from icl_ft_fast.cli.finetune import GROUPS
 from icl_ft_fast.cli.options import UsageError
-from icl_ft_fast.engine.model import load
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.data import read_examples, split_validation

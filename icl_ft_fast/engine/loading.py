@@ -1,0 +1,270 @@
+"""Loading: a checkpoint from a directory or the hub as a Model, or the reason why it is refused.
+
+Safetensors only; every load proves itself by selfcheck.py. Knows nothing of requests, questions or documents.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl_ft_fast.engine import selfcheck
+from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
+from icl_ft_fast.engine.memory import Memory
+from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention
+
+# Families whose mathematics the interval rule does not express; the self-check finds others.
+UNSERVED = {
+    "bloom": "ALiBi position biases",
+    "mpt": "ALiBi position biases",
+    "mamba": "recurrent state",
+    "mamba2": "recurrent state",
+    "falcon_mamba": "recurrent state",
+    "bamba": "recurrent state",
+    "falcon_h1": "recurrent state",
+    "qwen3_next": "recurrent state",
+    "jamba": "recurrent state",
+    "rwkv": "recurrent state",
+    "recurrent_gemma": "recurrent state",
+    "stablelm": "an attention that does not pass the trie on",
+    "nemotron": "an attention that does not pass the trie on",
+    "gptj": "an attention of its own without transformers' interface",
+}
+
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")  # of modules made before weights
+MAX_MODULES = 4096
+
+
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str = "main",
+    tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    self_check: bool = True,
+    batch_invariant: bool = False,
+    memory: int | str | None = None,
+    kv_dtype: str | None = None,
+    offload: str | Path | None = None,
+) -> Model:
+    """Load a causal language model from a local directory or the hub, safetensors weights only.
+
+    Args:
+        name: directory, hub id, or "shipped" for the small model that comes with the package.
+        dtype: "float32", "bfloat16", or "auto" for the checkpoint's own if it is one of them.
+        device: a torch device.
+        revision: branch, tag or commit of a hub id.
+        tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
+        adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
+        trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
+        self_check: compare a branching trie with plain forwards on the loaded weights; if batch_invariant, try every
+            place of a block.
+        batch_invariant: a request's score has the same bits whatever else is scored with it, in whatever order and
+            chunks, and whether its beginning was prefilled or saved, on one machine with one number of threads; see
+            docs/determinism.md. On the CPU only, and not for mixtures of experts.
+        memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
+            it holds and most of what is free.
+        kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
+        offload: folder for keys and values that do not fit the memory; None for the system's temporary one.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
+            that cannot be invariant.
+    """
+    import transformers
+
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    try:
+        limit = None if memory is None else parse_bytes(memory)
+        limits = Memory(limit, kv_dtype, None if offload is None else Path(offload))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    given = str(name)
+    if name == SHIPPED:
+        name = SHIPPED_FOLDER
+        if not name.is_dir():
+            raise ModelError(
+                f"{SHIPPED}: this edition comes without the shipped model's weights; train your own with "
+                "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
+            )
+    _check_directory(Path(name))
+    for place in (name, tokenizer, adapter):
+        _check_files(Path(place or name))
+    register_attention()
+    try:
+        origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(name, **origin)
+        for count in COUNTS:
+            if (getattr(config.get_text_config(), count, None) or 0) > MAX_MODULES:
+                raise ModelError(f"{name}: config.json: {count}: expected at most {MAX_MODULES:,}")
+        _check_family(config)
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
+        network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            output_loading_info=True,
+            **origin,
+        )
+        network = network.to(device)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+        raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
+    if network.dtype not in DTYPES.values():
+        raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
+    if adapter is not None:
+        network = _merged(network, adapter)
+    for weight, values in network.named_parameters():
+        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
+            raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
+    return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
+
+
+def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
+    """load(name, **loading), as another process did it that found this fingerprint; raises ModelError if it differs."""
+    model = load(name, **loading)
+    if model.fingerprint() != fingerprint:
+        raise ModelError(f"{name}: another model here than where the command was started")
+    return model
+
+
+def _merged(network: Any, adapter: str | Path) -> Any:
+    """The network with a PEFT adapter added to its weights."""
+    import huggingface_hub
+
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModelError(f"adapter: {adapter}: reading it needs peft: pip install 'icl_ft_fast[lm-eval]'") from error
+    weights = "adapter_model.safetensors"
+    if Path(adapter).is_dir() and not (Path(adapter) / weights).is_file():
+        raise ModelError(f"adapter: {adapter}: no {weights} here; pickle weights are refused")
+    try:
+        if not Path(adapter).is_dir():
+            huggingface_hub.hf_hub_download(str(adapter), weights)  # fails where there are only pickle weights
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")  # peft would leave them random
+            return peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft, huggingface_hub, safetensors and torch each raise their own
+        raise ModelError(f"adapter: {adapter}: cannot be added to this network: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def from_network(
+    network: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    self_check: bool = True,
+    batch_invariant: bool = False,
+    memory: Memory | None = None,
+) -> Model:
+    """Wrap a transformers network that is in memory already; its attention is replaced.
+
+    Raises:
+        ModelError: see load().
+    """
+    register_attention()
+    _check_family(network.config)
+    network.set_attn_implementation(ATTENTION)
+    network.eval()
+    for module in network.modules():
+        # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
+        if getattr(module, "attn_temperature_tuning", False):
+            module.attn_temperature_tuning = False
+    model = Model(network, tokenizer, name, _max_positions(network.config), batch_invariant, memory or Memory())
+    if batch_invariant:
+        selfcheck.check_can_be_invariant(model)
+    if self_check:
+        selfcheck.check(model)
+        if batch_invariant:
+            selfcheck.prove_invariant(model)
+    return model
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse, with the reason, a local directory that is no safetensors checkpoint."""
+    if not path.is_dir():
+        if path.exists() or str(path).startswith((".", "/", "~")):
+            raise ModelError(f"{path}: not a directory with a checkpoint (config.json and *.safetensors)")
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no checkpoint here: config.json is missing")
+    try:
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from error
+    if not list(path.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{path}: {pickles[0]}: pickle weights can run code when they are read and are refused; "
+                "convert the checkpoint to safetensors (save_pretrained writes it)"
+            )
+        raise ModelError(f"{path}: no checkpoint here: no *.safetensors file")
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a local directory whose reading would lead out of it, or to something else than safetensors."""
+    if not path.is_dir():
+        return
+    # In the hub's cache the files of snapshots/REVISION are links to the blobs beside it.
+    root = (path.parents[1] if path.parent.name == "snapshots" else path).resolve()
+    for file in path.rglob("*"):
+        if file.suffix in READ and not (file.is_file() and file.resolve().is_relative_to(root)):
+            raise ModelError(f"{file}: no file of this directory: a link out of it, or no file at all; copy it here")
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index}: not an index of shards: {error}") from error
+        if others := shards - {file.name for file in path.glob("*.safetensors")}:
+            raise ModelError(f"{index}: {others.pop()!r}: expected the name of a .safetensors file of this directory")
+
+
+def _check_family(config: Any) -> None:
+    if config.model_type in UNSERVED:
+        raise ModelError(f"{config.model_type}: this family cannot be served: {UNSERVED[config.model_type]}")
+
+
+def _max_positions(config: Any) -> int:
+    """The longest sequence, from the config, that a forward of its own would compute as the trie does.
+
+    llama4's attention chunks are not expressed beyond their first, nor is its scaling of queries from floor_scale on.
+    longrope gives every position other frequencies once the sequence is longer than the original length, so prefixes
+    could not be shared across it.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits.append(getattr(config, "attention_chunk_size", None))
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(int(config.floor_scale) - 1)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(of_layer_type for of_layer_type in rope.values() if isinstance(of_layer_type, dict))):
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings"))
+    known = [int(limit) for limit in limits if limit]
+    return min(known) if known else 2**31 - 1
