@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
-from icl_ft_fast.study.compare import Settings
 from icl_ft_fast.study.evaluate import select_documents
+from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks import comparisons, words
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.process import process
@@ -608,7 +608,7 @@ def test_the_real_reversal_curse(nonsense):
 
 
 def test_presets_override_settings_that_there_are():
-    study, training = ({f.name for f in fields(kind)} for kind in (Settings, FinetuneSettings))
+    study, training = ({f.name for f in fields(kind)} for kind in (StudySettings, FinetuneSettings))
     for name, generator in GENERATORS.items():
         for key, preset in generator.presets.items():
             assert preset.study.keys() <= study - {"finetune"}, f"{name} {key}"
