@@ -29,6 +29,7 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.study import compare
+from icl_ft_fast.study.settings import ARM_NAMES
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
@@ -346,8 +347,8 @@ def test_no_directory_at_all(files, refused):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("arms", "base,lora", "--arms: expected some of base,icl,ft,augmented-ft,rules-ft,distilled, got 'lora'"),
-        ("arms", "", "--arms: expected some of base,icl,ft,augmented-ft,rules-ft,distilled, got ''"),
+        ("arms", "base,lora", f"--arms: expected some of {','.join(ARM_NAMES)}, got 'lora'"),
+        ("arms", "", f"--arms: expected some of {','.join(ARM_NAMES)}, got ''"),
         ("arms", "icl,base,icl", "--arms: icl is given twice"),
         ("seeds", "0,x", "--seeds: expected whole numbers separated by commas, got '0,x'"),
         ("seeds", "", "--seeds: expected whole numbers separated by commas, got ''"),
