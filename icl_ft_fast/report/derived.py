@@ -83,7 +83,7 @@ class Derived:
         return told if workers else ""
 
     def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
-        """The bootstrap's interval over facts and seeds; None where answers were not kept."""
+        """The bootstrap interval over facts and seeds; None where a file has no answers."""
         return self._clustered.get((arm, split))
 
     @cached_property
@@ -117,7 +117,7 @@ class Derived:
 
     @cached_property
     def resources(self) -> dict[str, str]:
-        """What costs can be told in, with the unit."""
+        """The resources that costs are measured in, with their units."""
         known = dict(RESOURCES) | ({"money": self.prices.currency} if self.prices else {})
         return {name: unit for name, unit in known.items() if self.ways(name)}
 

@@ -162,7 +162,7 @@ def _accuracy_table(
 
 
 def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str]:
-    """Fraction correct, Wilson's interval and, where the answers are kept, that of topics and seeds."""
+    """Accuracy with its Wilson interval and, where there are answers, the bootstrap interval over topics and seeds."""
     cells = []
     for split in splits:
         cell = _accuracy_cell(study.accuracy(arm, split))

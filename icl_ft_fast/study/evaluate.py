@@ -22,7 +22,7 @@ from icl_ft_fast.study import statistics
 from icl_ft_fast.study.settings import NORMALIZATIONS
 from icl_ft_fast.tasks.task import Document, Question, Task
 
-# A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or less its log-likelihood
+# A choice's score is its log-likelihood as it is, per token, character or UTF-8 byte, or minus its log-likelihood
 # after nothing at all (pointwise mutual information with the prompt and the documents).
 
 

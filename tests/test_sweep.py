@@ -1,0 +1,37 @@
+"""What queries cost, measured."""
+
+import torch
+
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.likelihood import prefill
+from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.study import sweep
+from icl_ft_fast.tasks.reversals import simple_reversals
+
+
+def task_of_seed(seed):
+    """Two facts, two articles each."""
+    return simple_reversals(seed, num_facts=2, num_articles=2)
+
+
+def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
+    task, loaded = task_of_seed(0), []
+    context = prompt_context(llama, task.documents[:2])
+    load = sweep.load_context
+
+    def noted(path, model, **more):
+        loaded.append(load(path, model, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(sweep, "load_context", noted)
+    found = sweep.sweep(llama, task.questions, context, lengths=(), batches=(1,), rounds=2)
+    (own,) = encoding.encode(llama.tokenizer, [context.rstrip()])
+    assert [(p.context_tokens, len(p.save_s), len(p.load_s)) for p in found.points] == [(0, 0, 0), (len(own), 2, 2)]
+    assert [c.token.tolist() for c in loaded] == [own] * 3  # the warm-up too
+    expected = prefill(llama, own)
+    assert torch.equal(loaded[-1].hidden, expected.hidden)
+    rows, layers = len(own), expected.cache.layers(len(own))
+    for layer, (keys, values) in loaded[-1].cache.layers(rows).items():
+        assert torch.equal(keys, layers[layer][0])
+        assert torch.equal(values, layers[layer][1])
+    assert loaded[-1].cache.capacity > rows  # opened as the first run opens it
