@@ -130,7 +130,7 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
         with ledger.phase("filter"):
             return augment_by_rule(task.documents)
 
-    monkeypatch.setattr(arms.augmentation, "augment_by_model", by_rule)
+    monkeypatch.setattr(arms, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = runs_of(llama, lambda _: task, settings)
