@@ -10,8 +10,8 @@ import torch
 from icl_ft_fast.augmentation.batches import augment_by_rule
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings
