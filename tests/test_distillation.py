@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from icl_ft_fast import ops
+from icl_ft_fast.engine import memory
 from icl_ft_fast.engine.model import Head
 from icl_ft_fast.finetuning import distillation
 from icl_ft_fast.finetuning.data import Example, encode
@@ -92,3 +94,30 @@ def test_what_a_teacher_cannot_read(llama):
         finetune(llama, TEXTS, SETTINGS, teacher_context="who knows über " * 99)
     with pytest.raises(FinetuneError, match=r"^in_place: a teacher must stay as it is$"):
         finetune(llama, TEXTS, SETTINGS, teacher_context=CONTEXT, options=RunOptions(in_place=True))
+
+
+@pytest.mark.parametrize("how", ["a small memory", "a memory that runs out"])
+def test_the_teacher_reads_in_smaller_chunks_where_memory_asks_for_it(how, llama, monkeypatch, caplog):
+    examples = encode(llama.tokenizer, TEXTS, llama.max_positions)
+    expected = distillation.read_in_context(llama, examples, CONTEXT)
+    attention = ops.trie_attention
+
+    def failing(q, *rest, **options):
+        if how == "a memory that runs out" and len(q) > 8:
+            raise MemoryError
+        return attention(q, *rest, **options)
+
+    model = llama
+    if how == "a small memory":
+        needs, fit = [], memory.fit
+        monkeypatch.setattr(memory, "held_bytes", lambda _: 0)
+        monkeypatch.setattr(memory, "fit", lambda *a, **k: needs.append(fit(*a, **k)) or needs[-1])
+        distillation.read_in_context(llama, examples, CONTEXT)
+        model = replace(llama, memory=memory.Memory(needs[0][1].total_bytes - 1))
+        distillation.read_in_context(model, examples, CONTEXT)  # measures what a row takes
+    monkeypatch.setattr(ops, "trie_attention", failing)
+    got = distillation.read_in_context(model, examples, CONTEXT)
+    for one, other in zip(got.hidden, expected.hidden, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert ("ran out" in caplog.text) == (how == "a memory that runs out")
+    assert how == "a memory that runs out" or needs[-1][0] < needs[0][0]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import sentences
 
+from icl_ft_fast import ops
 from icl_ft_fast.engine import generate as generate_module
+from icl_ft_fast.engine import memory
 from icl_ft_fast.engine.encoding import encode
 from icl_ft_fast.engine.generate import GenerateError, Sampling, generate, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
@@ -346,3 +348,32 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_one_sampling_or_one_a_prompt(llama):
     with pytest.raises(GenerateError, match=r"^sampling: expected one for each of 2 prompts, got 1$"):
         generate(llama, ["the", "cat"], [Sampling()])
+
+
+def test_a_small_memory_takes_fewer_tokens_at_a_time_and_generates_the_same(llama, monkeypatch):
+    expected, needs, fit = generate(llama, PROMPTS, Sampling(NEW_TOKENS)), [], memory.fit
+    monkeypatch.setattr(memory, "held_bytes", lambda _: 0)
+    monkeypatch.setattr(memory, "fit", lambda *a, **k: needs.append(fit(*a, **k)) or needs[-1])
+    generate(llama, PROMPTS, Sampling(NEW_TOKENS))
+    small = replace(llama, memory=memory.Memory(needs[0][1].total_bytes - 1))
+    got = generate(small, PROMPTS, Sampling(NEW_TOKENS))
+    assert needs[1][0] < needs[0][0] == 512
+    assert [one.ids for one in got] == [one.ids for one in expected]
+    with pytest.raises(GenerateError, match=r"^memory: too little: "):
+        generate(replace(llama, memory=memory.Memory(10**6)), PROMPTS)
+
+
+def test_a_step_that_memory_runs_out_on_is_halved_and_generates_the_same(llama, monkeypatch, caplog):
+    expected, attention, failed = generate(llama, PROMPTS, Sampling(NEW_TOKENS)), ops.trie_attention, []
+
+    def failing(q, *rest, **options):
+        if len(q) > 4:
+            failed.append(len(q))
+            raise MemoryError
+        return attention(q, *rest, **options)
+
+    monkeypatch.setattr(ops, "trie_attention", failing)
+    got = generate(llama, PROMPTS, Sampling(NEW_TOKENS))
+    assert [one.ids for one in got] == [one.ids for one in expected]
+    assert 1 < len(failed) <= 8  # each size once, not once a step
+    assert "ran out" in caplog.text

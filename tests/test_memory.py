@@ -8,6 +8,7 @@ import os
 import random
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from icl_ft_fast.engine.forward import footprint_of
 from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
 from icl_ft_fast.engine.loading import from_network, load
-from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, fit, group_free_bytes
+from icl_ft_fast.engine.memory import BudgetError, Footprint, Memory, group_free_bytes
 from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.tasks.task import Question
 
@@ -37,6 +38,13 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PART = st.lists(st.sampled_from([0, 5, 299]), min_size=1, max_size=6)
 REQUESTS = st.lists(st.tuples(PART, PART), min_size=1, max_size=10)
+
+
+def fit(tree, chunk_tokens, memory, footprint, device, *, known=0, cut=0, **options):
+    """The plan of a tree that fits, and what it takes."""
+    extent = partial(trie.extent, tree, known=known, cut=cut)
+    size, need = budget.fit(extent, chunk_tokens, memory, footprint, device, **options)
+    return trie.plan(tree, size, known=known, cut=cut), need
 
 
 def asked(number=30):

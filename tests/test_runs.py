@@ -12,6 +12,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.machine import fingerprint
+from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings
@@ -175,6 +176,17 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
         done.clear()
         runs_of(*other, journal=ResultJournal(path))
         assert done == ["base", "icl"]
+
+
+def test_the_weights_of_a_model_are_read_once_in_a_study(llama_directory, tmp_path, monkeypatch):
+    model, read, hashed = load(llama_directory), [], Model._hashed
+    monkeypatch.setattr(Model, "_hashed", lambda self: read.append(self.network) or hashed(self))
+    settings, journal = replace(SETTINGS, arms=("base", "icl", "ft")), ResultJournal(tmp_path / "journal.jsonl")
+    store = ContextStore(tmp_path / "store", model, 10**9)
+    runs_of(model, task_of_seed, settings, journal=journal, store=store)
+    compare.measure(model, task_of_seed(0), settings, seconds=0.01, journal=journal)
+    assert model.network in read
+    assert len(read) == len(set(read))
 
 
 def test_a_store_saves_reading_the_context_and_changes_no_answer(llama, tmp_path):

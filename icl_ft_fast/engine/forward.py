@@ -94,17 +94,16 @@ def forward_chunks(
         begins = torch.from_numpy(start.token[:known]).equal(tree.token[:known])
         if not begins or not (tree.end[:known] == num_rows).all():
             raise StartError("start: not every request begins with its tokens")
-    plan, need = memory.fit(
-        tree,
+    size, need = memory.fit(
+        partial(trie.extent, tree, known=known, cut=shared_rows),
         options.chunk_tokens,
         model.memory,
         footprint_of(model),
         model.device,
-        known=known,
-        cut=shared_rows,
         room=room,
         extra_bytes=reader.extra_bytes,
     )
+    plan = trie.plan(tree, size, known=known, cut=shared_rows)
     cache = model.new_cache(plan.capacity, need.folder if need.offloaded_bytes else None)
     if start is not None:
         cache = start.open(cache)

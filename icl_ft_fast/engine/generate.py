@@ -1,9 +1,7 @@
-"""Many prompts continued over the trie: shared prefixes are forwarded once, and a place that falls free is refilled.
+"""Many prompts continued together: shared prefixes are forwarded once, and a place that falls free is refilled.
 
-Prompts enter in the order of their tokens, so what they share is still on the cache: each appends its own rows and the
-rows reserved for what it will write. A prompt row stays open (end beyond every row) until a prompt that is not below
-it enters; an unfilled row has end 0, so nobody sees it. When the cache is full, the rows that no running sequence and
-no coming prompt sees are squeezed out.
+Prompts enter in the order of their tokens; allocator.py says which row of the KV cache holds which token. A step
+forwards the newest token of every running sequence and the prompts that enter, through the loop of forward.py.
 """
 
 from __future__ import annotations
@@ -17,16 +15,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from icl_ft_fast.engine import encoding, trie
+from icl_ft_fast.engine import encoding, memory, trie
+from icl_ft_fast.engine.allocator import RowAllocator
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.forward import footprint_of, in_chunks
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.runtime.errors import UserError
 
 RUNNING = 64  # sequences decoded together; bounds the cache, and on the CPU more at a time is not faster
-OPEN = 2**31 - 1  # the end of a row that rows to come may see
 
 
 class GenerateError(UserError):
@@ -102,7 +101,6 @@ class _Sequence:
     random: random.Random
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
-    first: int = 0  # cache position of its first reserved row
 
     @property
     def reserved(self) -> int:
@@ -131,7 +129,7 @@ def generate(
         The continuations, in the order of the prompts; equal prompts of equal sampling are decoded once.
 
     Raises:
-        GenerateError: an empty prompt, or more tokens than the model has positions.
+        GenerateError: an empty prompt, more tokens than the model has positions, or too little memory.
 
     A continuation does not depend on the prompts beside it, nor on their order or number, beyond the rounding of the
     logits (which can decide between two tokens as likely as each other).
@@ -192,6 +190,50 @@ def iter_generations(
             yield from ((p, generation) for p in owners[sequence])
 
 
+class _Prompts:
+    """Distinct prompts as one tree, whose rows from one prompt to the next are what the next one adds."""
+
+    def __init__(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        self.tree = trie.build_from_lists([(prompt, []) for prompt in prompts], whole=True)
+        ends = (self.tree.last_row + 1).tolist()
+        # In pre-order, the rows that a prompt does not share with earlier ones end with its last token.
+        self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
+
+    def token(self, prompt: tuple[int, ...]) -> torch.Tensor:
+        """What it adds to the prompt before it, int32."""
+        return self.tree.token[self.rows[prompt]]
+
+    def depth(self, prompt: tuple[int, ...]) -> torch.Tensor:
+        """Depths of these tokens, int32."""
+        return self.tree.depth[self.rows[prompt]]
+
+    def needed(self, sequence: _Sequence, before: tuple[int, ...]) -> int:
+        """Rows that a sequence takes of the cache after the prompt `before`."""
+        rows = self.rows[sequence.prompt]
+        return sequence.reserved + (0 if sequence.prompt == before else rows.stop - rows.start)
+
+    def capacity(self, sequences: Sequence[_Sequence], running: int) -> int:
+        """Twice the rows of any `running` neighbours, so that squeezing is rare; at most what all take."""
+        prompts = [(), *(sequence.prompt for sequence in sequences)]
+        needs = [self.needed(sequence, before) for sequence, before in zip(sequences, prompts, strict=False)]
+        most = window = 0
+        for s, need in enumerate(needs):
+            window += need - (needs[s - running] if s >= running else 0)
+            most = max(most, window + max(map(len, prompts[max(0, s - running) : s + 2])))
+        return min(2 * most, sum(needs))
+
+
+@dataclass
+class _Step:
+    """What a step forwards: tokens, depths and cache rows; which of them are followed by a new token, and whose."""
+
+    token: list[torch.Tensor]
+    depth: list[torch.Tensor]
+    rows: list[torch.Tensor]
+    needed: list[int]
+    place: list[int]  # of each running sequence in the logits: those kept from the step before, then the needed ones
+
+
 class _Decoder:
     """Sequences, ascending by prompt, on their way through one cache."""
 
@@ -199,41 +241,33 @@ class _Decoder:
         self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], None]
     ) -> None:
         self.model, self.ledger, self.on_written = model, ledger, on_written
-        self.queue = deque(sequences)
-        self.running: list[_Sequence] = []
-        prompts = list(dict.fromkeys(sequence.prompt for sequence in sequences))
-        # A placeholder child makes each prompt's last token a row; it is itself a leaf and takes none.
-        self.tree = trie.build_from_lists([(prompt, [0]) for prompt in prompts])
-        ends = (self.tree.scored_row[self.tree.path] + 1).tolist()
-        # In pre-order, the rows that a prompt does not share with earlier ones end with its last token.
-        self.rows = {p: slice(a, b) for p, a, b in zip(prompts, [0, *ends], ends, strict=False)}
-        self.ends_text = end_tokens(model)
-        self.controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
-        self.cache, self.work = KVCache(self._capacity(sequences)), work_of(model)
+        self.queue, self.running = deque(sequences), list[_Sequence]()
+        self.prompts = _Prompts(list(dict.fromkeys(sequence.prompt for sequence in sequences)))
+        self.ends_text, self.chooser, self.work = end_tokens(model), _Chooser(), work_of(model)
+        self.chunk_tokens, self.most_running, self.cache = self._fit(sequences)
         with ledger.phase("generate"):
-            ledger.kv_bytes += self.cache.capacity * self.work.kv_row_bytes
-        self.end_k = torch.zeros(self.cache.capacity, dtype=torch.int32)
-        self.depth_k = torch.zeros(self.cache.capacity, dtype=torch.int32)
-        self.top = 0  # cache rows in use, reserved ones included
-        self.path = torch.empty(0, dtype=torch.int64)  # cache positions of the last prompt that entered
-        self.entered: tuple[int, ...] = ()  # that prompt
+            ledger.kv_bytes += self.cache.capacity * footprint_of(model).kv_row_bytes
+        self.rows = RowAllocator(self.cache.capacity)
+        self.entered: tuple[int, ...] = ()  # the prompt that entered last
         self.logits = torch.empty(0, 0)  # after it, [1, V], where the next sequence needs them
-        self.can_squeeze = True  # whether anything may have become free since the cache was last squeezed
 
-    def _capacity(self, sequences: list[_Sequence]) -> int:
-        """Twice the rows of any RUNNING neighbours, so that squeezing is rare; at most what all take."""
-        prompts = [(), *(sequence.prompt for sequence in sequences)]
-        needs = [self._need(sequence, before) for sequence, before in zip(sequences, prompts, strict=False)]
-        most = window = 0
-        for s, need in enumerate(needs):
-            window += need - (needs[s - RUNNING] if s >= RUNNING else 0)
-            most = max(most, window + max(map(len, prompts[max(0, s - RUNNING) : s + 2])))
-        return min(2 * most, sum(needs))
+    def _fit(self, sequences: list[_Sequence]) -> tuple[int, int, KVCache]:
+        """Tokens forwarded at a time, sequences decoded together and a cache that fit the memory."""
+        model, num_rows = self.model, len(self.prompts.tree.token)
 
-    def _need(self, sequence: _Sequence, before: tuple[int, ...]) -> int:
-        """Rows that a sequence appends to the cache after the prompt `before`."""
-        rows = self.rows[sequence.prompt]
-        return sequence.reserved + (0 if sequence.prompt == before else rows.stop - rows.start)
+        def extent(size: int) -> tuple[int, int]:
+            running = min(RUNNING, size)
+            return min(size, num_rows + running), self.prompts.capacity(sequences, running)
+
+        logits = 24 * min(RUNNING, len(sequences)) * model.head.weight.shape[0]  # they, their softmax in float64, ...
+        try:
+            size, need = memory.fit(
+                extent, CHUNK_TOKENS, model.memory, footprint_of(model), model.device, extra_bytes=logits
+            )
+        except memory.BudgetError as error:
+            raise GenerateError(str(error)) from error
+        cache = model.new_cache(need.capacity, need.folder if need.offloaded_bytes else None)
+        return size, min(RUNNING, size), cache
 
     def run(self) -> Iterator[tuple[_Sequence, Generation]]:
         """Yield each sequence as it ends."""
@@ -244,98 +278,83 @@ class _Decoder:
 
     @torch.inference_mode()
     def _step(self) -> list[tuple[_Sequence, Generation]]:
-        """Forward each running sequence's newest token and the prompts that enter, then write a token to each."""
-        if self._waits_for_room() and self.can_squeeze:
+        """Forward each running sequence's newest token and the prompts that enter, then give each a token."""
+        if self._waits_for_room():
             self._squeeze()
-        tree, running = self.tree, self.running
-        token = [torch.tensor([s.ids[-1] for s in running], dtype=torch.int32)]
-        depth = [torch.tensor([len(s.prompt) + len(s.ids) - 1 for s in running], dtype=torch.int32)]
-        slots = [torch.tensor([s.first + len(s.ids) - 1 for s in running], dtype=torch.int64)]
-        self.end_k[slots[0]] = torch.tensor([s.first + s.reserved for s in running], dtype=torch.int32)
-        self.depth_k[slots[0]] = depth[0]
-        kept = len(self.logits)
-        needed = list(range(len(running)))  # rows whose logits are wanted
-        place = [kept + s for s in needed]  # of each sequence among them, behind those kept
-        while self.queue and len(running) < RUNNING and not self._waits_for_room():
-            sequence = self.queue.popleft()
-            if sequence.prompt != self.entered:
-                rows = self.rows[sequence.prompt]
-                positions = torch.arange(self.top, self.top + rows.stop - rows.start)
-                shared = int(tree.depth[rows.start])
-                self.end_k[self.path[shared:]] = self.top
-                self.end_k[positions] = OPEN
-                self.depth_k[positions] = tree.depth[rows]
-                self.path = torch.cat([self.path[:shared], positions])
-                self.entered, self.top = sequence.prompt, self.top + len(positions)
-                token.append(tree.token[rows])
-                depth.append(tree.depth[rows])
-                slots.append(positions)
-                needed.append(sum(map(len, slots)) - 1)
-                self.ledger.request_tokens += len(sequence.prompt)
-            place.append(kept + len(needed) - 1 if len(slots) > 1 else 0)
-            sequence.first, self.top = self.top, self.top + sequence.reserved
-            self.end_k[sequence.first : self.top] = 0
-            running.append(sequence)
-        logits = self._logits(torch.cat(token), torch.cat(depth), torch.cat(slots), torch.tensor(needed))
-        logits = torch.cat([self.logits.to(logits), logits]) if kept else logits
+        num_kept, step = len(self.logits), self._newest()
+        while self.queue and len(self.running) < self.most_running and not self._waits_for_room():
+            self._enter(self.queue.popleft(), step)
+        logits = self._forward(step)
+        logits = torch.cat([self.logits.to(logits), logits]) if num_kept else logits
         if not self.queue or self.queue[0].prompt != self.entered:
             self.logits = logits[:0]
-        elif len(slots) > 1:
+        elif len(step.rows) > 1:
             self.logits = logits[-1:]
-        return self._write(logits[torch.tensor(place)])
+        return self._write(logits[torch.tensor(step.place)])
+
+    def _newest(self) -> _Step:
+        """The newest token of each running sequence."""
+        running, number = self.running, range(len(self.running))
+        depth = torch.tensor([len(s.prompt) + len(s.ids) - 1 for s in running], dtype=torch.int32)
+        rows = self.rows.fill(running, [len(s.ids) - 1 for s in running], depth)
+        token = torch.tensor([s.ids[-1] for s in running], dtype=torch.int32)
+        return _Step([token], [depth], [rows], [*number], [len(self.logits) + s for s in number])
+
+    def _enter(self, sequence: _Sequence, step: _Step) -> None:
+        """Add a sequence to those running, with what its prompt adds to the one before it."""
+        if sequence.prompt != self.entered:
+            depth = self.prompts.depth(sequence.prompt)
+            step.token.append(self.prompts.token(sequence.prompt))
+            step.depth.append(depth)
+            step.rows.append(self.rows.enter(depth))
+            step.needed.append(sum(map(len, step.rows)) - 1)
+            self.entered = sequence.prompt
+            self.ledger.request_tokens += len(sequence.prompt)
+        step.place.append(len(self.logits) + len(step.needed) - 1 if len(step.rows) > 1 else 0)
+        self.rows.reserve(sequence, sequence.reserved)
+        self.running.append(sequence)
 
     def _waits_for_room(self) -> bool:
-        """Whether the next sequence, if there is one, does not fit on the cache."""
-        return bool(self.queue) and self.top + self._need(self.queue[0], self.entered) > self.cache.capacity
+        """Whether the next sequence, if there is one, does not fit into the cache."""
+        return bool(self.queue) and not self.rows.has_room(self.prompts.needed(self.queue[0], self.entered))
 
     def _squeeze(self) -> None:
-        """Keep the rows that a running sequence or the next prompt sees, and what is reserved for the running ones."""
+        """Keep what a running sequence or the next prompt sees, and what is reserved for the running ones."""
         coming = self.queue[0].prompt
-        shared = len(self.path) if coming == self.entered else int(self.tree.depth[self.rows[coming].start])
-        self.end_k[self.path[shared:]] = self.top
-        keep = torch.zeros(self.top, dtype=torch.bool)
-        keep[self.path[:shared]] = True
-        for sequence in self.running:
-            end = sequence.first + sequence.reserved
-            keep[:end] |= self.end_k[:end] >= end
-            keep[sequence.first : end] = True
-        moved = torch.nn.functional.pad(keep.cumsum(0), (1, 0))  # rows kept before each
-        position = keep.nonzero()[:, 0]
-        self.cache.compact(position)
-        ends = self.end_k[position]
-        self.end_k[: len(position)] = torch.where(ends == OPEN, ends, moved[ends.clamp(max=self.top)].int())
-        self.depth_k[: len(position)] = self.depth_k[position]
-        self.path = moved[self.path[:shared]]
-        for sequence in self.running:
-            sequence.first = int(moved[sequence.first])
-        self.top, self.can_squeeze = len(position), False
+        shared = len(self.rows.path) if coming == self.entered else int(self.prompts.depth(coming)[0])
+        keep = self.rows.squeeze(shared)
+        if keep is not None:
+            self.cache.compact(keep)
 
-    def _logits(
-        self, token: torch.Tensor, depth: torch.Tensor, slots: torch.Tensor, needed: torch.Tensor
-    ) -> torch.Tensor:
+    def _forward(self, step: _Step) -> torch.Tensor:
         """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
-        device, hidden = self.model.device, []
-        for first in range(0, len(token), CHUNK_TOKENS):
-            part = slice(first, first + CHUNK_TOKENS)
+        token, depth, slots = torch.cat(step.token), torch.cat(step.depth), torch.cat(step.rows)
+        needed, top, device = torch.tensor(step.needed), self.rows.top, self.model.device
+
+        def run(chunk: trie.Slice) -> torch.Tensor:
+            part = slice(chunk.first_row, chunk.last_row)
+            end_k, depth_k = self.rows.end_k[:top].to(device), self.rows.depth_k[:top].to(device)
+            row = slots[part].to(device)
             rows = Rows(
-                token[part].long().to(device),
-                depth[part].to(device),
-                slots[part].int().to(device),
-                self.end_k[: self.top].to(device),
-                self.depth_k[: self.top].to(device),
-                self.cache,
-                slots[part].to(device),
+                token[part].long().to(device), depth[part].to(device), row.int(), end_k, depth_k, self.cache, row
             )
-            wanted = needed[(needed >= first) & (needed < first + CHUNK_TOKENS)] - first
-            hidden.append(self.model.forward(rows)[wanted.to(device)])
-            self.ledger.ran(self.work, depth[part], self.top - len(depth[part]), len(wanted))
+            wanted = needed[(needed >= chunk.first_row) & (needed < chunk.last_row)] - chunk.first_row
+            hidden = self.model.forward(rows)[wanted.to(device)]
+            self.ledger.ran(self.work, depth[part], top - len(depth[part]), len(wanted))
+            return hidden
+
+        plan, hidden = trie.slices(len(token), self.chunk_tokens), []
+        for chunk, its in in_chunks(plan, run):
+            hidden.append(its)
+            if chunk.last_row < len(token):  # smaller from now on where memory ran out
+                self.chunk_tokens = min(self.chunk_tokens, chunk.last_row - chunk.first_row)
         self.ledger.forwarded_tokens += len(token)
         self.ledger.head_tokens += len(needed)
         return self.model.head.logits(torch.cat(hidden)) if hidden else self.logits[:0]
 
     def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:
         """Give each running sequence its next token; returns those that end with it and lets them go."""
-        chosen = self._choose(logits)
+        chosen = self.chooser.choose(logits, self.running)
         logp = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
         running, ended = self.running, []
         self.running = []
@@ -355,28 +374,35 @@ class _Decoder:
                 text = text or self.model.tokenizer.decode(sequence.ids)
                 text = min((text.split(mark)[0] for mark in stop), key=len, default=text)
                 ended.append((sequence, Generation(text, tuple(sequence.ids), tuple(sequence.logp), finish)))
+                self.rows.release(sequence)
             else:
                 self.running.append(sequence)
         self.ledger.decoded_tokens += len(running)
-        self.can_squeeze = self.can_squeeze or bool(ended)
         return ended
 
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """A token for each running sequence from logits [R, V], int64 [R]."""
+
+class _Chooser:
+    """Takes a token for each sequence from logits, as its Sampling says."""
+
+    def __init__(self) -> None:
+        self._controls: dict[Sampling, tuple[list[Any], list[Any]]] = {}
+
+    def choose(self, logits: torch.Tensor, running: Sequence[_Sequence]) -> torch.Tensor:
+        """A token for each sequence from logits [R, V], int64 [R]."""
         chosen = logits.argmax(-1)
         alike: dict[Sampling, list[int]] = {}
-        for s, sequence in enumerate(self.running):
+        for s, sequence in enumerate(running):
             alike.setdefault(replace(sequence.sampling, max_new_tokens=1, stop=(), seed=0), []).append(s)
         for sampling, members in alike.items():
             if sampling == Sampling(max_new_tokens=1):
                 continue
-            if sampling not in self.controls:
-                self.controls[sampling] = _controls(sampling)
-            history, warpers = self.controls[sampling]
+            if sampling not in self._controls:
+                self._controls[sampling] = _controls(sampling)
+            history, warpers = self._controls[sampling]
             scores = logits[members]
             if history:
                 for m, s in enumerate(members):
-                    seen = torch.tensor([[*self.running[s].prompt, *self.running[s].ids]], device=logits.device)
+                    seen = torch.tensor([[*running[s].prompt, *running[s].ids]], device=logits.device)
                     for processor in history:
                         scores[m : m + 1] = processor(seen, scores[m : m + 1])
             for warper in warpers:
@@ -385,7 +411,7 @@ class _Decoder:
                 chosen[members] = scores.argmax(-1)
                 continue
             below = scores.double().softmax(-1).cumsum(-1)
-            drawn = torch.tensor([[self.running[s].random.random()] for s in members], device=logits.device)
+            drawn = torch.tensor([[running[s].random.random()] for s in members], device=logits.device)
             chosen[members] = torch.searchsorted(below, drawn.double() * below[:, -1:], right=True)[:, 0]
         return chosen
 

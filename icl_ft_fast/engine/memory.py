@@ -23,7 +23,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.defaults import KV_DTYPE_NAMES
 from icl_ft_fast.runtime.errors import UserError
 
@@ -127,32 +126,30 @@ class Need:
 
 
 def fit(
-    tree: trie.Trie,
+    extent: Callable[[int], tuple[int, int]],
     chunk_tokens: int,
     memory: Memory,
     footprint: Footprint,
     device: torch.device,
     *,
-    known: int = 0,
-    cut: int = 0,
     room: int = 0,
     extra_bytes: int = 0,
-) -> tuple[trie.Plan, Need]:
-    """The plan of a tree that fits the memory: as it is, with smaller chunks, or with its cache offloaded.
+) -> tuple[int, Need]:
+    """How many tokens to forward at a time so that a run fits the memory, and what it takes then.
+
+    A run that does not fit as it is gets smaller chunks, or a cache in a file.
 
     Args:
-        tree: what will be forwarded.
-        chunk_tokens: rows at a time, as long as they fit; halved until they do.
+        extent: of a number of tokens at a time, the most rows that are forwarded together, and rows of the KV cache.
+        chunk_tokens: tokens at a time, as long as they fit; halved until they do.
         memory: what may be taken.
         footprint: of the network.
         device: where it is. Only a CPU's cache can be offloaded.
-        known: see trie.plan().
-        cut: see trie.plan().
         room: rows that there is a cache for already.
         extra_bytes: of what the caller allocates beside.
 
     Raises:
-        BudgetError: even a row at a time does not fit.
+        BudgetError: even a token at a time does not fit.
     """
     held = held_bytes(device)
     limit = memory.limit_bytes or held + int(SHARE * free_bytes(device))
@@ -163,7 +160,7 @@ def fit(
     can_spill = device.type == "cpu" and hasattr(os, "posix_fallocate")
     choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_tokens) or not can_spill]
     for size, spills in choices + [(rows, True) for rows in sizes if can_spill]:
-        rows, capacity = trie.extent(tree, size, known=known, cut=cut)
+        rows, capacity = extent(size)
         new = 0 if capacity <= room else capacity
         kv_bytes = new * footprint.kv_row_bytes
         need = Need(
@@ -194,7 +191,7 @@ def fit(
             "(offload=), or give --memory (memory=) more"
         )
     _log.log(logging.WARNING if need.offloaded_bytes or size < chunk_tokens else logging.INFO, "memory: %s", need)
-    return trie.plan(tree, size, known=known, cut=cut), need
+    return size, need
 
 
 def held_bytes(device: torch.device) -> int:

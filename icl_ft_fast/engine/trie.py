@@ -6,6 +6,7 @@ Knows token ids only: no text, no tokenizer, no network, no device but the CPU.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -218,6 +219,33 @@ class Plan:
         most = (first.last_row - first.first_row + 1) // 2
         edges = [row for chunk in self.chunks[k:] for row in range(chunk.first_row, chunk.last_row, most)]
         return Plan(_chunks(first._trie, [*edges, self.chunks[-1].last_row], first.first_row), self.capacity)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [first_row, last_row), forwarded together."""
+
+    first_row: int
+    last_row: int
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Consecutive slices, in order; a plan for rows whose place in the cache is known otherwise."""
+
+    chunks: tuple[Slice, ...]
+
+    def halved(self, k: int) -> "Slices":
+        """The slices from number k on, none longer than half of that one."""
+        first = self.chunks[k]
+        most = (first.last_row - first.first_row + 1) // 2
+        return slices(self.chunks[-1].last_row, most, first_row=first.first_row)
+
+
+def slices(num_rows: int, max_rows: int, *, first_row: int = 0) -> Slices:
+    """Rows first_row to num_rows in slices of `max_rows`, the last one perhaps smaller."""
+    edges = [*range(first_row, num_rows, max_rows), num_rows]
+    return Slices(tuple(Slice(a, b) for a, b in pairwise(edges)))
 
 
 def plan(trie: Trie, max_rows: int, *, known: int = 0, cut: int = 0) -> Plan:
