@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test harnesses fuzz sanitize lint format bench kernels readme figures clean
+.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures clean
 
 setup: .venv/installed
 
@@ -23,8 +23,20 @@ setup: .venv/installed
 demo: setup
 	@$(BIN)/icl-ft-fast demo
 
+# Two workers, each with the threads of one core beside the other's: WORKERS=0 runs all in one process.
+WORKERS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
 test: .venv/tested
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
+
+# What a change to a unit may break, in less than a minute: all but the files that start processes, run Triton's
+# interpreter, train, write whole studies or compare kernels on many shapes.
+SLOW := augment_run benchmarks cli cli_finetune docs durable executors finetune_distributed finetune_run generators gpu \
+	gpu_benchmark invariant lm_eval memory native own recipe repo report saved_contexts security server shipped \
+	shipped_train target_logprob trie_attention triton trl
+test-fast: .venv/tested
+	@$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 
 # lighteval's pins do not go with the other extras, so it and Inspect AI have an environment of their own. lighteval makes
 # all of its tasks at every start, and one of them would download the file that is made here, empty.

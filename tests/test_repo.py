@@ -100,12 +100,25 @@ def test_no_circle_of_imports():
 @pytest.mark.parametrize("path", sorted([*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]), ids=str)
 def test_what_tests_and_benchmarks_import_is_there(path):
     """Also in the programs that tests write out as text."""
-    imports = r"^from (icl_ft_fast[\w.]*) import \(?([\w, ]*)"
-    for target, names in re.findall(imports, path.read_text(encoding="utf-8"), re.MULTILINE):
+    imports = r"^from (icl_ft_fast[\w.]*) import (?:\(([^)]*)\)|([\w, ]*))"
+    for target, *names in re.findall(imports, path.read_text(encoding="utf-8"), re.MULTILINE):
         module = target.removeprefix("icl_ft_fast").lstrip(".")
         assert module in MODULES, f"{target}: no such module"
-        for name in filter(None, names.replace(" ", "").split(",") if not module else ()):
-            assert name in {*MODULES, "_C", *vars(icl_ft_fast), *icl_ft_fast.__all__}, f"icl_ft_fast has no {name}"
+        there = {name for node in TREES[module].body for name in defined(node)} | MODULES.keys() | {"_C"}
+        there |= set() if module else {*icl_ft_fast.__all__}
+        for name in re.findall(r"(\w+)(?: as \w+)?", "".join(names)):
+            assert {name, f"{module}.{name}"} & there, f"{target} has no {name}"
+
+
+def defined(node):
+    """Names that a statement of a module's top level defines."""
+    for part in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign | ast.If | ast.Try) else [node]:
+        if isinstance(part, ast.Name):
+            yield part.id
+        elif isinstance(part, ast.ClassDef | ast.FunctionDef):
+            yield part.name
+        elif isinstance(part, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in part.names)
 
 
 def test_every_room_is_there_and_says_what_it_is():

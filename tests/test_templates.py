@@ -13,8 +13,7 @@ import tokenizer_kinds
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.prompting import prompt_context
-from icl_ft_fast.finetuning import Example
-from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning.data import Example, encode
 from icl_ft_fast.integrations.protocol import ChatMessage
 from icl_ft_fast.integrations.server import _Service
 from icl_ft_fast.runtime.templates import ChatText, render_chat
