@@ -5,10 +5,12 @@ import ast
 import importlib.util
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import icl_ft_fast
 from icl_ft_fast import cli
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +210,24 @@ def test_make_targets_and_modules_exist():
                 assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page}: {line}: no such module"
                 if module == "benchmarks" and first:
                     assert (ROOT / "benchmarks" / f"{first}.py").is_file(), f"{page}: {line}: no such suite"
+
+
+PYTHON = [
+    pytest.param(page, textwrap.dedent(code), id=f"{page}-line{text[: text.index(code)].count(chr(10)) + 1}")
+    for page, text in TEXTS.items()
+    for code in re.findall(r"^ *```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_python_compiles(page, code):
+    compile(code, page, "exec")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_public_names_exist(page):
+    for name in re.findall(r"\biff\.(\w+)", TEXTS[page]):
+        assert name in icl_ft_fast.__all__ or name in ("__all__", "__version__"), f"{page}: iff.{name}"
 
 
 # Links.
