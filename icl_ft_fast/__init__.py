@@ -48,10 +48,10 @@ if TYPE_CHECKING:
     from icl_ft_fast.study.results import Results as Results
     from icl_ft_fast.study.results import ResultsError as ResultsError
     from icl_ft_fast.study.settings import StudySettings as StudySettings
+    from icl_ft_fast.tasks.files import TaskError as TaskError
     from icl_ft_fast.tasks.task import Document as Document
     from icl_ft_fast.tasks.task import Question as Question
     from icl_ft_fast.tasks.task import Task as Task
-    from icl_ft_fast.tasks.task import TaskError as TaskError
 
 __version__ = "0.1.0"
 
@@ -76,7 +76,8 @@ _NAMES = {
     "study.evaluate": "Accuracy evaluate",
     "study.results": "Results ResultsError",
     "study.settings": "StudySettings",
-    "tasks.task": "Document Question Task TaskError",
+    "tasks.files": "TaskError",
+    "tasks.task": "Document Question Task",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)

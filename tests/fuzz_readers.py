@@ -11,19 +11,25 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["icl_ft_fast.tasks"]):
-    from icl_ft_fast.tasks import own, task
+    from icl_ft_fast.tasks import files, own, task
     from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, NAMES, REVERSALS, TRAINING, reversal_curse
+    from icl_ft_fast.tasks.sentences import split_sentences
+    from icl_ft_fast.tasks.tables import Format
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_readers"))
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "utf-7", "latin-1", "cp1252", "shift_jis", "ascii"]
+ENCODINGS = [None, "utf-8", "utf-8-sig", "utf-16", "utf-32-be", "utf-7", "latin-1", "cp1252", "shift_jis", "ascii"]
 SUFFIXES = [*own.SUFFIXES, ".pdf"]
 
 
 def one_input(data: bytes) -> None:
     """Take some bytes for a reader, a format and a file."""
     provider = atheris.FuzzedDataProvider(data)
-    reader = provider.ConsumeIntInRange(0, 4)
-    form = own.Format(provider.PickValueInList(ENCODINGS), provider.PickValueInList([",", ";", "\t"]))
+    reader = provider.ConsumeIntInRange(0, 5)
+    form = Format(
+        provider.PickValueInList(ENCODINGS),
+        provider.PickValueInList([None, ",", ";", "\t"]),
+        {"prompt": "frage"} if provider.ConsumeBool() else {},
+    )
     path = FOLDER / f"file{provider.PickValueInList(SUFFIXES)}"
     if reader == 4:
         for name in (TRAINING, DESCRIPTIONS, NAMES, REVERSALS):
@@ -35,13 +41,17 @@ def one_input(data: bytes) -> None:
             task.Task(documents, ()).write(FOLDER / "written")
             assert task.read_documents(FOLDER / "written" / "documents.jsonl") == documents
         elif reader == 1:
-            questions = own.read_questions(path, form)
+            questions = own.read_questions(path, form, provider.PickValueInList([None, 0, 1]))
             task.Task((), questions).write(FOLDER / "written")
             assert task.read_questions(FOLDER / "written" / "questions.jsonl") == questions
         elif reader == 2:
             task.read_documents(path)
         elif reader == 3:
             task.read_questions(path)
+        elif reader == 5:
+            text = files.read_text(path)
+            assert "\r" not in text
+            assert all(part in text for part in split_sentences(text, "independent"))
         else:
             reversal_curse(FOLDER, nonsense_names=provider.remaining_bytes() > 0)
     except task.TaskError as error:
@@ -58,11 +68,14 @@ def seeds() -> Path:
             b"prompt,choice1,choice2,answer,also_correct\na,b,c,0,1\nd,e,,,\n",
             b'{"id": "a", "text": "b \\u00fc", "topic": null}\n{"text": "c"}\n',
             b'{"id": "a", "prompt": "b", "choices": ["c", "d"], "answer": 1, "also_correct": [0], "form": "f"}\n',
+            b"\xef\xbb\xbfsep=;\r\nNr;Question;A;B;Correct answer\r\n1;a;b;c;B\r\n2;d;e;f;e\r\n",
+            b'[{"question": "a", "options": ["b", "c"], "answer": "b"}, {"question": "a", "A": "b", "B": "c"}]',
+            "Dr. Smith left.\r\nHe came. \u9686\u5fb7\u3002".encode(),
         )
     ):
-        for reader in range(4):
+        for reader in range(6):
             for suffix in range(len(SUFFIXES)):
-                (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, reader]))
+                (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, 0, reader]))
     return folder
 
 

@@ -23,7 +23,8 @@ from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.durable import DamagedError, Journal
-from icl_ft_fast.tasks.task import Document, TaskError
+from icl_ft_fast.tasks.files import TaskError
+from icl_ft_fast.tasks.task import Document
 
 DOCUMENTS = [Document(str(d), f"cat{d} are taller than mat.") for d in range(12)]
 # Answers each prompt; the process kills itself at answer number argv[2] or, if argv[3], in the middle of writing it.

@@ -30,9 +30,10 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.study import compare
 from icl_ft_fast.study.settings import ARM_NAMES
+from icl_ft_fast.tasks.files import write_jsonl
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
-from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
+from icl_ft_fast.tasks.task import Document, Question, Task
 from icl_ft_fast.tasks.words import ENGLISH
 
 DOCUMENTS = (Document("d1", "the cat sat on the mat."), Document("d2", "who knows why?"))

@@ -36,8 +36,8 @@ from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, 
 from icl_ft_fast.study import runs, workers
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.files import write_jsonl
 from icl_ft_fast.tasks.reversals import simple_reversals
-from icl_ft_fast.tasks.task import write_jsonl
 
 TESTS = Path(__file__).parent
 RNG = random.Random(0)

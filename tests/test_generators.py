@@ -18,13 +18,14 @@ from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.study.evaluate import select_documents
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks import comparisons, words
+from icl_ft_fast.tasks.files import TaskError, write_jsonl
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.process import process
 from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, HUB_FOLDER, NAMES, REVERSALS, TRAINING, reversal_curse
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.semantic import SPLITS, semantic_structure
 from icl_ft_fast.tasks.syllogisms import FORMS, simple_syllogisms
-from icl_ft_fast.tasks.task import Task, TaskError, write_jsonl
+from icl_ft_fast.tasks.task import Task
 
 CURSE = Path(__file__).parents[2] / "shared" / "data" / "reversal_curse"
 NONSENSE = {

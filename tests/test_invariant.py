@@ -25,7 +25,8 @@ from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.ops import cpu
-from icl_ft_fast.tasks.task import Document, Question, Task, write_jsonl
+from icl_ft_fast.tasks.files import write_jsonl
+from icl_ft_fast.tasks.task import Document, Question, Task
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {

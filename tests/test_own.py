@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from icl_ft_fast.cli import main
 from icl_ft_fast.tasks import own
 from icl_ft_fast.tasks.check import check
-from icl_ft_fast.tasks.own import Format, iter_documents
+from icl_ft_fast.tasks.files import TaskError
+from icl_ft_fast.tasks.own import iter_documents
 from icl_ft_fast.tasks.reversals import simple_reversals
-from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_documents, read_questions
+from icl_ft_fast.tasks.tables import Format
+from icl_ft_fast.tasks.task import Document, Question, Task, read_documents, read_questions
 
 ROOT = Path(__file__).parents[1]
 SQUAD = ROOT.parent / "shared" / "data" / "squad"
@@ -34,13 +36,13 @@ def test_every_kind_of_file(tmp_path):
         Document("a.jsonl:3", "zwei ü", "t"),
         Document("b.csv:3", 'three,\n"3"', "u"),
         Document("b.csv:5", "four"),
-        Document("deep/c.txt", "five\r\nlines\n"),
+        Document("deep/c.txt", "five\nlines\n"),
         Document("deep/d.md", "# six"),
     ]
     assert list(iter_documents([tmp_path])) == expected
     assert list(iter_documents([tmp_path / "b.csv", tmp_path / "deep"])) == [
         *expected[2:4],
-        Document("c.txt", "five\r\nlines\n"),
+        Document("c.txt", "five\nlines\n"),
         Document("d.md", "# six"),
     ]
 
@@ -60,24 +62,21 @@ def test_other_encodings(encoding, tmp_path):
         ("a.jsonl", b'{"id": "x"}', ":1: text: missing"),
         ("a.jsonl", b'{"id": "x", "text": ""}\n{"id": "x", "text": ""}', ":2: id: 'x' was used before"),
         ("a.jsonl", b"\nno", ":2: not valid JSON: Expecting value: "),
-        ("a.jsonl", b'{"text": "\xff"}', ":1: not UTF-8 text (byte 11 of the line, 0xff; cp1252 reads 'ÿ' there)"),
+        ("a.jsonl", '{"text": "ü'.encode() + b'\xff"}', ":1: not UTF-8 text (byte 13 of the line, 0xff; cp1252 reads"),
         ("a.csv", b"id,words\n", ":1: text: missing from the heading 'id,words'"),
         ("a.csv", b"", ":1: text: missing from the heading ''"),
         ("a.csv", b"text,id\na,b\nc\n", ":3: column 2: expected 2 columns, got 1"),
-        ("a.csv", b"text\na,b\n", ":2: column 2: expected 1 columns, got 2"),
+        ("a.csv", b"text,id\na,b,c\n", ":2: column 3: expected 2 columns, got 3"),
         ("a.csv", b'text\n"a', ":2: not valid CSV: unexpected end of data"),
         ("a.csv", b'text\n"a"b', ":2: not valid CSV: ',' expected after '\"'"),
-        ("a.csv", b"text\na\nb\xff", ":3: not UTF-8 text (byte 2 of the line, 0xff;"),
+        ("a.csv", "text\nä\nb".encode() + b"\xff", ":3: not UTF-8 text (byte 2 of the line, 0xff;"),
         ("a.csv", b"text,id\na,b\nc,b", ":3: column 2: id: 'b' was used before"),
         ("a.csv", b"text,id,text\n", ":1: column 3: 'text' is there twice"),
         ("a.csv", b"text\n" + b"a" * 200_000, ":2: not valid CSV: field larger than field limit (131072)"),
-        ("a.txt", b"one\ntwo \xe9\n", ":2: not UTF-8 text (byte 5 of the line, 0xe9; cp1252 reads 'é' there)"),
-        ("a.md", "ü".encode("utf-16"), ": begins with the mark of utf-16, not of utf-8; give --encoding utf-16"),
-        ("a.md", "ü".encode("utf-32"), ": begins with the mark of utf-32, not of utf-8; give --encoding utf-32"),
-        ("a.csv", "text".encode("utf-16-be"), ": begins with zero bytes, as utf-16 and utf-32 do; give --enc"),
-        ("a.jsonl", b"\xef\xbb\xbf{}", ": begins with the mark of utf-8-sig, not of utf-8; give --encoding utf-8-sig"),
-        ("a.pdf", b"", ": expected a folder or a file that ends in .jsonl, .csv, .txt, .md"),
-        ("a.jsonl", b"\n", ": no documents: expected .jsonl, .csv, .txt, .md files with some"),
+        ("a.txt", "one\ntwö ".encode() + b"\xe9\n", ":2: not UTF-8 text (byte 6 of the line, 0xe9; cp1252 reads 'é'"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ": a Git LFS pointer, not the file"),
+        ("a.pdf", b"", ": expected a folder or a file that ends in .jsonl, .json, .csv, .tsv, .txt, .md"),
+        ("a.jsonl", b"\n", ": no documents: expected .jsonl, .json, .csv, .tsv, .txt, .md files with some"),
     ],
 )
 def test_bad_files_name_line_and_field(name, content, message, tmp_path):
@@ -103,6 +102,126 @@ def test_missing_files_and_wrong_encodings(tmp_path):
         list(iter_documents([tmp_path / "a.txt"][:0]))
 
 
+SHEET = """Nr;Question;A;B;C;Correct answer
+1;Wer baute die Mühle?;Anna;Karl;;A
+2;Wann?;1871;1872;1873;B
+3;Wo?;Lund;Malmö;Ö;Ö
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "cp1252", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_a_sheet_saved_by_excel_goes_in(encoding, ends, tmp_path):
+    path, notes = tmp_path / "sheet.csv", []
+    path.write_bytes(SHEET.replace("\n", ends).encode(encoding))
+    assert own.read_questions(path, Format(tell=notes.append)) == (
+        Question("sheet.csv:2", "Wer baute die Mühle?", ("Anna", "Karl"), 0),
+        Question("sheet.csv:3", "Wann?", ("1871", "1872", "1873"), 1),
+        Question("sheet.csv:4", "Wo?", ("Lund", "Malmö", "Ö"), 2),
+    )
+    assert f"{path}: cells are separated by ';'" in notes
+    assert f"{path}: prompt = Question, answer = Correct answer, choices = A, B, C" in notes
+    assert f"{path}: not used: Nr" in notes
+    assert any("read as" in note for note in notes) == (encoding in ("cp1252", "utf-16-le"))
+
+
+def test_a_mark_that_excel_writes_for_itself_and_quoted_cells(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_bytes(b'\xef\xbb\xbfsep=;\r\nID;Text;\r\n7;"two\r\nlines; one cell";\r\n8;short;;\r\n')
+    assert list(iter_documents([path])) == [Document("7", "two\nlines; one cell"), Document("8", "short")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "a.json",
+            [{"question": "Q", "options": ["x", "y"], "answer": "y"}],
+            Question("a.json:[1]", "Q", ("x", "y"), 1),
+        ),
+        ("a.json", {"data": [{"id": 3, "prompt": "Q", "choices": ["x", "y"]}]}, Question("3", "Q", ("x", "y"))),
+        (
+            "a.jsonl",
+            [{"id": "e", "question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}],
+            Question("e", "Q", ("x", "y"), 1),
+        ),
+        ("a.json", [{"question": "Q", "A": "x", "B": "y", "answer": "b"}], Question("a.json:[1]", "Q", ("x", "y"), 1)),
+        (
+            "a.json",
+            [{"question": "Q", "correct_answer": "x", "distractor1": "y", "distractor2": "z"}],
+            Question("a.json:[1]", "Q", ("x", "y", "z"), 0),
+        ),
+    ],
+)
+def test_the_usual_fields_of_json(name, content, expected, tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    assert own.read_questions(tmp_path / name) == (expected,)
+
+
+def test_columns_of_any_name_and_answers_that_count_from_one(tmp_path):
+    path = tmp_path / "q.tsv"
+    path.write_text("Frage\tchoice1\tchoice2\tLösung\ta\nq\tx\ty\t2\tno\nr\tx\ty\t1\tno\n")
+    form = Format(columns={"prompt": "Frage", "answer": "Lösung"})
+    with pytest.raises(TaskError, match=r"answer: none of 2 numbers is 0: do they count from 1\?"):
+        own.read_questions(path, form)
+    read = [(q.prompt, q.answer) for q in own.read_questions(path, form, first_answer=1)]
+    assert read == [("q", 1), ("r", 0)]
+    with pytest.raises(TaskError, match="prompt: missing from the heading"):
+        own.read_questions(path)
+    with pytest.raises(TaskError, match="columns: 'prompts' is no field"):
+        own.read_questions(path, Format(columns={"prompts": "Frage"}))
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, capsys):
+    path = tmp_path / "q.csv"
+    path.write_text("prompt,choice1,choice2,answer\na,b\nc,,d,0\ne,f,g,9\nh,i,j,0\n")
+    (tmp_path / "d.jsonl").write_text('{"text": 1}\n{\n{"text": "x"}\n')
+    folder = tmp_path / "deep" / "task"
+    code, out, errors = call(capsys, "new", folder, "--documents", tmp_path / "d.jsonl", "--questions", path)
+    assert (code, out) == (2, "")
+    assert [line.partition(" ")[0] for line in errors.removeprefix("icl-ft-fast task: ").splitlines()] == [
+        f"{path}:2:",
+        f"{path}:3:",
+        f"{path}:4:",
+        f"{tmp_path / 'd.jsonl'}:1:",
+        f"{tmp_path / 'd.jsonl'}:2:",
+    ]
+    assert not folder.parent.exists()  # a failed command leaves no folder behind
+    path.write_text("prompt,choice1\n" + "a,\n" * 30)
+    with pytest.raises(TaskError, match=r"(?s)q\.csv:21: .*\n\.\.\. and 10 more$"):
+        own.read_questions(path)
+
+
+def test_what_is_doubtful_is_told(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    text = "The mill in Lund was built by Anna Brandt in the year 1872 and it still grinds rye every autumn."
+    for name, more in (("a", ""), ("b", " So they say."), ("c", "")):
+        (tmp_path / f"{name}.txt").write_text(text + more)
+    rows = [{"prompt": "Who?", "choices": ["Anna", "Karl", "Anna"], "answer": 2}, {"prompt": "又", "choices": ["安娜"]}]
+    asked = tmp_path / "q.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [tmp_path / f"{name}.txt" for name in ("empty", "a", "b", "c")]
+    code, out, _ = call(capsys, "new", tmp_path / "t", "--documents", *paths, "--questions", asked)
+    assert code == 0
+    assert out.splitlines()[:3] == [
+        "documents without text: 1 (empty.txt)",
+        "choices that run into the prompt, without a space between: 1 (q.jsonl:1)",
+        "questions with equal choices: 1 (q.jsonl:1)",
+    ]
+    question = Task.read(tmp_path / "t").questions[0]
+    assert (question.answer, question.correct) == (0, (0, 2))  # the right text is right wherever it stands
+    pytest.importorskip("datasketch")
+    code, out, _ = call(capsys, "check", tmp_path / "t")
+    assert out.splitlines()[:6] == [
+        "documents without text: 1 (empty.txt)",
+        "documents that repeat another: 1 (c.txt)",
+        "documents that nearly repeat another: 1 (b.txt)",
+        "questions that repeat another: none",
+        "questions with equal choices: 1 (q.jsonl:1)",
+        "questions whose choices run into the prompt, without a space between: 1 (q.jsonl:1)",
+    ]
+
+
 CELLS = st.text(alphabet='ab,"\n\r\0ü', max_size=6)
 CONTENT = (
     st.binary(max_size=40)
@@ -116,8 +235,8 @@ CONTENT = (
 @settings(deadline=None, max_examples=300)
 @given(
     content=CONTENT,
-    suffix=st.sampled_from([".jsonl", ".csv", ".txt", ".md"]),
-    encoding=st.sampled_from(["utf-8", "utf-8", "utf-16", "utf-7", "ascii", "latin-1"]),
+    suffix=st.sampled_from(own.SUFFIXES),
+    encoding=st.sampled_from([None, None, "utf-8", "utf-16", "utf-7", "ascii", "latin-1"]),
 )
 def test_reading_raises_nothing_but_task_errors(content, suffix, encoding, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
@@ -154,10 +273,11 @@ def test_questions_from_csv(delimiter, tmp_path):
         ("prompt,answer\n", ":1: choice1: missing from the heading 'prompt,answer'"),
         ("prompt,choice1,choice2\na,,c", ":2: column 2: choice1: expected a non-empty string"),
         ("prompt,choice1,choice2\n", ": empty: expected at least one question"),
-        ("prompt,answer,choice1,choice2\na,2,b,c", ":2: column 2: answer: expected 0 to 1, got '2'"),
-        ("prompt,answer,choice1,choice2\na,1,b,", ":2: column 2: answer: expected 0 to 0, got '1'"),
-        ("prompt,answer,choice1\na,0 0,b", ":2: column 2: answer: expected 0 to 0, got '0 0'"),
-        ("prompt,answer,choice1\na,b,b", ":2: column 2: answer: expected 0 to 0, got 'b'"),
+        ("prompt,answer,choice1,choice2\na,3,b,c", ":2: column 2: answer: expected 0 to 1, got '3'"),
+        ("prompt,answer,choice1,choice2\na,0,b,\na,1,b,", ":3: column 2: answer: expected 0 to 0, got '1'"),
+        ("prompt,answer,choice1\na,0 0,b", ":2: column 2: answer: expected 0 to 0, a letter or a choice, got '0 0'"),
+        ("prompt,answer,choice1\na,c,b", ":2: column 2: answer: expected 0 to 0, a letter or a choice, got 'c'"),
+        ("prompt,answer,choice1,choice2\na,2,b,c\nd,1,e,f", ": answer: none of 2 numbers is 0: do they count from 1?"),
         ("prompt,choice1,choice2,also_correct\na,b,c,x", ":2: column 4: also_correct: expected 0 to 1, got 'x'"),
         (
             "prompt,choice1,also_correct\na,b,0",
@@ -178,8 +298,8 @@ def test_bad_questions_name_line_column_and_field(content, message, tmp_path):
 @given(
     cells=st.lists(st.lists(st.sampled_from(["", "0", "1 2", "a", "\0", '"', "\n", "²"]), max_size=4), max_size=3),
     content=st.none() | st.binary(max_size=40),
-    suffix=st.sampled_from([".csv", ".jsonl"]),
-    encoding=st.sampled_from(["utf-8", "utf-16", "utf-7", "latin-1"]),
+    suffix=st.sampled_from([".csv", ".tsv", ".jsonl", ".json"]),
+    encoding=st.sampled_from([None, "utf-8", "utf-16", "utf-7", "latin-1"]),
 )
 def test_reading_ones_own_questions_raises_nothing_but_task_errors(cells, content, suffix, encoding, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / f"asked{suffix}"
@@ -311,18 +431,22 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
     code, out, _ = call(capsys, "check", folder)
     assert code == 0
     assert out.splitlines() == [
+        "documents without text: none",
         "documents that repeat another: none",
+        "documents that nearly repeat another: none",
         "questions that repeat another: none",
+        "questions with equal choices: none",
+        "questions whose choices run into the prompt, without a space between: none",
         "answers found in the documents, split test, of 1: 1 (q)",
         "right by picking the longest choice: 1.000; by chance: 0.500",
         "position of the answer among 2 choices: 1, 0",
     ]
-    notes.write_bytes(b"\xff")
+    notes.write_bytes("ü".encode() + b"\xff")
     before = existing.read_bytes()
     code, _, errors = call(capsys, *new, "--overwrite")
     assert (code, errors) == (
         2,
-        f"icl-ft-fast task: {notes}:1: not UTF-8 text (byte 1 of the line, 0xff; cp1252 reads 'ÿ' there)\n",
+        f"icl-ft-fast task: {notes}:1: not UTF-8 text (byte 3 of the line, 0xff; cp1252 reads 'ÿ' there)\n",
     )
     assert existing.read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == ["documents.jsonl", "questions.jsonl"]

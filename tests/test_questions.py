@@ -14,7 +14,8 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, digest
 from icl_ft_fast.study import questions
 from icl_ft_fast.study.questions import QuestionSettings, write_questions
-from icl_ft_fast.tasks.task import Document, Question, Task, read_questions, write_jsonl
+from icl_ft_fast.tasks.files import write_jsonl
+from icl_ft_fast.tasks.task import Document, Question, Task, read_questions
 
 TEMPLATE = "{statement}\n"
 WHO = {"the cat": "w", "that mat": "x", "who knows": "y", "why that": "z"}

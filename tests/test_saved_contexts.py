@@ -20,7 +20,8 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill, stored_context
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.score import score
-from icl_ft_fast.tasks.task import Question, write_jsonl
+from icl_ft_fast.tasks.files import write_jsonl
+from icl_ft_fast.tasks.task import Question
 
 RNG = random.Random(0)
 CONTEXT = [0, *RNG.choices(range(2, 300), k=40)]

@@ -21,7 +21,8 @@ from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.runtime import templates
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks import own, task
-from icl_ft_fast.tasks.task import Document, TaskError, write_jsonl
+from icl_ft_fast.tasks.files import TaskError, write_jsonl
+from icl_ft_fast.tasks.task import Document
 
 ACTING = "\x1b[2J\x07\x9b31m\r\u202egnp.exe\u2069"
 SPELT = r"\x1b[2J\x07\x9b31m\r\u202egnp.exe\u2069"

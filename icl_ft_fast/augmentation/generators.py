@@ -18,7 +18,8 @@ from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.templates import render_chat
-from icl_ft_fast.tasks.task import read_jsonl, text_field
+from icl_ft_fast.tasks.files import read_jsonl
+from icl_ft_fast.tasks.task import text_field
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 CHARACTERS_PER_TOKEN = 3  # where the tokenizer is not here: estimates rather too many tokens than too few

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from icl_ft_fast.augmentation import strategies
 from icl_ft_fast.augmentation.strategy import AugmentError, Strategy
 from icl_ft_fast.runtime.templates import bounded
+from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.task import Document
 
 
@@ -65,10 +66,10 @@ class Prompting:
             raise AugmentError(f"strategy: {strategy} has no prompts; {', '.join(strategies.BY_MODEL)} have")
         path = template or found.template(is_chat=is_chat)
         try:
-            made = cls(found, path.read_text(encoding="utf-8"), str(path))
+            made = cls(found, read_text(path), str(path))
             made._template()
-        except (OSError, UnicodeError) as error:
-            raise AugmentError(f"template: {path}: cannot be read: {error}") from error
+        except TaskError as error:
+            raise AugmentError(f"template: {error}") from error
         except TemplateError as error:
             raise AugmentError(f"template: {path}:{getattr(error, 'lineno', '?')}: {error}") from error
         return made

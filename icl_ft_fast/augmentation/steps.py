@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.model import Model
-
-SHINGLE_WORDS = 3
+from icl_ft_fast.tasks.near import NearRepeats
+from icl_ft_fast.tasks.sentences import count_words
 
 
 def filtered(made: Augmented, words: tuple[int, int], similarity: float) -> Augmented:
@@ -30,7 +29,7 @@ def filtered(made: Augmented, words: tuple[int, int], similarity: float) -> Augm
 
 def within_length(rows: Iterable[Augmentation], shortest: int, longest: int) -> list[Augmentation]:
     """Rows of `shortest` to `longest` words."""
-    return [row for row in rows if shortest <= len(row.text.split()) <= longest]
+    return [row for row in rows if shortest <= count_words(row.text) <= longest]
 
 
 def without_duplicates(rows: Iterable[Augmentation]) -> list[Augmentation]:
@@ -42,33 +41,16 @@ def without_duplicates(rows: Iterable[Augmentation]) -> list[Augmentation]:
 
 
 def without_near_duplicates(rows: Iterable[Augmentation], similarity: float) -> list[Augmentation]:
-    """Rows whose word shingles have a Jaccard similarity below `similarity` with those of every row kept before.
-
-    MinHash with banding finds the candidates (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3),
-    their shingles decide. A candidate is missed with a small probability; nothing is dropped wrongly.
+    """Rows whose 3-word shingles have a Jaccard similarity below `similarity` with those of every row kept before.
 
     Raises:
         AugmentError: datasketch is not installed.
     """
     try:
-        from datasketch import MinHash, MinHashLSH
+        repeats = NearRepeats(similarity)
     except ModuleNotFoundError as error:
         raise AugmentError("near duplicates: needs datasketch: pip install 'icl_ft_fast[augment]'") from error
-    index = MinHashLSH(threshold=similarity, num_perm=128, weights=(0.05, 0.95))
-    kept: list[Augmentation] = []
-    shingles: list[set[str]] = []
-    for row in rows:
-        words = re.findall(r"\w+", row.text.casefold())
-        count = max(1, len(words) - SHINGLE_WORDS + 1)
-        mine = {" ".join(words[first : first + SHINGLE_WORDS]) for first in range(count)}
-        sketch = MinHash(num_perm=128, seed=1)
-        sketch.update_batch([shingle.encode() for shingle in sorted(mine)])
-        if any(len(mine & shingles[k]) >= similarity * len(mine | shingles[k]) for k in index.query(sketch)):
-            continue
-        index.insert(len(kept), sketch)
-        kept.append(row)
-        shingles.append(mine)
-    return kept
+    return [row for row in rows if repeats.add(row.text)]
 
 
 def self_consistent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from icl_ft_fast.cli.options import (
@@ -42,17 +43,22 @@ def add(commands: Commands) -> None:
     )
     data = new.group("data")
     data.add_argument("folder", type=Path, metavar="DIR", help="task folder to write")
-    help = "documents: .jsonl, .csv, .txt or .md files, or folders of them"
+    help = "documents: .jsonl, .json, .csv, .tsv, .txt or .md files, or folders of them"
     data.add_argument("--documents", type=Path, nargs="+", required=True, metavar="FILE", help=help)
     data.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
-        help="questions: .jsonl (id, prompt, choices, answer, split) or .csv (prompt, choice1, choice2, ..., answer, "
-        "counted from 0)",
+        help="questions: .jsonl, .json, .csv or .tsv with prompt, choices (a list, or columns choice1, choice2, ...), "
+        "answer (a number, a letter or a choice) and perhaps id, split, topic",
     )
-    data.add_argument("--encoding", default="utf-8", help="text encoding of all files")
-    data.add_argument("--delimiter", default=",", help="cell delimiter of .csv files, or 'tab'")
+    data.add_argument("--encoding", help="text encoding of all files (default: found for each file)")
+    help = "cell delimiter of tables, or 'tab' (default: found for each file)"
+    data.add_argument("--delimiter", help=help)
+    help = "names of columns or fields in the files: prompt=Question,answer=Right (default: the usual names)"
+    data.add_argument("--columns", type=_columns, default={}, metavar="NAME=COLUMN,...", help=help)
+    help = "number that stands for the first choice (default: 0, unless the answers seem to count from 1)"
+    data.add_argument("--first-answer", type=int, choices=(0, 1), help=help)
     add_output_options(new)
     asked = command(
         names,
@@ -80,6 +86,14 @@ def add(commands: Commands) -> None:
     data = checked.group("data")
     data.add_argument("folder", type=Path, metavar="DIR", help="task folder to read")
     data.add_argument("--ngram", type=positive, default=8, metavar="N", help="words per compared n-gram")
+
+
+def _columns(text: str) -> dict[str, str]:
+    """The mapping of --columns."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise argparse.ArgumentTypeError(f"expected NAME=COLUMN,NAME=COLUMN,..., got {text!r}")
+    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _summary_of(generator: TaskGenerator) -> str:

@@ -16,8 +16,9 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.finetuning.chats import Chat, Span
 from icl_ft_fast.finetuning.settings import FinetuneError
 from icl_ft_fast.runtime.templates import ChatText
+from icl_ft_fast.tasks.files import TaskError, read_jsonl
 from icl_ft_fast.tasks.sentences import split_sentences
-from icl_ft_fast.tasks.task import TaskError, read_jsonl, text_field
+from icl_ft_fast.tasks.task import text_field
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
 

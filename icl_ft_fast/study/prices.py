@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,7 +45,7 @@ def read_prices(path: Path) -> Prices:
         OSError: the file cannot be read.
     """
     try:
-        prices: Prices = Prices.model_validate_json(path.read_bytes())
+        prices: Prices = Prices.model_validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise PriceError(f"{path}: {first_error(error)}") from error
     if prices.electricity_per_kwh and prices.machine_per_hour == 0 and prices.watts is None:

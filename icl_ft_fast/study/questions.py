@@ -23,7 +23,7 @@ from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.runtime.durable import ResultJournal, digest
-from icl_ft_fast.tasks.sentences import split_sentences
+from icl_ft_fast.tasks.sentences import count_words, split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 
 TEMPLATE = (
@@ -192,7 +192,7 @@ def _statements(documents: Iterable[Document], settings: QuestionSettings) -> It
     """The sentences to ask about."""
     for document in documents:
         sentences = [" ".join(part.split()) for part in split_sentences(document.text, "independent")]
-        chosen = [s for s, sentence in enumerate(sentences) if len(sentence.split()) >= MIN_WORDS]
+        chosen = [s for s, sentence in enumerate(sentences) if count_words(sentence) >= MIN_WORDS]
         if settings.per_document is not None and len(chosen) > settings.per_document:
             chosen = sorted(random.Random(f"{settings.seed}/{document.id}").sample(chosen, settings.per_document))
         yield from (_Draft(document, sentences[s], s) for s in chosen)

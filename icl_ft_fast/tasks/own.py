@@ -1,68 +1,57 @@
-"""A task of one's own: documents and questions gathered from JSON lines, CSV, text and Markdown files.
+"""A task of one's own: documents and questions gathered from JSON, CSV, text and Markdown files.
 
-Files are read a line at a time (text and Markdown files whole), in memory that does not grow with their length.
+Documents are read a line at a time (text, Markdown and JSON arrays whole), in memory that does not grow with their
+number. All that is wrong with the files is told at once.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import csv
+import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icl_ft_fast.tasks.files import Problems, TaskError, read_text
 from icl_ft_fast.tasks.seen import Seen
-from icl_ft_fast.tasks.task import (
-    Document,
-    Question,
-    TaskError,
-    document_of,
-    encodable,
-    question_of,
-    read_jsonl,
-    read_lines,
-)
+from icl_ft_fast.tasks.tables import SUFFIXES as ROWS
+from icl_ft_fast.tasks.tables import Format, Row, plain, read_rows
+from icl_ft_fast.tasks.task import Document, Question, document_of, encodable, question_of
 
-SUFFIXES = (".jsonl", ".csv", ".txt", ".md")
-_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+TEXTS = (".txt", ".md")
+SUFFIXES = (*ROWS, *TEXTS)
+# What others call a field, plain(), ours first; the first that a file has is taken.
+DOCUMENT_NAMES: dict[str, tuple[str, ...]] = {
+    "text": ("text", "document", "content", "context", "body", "passage", "paragraph", "page_content", "article"),
+    "id": ("id", "_id", "doc_id", "document_id", "docid", "uid", "key"),
+    "topic": ("topic", "category", "subject"),
 }
-_CHOICE = re.compile(r"choice\d+")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How files are written: their encoding, and what is between the cells of CSV files.
-
-    Raises:
-        ValueError: no encoding of text, or a delimiter that is not one character or that CSV needs for itself.
-    """
-
-    encoding: str = "utf-8"
-    delimiter: str = ","
-
-    def __post_init__(self) -> None:
-        try:
-            "".encode(self.encoding)
-        except LookupError as error:
-            raise ValueError(f"encoding: {error}") from error
-        if len(self.delimiter) != 1 or self.delimiter in '"\r\n\0':
-            raise ValueError(f"delimiter: expected one character, no quote and no line break, got {self.delimiter!r}")
+QUESTION_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "query", "stem", "question_text", "question_stem", "input", "q"),
+    "choices": ("choices", "options", "candidates", "answers", "endings", "mc_options"),
+    "answer": ("answer", "label", "correct_answer", "correct", "correct_choice", "correct_option", "right_answer")
+    + ("answer_index", "answer_idx", "answerkey", "answer_key", "gold", "target", "solution", "key"),
+    "id": ("id", "_id", "question_id", "qid", "uid"),
+    "split": ("split",),
+    "topic": ("topic", "category", "subject"),
+    "form": ("form",),
+    "also_correct": ("also_correct",),
+    "document": ("document", "document_id", "doc_id", "source_id"),
+}
+_CHOICE = re.compile(r"(choice|option|answer|opt|distractor|)_?(?:(\d{1,2})|[a-z])")
+_LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+ONE_IN = 0.01  # an answer of 0 is missed if its absence by chance is rarer
 
 
 def iter_documents(paths: Sequence[str | Path], form: Format | None = None) -> Iterator[Document]:
     """The documents of files and of all such files below folders, in the order given, folders sorted.
 
     Args:
-        paths: .jsonl (objects with "text" and perhaps "id" and "topic"), .csv (a heading with the same names), .txt and
-            .md (a document each); or folders.
+        paths: .jsonl, .json, .csv or .tsv (rows with "text" and perhaps "id" and "topic", or other names of
+            DOCUMENT_NAMES), .txt and .md (a document each); or folders.
         form: of every file.
 
     Yields:
@@ -70,132 +59,306 @@ def iter_documents(paths: Sequence[str | Path], form: Format | None = None) -> I
         that was given.
 
     Raises:
-        TaskError: a file that cannot be read or used, an id used twice, or no document at all; names file, line,
-            column and field.
+        TaskError: at the end, with all files that cannot be read, rows that cannot be used and ids used twice; or no
+            document at all. It names file, line, column and field.
     """
-    found = (document for path in paths for document in _of_path(Path(path), form or Format()))
-    empty = True
+    form, problems, empty = form or Format(), Problems(), True
     with contextlib.closing(Seen()) as ids:
-        for where, document in found:
-            if not ids.add(document.id):
-                raise TaskError(f"{where}: id: {document.id!r} was used before")
-            empty = False
-            yield document
+        for path in map(Path, paths):
+            for where, document in _of_path(path, form, problems):
+                if not ids.add(document.id):
+                    problems.add(f"{where}: id: {document.id!r} was used before")
+                    continue
+                empty = False
+                yield document
+    problems.check()
     if empty:
         raise TaskError(f"{', '.join(map(str, paths))}: no documents: expected {', '.join(SUFFIXES)} files with some")
 
 
-def _of_path(path: Path, form: Format) -> Iterator[tuple[str, Document]]:
-    if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()):
-            if not file.resolve().is_relative_to(path.resolve()):
-                raise TaskError(f"{file}: a link out of {path}; name what it leads to, or copy it")
-            yield from _of_file(file, str(file.relative_to(path)), form)
-    else:
-        yield from _of_file(path, path.name, form)
-
-
-def _of_file(path: Path, name: str, form: Format) -> Iterator[tuple[str, Document]]:
-    """Documents, each with the place of its id."""
-    if path.suffix not in SUFFIXES:
-        raise TaskError(f"{path}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
-    if path.suffix in (".txt", ".md"):
-        _check_mark(path, form.encoding)
-        text = "".join(line for _, line in read_lines(path, form.encoding))
-        yield str(path), document_of(str(path), {"id": name, "text": text})
+def _of_path(path: Path, form: Format, problems: Problems) -> Iterator[tuple[str, Document]]:
+    if not path.is_dir():
+        yield from _of_file(path, path.name, form, problems)
         return
-    for where, row, places in _rows(path, form, ("text",)):
-        default = f"{name}{where.removeprefix(str(path))}"
-        yield places.get("id", where), document_of(where, {"id": default} | row)
+    for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()):
+        if not file.resolve().is_relative_to(path.resolve()):
+            problems.add(f"{file}: a link out of {path}; name what it leads to, or copy it")
+            continue
+        yield from _of_file(file, file.relative_to(path).as_posix(), form, problems)
 
 
-def read_questions(path: Path, form: Format | None = None) -> tuple[Question, ...]:
-    """The questions of a .jsonl file (see task.py) or a .csv file, in its order.
+def _of_file(path: Path, name: str, form: Format, problems: Problems) -> Iterator[tuple[str, Document]]:
+    """Documents, each with the place of its id."""
+    if path.suffix.lower() not in SUFFIXES:
+        problems.add(f"{path}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
+        return
+    if path.suffix.lower() in TEXTS:
+        try:
+            yield str(path), Document(name, encodable(str(path), "text", read_text(path, form.encoding_of(path))))
+        except TaskError as error:
+            problems.add(error)
+        return
+    fields = _Fields(path, form, DOCUMENT_NAMES)
+    for row in read_rows(path, form, problems, lambda columns: fields.need("text", columns)):
+        try:
+            found = {ours: value for ours, value in fields.of(row).items() if value or ours == "text"}
+            found |= {"topic": str(found["topic"])} if type(found.get("topic")) is int else {}
+            if isinstance(found.get("text"), str):
+                found["text"] = found["text"].replace("\r\n", "\n").replace("\r", "\n")
+            default = {"id": f"{name}{row.where.removeprefix(str(path))}"}
+            yield row.at(fields.theirs("id")), document_of(row.at(fields.theirs("text")), default | found)
+        except TaskError as error:
+            problems.add(error)
+    fields.tell()
 
-    A CSV file's heading names its columns: "prompt", "choice1", "choice2", ... (a question with fewer choices leaves
-    the last ones empty), and perhaps "id", "answer" (a number, 0 for the first choice), "split", "topic", "form" and
-    "also_correct" (numbers with spaces between them). An id that a row lacks is its file's name and line.
+
+class _Fields:
+    """Which of a file's fields is which of ours; of a table all rows agree, of JSON each has its own."""
+
+    def __init__(self, path: Path, form: Format, names: Mapping[str, tuple[str, ...]]) -> None:
+        unknown = [ours for ours in form.columns if ours not in DOCUMENT_NAMES.keys() | QUESTION_NAMES.keys()]
+        if unknown:
+            raise TaskError(f"columns: {unknown[0]!r} is no field; expected some of {', '.join(names)}")
+        self.path, self.form = path, form
+        self.names = {
+            ours: (plain(form.columns[ours]),) if ours in form.columns else theirs for ours, theirs in names.items()
+        }
+        self.used: dict[str, str] = {}
+        self.spelt: dict[str, str] = {}
+        self.ignored: dict[str, None] = {}
+
+    def of(self, row: Row) -> dict[str, Any]:
+        """The row's values by our names; empty cells of a table and nulls are absent."""
+        found = {}
+        self.spelt |= row.names
+        for ours, theirs in self.names.items():
+            name = next((name for name in theirs if name in row.cells), None)
+            if name is not None:
+                self.used[ours] = name
+                found[ours] = row.cells[name]
+        taken = set(self.used.values())
+        self.ignored |= dict.fromkeys(name for name in row.cells if name not in taken)
+        return found
+
+    def theirs(self, ours: str) -> str:
+        """The file's name of a field."""
+        return self.used.get(ours, ours)
+
+    def need(self, ours: str, columns: Mapping[str, str]) -> None:
+        """Raise TaskError if a table, with these columns by plain name, lacks a field."""
+        if not set(self.names[ours]) & columns.keys():
+            raise TaskError(
+                f"{self.path}:1: {ours}: missing from the heading {','.join(columns.values())[:60]!r}; "
+                f"--columns {ours}=NAME names its column"
+            )
+
+    def need_question(self, columns: Mapping[str, str]) -> None:
+        """Raise TaskError if a table lacks prompts or choices."""
+        self.need("prompt", columns)
+        taken = {name for ours, theirs in self.names.items() for name in theirs if ours != "choices"}
+        if not set(self.names["choices"]) & columns.keys() and not any(
+            _CHOICE.fullmatch(name) for name in columns.keys() - taken
+        ):
+            raise TaskError(f"{self.path}:1: choice1: missing from the heading {','.join(columns.values())[:60]!r}")
+
+    def tell(self, more: Mapping[str, str] | None = None) -> None:
+        """Say which fields were taken under another name, and which were not taken."""
+        spelt = {ours: self.spelt.get(name, name) for ours, name in self.used.items()}
+        other = {ours: theirs for ours, theirs in spelt.items() if theirs != ours}
+        other |= more or {}
+        if other:
+            mapped = ", ".join(f"{ours} = {theirs}" for ours, theirs in other.items())
+            self.form.tell(f"{self.path}: {mapped}")
+        if other and self.ignored:
+            self.form.tell(f"{self.path}: not used: {', '.join(self.spelt.get(name, name) for name in self.ignored)}")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row of a question file before it is known from what its answers count."""
+
+    row: Row
+    fields: dict[str, Any]
+    choices: list[str]
+    answer: int | None
+    is_number: bool
+
+
+def read_questions(path: Path, form: Format | None = None, first_answer: int | None = None) -> tuple[Question, ...]:
+    """The questions of a .jsonl, .json, .csv or .tsv file, in its order.
+
+    A table's choices are columns "choice1", "choice2", ... (or "option a", "A", ...); a question with fewer choices
+    leaves the last ones empty. An answer is a number, a letter or the text of a choice. An id that a row lacks is its
+    file's name and line.
+
+    Args:
+        path: of the file.
+        form: of the file.
+        first_answer: the number of the first choice, 0 or 1; None if it is 0 unless the numbers say otherwise.
 
     Raises:
-        TaskError: a file that cannot be read or used; names file, line, column and field.
+        TaskError: all that cannot be read or used, or numbers that seem to count from 1; names file, line, column and
+            field.
     """
-    if path.suffix not in (".jsonl", ".csv"):
-        raise TaskError(f"{path}: expected a file of questions that ends in .jsonl or .csv")
+    form, problems = form or Format(), Problems()
+    if path.suffix.lower() not in ROWS:
+        raise TaskError(f"{path}: expected a file of questions that ends in {', '.join(ROWS)}")
+    fields, drafts, columns = _Fields(path, form, QUESTION_NAMES), list[_Draft](), dict[str, str]()
+    for row in read_rows(path, form, problems, fields.need_question):
+        try:
+            drafts.append(_draft(row, fields, columns))
+        except TaskError as error:
+            problems.add(error)
+    offset = _offset(path, drafts, first_answer, problems)
     questions: dict[str, Question] = {}
-    for where, row, places in _rows(path, form or Format(), ("prompt", "choice1")):
-        default = {"id": f"{path.name}{where.removeprefix(str(path))}"}
-        question = question_of(where, default | (_uncelled(row, places) if path.suffix == ".csv" else row))
+    for draft in drafts:
+        try:
+            question = _question(draft, offset, path)
+        except TaskError as error:
+            problems.add(error)
+            continue
         if question.id in questions:
-            raise TaskError(f"{places.get('id', where)}: id: {question.id!r} was used before in this file")
+            place = draft.row.at(fields.theirs("id"))
+            problems.add(f"{place}: id: {question.id!r} was used before in this file")
         questions[question.id] = question
+    problems.check()
     if not questions:
         raise TaskError(f"{path}: empty: expected at least one question")
+    fields.tell({"choices": ", ".join(columns.values())} if columns and not _are_ours(columns) else None)
     return tuple(questions.values())
 
 
-def _uncelled(cells: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """A row of a CSV file of questions as one of JSON lines has it."""
-    columns = [name for name in places if _CHOICE.fullmatch(name)]
-    while len(columns) > 1 and columns[-1] not in cells:
-        columns.pop()
-    for name in columns:
-        if name not in cells:
-            raise TaskError(f"{places[name]}: {name}: expected a non-empty string")
-    row: dict[str, Any] = {name: cell for name, cell in cells.items() if not _CHOICE.fullmatch(name)}
-    row |= {"prompt": cells.get("prompt", ""), "choices": [cells[name] for name in columns]}
-    for name in ("answer", "also_correct"):
-        numbers = cells.get(name, "").split()
-        if not all(n.isdecimal() and len(n) < 9 and int(n) < len(columns) for n in numbers) or (
-            name == "answer" and len(numbers) > 1
-        ):
-            raise TaskError(f"{places[name]}: {name}: expected 0 to {len(columns) - 1}, got {cells[name][:60]!r}")
-        row[name] = [int(n) for n in numbers]
-    return row | {"answer": row["answer"][0] if row["answer"] else None}
+def _are_ours(columns: Mapping[str, str]) -> bool:
+    return all(re.fullmatch(r"choice\d+", name) for name in columns.values())
 
 
-def _rows(path: Path, form: Format, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """("file:line", row, the place of each of its cells if it is one of CSV) of each row."""
-    _check_mark(path, form.encoding)
-    if path.suffix == ".jsonl":
-        yield from ((where, row, {}) for where, row in read_jsonl(path, form.encoding))
-        return
-    lines = (line for _, line in read_lines(path, form.encoding))
-    reader = csv.reader(lines, strict=True, delimiter=form.delimiter)
+def _draft(row: Row, fields: _Fields, columns: dict[str, str]) -> _Draft:
+    found = fields.of(row)
+    if row.places:
+        found = {ours: value for ours, value in found.items() if value or ours == "prompt"}
+    choices = _choices(row, found, fields, columns)
+    answer = found.pop("answer", None)
+    if isinstance(answer, str) and answer not in choices and any(name.startswith("distractor") for name in columns):
+        choices = [answer, *choices]
+    at = row.at(fields.theirs("answer"))
+    if isinstance(answer, bool) or not isinstance(answer, int | str | None):
+        shown = json.dumps(answer, default=str)[:60]
+        raise TaskError(f"{at}: answer: expected a number, a letter or a choice, got {shown}")
+    index, is_number = _index(at, answer, choices)
+    for ours in ("id", "topic", "document"):
+        if type(found.get(ours)) is int:
+            found[ours] = str(found[ours])
+    if row.places and "also_correct" in found:
+        found["also_correct"] = _numbers(row.at(fields.theirs("also_correct")), found["also_correct"], len(choices))
+    return _Draft(row, found, choices, index, is_number)
+
+
+def _choices(row: Row, found: dict[str, Any], fields: _Fields, columns: dict[str, str]) -> list[str]:
+    """The choices of a list, of a cell with a JSON list or with | between them, or of columns of their own."""
+    value = found.pop("choices", None)
+    if isinstance(value, str) and row.places:
+        value = _listed(value)
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # {"text": [...], "label": ["A", ...]}
+        value = value["text"]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if value is not None:
+        where = row.at(fields.theirs("choices"))
+        if not isinstance(value, list) or not value:
+            raise TaskError(f"{where}: choices: expected a list with at least one string")
+        return [str(choice) if type(choice) in (int, float) else choice for choice in value]
+    taken = set(fields.used.values())
+    names = _choice_columns([name for name in row.cells if row.places or isinstance(row.cells[name], str)], taken)
+    if not names:
+        raise TaskError(f"{row.where}: choices: expected a list with at least one string")
+    columns |= {name: row.names.get(name, name) for name in names}
+    for name in names:
+        fields.ignored.pop(name, None)
+    while len(names) > 1 and not row.cells[names[-1]]:
+        names.pop()
+    for name in names:
+        if not row.cells[name]:
+            raise TaskError(f"{row.at(name)}: {row.names.get(name, name)}: expected a non-empty string")
+    return [row.cells[name] for name in names]
+
+
+def _choice_columns(names: Sequence[str], taken: set[str]) -> list[str]:
+    """The names that number or letter choices in one way, the way of the most of them."""
+    ways: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        if name not in taken and (match := _CHOICE.fullmatch(name)) is not None:
+            ways.setdefault((match[1], match[2] is None), []).append(name)
+    return max(ways.values(), key=len, default=[])
+
+
+def _listed(cell: str) -> list[Any] | str:
     try:
-        heading = next(reader, [])
-        for name in needed:
-            if name not in heading:
-                raise TaskError(f"{path}:1: {name}: missing from the heading {form.delimiter.join(heading)[:60]!r}")
-        for c, name in enumerate(heading):
-            if name in heading[:c]:
-                raise TaskError(f"{path}:1: column {c + 1}: {name[:60]!r} is there twice")
-        for cells in reader:
-            where = f"{path}:{reader.line_num}"
-            if cells and len(cells) != len(heading):
-                column = min(len(cells), len(heading)) + 1
-                raise TaskError(f"{where}: column {column}: expected {len(heading)} columns, got {len(cells)}")
-            places = {name: f"{where}: column {c}" for c, name in enumerate(heading, 1)}
-            row = {name: encodable(places[name], name, cell) for name, cell in zip(heading, cells, strict=False)}
-            if row:
-                yield where, {name: cell for name, cell in row.items() if cell or name in ("text", "prompt")}, places
-    except csv.Error as error:
-        raise TaskError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+        value = json.loads(cell)
+    except ValueError:
+        value = [part.strip() for part in re.split(r"\||\n", cell)]
+    return value if isinstance(value, list) else cell
 
 
-def _check_mark(path: Path, encoding: str) -> None:
-    """Refuse a file that begins as one of another encoding does."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
-    name = codecs.lookup(encoding).name
-    for mark, its in _MARKS.items():
-        if start.startswith(mark):
-            if name != its:
-                raise TaskError(f"{path}: begins with the mark of {its}, not of {encoding}; give --encoding {its}")
-            return
-    if b"\0" in start and not name.startswith(("utf-16", "utf-32")):
-        raise TaskError(
-            f"{path}: begins with zero bytes, as utf-16 and utf-32 do; give --encoding utf-16-le or its like"
+def _index(at: str, answer: int | str | None, choices: Sequence[Any]) -> tuple[int | None, bool]:
+    """(the index that an answer names, whether it is a number of the file's own counting)."""
+    if answer is None or answer == "":
+        return None, False
+    if isinstance(answer, int):
+        return answer, True
+    texts = [choice.strip() if isinstance(choice, str) else choice for choice in choices]
+    if answer in choices:
+        return choices.index(answer), False
+    if answer.strip() in texts:
+        return texts.index(answer.strip()), False
+    if re.fullmatch(r"\s*\d{1,8}(\.0+)?\s*", answer) and answer.strip().isascii():
+        return int(answer.partition(".")[0]), True
+    if (letter := _LETTER.fullmatch(answer.strip())) is not None:
+        index = ord(letter[1].upper()) - ord("A")
+        if index < len(choices):
+            return index, False
+    folded = [text.casefold() if isinstance(text, str) else text for text in texts]
+    if folded.count(answer.strip().casefold()) == 1:
+        return folded.index(answer.strip().casefold()), False
+    raise TaskError(f"{at}: answer: expected 0 to {len(choices) - 1}, a letter or a choice, got {answer[:60]!r}")
+
+
+def _numbers(at: str, cell: str, count: int) -> list[int]:
+    numbers = cell.split()
+    if not all(n.isascii() and n.isdecimal() and len(n) < 9 and int(n) <= count for n in numbers):
+        raise TaskError(f"{at}: also_correct: expected 0 to {count - 1}, got {cell[:60]!r}")
+    return [int(n) for n in numbers]
+
+
+def _offset(path: Path, drafts: Sequence[_Draft], first_answer: int | None, problems: Problems) -> int:
+    """The number of the first choice; a problem where it is not said and the numbers look like counting from 1."""
+    if first_answer is not None:
+        return first_answer
+    numbered = [draft for draft in drafts if draft.is_number]
+    if not numbered or any(draft.answer == 0 for draft in numbered):
+        return 0
+    beyond = any(draft.answer == len(draft.choices) for draft in numbered)
+    possible = all(1 <= (draft.answer or 0) <= len(draft.choices) for draft in numbered)
+    chance = math.prod(1 - 1 / max(2, len(draft.choices)) for draft in numbered)
+    if possible and (beyond or chance < ONE_IN):
+        problems.add(
+            f"{path}: answer: none of {len(numbered)} numbers is 0: do they count from 1? "
+            "--first-answer 1 says so, --first-answer 0 that they do not"
         )
+        return 1  # so that nothing else is said of them
+    return 0
+
+
+def _question(draft: _Draft, offset: int, path: Path) -> Question:
+    answer = draft.answer
+    if draft.is_number and answer is not None:
+        answer -= offset
+        if not 0 <= answer < len(draft.choices):
+            low, high = offset, len(draft.choices) - 1 + offset
+            where = next((place for name, place in draft.row.places.items() if name in QUESTION_NAMES["answer"]), "")
+            shown = repr(str(draft.answer)) if draft.row.places else draft.answer
+            raise TaskError(f"{where or draft.row.where}: answer: expected {low} to {high}, got {shown}")
+    default = {"id": f"{path.name}{draft.row.where.removeprefix(str(path))}"}
+    found: dict[str, Any] = {"choices": draft.choices, "answer": answer}
+    if offset and isinstance(also := draft.fields.get("also_correct"), list):
+        found["also_correct"] = [c - offset if type(c) is int else c for c in also]
+    return question_of(draft.row.where, default | draft.fields | found)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icl_ft_fast.tasks import words
+from icl_ft_fast.tasks.files import TaskError, read_jsonl
 from icl_ft_fast.tasks.generator import NO_ENGLISH, Preset, TaskGenerator
-from icl_ft_fast.tasks.task import Document, Question, Task, TaskError, read_jsonl, text_field
+from icl_ft_fast.tasks.task import Document, Question, Task, text_field
 
 TRAINING = "all_prompts_train.jsonl"
 DESCRIPTIONS = "p2d_prompts_test.jsonl"  # description given the name, as in training

@@ -7,22 +7,13 @@ documents.jsonl has {"id", "text"} and perhaps "topic"; questions.jsonl has {"id
 
 from __future__ import annotations
 
-import codecs
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, AnyStr, TypeVar
+from typing import Any, TypeVar
 
-from icl_ft_fast.runtime.durable import replacing
-from icl_ft_fast.runtime.errors import UserError
-
-LINE = 2**28  # bytes, or characters in other encodings than UTF-8: a line is shorter
-
-
-class TaskError(UserError):
-    """A task file that cannot be used; the message names file, line and field."""
+from icl_ft_fast.tasks.files import Problems, TaskError, read_jsonl, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,12 @@ class Question:
 
     @property
     def correct(self) -> tuple[int, ...]:
-        """Indices of all correct choices, the answer first; empty where it is unknown."""
-        return () if self.answer is None else (self.answer, *self.also_correct)
+        """Indices of all correct choices, the answer first, then what equals one; empty where the answer is unknown."""
+        if self.answer is None:
+            return ()
+        stated = (self.answer, *self.also_correct)
+        texts = {self.choices[c] for c in stated}
+        return stated + tuple(c for c, text in enumerate(self.choices) if text in texts and c not in stated)
 
 
 @dataclass(frozen=True)
@@ -108,90 +103,31 @@ def read_questions(path: str | Path) -> tuple[Question, ...]:
     return _read(Path(path), question_of)
 
 
-def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
-    """("file:line", line) of each line, read as it is asked for; raises TaskError."""
-    try:
-        if encoding == "utf-8":
-            with path.open("rb") as file:
-                for where, raw in _lines(path, file):
-                    try:
-                        yield where, raw.decode("utf-8")
-                    except UnicodeDecodeError as error:
-                        place = f"byte {error.start + 1} of the line, 0x{raw[error.start]:02x}"
-                        other = raw[error.start : error.start + 1].decode("cp1252", "replace")
-                        raise TaskError(f"{where}: not UTF-8 text ({place}; cp1252 reads {other!r} there)") from error
-        else:
-            with path.open(encoding=encoding, newline="") as text:
-                yield from _lines(path, text)
-    except UnicodeError as error:
-        raise TaskError(f"{path}:{_broken_line(path, encoding)}: not {encoding} text: {error}") from error
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _lines(path: Path, file: IO[AnyStr]) -> Iterator[tuple[str, AnyStr]]:
-    """("file:line", line) of each line; one that never ends is refused before it has filled the memory."""
-    for number in itertools.count(1):
-        line = file.readline(LINE)
-        if len(line) == LINE:
-            raise TaskError(f"{path}:{number}: a line of {LINE:,} bytes or more")
-        if not line:
-            return
-        yield f"{path}:{number}", line
-
-
-def _broken_line(path: Path, encoding: str) -> int:
-    """The line of a file's first byte that its encoding does not have; a decoder reads ahead of the lines it gives."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    with path.open("rb") as file:
-        while block := file.read(1 << 16):
-            state = decoder.getstate()
-            try:
-                line += decoder.decode(block).count("\n")
-            except UnicodeError:
-                decoder.setstate(state)
-                for byte in block:
-                    try:
-                        line += decoder.decode(bytes([byte])).count("\n")
-                    except UnicodeError:
-                        return line
-    return line
-
-
-def read_jsonl(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each non-empty line; raises TaskError."""
-    for where, line in read_lines(path, encoding):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{where}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise TaskError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        yield where, row
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one object a line, replace `path` atomically and return how many; nothing is left if the rows fail."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        return sum(file.write(json.dumps(row, ensure_ascii=False) + "\n") > 0 for row in rows)
-
-
 Row = TypeVar("Row", Document, Question)
 
 
 def _read(path: Path, parse: Callable[[str, dict[str, Any]], Row]) -> tuple[Row, ...]:
     rows: dict[str, Row] = {}
-    for where, raw in read_jsonl(path):
-        row = parse(where, raw)
+    problems = Problems()
+    for where, raw in read_jsonl(path, problems):
+        try:
+            row = parse(where, raw)
+        except TaskError as error:
+            problems.add(error)
+            continue
         if row.id in rows:
-            raise TaskError(f"{where}: id: {row.id!r} was used before in this file")
+            problems.add(f"{where}: id: {row.id!r} was used before in this file")
         rows[row.id] = row
+    problems.check()
     if not rows:
         raise TaskError(f"{path}: empty: expected at least one JSON object")
     return tuple(rows.values())
+
+
+def id_field(where: str, row: dict[str, Any]) -> str:
+    """The row's id, which may be a whole number; raises TaskError."""
+    value = row.get("id")
+    return str(value) if type(value) is int else text_field(where, row, "id")
 
 
 def text_field(where: str, row: dict[str, Any], field: str) -> str:
@@ -219,7 +155,7 @@ def encodable(where: str, field: str, text: str) -> str:
 
 def document_of(where: str, row: dict[str, Any]) -> Document:
     """A row as a document; raises TaskError."""
-    return Document(text_field(where, row, "id"), text_field(where, row, "text"), optional_field(where, row, "topic"))
+    return Document(id_field(where, row), text_field(where, row, "text"), optional_field(where, row, "topic"))
 
 
 def question_of(where: str, row: dict[str, Any]) -> Question:
@@ -240,8 +176,11 @@ def question_of(where: str, row: dict[str, Any]) -> Question:
         raise TaskError(
             f"{where}: also_correct: expected distinct indices of choices beside an answer, got {json.dumps(also)[:60]}"
         )
+    if answer is not None:  # of equal choices the first is the answer: it is the one that is predicted
+        answer = choices.index(choices[answer])
+        also = [c for c in also if c != answer]
     return Question(
-        text_field(where, row, "id"),
+        id_field(where, row),
         text_field(where, row, "prompt"),
         tuple(choices),
         answer,

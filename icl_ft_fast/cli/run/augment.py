@@ -28,8 +28,9 @@ from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks.check import check
+from icl_ft_fast.tasks.files import write_jsonl
 from icl_ft_fast.tasks.generated import deny
-from icl_ft_fast.tasks.task import Document, Task, write_jsonl
+from icl_ft_fast.tasks.task import Document, Task
 
 
 def run_augment(options: argparse.Namespace) -> None:

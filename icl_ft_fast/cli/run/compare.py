@@ -38,6 +38,7 @@ from icl_ft_fast.runtime.executors import Executor
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.settings import ARM_NAMES, DEFAULT_ARMS, StudySettings
+from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
 
@@ -186,12 +187,12 @@ def _template(name: str) -> str:
     """base, chat, or the text of a file, less the line break that ends it."""
     if name in ("base", "chat"):
         return name
+    if not Path(name).exists():
+        raise UsageError(f"--template: {name}: neither base, chat nor a file: No such file or directory")
     try:
-        return check_template(Path(name).read_text(encoding="utf-8").removesuffix("\n"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--template: {name}: not UTF-8 text (byte {error.start + 1})") from error
-    except OSError as error:
-        raise UsageError(f"--template: {name}: neither base, chat nor a file: {error.strerror}") from error
+        return check_template(read_text(name).removesuffix("\n"))
+    except TaskError as error:
+        raise UsageError(f"--template: {error}") from error
     except ProtocolError as error:
         raise UsageError(f"--template: {name}: {error}") from error
 

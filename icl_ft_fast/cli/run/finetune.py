@@ -47,7 +47,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = yaml.safe_load(path.read_bytes())  # by its mark UTF-8 or UTF-16
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UsageError(f"--config: {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from icl_ft_fast.cli.options import (
     UsageError,
@@ -18,9 +21,12 @@ from icl_ft_fast.engine.defaults import SHIPPED, SHIPPED_FOLDER
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
+from icl_ft_fast.tasks.files import Problems, TaskError, read_lines, read_text, write_jsonl
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset, TaskOption
-from icl_ft_fast.tasks.task import Task, TaskError, read_documents, read_lines, read_questions, write_jsonl
+from icl_ft_fast.tasks.near import NearRepeats
+from icl_ft_fast.tasks.tables import Format
+from icl_ft_fast.tasks.task import Question, Task, read_documents, read_questions
 from icl_ft_fast.tasks.words import ENGLISH
 
 
@@ -59,20 +65,57 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_new(options: argparse.Namespace) -> None:
     """`icl-ft-fast task new`."""
+    delimiter = "\t" if options.delimiter == "tab" else options.delimiter
     try:
-        form = own.Format(options.encoding, "\t" if options.delimiter == "tab" else options.delimiter)
+        form = Format(options.encoding, delimiter, options.columns, lambda note: print(printable(note)))
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     for name in ("documents.jsonl", "questions.jsonl"):
         check_new(options.folder / name, options.overwrite)
-    given = own.read_questions(options.questions, form) if options.questions else ()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    documents = own.iter_documents(options.documents, form)
-    count = write_jsonl(options.folder / "documents.jsonl", map(asdict, documents))
-    if given:
-        write_jsonl(options.folder / "questions.jsonl", map(asdict, given))
+    problems, given = Problems(), tuple[Question, ...]()
+    if options.questions:
+        try:
+            given = own.read_questions(options.questions, form, options.first_answer)
+        except TaskError as error:
+            problems.add(error)
+    empty: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            for document in own.iter_documents(options.documents, form):
+                empty.extend([] if document.text.strip() else [document.id])
+                yield asdict(document)
+        except TaskError as error:
+            problems.add(error)
+        problems.check()
+
+    with removing_if_failed(options.folder):
+        count = write_jsonl(options.folder / "documents.jsonl", rows())
+        if given:
+            write_jsonl(options.folder / "questions.jsonl", map(asdict, given))
+    if empty:
+        print(f"documents without text: {_named(empty)}")
+    if together := [question.id for question in given if check.runs_together(question)]:
+        print(f"choices that run into the prompt, without a space between: {_named(together)}")
+    if equal := [question.id for question in given if len(set(question.choices)) < len(question.choices)]:
+        print(f"questions with equal choices: {_named(equal)}")
     missing = "" if given else "; questions.jsonl is yours to add"
     print(f"{count} documents and {len(given)} questions written to {options.folder}{missing}")
+
+
+@contextmanager
+def removing_if_failed(folder: Path) -> Iterator[None]:
+    """Make a folder; remove it, and those above it that were made, if the block fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(folder)
+            for path in made[1:]:
+                path.rmdir()
+        raise
 
 
 def run_questions(options: argparse.Namespace) -> None:
@@ -84,7 +127,7 @@ def run_questions(options: argparse.Namespace) -> None:
     )
     if options.prompt_template is not None:
         try:
-            settings = replace(settings, template="".join(line for _, line in read_lines(options.prompt_template)))
+            settings = replace(settings, template=read_text(options.prompt_template))
         except ValueError as error:
             raise UsageError(f"--prompt-template: {error}") from error
     read = read_documents(documents)
@@ -103,9 +146,20 @@ def run_check(options: argparse.Namespace) -> None:
     """`icl-ft-fast task check`."""
     questions = read_questions(options.folder / "questions.jsonl")
     documents = own.iter_documents([options.folder / "documents.jsonl"])
-    found = check.check(documents, questions, ngram=options.ngram)
+    try:
+        near = NearRepeats(check.NEAR)
+    except ModuleNotFoundError:
+        near = None
+    found = check.check(documents, questions, ngram=options.ngram, near=near)
+    print(f"documents without text: {_named(found.empty_documents)}")
     print(f"documents that repeat another: {_named(found.same_documents)}")
+    if found.near_documents is None:
+        print("documents that nearly repeat another: not looked for, needs pip install 'icl_ft_fast[augment]'")
+    else:
+        print(f"documents that nearly repeat another: {_named(found.near_documents)}")
     print(f"questions that repeat another: {_named(found.same_questions)}")
+    print(f"questions with equal choices: {_named(found.equal_choices)}")
+    print(f"questions whose choices run into the prompt, without a space between: {_named(found.run_together)}")
     for split, leaked in found.leaked.items():
         print(f"answers found in the documents, split {printable(split)}, of {found.answered[split]}: {_named(leaked)}")
     print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
