@@ -41,7 +41,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 17_200
+BUDGET = 18_000
 
 
 def room(module):

@@ -174,7 +174,7 @@ class _Fields:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _QuestionRow:
     """A row of a question file before it is known from what its answers count."""
 
     row: Row
@@ -203,10 +203,10 @@ def read_questions(path: Path, form: Format | None = None, first_answer: int | N
     form, problems = form or Format(), Problems()
     if path.suffix.lower() not in ROWS:
         raise TaskError(f"{path}: expected a file of questions that ends in {', '.join(ROWS)}")
-    fields, drafts, columns = _Fields(path, form, QUESTION_NAMES), list[_Draft](), dict[str, str]()
+    fields, drafts, columns = _Fields(path, form, QUESTION_NAMES), list[_QuestionRow](), dict[str, str]()
     for row in read_rows(path, form, problems, fields.need_question):
         try:
-            drafts.append(_draft(row, fields, columns))
+            drafts.append(_question_row(row, fields, columns))
         except TaskError as error:
             problems.add(error)
     offset = _offset(path, drafts, first_answer, problems)
@@ -232,7 +232,7 @@ def _are_ours(columns: Mapping[str, str]) -> bool:
     return all(re.fullmatch(r"choice\d+", name) for name in columns.values())
 
 
-def _draft(row: Row, fields: _Fields, columns: dict[str, str]) -> _Draft:
+def _question_row(row: Row, fields: _Fields, columns: dict[str, str]) -> _QuestionRow:
     found = fields.of(row)
     if row.places:
         found = {ours: value for ours, value in found.items() if value or ours == "prompt"}
@@ -250,7 +250,7 @@ def _draft(row: Row, fields: _Fields, columns: dict[str, str]) -> _Draft:
             found[ours] = str(found[ours])
     if row.places and "also_correct" in found:
         found["also_correct"] = _numbers(row.at(fields.theirs("also_correct")), found["also_correct"], len(choices))
-    return _Draft(row, found, choices, index, is_number)
+    return _QuestionRow(row, found, choices, index, is_number)
 
 
 def _choices(row: Row, found: dict[str, Any], fields: _Fields, columns: dict[str, str]) -> list[str]:
@@ -329,7 +329,7 @@ def _numbers(at: str, cell: str, count: int) -> list[int]:
     return [int(n) for n in numbers]
 
 
-def _offset(path: Path, drafts: Sequence[_Draft], first_answer: int | None, problems: Problems) -> int:
+def _offset(path: Path, drafts: Sequence[_QuestionRow], first_answer: int | None, problems: Problems) -> int:
     """The number of the first choice; a problem where it is not said and the numbers look like counting from 1."""
     if first_answer is not None:
         return first_answer
@@ -348,7 +348,7 @@ def _offset(path: Path, drafts: Sequence[_Draft], first_answer: int | None, prob
     return 0
 
 
-def _question(draft: _Draft, offset: int, path: Path) -> Question:
+def _question(draft: _QuestionRow, offset: int, path: Path) -> Question:
     answer = draft.answer
     if draft.is_number and answer is not None:
         answer -= offset
