@@ -26,7 +26,7 @@ from benchmarks.timing import Row
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import icl_context
-from icl_ft_fast.integrations.engine import Engine
+from icl_ft_fast.integrations.scheduler import Scheduler
 from icl_ft_fast.integrations.server import make_app
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Question
@@ -87,7 +87,7 @@ def _question(made: list[Question], i: int) -> Question:
 
 @contextmanager
 def _serving(model: Model, options: dict[str, object]) -> Iterator[int]:
-    engine = Engine(model, **options)  # type: ignore[arg-type]
+    engine = Scheduler(model, **options)  # type: ignore[arg-type]
     listening = socket.create_server(("127.0.0.1", 0), backlog=256)
     config = uvicorn.Config(make_app(engine, "30M"), log_level="warning", access_log=False, ws="none")
     server = uvicorn.Server(config)

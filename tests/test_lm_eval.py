@@ -30,9 +30,9 @@ from icl_ft_fast.engine.generate import GenerateError, Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
 from icl_ft_fast.engine.loading import load
-from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval import IclFtFastLM
 from icl_ft_fast.integrations.processes import Processes
+from icl_ft_fast.integrations.shared_prefixes import group_by_prefix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # read by peft
@@ -552,7 +552,7 @@ def test_a_second_run_maps_the_worked_examples_that_the_first_one_saved(llama, l
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 70)), max_size=8))
 def test_beginnings_hold_each_request_once_and_begin_it(rows):
     pairs = [([*ids, *[7] * number, *ids], [1]) for ids, number in rows]
-    groups = beginnings(pairs)
+    groups = group_by_prefix(pairs)
     assert sorted(member for members, _ in groups for member in members) == list(range(len(pairs)))
     for members, token in groups:
         assert not token or len(token) >= 64

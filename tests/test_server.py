@@ -26,8 +26,15 @@ from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
-from icl_ft_fast.integrations.engine import Choices, Engine, EngineBusyError, EngineClosedError, Prompts, Sequences
 from icl_ft_fast.integrations.guard import Limits
+from icl_ft_fast.integrations.scheduler import (
+    Choices,
+    Prompts,
+    Scheduler,
+    SchedulerBusyError,
+    SchedulerClosedError,
+    Sequences,
+)
 from icl_ft_fast.integrations.server import make_app
 
 KEY = "a key that nobody guesses"
@@ -42,20 +49,20 @@ ASKED = {"model": "tiny", "prompt": "the cat", "temperature": 0}
 
 @contextmanager
 def serving(model, *, key=None, limits=None, context_bytes=2**26, **options):
-    """Port and engine of a live server."""
-    engine = Engine(model, context_bytes=context_bytes, **options)
+    """Port and scheduler of a live server."""
+    scheduler = Scheduler(model, context_bytes=context_bytes, **options)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = make_app(engine, "tiny", key=key, limits=limits)
+    app = make_app(scheduler, "tiny", key=key, limits=limits)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        yield listening.getsockname()[1], engine
+        yield listening.getsockname()[1], scheduler
     finally:
         server.should_exit = True
         thread.join()
-    assert engine._closed
-    assert not engine._thread.is_alive()
+    assert scheduler._closed
+    assert not scheduler._thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +70,8 @@ def live(llama):
     limits = Limits(body_bytes=100_000, body_s=0.3, choices=100, new_tokens=50)
     template, llama.tokenizer.chat_template = llama.tokenizer.chat_template, TEMPLATE
     try:
-        with serving(llama, key=KEY, limits=limits) as (port, engine):
-            yield port, engine
+        with serving(llama, key=KEY, limits=limits) as (port, scheduler):
+            yield port, scheduler
     finally:
         llama.tokenizer.chat_template = template
 
@@ -101,7 +108,7 @@ def assert_scores(llama, answer, prompt, context=CONTEXT, choices=CHOICES):
 
 
 def test_choices_are_scored_and_a_context_is_forwarded_once(llama):
-    with serving(llama) as (port, engine):
+    with serving(llama) as (port, scheduler):
         (context,) = encoding.encode(llama.tokenizer, [CONTEXT])
         cached = []
         for prompt in (" who", " that", " who", "."):
@@ -112,8 +119,8 @@ def test_choices_are_scored_and_a_context_is_forwarded_once(llama):
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert cached[0] == 0
         assert min(cached[1:]) >= len(context) - 1  # the last token may be merged with the prompt's first
-        assert engine.ledger.forwarded_tokens < len(context) + 4 * 40
-        assert engine.ledger.cached_tokens >= 3 * (len(context) - 1)
+        assert scheduler.ledger.forwarded_tokens < len(context) + 4 * 40
+        assert scheduler.ledger.cached_tokens >= 3 * (len(context) - 1)
 
 
 def test_what_waits_together_is_one_trie(llama, monkeypatch):
@@ -125,15 +132,15 @@ def test_what_waits_together_is_one_trie(llama, monkeypatch):
         assert go_on.wait(60)
         return original(self, jobs)
 
-    original = Engine._encode
-    monkeypatch.setattr(Engine, "_encode", encode)
-    engine = Engine(llama, context_bytes=0)
+    original = Scheduler._encode
+    monkeypatch.setattr(Scheduler, "_encode", encode)
+    scheduler = Scheduler(llama, context_bytes=0)
     prompts = [" " + text.strip() for text in sentences(8)]
-    first = engine.submit(Choices("", "the cat", (" sat",)))
+    first = scheduler.submit(Choices("", "the cat", (" sat",)))
     assert begun.wait(60)
-    futures = [engine.submit(Choices(CONTEXT, prompt, CHOICES)) for prompt in prompts]
-    dropped = engine.submit(Choices(CONTEXT, " nobody waits for this", CHOICES))
-    wrong = engine.submit(Choices(CONTEXT, "", ("",)))
+    futures = [scheduler.submit(Choices(CONTEXT, prompt, CHOICES)) for prompt in prompts]
+    dropped = scheduler.submit(Choices(CONTEXT, " nobody waits for this", CHOICES))
+    wrong = scheduler.submit(Choices(CONTEXT, "", ("",)))
     assert dropped.cancel()
     go_on.set()
     before = Ledger()
@@ -145,32 +152,32 @@ def test_what_waits_together_is_one_trie(llama, monkeypatch):
     with pytest.raises(ScoreError, match=r"^choices\[0\]: no token of its own"):
         wrong.result()
     assert first.done()
-    engine.close()
+    scheduler.close()
     assert batches == [1, len(prompts) + 1]
-    assert engine.ledger == before
+    assert scheduler.ledger == before
 
 
 def test_a_beginning_that_batches_had_in_common_is_kept(llama):
-    engine, expected = Engine(llama, context_bytes=2**26), []
+    scheduler, expected = Scheduler(llama, context_bytes=2**26), []
     ids = encoding.encode(llama.tokenizer, [CONTEXT + text for text in (" who", " knows", " that", " mat")])
     try:
         for token in ids:
-            answer = engine.submit(Sequences([(token[:1], token[1:])], 1)).result()
-            expected.append(answer.reused_tokens)
+            answer = scheduler.submit(Sequences([(token[:1], token[1:])], 1)).result()
+            expected.append(answer.cached_tokens)
             alone = loglikelihood(llama, [(token[:1], token[1:])])[0].logp
             assert sum(answer.results[0].logp) == pytest.approx(alone, abs=1e-3)
     finally:
-        engine.close()
+        scheduler.close()
     assert expected[:2] == [0, 0]  # the second sees that the first began alike, and keeps that
     assert min(expected[2:]) >= 64
-    assert len(engine.contexts) == 1
+    assert len(scheduler.contexts) == 1
 
 
 def test_a_context_beyond_the_budget_is_not_kept_and_scores_the_same(llama):
-    with serving(llama, context_bytes=1000) as (port, engine):
+    with serving(llama, context_bytes=1000) as (port, scheduler):
         for prompt in (" who", " that"):
             assert_scores(llama, ask(port, prompt)[1], prompt)
-        assert len(engine.contexts) == 0
+        assert len(scheduler.contexts) == 0
 
 
 def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
@@ -178,11 +185,11 @@ def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
     (context,) = encoding.encode(llama.tokenizer, [CONTEXT])
     answers, forwarded, cached = [], [], []
     for _ in range(2):
-        with serving(llama, store=store) as (port, engine):
+        with serving(llama, store=store) as (port, scheduler):
             status, answer = ask(port)
             assert status == 200
         answers.append(answer["scores"])
-        forwarded.append(engine.ledger.forwarded_tokens)
+        forwarded.append(scheduler.ledger.forwarded_tokens)
         cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
     assert answers[0] == answers[1]
     assert_scores(llama, {"scores": answers[0]}, " who")
@@ -191,9 +198,9 @@ def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
     assert not caplog.records
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with serving(llama, store=store) as (port, engine):
+    with serving(llama, store=store) as (port, scheduler):
         assert ask(port)[1]["scores"] == answers[0]
-        assert engine.ledger.forwarded_tokens == forwarded[0]
+        assert scheduler.ledger.forwarded_tokens == forwarded[0]
     assert f"{file}: damaged" in caplog.text
     with serving(llama, store=ContextStore(tmp_path / "small", llama, 1000)) as (port, _):
         assert ask(port)[1]["scores"] == answers[0]
@@ -265,10 +272,10 @@ def test_sampling_follows_temperature_top_p_and_seed(client, llama):
 
 
 def test_an_end_of_text_that_is_predicted_is_no_text(llama, monkeypatch):
-    engine = Engine(llama, context_bytes=0)
+    scheduler = Scheduler(llama, context_bytes=0)
     ids = llama.tokenizer.encode("the cat")
-    likeliest = engine.submit(Sequences([(ids, [0])], 1)).result().results[0].top[0][0][0]
-    engine.close()
+    likeliest = scheduler.submit(Sequences([(ids, [0])], 1)).result().results[0].top[0][0][0]
+    scheduler.close()
     monkeypatch.setattr("icl_ft_fast.integrations.server.end_tokens", lambda model: {likeliest})
     with serving(llama) as (port, _):
         body = {**ASKED, "max_tokens": 1, "logprobs": 1}
@@ -430,11 +437,11 @@ def test_clients_that_disconnect_harm_nobody(llama, monkeypatch):
         assert go_on.wait(60)
         return original(self, jobs)
 
-    original = Engine._encode
+    original = Scheduler._encode
     taken, cancelled = threading.Event(), threading.Event()
-    monkeypatch.setattr(Engine, "_encode", encode)
-    with serving(llama) as (port, engine), ThreadPoolExecutor() as pool:
-        submit = engine.submit
+    monkeypatch.setattr(Scheduler, "_encode", encode)
+    with serving(llama) as (port, scheduler), ThreadPoolExecutor() as pool:
+        submit = scheduler.submit
 
         def submitted(question):
             future = submit(question)
@@ -442,7 +449,7 @@ def test_clients_that_disconnect_harm_nobody(llama, monkeypatch):
             taken.set()
             return future
 
-        monkeypatch.setattr(engine, "submit", submitted)
+        monkeypatch.setattr(scheduler, "submit", submitted)
         first = pool.submit(ask, port)
         assert begun.wait(60)
         taken.clear()
@@ -463,30 +470,30 @@ def test_clients_that_disconnect_harm_nobody(llama, monkeypatch):
 
 def test_more_than_may_wait_is_refused_and_shutting_down_answers_everyone(llama, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
-    original = Engine._encode
+    original = Scheduler._encode
 
     def encode(self, jobs):
         begun.set()
         assert go_on.wait(60)
         return original(self, jobs)
 
-    monkeypatch.setattr(Engine, "_encode", encode)
-    engine = Engine(llama, context_bytes=0, max_waiting=2)
-    at_work = engine.submit(Choices("", "the", CHOICES))
+    monkeypatch.setattr(Scheduler, "_encode", encode)
+    scheduler = Scheduler(llama, context_bytes=0, max_waiting=2)
+    at_work = scheduler.submit(Choices("", "the", CHOICES))
     assert begun.wait(60)
-    waiting = [engine.submit(Choices("", "the", CHOICES)) for _ in range(2)]
-    with pytest.raises(EngineBusyError, match=r"^2 requests are waiting already"):
-        engine.submit(Choices("", "the", CHOICES))
-    closing = threading.Thread(target=engine.close)
+    waiting = [scheduler.submit(Choices("", "the", CHOICES)) for _ in range(2)]
+    with pytest.raises(SchedulerBusyError, match=r"^2 requests are waiting already"):
+        scheduler.submit(Choices("", "the", CHOICES))
+    closing = threading.Thread(target=scheduler.close)
     closing.start()
     wait(waiting)
     go_on.set()
     closing.join()
     assert len(at_work.result().results) == 3
     for future in waiting:
-        assert isinstance(future.exception(), EngineClosedError)
-    with pytest.raises(EngineClosedError):
-        engine.submit(Choices("", "the", CHOICES))
+        assert isinstance(future.exception(), SchedulerClosedError)
+    with pytest.raises(SchedulerClosedError):
+        scheduler.submit(Choices("", "the", CHOICES))
 
 
 def test_a_failure_is_the_culprits_alone_and_leaks_nothing(llama, monkeypatch):
@@ -500,8 +507,8 @@ def test_a_failure_is_the_culprits_alone_and_leaks_nothing(llama, monkeypatch):
 
     original = encoding.encode_pairs
     monkeypatch.setattr(encoding, "encode_pairs", encode_pairs)
-    with serving(llama) as (port, engine):
-        jobs = [engine.submit(Choices("", prompt, CHOICES)) for prompt in ("the", "culprit", "who")]
+    with serving(llama) as (port, scheduler):
+        jobs = [scheduler.submit(Choices("", prompt, CHOICES)) for prompt in ("the", "culprit", "who")]
         assert isinstance(jobs[1].exception(), SecretError)
         assert len(jobs[0].result().results) == len(jobs[2].result().results) == 3
         status, body = ask(port, "culprit")
@@ -510,21 +517,21 @@ def test_a_failure_is_the_culprits_alone_and_leaks_nothing(llama, monkeypatch):
 
 
 def test_a_text_that_choices_repeat_too_often_is_refused(llama, monkeypatch):
-    monkeypatch.setattr("icl_ft_fast.integrations.engine.BATCH_CHARACTERS", 100)
-    engine = Engine(llama, context_bytes=0)
+    monkeypatch.setattr("icl_ft_fast.integrations.scheduler.BATCH_CHARACTERS", 100)
+    scheduler = Scheduler(llama, context_bytes=0)
     with pytest.raises(ScoreError, match=r"^choices: 109 characters, counting context and prompt with each choice"):
-        engine.submit(Choices("x" * 30, "y" * 5, ("a", "b", "cd")))
-    engine.close()
+        scheduler.submit(Choices("x" * 30, "y" * 5, ("a", "b", "cd")))
+    scheduler.close()
 
 
 def test_generation_and_scores_share_a_batch(llama):
-    engine = Engine(llama, context_bytes=2**26)
+    scheduler = Scheduler(llama, context_bytes=2**26)
     prompts = encoding.encode(llama.tokenizer, ["the cat", "who knows"])
     how = Sampling(max_new_tokens=5, temperature=1.0, seed=7)
-    written, scored = engine.submit(Prompts(prompts, how)), engine.submit(Choices("", "the cat", CHOICES))
+    written, scored = scheduler.submit(Prompts(prompts, how)), scheduler.submit(Choices("", "the cat", CHOICES))
     assert written.result().results == generate(llama, prompts, how)
     assert len(scored.result().results) == 3
-    engine.close()
+    scheduler.close()
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.engine.score import Score
-from icl_ft_fast.integrations.together import Together
+from icl_ft_fast.integrations.batcher import Batcher
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.study.evaluate import choice_scores
@@ -93,7 +93,7 @@ class IclFtFastAPI(ModelAPI):
             trust_remote_code=trust_remote_code,
         )
         self._window = Window(self.model.max_positions, max_length, overflow)
-        self._scores, self._texts = Together(self._score), Together(self._write)
+        self._scores, self._texts = Batcher(self._score), Batcher(self._write)
         self.ledger = Ledger()
 
     def max_connections(self) -> int:

@@ -30,9 +30,9 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood, stored_context
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.integrations.beginnings import beginnings
 from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
+from icl_ft_fast.integrations.shared_prefixes import group_by_prefix
 from icl_ft_fast.integrations.window import OVERFLOW, Window
 from icl_ft_fast.runtime.templates import render_chat
 
@@ -72,7 +72,7 @@ class IclFtFastLM(TemplateLM):
         chat_template_args: passed to the chat template.
         enable_thinking: passed to the chat template; needs think_end_token and generative tasks.
         store: folder of saved contexts: of a beginning that several contexts of a call have in common, see
-            integrations/beginnings.py, what the model made is taken from there, or saved there.
+            integrations/shared_prefixes.py, what the model made is taken from there, or saved there.
         store_limit: GB of all contexts there, beyond which the least recently used go.
         think_end_token: token or token id; what is generated up to its last occurrence is cut off.
 
@@ -325,7 +325,7 @@ class IclFtFastLM(TemplateLM):
         self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool
     ) -> Iterator[tuple[int, LogLikelihood]]:
         """(index of the pair, result) as they are done; those that begin alike start from the store."""
-        groups = [(list(range(len(pairs))), list[int]())] if self._store is None else beginnings(pairs)
+        groups = [(list(range(len(pairs))), list[int]())] if self._store is None else group_by_prefix(pairs)
         for members, token in groups:
             start = None
             if self._store is not None and token:

@@ -25,7 +25,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Generation(Body):
+class GenerationBody(Body):
     """Fields of both OpenAI endpoints; those that name one value refuse every other."""
 
     model: Text
@@ -40,7 +40,7 @@ class Generation(Body):
     frequency_penalty: Literal[0] | None = None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationBody):
     """/v1/completions."""
 
     prompt: (
@@ -57,7 +57,7 @@ class CompletionRequest(Generation):
     best_of: Literal[1] | None = None
 
 
-class Part(Body):
+class TextPart(Body):
     """Text of a message."""
 
     type: Literal["text"]
@@ -68,10 +68,10 @@ class ChatMessage(Body):
     """One turn."""
 
     role: Annotated[str, Field(min_length=1, max_length=100)]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationBody):
     """/v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -182,7 +182,7 @@ def prompt_logprobs(token: ScoredToken, top: int, piece: Callable[[int], str]) -
     }
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """A continuation; `tokens` are the prompt's and its own, those that were scored with log-probabilities."""
 
     text: str
@@ -192,7 +192,7 @@ class Written(NamedTuple):
 
 
 def completion_choice(
-    body: CompletionRequest, index: int, before: str, num_prompt: int, written: Written, piece: Callable[[int], str]
+    body: CompletionRequest, index: int, before: str, num_prompt: int, written: Completion, piece: Callable[[int], str]
 ) -> dict[str, Any]:
     """An entry of /v1/completions' choices.
 

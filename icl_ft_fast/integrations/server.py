@@ -24,34 +24,34 @@ from starlette.exceptions import HTTPException
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import GenerateError, Generation, end_tokens
 from icl_ft_fast.engine.likelihood import ScoreError
-from icl_ft_fast.integrations.engine import (
-    Answer,
-    Choices,
-    Engine,
-    EngineBusyError,
-    EngineClosedError,
-    Prompts,
-    Sequences,
-)
 from icl_ft_fast.integrations.guard import Guard, Limits
 from icl_ft_fast.integrations.protocol import (
     ChatMessage,
     ChatRequest,
     ChoicesRequest,
+    Completion,
     CompletionRequest,
     ErrorBody,
     RefusedError,
     ScoredToken,
     TokenizeRequest,
-    Written,
     completion_choice,
     error_response,
     sampling,
     usage,
 )
+from icl_ft_fast.integrations.scheduler import (
+    Choices,
+    Prompts,
+    RequestResult,
+    Scheduler,
+    SchedulerBusyError,
+    SchedulerClosedError,
+    Sequences,
+)
 from icl_ft_fast.runtime.templates import render_chat
 
-STATUS = {EngineBusyError: 429, EngineClosedError: 503, ScoreError: 400, GenerateError: 400}
+STATUS = {SchedulerBusyError: 429, SchedulerClosedError: 503, ScoreError: 400, GenerateError: 400}
 
 
 async def _refusal(_: Request, error: Exception) -> JSONResponse:
@@ -68,11 +68,11 @@ async def _refusal(_: Request, error: Exception) -> JSONResponse:
     return error_response(status, "internal error; the server's log has more" if status == 500 else str(error))
 
 
-def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limits | None = None) -> FastAPI:
-    """The application; it closes the engine when it shuts down.
+def make_app(scheduler: Scheduler, name: str, *, key: str | None = None, limits: Limits | None = None) -> FastAPI:
+    """The application; it closes the scheduler when it shuts down.
 
     Args:
-        engine: answers the questions.
+        scheduler: answers the questions.
         name: the model's, as clients give it.
         key: what clients must give as bearer token; None lets everyone in.
         limits: of what one client may ask for.
@@ -81,11 +81,11 @@ def make_app(engine: Engine, name: str, *, key: str | None = None, limits: Limit
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(scheduler.close)
         service.tokenizing.shutdown()
 
     limits = limits or Limits()
-    service = _Service(engine, name, limits)
+    service = _Service(scheduler, name, limits)
     app = FastAPI(
         title="icl_ft_fast",
         lifespan=lifespan,
@@ -117,12 +117,12 @@ Result = TypeVar("Result")
 class _Service:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits) -> None:
-        self.engine, self.name, self.limits = engine, name, limits
-        self.tokenizer = copy.deepcopy(engine.model.tokenizer)  # a tokenizer belongs to one thread
+    def __init__(self, scheduler: Scheduler, name: str, limits: Limits) -> None:
+        self.scheduler, self.name, self.limits = scheduler, name, limits
+        self.tokenizer = copy.deepcopy(scheduler.model.tokenizer)  # a tokenizer belongs to one thread
         self.tokenizing = ThreadPoolExecutor(1, "tokenizer")
         self.created = int(time.time())
-        self.ends_text = end_tokens(engine.model)
+        self.ends_text = end_tokens(scheduler.model)
         self._piece = functools.cache(lambda token: self.tokenizer.decode([token]))
 
     async def health(self) -> dict[str, str]:
@@ -132,7 +132,7 @@ class _Service:
     async def models(self) -> dict[str, Any]:
         """The one model."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "icl_ft_fast"}
-        return {"object": "list", "data": [model | {"max_model_len": self.engine.model.max_positions}]}
+        return {"object": "list", "data": [model | {"max_model_len": self.scheduler.model.max_positions}]}
 
     async def tokenizer_info(self) -> dict[str, Any]:
         """Special tokens and chat template."""
@@ -144,7 +144,7 @@ class _Service:
         """Token ids of a text."""
         self._check_model(body.model)
         (tokens,) = await self._in_tokenizer(self._encode, [body.prompt], body.add_special_tokens)
-        return {"count": len(tokens), "max_model_len": self.engine.model.max_positions, "tokens": tokens}
+        return {"count": len(tokens), "max_model_len": self.scheduler.model.max_positions, "tokens": tokens}
 
     async def score_choices(self, body: ChoicesRequest, request: Request) -> dict[str, Any]:
         """Log-likelihood of each choice after context + prompt; the context stays prefilled."""
@@ -157,7 +157,7 @@ class _Service:
         ]
         best = max(range(len(scores)), key=lambda c: answer.results[c].logp)
         prompt_tokens = answer.num_tokens[0][0] + sum(num_tokens for _, num_tokens in answer.num_tokens)
-        counts = usage(prompt_tokens, 0, answer.reused_tokens)
+        counts = usage(prompt_tokens, 0, answer.cached_tokens)
         return {"object": "score_choices", "model": self.name, "scores": scores, "predicted": best, "usage": counts}
 
     async def completions(self, body: CompletionRequest, request: Request) -> dict[str, Any]:
@@ -197,14 +197,14 @@ class _Service:
         body: CompletionRequest | ChatRequest,
         of_prompt: bool,
         top: int | None,
-    ) -> tuple[list[Written], int]:
+    ) -> tuple[list[Completion], int]:
         """Continue prompts, and score what is written with `top`, the prompts too with `of_prompt`; tokens reused."""
         read_off = new_tokens == 1 and top is not None and body.temperature == 0  # the likeliest token: no decoding
         written = [Generation("", (), (), "length")] * len(prompts)
         reused, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
         if new_tokens and not read_off:
             answer = await self._answer(request, Prompts(prompts, sampling(body, new_tokens)))
-            written, reused = answer.results, answer.reused_tokens
+            written, reused = answer.results, answer.cached_tokens
         if top is not None:
             pairs = []
             for prompt, generation in zip(prompts, written, strict=True):
@@ -212,7 +212,7 @@ class _Service:
                 rest = [*prompt[first:], *generation.ids]
                 pairs.append((prompt[:first], rest if rest and not read_off else [*rest, 0]))  # 0: a placeholder
             answer = await self._answer(request, Sequences(pairs, top))
-            reused += answer.reused_tokens
+            reused += answer.cached_tokens
             for p, ((context, rest), result) in enumerate(zip(pairs, answer.results, strict=True)):
                 scored = [ScoredToken(*one) for one in zip(rest, result.logp, result.rank, result.top, strict=True)]
                 if read_off:
@@ -225,7 +225,7 @@ class _Service:
                     scored.pop()
                 lists[p] = [*(ScoredToken(token) for token in context), *scored]
         return [
-            Written(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
+            Completion(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
             for one, tokens in zip(written, lists, strict=True)
         ], reused
 
@@ -234,22 +234,22 @@ class _Service:
         body: CompletionRequest,
         given: Sequence[str | list[int]],
         prompts: Sequence[list[int]],
-        written: list[Written],
+        written: list[Completion],
     ) -> list[dict[str, Any]]:
         befores = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in given]
         asked = zip(befores, map(len, prompts), written, strict=True)
         return [completion_choice(body, index, *one, self._piece) for index, one in enumerate(asked)]
 
-    async def _answer(self, request: Request, asked: Choices | Sequences | Prompts) -> Answer:
-        """The engine's answer; what a client that has gone asked is dropped."""
-        answer: asyncio.Future[Any] = asyncio.wrap_future(self.engine.submit(asked))
+    async def _answer(self, request: Request, asked: Choices | Sequences | Prompts) -> RequestResult:
+        """The scheduler's answer; what a client that has gone asked is dropped."""
+        answer: asyncio.Future[Any] = asyncio.wrap_future(self.scheduler.submit(asked))
         # The body is read, so only a disconnection can come.
         gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise RefusedError(499, "the client has gone")
-            result: Answer = answer.result()
+            result: RequestResult = answer.result()
             return result
         finally:
             gone.cancel()

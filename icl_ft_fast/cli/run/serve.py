@@ -20,8 +20,8 @@ def run_serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from icl_ft_fast.integrations.engine import Engine
         from icl_ft_fast.integrations.guard import Limits
+        from icl_ft_fast.integrations.scheduler import Scheduler
         from icl_ft_fast.integrations.server import make_app
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[serve]'") from error
@@ -30,14 +30,14 @@ def run_serve(options: argparse.Namespace) -> None:
     if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
     model = load_model(options)
-    engine = Engine(
+    scheduler = Scheduler(
         model,
         context_bytes=options.context_memory * 10**6,
         max_waiting=options.max_waiting,
         store=open_store(options, model),
     )
     limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
-    app = make_app(engine, name, key=key, limits=limits)
+    app = make_app(scheduler, name, key=key, limits=limits)
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
     uvicorn.run(
         app,

@@ -1,4 +1,4 @@
-"""Beginnings that requests have in common, such as a task's worked examples, and that are worth a saved context."""
+"""Prefixes that requests share, such as a task's worked examples, and that are worth caching."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from icl_ft_fast.engine.encoding import common
 
-WORTH_TOKENS = 64  # a beginning is kept from so many new tokens on: a shorter one is forwarded faster than found
+WORTH_TOKENS = 64  # a shorter prefix is computed faster than it is looked up
 
 
-def beginnings(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
-    """(indices of pairs, the tokens that all their contexts begin with): each pair once.
+def group_by_prefix(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """Groups (indices of pairs, the token prefix that all their contexts share): each pair is in one group.
 
-    Those that go together have their first WORTH_TOKENS tokens in common and more than one context among them; the
-    others come last, under no tokens.
+    The contexts of a group share at least WORTH_TOKENS tokens and are not all equal; all other pairs form the last
+    group, whose prefix is empty.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for p, (context, _) in enumerate(pairs):

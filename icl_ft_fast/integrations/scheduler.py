@@ -1,7 +1,6 @@
-"""The server's engine: one thread that owns the model; what is asked while it works is scored next, as one trie.
+"""The server's scheduler: one thread owns the model, and scores what arrived while it worked as one prefix tree.
 
-Contexts stay prefilled: one that a request declares, or a beginning that prompts of earlier batches had in common.
-Knows no HTTP.
+Contexts stay prefilled: one that a request declares, or a prefix that prompts of earlier batches shared. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from icl_ft_fast.engine.likelihood import (
     prefill,
 )
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.integrations.beginnings import WORTH_TOKENS
+from icl_ft_fast.integrations.shared_prefixes import WORTH_TOKENS
 
-REMEMBERED = 1024  # beginnings of WORTH_TOKENS tokens whose last prompt is remembered
+REMEMBERED = 1024  # prefixes of WORTH_TOKENS tokens whose last prompt is remembered
 BATCH_CHARACTERS = 16_000_000  # of all choices with what comes before each; bounds the memory that encoding takes
 
 _log = logging.getLogger(__name__)
@@ -46,12 +45,12 @@ Pair: TypeAlias = tuple[list[int], list[int]]
 Result = TypeVar("Result")
 
 
-class EngineBusyError(RuntimeError):
-    """Too many questions wait already."""
+class SchedulerBusyError(RuntimeError):
+    """Too many requests are waiting."""
 
 
-class EngineClosedError(RuntimeError):
-    """The engine is shutting down."""
+class SchedulerClosedError(RuntimeError):
+    """The scheduler is shutting down."""
 
 
 class Choices(NamedTuple):
@@ -77,62 +76,62 @@ class Prompts(NamedTuple):
 
 
 @dataclass
-class Answer:
-    """What a question's future holds.
+class RequestResult:
+    """What a request's future holds.
 
     Attributes:
         results: one a choice, pair or prompt, in the order asked.
         num_tokens: tokens of each (context, continuation).
-        reused_tokens: those that contexts kept from earlier had, what choices share counted once.
+        cached_tokens: tokens that came from cached contexts; what choices share counts once.
     """
 
     results: list[Any]
     num_tokens: list[tuple[int, int]]
-    reused_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(eq=False)
-class _Job:
-    """A question, its requests as token ids, and where the answer goes."""
+class _PendingRequest:
+    """A request, its sequences as token ids, and the future of its result."""
 
     asked: Choices | Sequences | Prompts
     characters: int
-    future: Future[Answer] = field(default_factory=Future)
+    future: Future[RequestResult] = field(default_factory=Future)
     pairs: list[Pair] = field(default_factory=list)
-    answer: Answer = field(default_factory=lambda: Answer([], []))
+    result: RequestResult = field(default_factory=lambda: RequestResult([], []))
     waiting: int = 0
 
     def take(self, pairs: Sequence[Pair]) -> None:
         self.pairs, self.waiting = list(pairs), len(pairs)
-        self.answer = Answer([None] * len(pairs), [(len(context), len(rest)) for context, rest in pairs])
+        self.result = RequestResult([None] * len(pairs), [(len(context), len(rest)) for context, rest in pairs])
 
     def done(self, r: int, result: Any) -> None:
-        self.answer.results[r] = result
+        self.result.results[r] = result
         self.waiting -= 1
         if not self.waiting:
-            self.future.set_result(self.answer)
+            self.future.set_result(self.result)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Requests of a job that begin alike: the choices of a question, or one sequence."""
+    """Sequences of a request that share a prefix: the choices of a question, or one sequence."""
 
-    job: _Job
+    request: _PendingRequest
     members: range
     token: NDArray[np.int32]
     kind: str  # only units of one kind can be run together
 
 
-class Engine:
-    """Answers questions in batches, in a thread of its own, from the moment it is made until close().
+class Scheduler:
+    """Serves requests in batches, in a thread of its own, from its construction until close().
 
     Args:
         model: used by no other thread meanwhile.
-        context_bytes: budget of the kept contexts; one more may be at work beyond it. 0 keeps none.
-        max_waiting: questions that may wait.
-        store: of saved contexts: what is to stay prefilled is taken from it, or saved there.
-        merge: whether what waits together is scored together; False is for comparison.
-        chunk_tokens: rows forwarded at a time.
+        context_bytes: memory of the cached contexts; one more may be in use beyond it. 0 caches none.
+        max_waiting: requests that may wait.
+        store: prefix caches on disk: contexts are read from it, or saved there.
+        merge: whether waiting requests are scored as one batch; False is for comparison.
+        chunk_tokens: tokens per forward.
 
     `ledger` counts everything.
     """
@@ -154,17 +153,17 @@ class Engine:
         self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
         self._counted: set[Context | None] = set()  # contexts whose tokens the ledger has, and that no run began from
         self._declared = functools.lru_cache(64)(self._encode_context)
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[_PendingRequest] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, asked: Choices | Sequences | Prompts) -> Future[Answer]:
+    def submit(self, asked: Choices | Sequences | Prompts) -> Future[RequestResult]:
         """Ask; a future that is cancelled before its batch begins costs nothing.
 
         Raises:
-            EngineBusyError, EngineClosedError: the question is not taken.
+            SchedulerBusyError, SchedulerClosedError: the question is not taken.
             ScoreError: its text is too long, or empty where the tokenizer has no token to stand for that.
 
         The future raises ScoreError for what only the tokens tell.
@@ -183,15 +182,15 @@ class Engine:
                     encoding.prefix_token_id(self.model.tokenizer)
                 except ValueError as error:
                     raise ScoreError(f"prompt: {error}") from error
-        job = _Job(asked, characters)
+        request = _PendingRequest(asked, characters)
         with self._changed:
             if self._closed:
-                raise EngineClosedError("the server is shutting down")
+                raise SchedulerClosedError("the server is shutting down")
             if len(self._queue) >= self.max_waiting:
-                raise EngineBusyError(f"{self.max_waiting} requests are waiting already; try again later")
-            self._queue.append(job)
+                raise SchedulerBusyError(f"{self.max_waiting} requests are waiting already; try again later")
+            self._queue.append(request)
             self._changed.notify()
-        return job.future
+        return request.future
 
     def close(self) -> None:
         """Finish the batch at work, refuse what waits, and end the thread."""
@@ -200,31 +199,31 @@ class Engine:
             refused = list(self._queue)
             self._queue.clear()
             self._changed.notify()
-        for job in refused:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineClosedError("the server is shutting down"))
+        for request in refused:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(SchedulerClosedError("the server is shutting down"))
         self._thread.join()
 
     def _work(self) -> None:
-        while jobs := self._take():
-            self._attempt([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        while pending := self._take():
+            self._attempt([request for request in pending if request.future.set_running_or_notify_cancel()])
             self.contexts.trim()
 
-    def _attempt(self, jobs: list[_Job]) -> None:
-        """Answer a batch; should it fail, each of its jobs by itself, so that only the culprit is told."""
+    def _attempt(self, pending: list[_PendingRequest]) -> None:
+        """Serve a batch; if it fails, each of its requests by itself, so that only the failing one gets the error."""
         try:
-            self._run(jobs)
+            self._run(pending)
         except Exception as error:  # from torch or the tokenizer, of any kind; the thread goes on
-            left = [job for job in jobs if not job.future.done()]
-            if len(jobs) == 1:
+            left = [request for request in pending if not request.future.done()]
+            if len(pending) == 1:
                 left[0].future.set_exception(error)
             else:
-                for job in left:
-                    self._attempt([job])
+                for request in left:
+                    self._attempt([request])
 
-    def _take(self) -> list[_Job]:
+    def _take(self) -> list[_PendingRequest]:
         """The next batch: what waits, up to a size; none once closed."""
-        batch: list[_Job] = []
+        batch: list[_PendingRequest] = []
         size = 0
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
@@ -233,18 +232,18 @@ class Engine:
                 size += batch[-1].characters
         return batch
 
-    def _run(self, jobs: list[_Job]) -> None:
-        units = [unit for job in self._encode(jobs) for unit in _units(job)]
+    def _run(self, pending: list[_PendingRequest]) -> None:
+        units = [unit for request in self._encode(pending) for unit in _units(request)]
         units.sort(key=lambda unit: (unit.kind, unit.token.byteswap().tobytes()))  # what begins alike is together
         for (start, _), group in itertools.groupby(units, lambda unit: (self._start(unit), unit.kind)):
-            members = [(unit.job, r) for unit in group for r in unit.members]
-            for i, result in self._results(members[0][0].asked, start, [job.pairs[r] for job, r in members]):
-                job, r = members[i]
-                job.done(r, result)
+            members = [(unit.request, r) for unit in group for r in unit.members]
+            for i, result in self._results(members[0][0].asked, start, [request.pairs[r] for request, r in members]):
+                request, r = members[i]
+                request.done(r, result)
         for unit in units:
-            beginning = unit.token[:WORTH_TOKENS].tobytes()
-            self._seen[beginning] = unit.token
-            self._seen.move_to_end(beginning)
+            prefix = unit.token[:WORTH_TOKENS].tobytes()
+            self._seen[prefix] = unit.token
+            self._seen.move_to_end(prefix)
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
 
@@ -264,32 +263,32 @@ class Engine:
             )
         return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
 
-    def _encode(self, jobs: list[_Job]) -> list[_Job]:
-        """The jobs that can be answered, with their token ids; the others are told why not."""
-        choices = [job.asked for job in jobs if isinstance(job.asked, Choices)]
+    def _encode(self, pending: list[_PendingRequest]) -> list[_PendingRequest]:
+        """The requests that can be served, with their token ids; the others get their error."""
+        choices = [request.asked for request in pending if isinstance(request.asked, Choices)]
         texts = [(asked.context + asked.prompt, choice) for asked in choices for choice in asked.choices]
         encoded = iter(encoding.encode_pairs(self.model.tokenizer, texts))
-        answerable = []
-        for job in jobs:
-            if isinstance(job.asked, Choices):
-                job.take([next(encoded) for _ in job.asked.choices])
-            elif isinstance(job.asked, Sequences):
-                job.take(job.asked.pairs)
+        valid = []
+        for request in pending:
+            if isinstance(request.asked, Choices):
+                request.take([next(encoded) for _ in request.asked.choices])
+            elif isinstance(request.asked, Sequences):
+                request.take(request.asked.pairs)
             else:
-                job.take([(prompt, []) for prompt in job.asked.prompts])
+                request.take([(prompt, []) for prompt in request.asked.prompts])
             try:
-                self._check(job)
-                answerable.append(job)
+                self._check(request)
+                valid.append(request)
             except ScoreError as error:
-                job.future.set_exception(error)
-        return answerable
+                request.future.set_exception(error)
+        return valid
 
-    def _check(self, job: _Job) -> None:
-        """Raise ScoreError unless the model can answer."""
-        what = "choices" if isinstance(job.asked, Choices) else "prompt"
-        pairs, names = job.pairs, [f"{what}[{r}]" for r in range(len(job.pairs))]
-        if isinstance(job.asked, Prompts):
-            pairs = [(context, [0] * job.asked.sampling.max_new_tokens) for context, _ in pairs]
+    def _check(self, request: _PendingRequest) -> None:
+        """Raise ScoreError unless the model can serve the request."""
+        what = "choices" if isinstance(request.asked, Choices) else "prompt"
+        pairs, names = request.pairs, [f"{what}[{r}]" for r in range(len(request.pairs))]
+        if isinstance(request.asked, Prompts):
+            pairs = [(context, [0] * request.asked.sampling.max_new_tokens) for context, _ in pairs]
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context:
                 raise ScoreError(f"{name}: no token")
@@ -304,12 +303,12 @@ class Engine:
 
     def _start(self, unit: _Unit) -> Context | None:
         """The longest context that the unit begins with, prefilled now where it is new and worth it."""
-        asked = unit.job.asked
+        asked = unit.request.asked
         if isinstance(asked, Prompts) or not self.contexts.max_bytes:
             return None
         start = self.contexts.find(unit.token)
         found = len(start.token) if start else 0
-        unit.job.answer.reused_tokens += found
+        unit.request.result.cached_tokens += found
         known = [self._seen.get(unit.token[:WORTH_TOKENS].tobytes())]
         known.append(self._declared(asked.context) if isinstance(asked, Choices) and asked.context else None)
         shared = max((common_tokens(token, unit.token) for token in known if token is not None), default=0)
@@ -317,7 +316,7 @@ class Engine:
             forwarded = self.ledger.forwarded_tokens
             start = self._prefilled(unit.token[:shared])
             if self.ledger.forwarded_tokens == forwarded:
-                unit.job.answer.reused_tokens += shared - found
+                unit.request.result.cached_tokens += shared - found
             if start.nbytes > self.contexts.max_bytes:
                 self._too_long = shared
             self.contexts.add(start)
@@ -344,8 +343,10 @@ class Engine:
             return None
 
 
-def _units(job: _Job) -> list[_Unit]:
-    if isinstance(job.asked, Choices):
-        return [_Unit(job, range(len(job.pairs)), np.asarray(job.pairs[0][0], np.int32), "choices")]
-    kind = repr((type(job.asked).__name__, *job.asked[1:]))
-    return [_Unit(job, range(r, r + 1), np.asarray(a + b, np.int32), kind) for r, (a, b) in enumerate(job.pairs)]
+def _units(request: _PendingRequest) -> list[_Unit]:
+    if isinstance(request.asked, Choices):
+        return [_Unit(request, range(len(request.pairs)), np.asarray(request.pairs[0][0], np.int32), "choices")]
+    kind = repr((type(request.asked).__name__, *request.asked[1:]))
+    return [
+        _Unit(request, range(r, r + 1), np.asarray(a + b, np.int32), kind) for r, (a, b) in enumerate(request.pairs)
+    ]

@@ -1,4 +1,4 @@
-"""Requests that concurrent tasks make one by one, answered together."""
+"""Batches of requests that concurrent tasks make one by one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ class _Waiting(Generic[Asked]):
     is_answered: bool = False
 
 
-class Together(Generic[Asked]):
-    """Calls `answer` with all that was asked while it was busy; one call at a time, in a thread.
+class Batcher(Generic[Asked]):
+    """Calls `answer` with every request that arrived while it was busy; one call at a time, in a thread.
 
-    An error reaches one of those who asked, and the others ask again: what is wrong with one request must be found
-    before it asks.
+    An error is raised in one of the callers, and the others try again: validate a request before it is passed here.
     """
 
     def __init__(self, answer: Callable[[list[Asked]], list[Any]]) -> None:
