@@ -437,9 +437,9 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
         "questions that repeat another: none",
         "questions with equal choices: none",
         "questions whose choices run into the prompt, without a space between: none",
-        "answers found in the documents, split test, of 1: 1 (q)",
-        "right by picking the longest choice: 1.000; by chance: 0.500",
-        "position of the answer among 2 choices: 1, 0",
+        "answers that the documents state word for word, split test, 1 questions: 1 (q)",
+        "accuracy of always picking the longest choice: 1.000; chance: 0.500",
+        "correct choices by position among 2 choices: 1, 0",
     ]
     notes.write_bytes("ü".encode() + b"\xff")
     before = existing.read_bytes()

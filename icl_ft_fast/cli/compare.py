@@ -35,7 +35,11 @@ DEMO_FACTS = 40
 def add(commands: Commands) -> None:
     """Add both commands."""
     demo = command(
-        commands, "demo", later("compare", "run_demo"), "the whole comparison on the shipped model", "icl-ft-fast demo"
+        commands,
+        "demo",
+        later("compare", "run_demo"),
+        "run the whole comparison on the shipped model",
+        "icl-ft-fast demo",
     )
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
     _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
@@ -46,7 +50,7 @@ def add(commands: Commands) -> None:
         commands,
         "compare",
         later("compare", "run_compare"),
-        "arms x seeds on a task: accuracy, cost, break-even",
+        "compare in-context learning and fine-tuning on a task: accuracy, cost, break-even",
         "icl-ft-fast compare --model shipped --task simple-reversals --preset small --out out/run1\n"
         "icl-ft-fast compare --model shipped --task all --preset small --out out/all\n"
         "icl-ft-fast compare --model DIR --task my_task_folder --arms base,icl,ft --seeds 0 --out out/run2\n"
@@ -71,7 +75,9 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     defaults = FinetuneSettings()
     study = parser.group("study")
     usual = arms or f"the preset's, or {','.join(DEFAULT_ARMS)}"
-    study.add_argument("--arms", default=arms, help=f"comma-separated, of {','.join(ARM_NAMES)} (default: {usual})")
+    study.add_argument(
+        "--arms", default=arms, help=f"ways of answering, comma-separated, of {','.join(ARM_NAMES)} (default: {usual})"
+    )
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
@@ -128,7 +134,7 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
     help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
     cost.add_argument("--tolerance", type=float, default=2.0, metavar="POINTS", help=help)
-    help = "queries answered before a cached context expires (default: a day's, or all)"
+    help = "queries answered before a cached context expires (default: --queries-per-day, or no limit)"
     cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
     help = "queries scored in one batch"
     cost.add_argument("--batch-size", type=positive, default=1, metavar="N", help=help)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from icl_ft_fast.cli.options import (
@@ -97,8 +98,8 @@ def _columns(text: str) -> dict[str, str]:
 
 
 def _summary_of(generator: TaskGenerator) -> str:
-    """The first sentence of a generator's docstring, as a phrase."""
-    sentence = (generator.make.__doc__ or "").partition("\n")[0].rstrip(".")
+    """The first line about a generator's file, as a phrase."""
+    sentence = (sys.modules[generator.make.__module__].__doc__ or "").partition("\n")[0].rstrip(".")
     return sentence[:1].lower() + sentence[1:]
 
 

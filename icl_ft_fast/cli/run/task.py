@@ -161,10 +161,11 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"questions with equal choices: {_named(found.equal_choices)}")
     print(f"questions whose choices run into the prompt, without a space between: {_named(found.run_together)}")
     for split, leaked in found.leaked.items():
-        print(f"answers found in the documents, split {printable(split)}, of {found.answered[split]}: {_named(leaked)}")
-    print(f"right by picking the longest choice: {found.longest_is_right:.3f}; by chance: {found.chance:.3f}")
+        asked = f"split {printable(split)}, {found.answered[split]} questions"
+        print(f"answers that the documents state word for word, {asked}: {_named(leaked)}")
+    print(f"accuracy of always picking the longest choice: {found.longest_is_right:.3f}; chance: {found.chance:.3f}")
     for number, counts in found.positions.items():
-        print(f"position of the answer among {number} choices: {', '.join(map(str, counts))}")
+        print(f"correct choices by position among {number} choices: {', '.join(map(str, counts))}")
 
 
 def _named(ids: Sequence[str]) -> str:
