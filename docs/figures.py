@@ -33,7 +33,7 @@ PATH = [
     ("icl_ft_fast/engine/forward.py:forward_chunks", "the plan that fits the memory; the one loop over chunks", ""),
     (
         "icl_ft_fast/engine/model.py:Model.forward_chunk",
-        "compacts the KV cache, then runs transformers' network",
+        "runs transformers' network on the chunk",
         'transformers calls the attention that is registered as "icl_ft_fast"',
     ),
     ("icl_ft_fast/engine/model.py:_trie_attention", "appends the chunk's keys and values to the KV cache", ""),

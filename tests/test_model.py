@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from conftest import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from icl_ft_fast.engine import loading, trie
 from icl_ft_fast.engine import model as model_module
@@ -529,6 +530,13 @@ def broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
 
 
+def lfs_pointer(name):
+    def spoil(folder):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -568,6 +576,12 @@ def broken_tokenizer(folder):
         (linked("tokenizer.json"), r"tokenizer\.json: no file of this directory: a link out of it"),
         (weights_that_are_a_pipe, r"model\.safetensors: no file of this directory"),
         (tokenizer_s_own_code, "cannot be loaded as a causal language model: .*custom code"),
+        (lfs_pointer("model.safetensors"), r"model\.safetensors: a Git LFS pointer, not the file itself"),
+        (lfs_pointer("tokenizer.json"), r"tokenizer\.json: a Git LFS pointer, not the file itself"),
+        (
+            of_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+            r"quantised weights \(gptq\) are not served",
+        ),
         (no_tokenizer, "cannot be loaded as a causal language model: .*tokenizer"),
         (broken_tokenizer, "cannot be loaded as a causal language model: "),
     ],
@@ -747,3 +761,37 @@ def test_weights_are_read_once_and_again_when_they_have_changed(tiny_network, to
     model.network.config.eos_token_id = 7
     assert model.fingerprint() != third
     assert len(read) == 4
+
+
+def test_a_tokenizer_larger_than_the_network_is_told(llama_directory, tmp_path, caplog):
+    folder = shutil.copytree(llama_directory, tmp_path / "more")
+    words = AutoTokenizer.from_pretrained(folder)
+    words.add_tokens(["<one>", "<two>"])
+    words.save_pretrained(folder)
+    load(folder)
+    assert re.search(r"the tokenizer has 2 tokens that the network lacks \(300 to 301, '<one>' first\)", caplog.text)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_merging_cannot_express_is_refused(target, tiny_network, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft", reason="comes with the extra lm-eval")
+    for tied in (True, False):
+        folder = tmp_path / f"{tied}"
+        network = tiny_network("llama", num_hidden_layers=1, tie_word_embeddings=tied)
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(network, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        if tied:
+            with pytest.raises(ModelError, match=r"^adapter: .*: cannot be merged into the weights: "):
+                load(folder, adapter=folder / "adapter")
+        else:
+            model = load(folder, adapter=folder / "adapter")
+            assert all(weight.requires_grad for weight in model.network.parameters())  # so that it can be trained on

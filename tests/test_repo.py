@@ -194,16 +194,12 @@ WIDE = {
     "ops.triton": "kernels and their launchers take tensors, strides and sizes one by one",
     "ops.cpu": "the native functions' arguments",
     "ops.reference": "the signatures of the torch.library schemas",
+    "engine.loading.load": "the keywords of the public API, one for each thing that a user can choose",
     "engine.model._trie_attention": "the signature of transformers' attention interface",
     "integrations.lm_eval.IclFtFastLM.__init__": "lm-evaluation-harness passes --model_args as parameters",
     "integrations.inspect_ai.IclFtFastAPI.__init__": "Inspect AI passes -M as parameters",
 }
 NOT_YET = {
-    "engine.memory.fit",
-    "engine.model.load",
-    "engine.score._forward",
-    "engine.forward.load",
-    "engine.loading.load",
     "study.compare.compare",
 }
 

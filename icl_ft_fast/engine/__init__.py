@@ -1,1 +1,1 @@
-"""What was asked of a model, computed once: the prefix tree, the KV cache, log-likelihoods, generation, the ledger."""
+"""A model at work, each shared prefix computed once: prefix tree, KV cache, log-likelihoods, generation, ledger."""

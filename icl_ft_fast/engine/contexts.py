@@ -1,4 +1,4 @@
-"""Saved contexts: what a model made of a long beginning, kept in files that later processes start from.
+"""Saved contexts: prefix caches on disk. What a model made of a long prefix, in files that later processes start from.
 
 A file is safetensors: token [S], hidden [S, E] and each layer's keys and values, under a fingerprint of config,
 vocabulary, weights and their dtype, with a checksum of it all. It is mapped, not copied; the checksum reads it once.

@@ -132,7 +132,7 @@ _WORTH = 20_000  # characters that a cut must save
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> list[tuple[list[int], list[int]]]:
-    """encode() in two parts, of which the first is one object for all texts whose long beginning was encoded once."""
+    """encode() in two parts, of which the first is one object for all texts whose long prefix was encoded once."""
     if not texts:
         return []
     if bos and tokenizer.bos_token_id is None:

@@ -14,7 +14,7 @@ from icl_ft_fast.engine.model import Model
 
 @dataclass(frozen=True)
 class Work:
-    """What forwarding costs in a network.
+    """What a forward of a network computes and must at least move, from shapes; what it holds is memory.Footprint.
 
     Attributes:
         row_flops: of a row's products with the body's weights; of a mixture of experts, with those it is sent to.

@@ -80,7 +80,7 @@ class Generation:
     """A continuation.
 
     Attributes:
-        text: what was written, up to the first stop string.
+        text: what was generated, up to the first stop string.
         ids: its tokens: EOS left out, those of a stop string included.
         logp: natural-log probability of each under the model itself, whatever the sampling.
         finish: "eos", "stop" (a stop string) or "length".
@@ -94,7 +94,7 @@ class Generation:
 
 @dataclass(eq=False)
 class _Sequence:
-    """One prompt under one Sampling, with what has been written so far."""
+    """One prompt under one Sampling, with what has been generated so far."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -155,7 +155,7 @@ def iter_generations(
         prompts: see generate().
         sampling: see generate().
         names: what errors call each prompt.
-        on_token: called with (index of the prompt, token id, its logp) as each token is written; EOS is not.
+        on_token: called with (index of the prompt, token id, its logp) as each token is generated; EOS is not.
         ledger: counts of this call are added to it.
         progress: show a bar of finished prompts.
 

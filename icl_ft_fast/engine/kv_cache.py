@@ -53,7 +53,7 @@ class KVCache:
         capacity: the most rows the cache ever holds; layers allocate it once, on first use.
         kv_dtype: what rows are kept in, see pack(); None for what they come in. A chunk's own rows too are read as they
             are kept, so that results do not depend on where chunks end.
-        folder: spill: each layer's rows lie in a nameless file there, of which only the layer at work stays resident.
+        folder: to offload to: each layer's rows lie in a nameless file there, and only the layer at work is resident.
     """
 
     def __init__(self, capacity: int, *, kv_dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
@@ -65,7 +65,7 @@ class KVCache:
         self._at_work = -1  # the layer whose file may be resident
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a chunk's k [T, G, D] and v [T, G, Dv] after the kept rows; returns all rows, see write().
+        """Write a chunk's k [T, G, D] and v [T, G, Dv] after the rows it holds; returns all rows, see write().
 
         The rows count as appended for this layer only; `commit` makes them part of the cache for all.
         """
@@ -231,7 +231,7 @@ class Context:
 
 
 class ContextCache:
-    """Contexts kept for later requests; beyond `max_bytes` the least recently used are dropped."""
+    """Contexts retained for later requests; beyond `max_bytes` the least recently used are dropped."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -242,11 +242,11 @@ class ContextCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all kept contexts."""
+        """Bytes of all of them."""
         return sum(context.nbytes for context in self._contexts)
 
     def find(self, token: NDArray[np.int32], *, whole: bool = True) -> Context | None:
-        """The context that has the longest beginning in common with `token`, None if none has any.
+        """The context that shares the longest prefix with `token`, None if none shares any.
 
         Args:
             token: int32 ids.
@@ -263,7 +263,7 @@ class ContextCache:
         return best
 
     def add(self, context: Context) -> None:
-        """Keep a context."""
+        """Retain a context."""
         self._contexts.append(context)
         self.trim()
 

@@ -13,34 +13,19 @@ from torch import Tensor
 from icl_ft_fast.engine.flops import Work
 from icl_ft_fast.engine.meters import Meter, Reading
 
-COUNTS = (
-    "request_tokens",
-    "forwarded_tokens",
-    "cached_tokens",
-    "head_tokens",
-    "scored_tokens",
-    "decoded_tokens",
-    "trained_tokens",
-)
-# How each figure of a phase comes about; one that is None could not be had on this machine.
-HOW = dict.fromkeys((*COUNTS, "wall_s", "device_s", "joules", "kv_bytes"), "measured") | dict.fromkeys(
-    ("flops", "moved_bytes", "activation_bytes"), "estimated"
-)
-
 
 @dataclass
-class Phase:
-    """What was done in a phase; what a phase within it did is not counted again.
+class Counts:
+    """Tokens, by what was done with them.
 
     Attributes:
-        request_tokens, ..., trained_tokens: as in Ledger.
-        flops: executed in matrix products and attention, from shapes (see flops.Work).
-        moved_bytes: the least that memory had to move: weights and visible keys and values, once a forward.
-        wall_s: seconds that passed.
-        device_s: seconds of the device: of its stream on a GPU, of all processors together on a CPU.
-        joules: of the device, where it can be read.
-        kv_bytes: allocated for keys and values, all caches of the phase together.
-        activation_bytes: the most that memory rose, less keys and values.
+        request_tokens: tokens of all requests as given, what a scorer without sharing would forward.
+        forwarded_tokens: tokens that went through the network: distinct prefixes with a continuation, generated ones.
+        head_tokens: tokens whose hidden state went through the output head.
+        cached_tokens: tokens read from a context instead of being forwarded.
+        scored_tokens: distinct (prefix, token) pairs whose log-probability was taken.
+        decoded_tokens: tokens generated.
+        trained_tokens: tokens forwarded and differentiated while training.
     """
 
     request_tokens: int = 0
@@ -50,6 +35,29 @@ class Phase:
     scored_tokens: int = 0
     decoded_tokens: int = 0
     trained_tokens: int = 0
+
+
+COUNTS = tuple(f.name for f in fields(Counts))
+# How each figure of a phase comes about; one that is None could not be had on this machine.
+HOW = dict.fromkeys((*COUNTS, "wall_s", "device_s", "joules", "kv_bytes"), "measured") | dict.fromkeys(
+    ("flops", "moved_bytes", "activation_bytes"), "estimated"
+)
+
+
+@dataclass
+class Phase(Counts):
+    """What was done in a phase; what a phase within it did is not counted again.
+
+    Attributes:
+        flops: executed in matrix products and attention, from shapes (see flops.Work).
+        moved_bytes: the least that memory had to move: weights and visible keys and values, once a forward.
+        wall_s: seconds that passed.
+        device_s: seconds of the device: of its stream on a GPU, of all processors together on a CPU.
+        joules: of the device, where it can be read.
+        kv_bytes: allocated for keys and values, all caches of the phase together.
+        activation_bytes: the most that memory rose, less keys and values.
+    """
+
     flops: int = 0
     moved_bytes: int = 0
     kv_bytes: int = 0
@@ -64,29 +72,15 @@ class Phase:
 
 
 @dataclass
-class Ledger:
+class Ledger(Counts):
     """Counts that the request paths add to and callers read; all start at zero.
 
     Attributes:
-        request_tokens: tokens of all requests as given, what a scorer without sharing would forward.
-        forwarded_tokens: rows that went through the network (trie nodes with a child, generated tokens).
-        head_tokens: rows that went through the output head.
-        cached_tokens: rows taken from a kept context instead of being forwarded.
-        scored_tokens: distinct (prefix, token) pairs whose log-probability was taken.
-        decoded_tokens: tokens generated.
-        trained_tokens: rows forwarded and differentiated while training.
         flops, moved_bytes, kv_bytes: as in Phase.
         phases: the same by phase, with seconds; what happens outside every phase is in the totals only.
         meter: reads the device's time, energy and memory; without one a phase has wall seconds only.
     """
 
-    request_tokens: int = 0
-    forwarded_tokens: int = 0
-    cached_tokens: int = 0
-    head_tokens: int = 0
-    scored_tokens: int = 0
-    decoded_tokens: int = 0
-    trained_tokens: int = 0
     flops: int = field(default=0, compare=False)
     moved_bytes: int = field(default=0, compare=False)
     kv_bytes: int = field(default=0, compare=False)
@@ -117,7 +111,7 @@ class Ledger:
             work: of the network.
             depth_T: depths of the forwarded rows, int32 or int64 [T].
             cached_rows: rows of keys and values that were visible to some of them.
-            head_tokens: rows that went through the output head.
+            head_tokens: tokens whose hidden state went through the output head.
             passes: matrix products of this forward's size.
         """
         self.flops += passes * work.flops(depth_T, head_tokens)
@@ -128,11 +122,11 @@ class Ledger:
         totals = {name: getattr(self, name) for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes")}
         return totals | {"phases": {name: asdict(phase) | {"how": phase.how()} for name, phase in self.phases.items()}}
 
-    def include(self, told: Mapping[str, Any]) -> None:
-        """Add what as_dict() told of another ledger, of another process perhaps; outside of every phase."""
+    def include(self, other: Mapping[str, Any]) -> None:
+        """Add the as_dict() of another ledger, of another process perhaps; outside of every phase."""
         for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes"):
-            setattr(self, name, getattr(self, name) + told[name])
-        for name, its in told["phases"].items():
+            setattr(self, name, getattr(self, name) + other[name])
+        for name, its in other["phases"].items():
             phase = self.phases.setdefault(name, Phase())
             for f in fields(Phase):
                 mine, theirs = getattr(phase, f.name), its[f.name]

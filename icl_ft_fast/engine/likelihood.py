@@ -6,7 +6,6 @@ A prefix that requests share can be forwarded beforehand, by prefill(), for the 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import Work, work_of
-from icl_ft_fast.engine.forward import Reader, StartError, forward_chunks
 from icl_ft_fast.engine.forward import ScoringOptions as ScoringOptions
+from icl_ft_fast.engine.forward import StartError, forward_chunks
 from icl_ft_fast.engine.kv_cache import Context, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
@@ -94,6 +93,7 @@ def iter_loglikelihood(
     yield from score_requests(model, encoded, options, ledger or Ledger(), start, count_start=count_start)
 
 
+@torch.inference_mode()
 def score_requests(
     model: Model,
     requests: Sequence[Encoded],
@@ -116,9 +116,13 @@ def score_requests(
         count_start: see loglikelihood().
     """
     tree = trie.build_from_lists(requests)
-    targets = _Targets(model, tree, ledger)
-    for completed in _completed(model, tree, targets, options, ledger, start, shared_tokens, count_start):
-        for r in completed:
+    targets, completed = _Targets(model, tree, ledger), _Completed(tree)
+    _count_requests(ledger, tree, start if count_start else None)
+    chunks = forward_chunks(
+        model, tree, targets, options=options, ledger=ledger, start=start, shared_tokens=shared_tokens
+    )
+    for chunk in _with_score_errors(chunks):
+        for r in completed.by(chunk):
             path = tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]
             yield r, LogLikelihood(targets.logp[path].sum().item(), bool(targets.is_argmax[path].all()))
 
@@ -139,6 +143,7 @@ class TokenLogprobs(NamedTuple):
 LOGIT_ROWS = 64  # rows whose log-probabilities of the whole vocabulary are held at a time
 
 
+@torch.inference_mode()
 def iter_token_logprobs(
     model: Model,
     requests: Sequence[TokenRequest],
@@ -164,9 +169,11 @@ def iter_token_logprobs(
     """
     options, ledger = options or ScoringOptions(), ledger or Ledger()
     tree = trie.build_from_lists(encode_requests(model, requests, whole=with_after), whole=with_after)
-    found = _Likeliest(model, tree, ledger, top, with_after)
-    for completed in _completed(model, tree, found, options, ledger, start, 0, count_start):
-        for r in completed:
+    found, completed = _Likeliest(model, tree, ledger, top, with_after), _Completed(tree)
+    _count_requests(ledger, tree, start if count_start else None)
+    chunks = forward_chunks(model, tree, found, options=options, ledger=ledger, start=start)
+    for chunk in _with_score_errors(chunks):
+        for r in completed.by(chunk):
             path = tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]
             after = found.top_at(found.num_scored + r) if with_after else []
             top_lists = [found.top_at(int(place)) for place in path]
@@ -208,10 +215,10 @@ def prefill(
     with ledger.phase("prefill"):
         ledger.request_tokens += len(ids)
         ledger.cached_tokens += known
-    with _as_score_error():
-        options = ScoringOptions(chunk_tokens)
-        for _ in forward_chunks(model, tree, made, options=options, ledger=ledger, start=begun, phase="prefill"):
-            pass
+    options = ScoringOptions(chunk_tokens)
+    chunks = forward_chunks(model, tree, made, options=options, ledger=ledger, start=begun, phase="prefill")
+    for _ in _with_score_errors(chunks):
+        pass
     return Context(np.asarray(ids, np.int32), made.hidden, begun.cache)
 
 
@@ -366,39 +373,31 @@ def _count_head(ledger: Ledger, work: Work, chunk: trie.Chunk) -> None:
     ledger.flops += len(chunk.head_rows) * work.head_flops
 
 
-@contextlib.contextmanager
-def _as_score_error() -> Iterator[None]:
+def _count_requests(ledger: Ledger, tree: trie.Trie, start: Context | None) -> None:
+    with ledger.phase("query"):
+        ledger.request_tokens += tree.request_tokens
+        if start is not None:
+            ledger.cached_tokens += min(len(start.token), len(tree.token))
+
+
+def _with_score_errors(chunks: Iterator[trie.Chunk]) -> Iterator[trie.Chunk]:
     try:
-        yield
+        yield from chunks
     except (StartError, memory.BudgetError) as error:
         raise ScoreError(str(error)) from error
 
 
-@torch.inference_mode()
-def _completed(
-    model: Model,
-    tree: trie.Trie,
-    reader: Reader,
-    options: ScoringOptions,
-    ledger: Ledger,
-    start: Context | None,
-    shared_tokens: int,
-    count_start: bool,
-) -> Iterator[list[int]]:
-    """Forward a tree, and yield the requests that each chunk completes."""
-    with ledger.phase("query"):
-        ledger.request_tokens += tree.request_tokens
-        if start is not None and count_start:
-            ledger.cached_tokens += min(len(start.token), len(tree.token))
-    # Along a path rows ascend, so a request is complete with the chunk that has its last row.
-    last_row = tree.last_row.numpy()
-    order = np.argsort(last_row, kind="stable")
-    num_done = 0
-    chunks = forward_chunks(
-        model, tree, reader, options=options, ledger=ledger, start=start, shared_tokens=shared_tokens
-    )
-    with _as_score_error():
-        for chunk in chunks:
-            completed = order[num_done : np.searchsorted(last_row, chunk.last_row, sorter=order)]
-            num_done += len(completed)
-            yield sorted(completed.tolist())
+class _Completed:
+    """Which requests each chunk completes: along a path rows ascend, so it is the chunk that has their last row."""
+
+    def __init__(self, tree: trie.Trie) -> None:
+        self._last_row = tree.last_row.numpy()
+        self._order = np.argsort(self._last_row, kind="stable")
+        self._num_done = 0
+
+    def by(self, chunk: trie.Chunk) -> list[int]:
+        """Indices of the requests that are complete with this chunk and were not before; chunks come in order."""
+        first = self._num_done
+        self._num_done = int(np.searchsorted(self._last_row, chunk.last_row, sorter=self._order))
+        found: list[int] = sorted(self._order[first : self._num_done].tolist())
+        return found

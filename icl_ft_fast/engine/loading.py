@@ -6,6 +6,7 @@ Safetensors only; every load proves itself by selfcheck.py. Knows nothing of req
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,18 @@ UNSERVED = {
     "jamba": "recurrent state",
     "rwkv": "recurrent state",
     "recurrent_gemma": "recurrent state",
-    "stablelm": "an attention that does not pass the trie on",
-    "nemotron": "an attention that does not pass the trie on",
-    "gptj": "an attention of its own without transformers' interface",
+    "stablelm": "its attention drops the keyword `icl_rows`, so prefix-shared scores would be wrong",
+    "nemotron": "its attention drops the keyword `icl_rows`, so prefix-shared scores would be wrong",
+    "gptj": "its attention does not use transformers' attention interface",
 }
 
 READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")  # of modules made before weights
 MAX_MODULES = 4096
+LFS_POINTER = b"version https://git-lfs"
 
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -71,10 +75,10 @@ def load(
         self_check: compare a branching trie with plain forwards on the loaded weights; if batch_invariant, try every
             place of a block.
         batch_invariant: a request's score has the same bits whatever else is scored with it, in whatever order and
-            chunks, and whether its beginning was prefilled or saved, on one machine with one number of threads; see
+            chunks, and whether its prefix was prefilled or saved, on one machine with one number of threads; see
             docs/determinism.md. On the CPU only, and not for mixtures of experts.
-        memory: what the process (a GPU: its allocations) may take when it scores, in bytes or like "4GB"; None for what
-            it holds and most of what is free.
+        memory: limit of the process while it scores (on a GPU, of its allocations), in bytes or like "4GB"; None for
+            what it holds and most of what is free.
         kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
         offload: folder for keys and values that do not fit the memory; None for the system's temporary one.
 
@@ -85,8 +89,6 @@ def load(
         ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
             that cannot be invariant.
     """
-    import transformers
-
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
     try:
@@ -99,31 +101,50 @@ def load(
         name = SHIPPED_FOLDER
         if not name.is_dir():
             raise ModelError(
-                f"{SHIPPED}: this edition comes without the shipped model's weights; train your own with "
+                f"{SHIPPED}: this version comes without the shipped model's weights; train your own with "
                 "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
             )
     _check_directory(Path(name))
     for place in (name, tokenizer, adapter):
         _check_files(Path(place or name))
     register_attention()
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    network, words = _read(name, tokenizer or name, DTYPES.get(dtype, dtype), origin)
+    network = network.to(device)
+    if adapter is not None:
+        network = _merged(network, adapter)
+    for weight, values in network.named_parameters():
+        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
+            raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
+    return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
+
+
+def _read(name: str | Path, tokenizer: str | Path, dtype: Any, origin: dict[str, Any]) -> tuple[Any, Any]:
+    """A checkpoint's network and tokenizer, as transformers reads them; raises ModelError."""
+    import transformers
+
     try:
-        origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **origin)
         for count in COUNTS:
             if (getattr(config.get_text_config(), count, None) or 0) > MAX_MODULES:
                 raise ModelError(f"{name}: config.json: {count}: expected at most {MAX_MODULES:,}")
         _check_family(config)
-        words = transformers.AutoTokenizer.from_pretrained(tokenizer or name, **origin)
+        if quantised := getattr(config, "quantization_config", None):
+            method = dict(quantised).get("quant_method") if isinstance(quantised, dict) else None
+            raise ModelError(
+                f"{name}: quantised weights ({method or 'quantization_config in config.json'}) are not served; give "
+                "the checkpoint that they were made from"
+            )
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer, **origin)
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=DTYPES.get(dtype, dtype),
+            dtype=dtype,
             attn_implementation=ATTENTION,
             use_safetensors=True,
             output_loading_info=True,
             **origin,
         )
-        network = network.to(device)
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
@@ -132,12 +153,18 @@ def load(
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
     if network.dtype not in DTYPES.values():
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
-    if adapter is not None:
-        network = _merged(network, adapter)
-    for weight, values in network.named_parameters():
-        if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
-            raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
-    return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
+    known = network.get_input_embeddings().num_embeddings
+    if over := sorted((i, piece) for piece, i in words.get_vocab().items() if i >= known):
+        _log.warning(
+            "%s: the tokenizer has %d tokens that the network lacks (%d to %d, %r first): texts with one of them "
+            "cannot be scored",
+            name,
+            len(over),
+            over[0][0],
+            over[-1][0],
+            over[0][1],
+        )
+    return network, words
 
 
 def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
@@ -164,7 +191,19 @@ def _merged(network: Any, adapter: str | Path) -> Any:
             huggingface_hub.hf_hub_download(str(adapter), weights)  # fails where there are only pickle weights
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*Found missing adapter keys")  # peft would leave them random
-            return peft.PeftModel.from_pretrained(network, str(adapter)).merge_and_unload(safe_merge=True)
+            adapted = peft.PeftModel.from_pretrained(network, str(adapter)).eval()
+            expected = selfcheck.plain_logits(adapted, network)
+            merged = adapted.merge_and_unload(safe_merge=True)
+            found = selfcheck.plain_logits(merged, merged)
+        off, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+        if not off <= selfcheck.TOLERANCE[network.dtype] * scale:
+            raise ModelError(
+                f"adapter: {adapter}: cannot be merged into the weights: it would move logits by {off:.1e} of "
+                f"{scale:.1e}; in the output head or the embeddings of a model that ties them, it changes both"
+            )
+        return merged.requires_grad_(True)  # peft leaves the weights frozen
+    except ModelError:
+        raise
     except Exception as error:  # peft, huggingface_hub, safetensors and torch each raise their own
         raise ModelError(f"adapter: {adapter}: cannot be added to this network: {_first_line(error)}") from error
 
@@ -234,8 +273,13 @@ def _check_files(path: Path) -> None:
     # In the hub's cache the files of snapshots/REVISION are links to the blobs beside it.
     root = (path.parents[1] if path.parent.name == "snapshots" else path).resolve()
     for file in path.rglob("*"):
-        if file.suffix in READ and not (file.is_file() and file.resolve().is_relative_to(root)):
+        if file.suffix not in READ:
+            continue
+        if not (file.is_file() and file.resolve().is_relative_to(root)):
             raise ModelError(f"{file}: no file of this directory: a link out of it, or no file at all; copy it here")
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(f"{file}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     for index in path.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -1,9 +1,9 @@
-"""The memory of a run: what is free, what a tree takes, and the chunks and the place of the cache that fit.
+"""The memory of a run: what is free, what a run takes, and the chunk size and place of the KV cache that fit.
 
     total = held + rows * row_bytes + capacity * (kv_row_bytes + open_row_bytes + INDEX_BYTES) + other
 
 A process holds its weights and libraries; a chunk has `rows` rows, and the KV cache `capacity`, which the longest path
-bounds. Of a offloaded cache only a layer counts. Knows tries and shapes, no network and no text.
+bounds. Of an offloaded cache only a layer counts. Knows tries and shapes, no network and no text.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a network takes.
+    """Bytes that a network takes in memory, measured; what it computes is flops.Work, from shapes.
 
     Attributes:
         weight_bytes: of all weights.
         row_bytes: of a row's activations, where most are alive.
-        block_bytes: of activations whatever the rows are: those of an invariant model's block.
+        block_bytes: of activations whatever the rows are: those of a batch-invariant model's block.
         kv_row_bytes: of a row's keys and values in all layers, as they are kept.
         layers: that keep any.
         open_row_bytes: of the copy that a layer's keys and values are read from, for each row; 0 where there is none.
@@ -94,7 +94,7 @@ class Need:
         held_bytes: what the process holds before it, weights included.
         rows: of the longest chunk.
         capacity: rows of the KV cache.
-        kv_bytes: of the cache; of a offloaded one what is resident.
+        kv_bytes: of the cache; of an offloaded one what is resident.
         activation_bytes: of a chunk, with what it reads of the cache in another dtype.
         other_bytes: everything else.
         offloaded_bytes: of the cache in its files; 0 where it is in memory.
@@ -157,9 +157,9 @@ def fit(
     sizes = [chunk_tokens]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    can_spill = device.type == "cpu" and hasattr(os, "posix_fallocate")
-    choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_tokens) or not can_spill]
-    for size, spills in choices + [(rows, True) for rows in sizes if can_spill]:
+    can_offload = device.type == "cpu" and hasattr(os, "posix_fallocate")
+    choices = [(rows, False) for rows in sizes if rows >= min(LEAST_ROWS, chunk_tokens) or not can_offload]
+    for size, is_offloaded in choices + [(rows, True) for rows in sizes if can_offload]:
         rows, capacity = extent(size)
         new = 0 if capacity <= room else capacity
         kv_bytes = new * footprint.kv_row_bytes
@@ -168,12 +168,12 @@ def fit(
             held_bytes=held,
             rows=rows,
             capacity=capacity,
-            kv_bytes=kv_bytes // footprint.layers if spills else kv_bytes,
+            kv_bytes=kv_bytes // footprint.layers if is_offloaded else kv_bytes,
             activation_bytes=footprint.block_bytes
             + rows * footprint.row_bytes
             + capacity * (footprint.open_row_bytes + INDEX_BYTES),
             other_bytes=extra_bytes + OTHER_BYTES,
-            offloaded_bytes=kv_bytes if spills else 0,
+            offloaded_bytes=kv_bytes if is_offloaded else 0,
             folder=folder,
         )
         if need.total_bytes <= limit:

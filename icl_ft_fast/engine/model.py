@@ -24,7 +24,7 @@ from icl_ft_fast.engine.memory import Footprint, Memory
 from icl_ft_fast.runtime.errors import UserError
 
 ATTENTION = "icl_ft_fast"
-BLOCK_ROWS = 256  # rows in each forward of an invariant model, the last ones perhaps of zeros; fewer cost speed
+BLOCK_ROWS = 256  # rows in each forward of a batch-invariant model, the last ones perhaps zeros; fewer cost speed
 
 
 class ModelError(UserError):
@@ -76,9 +76,9 @@ def _trie_attention(
     What fills a block behind the rows neither attends nor is seen.
     """
     if icl_rows is None:
-        raise ModelError("its attention does not pass the trie on")
-    if attention_mask is not None:  # transformers makes none for an attention without a mask of its own
-        raise ModelError("its attention makes a mask of its own, which may hide what a trie shows")
+        raise ModelError("its attention drops the keyword `icl_rows`, so prefix-shared scores would be wrong")
+    if attention_mask is not None:  # transformers makes none unless the attention asks for one
+        raise ModelError("its attention builds its own mask, which may hide tokens that it should see")
     num_rows = icl_rows.row_q.shape[0]
     # Under autocast rotary embeddings leave q and k in float32.
     q, k, v = (t[0, :, :num_rows].transpose(0, 1).to(value.dtype) for t in (query, key, value))
@@ -188,7 +188,7 @@ class Model:
         return self.measured.fingerprint
 
     def _state(self) -> tuple[Any, ...] | None:
-        """What the fingerprint depends on, told without reading the weights; None where that cannot be told."""
+        """What the fingerprint depends on, without reading the weights; None where that cannot be known."""
         tensors = list(self.network.state_dict(keep_vars=True).values())
         if any(tensor.is_inference() for tensor in tensors):  # they do not count how often they were written to
             return None
@@ -230,21 +230,18 @@ class Model:
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.cache but does not commit."""
-        if self.batch_invariant and rows.cache is not None:
-            return torch.cat([self._forward(block) for block in _blocks(rows)])
-        return self._forward(rows)
-
-    def _forward(self, rows: Rows) -> torch.Tensor:
-        num_rows = len(rows.token)
-        size = BLOCK_ROWS if rows.batch_invariant else num_rows
-        output = self.body(
-            input_ids=_filled(rows.token, size)[None],
-            position_ids=_filled(rows.depth_q, size)[None].long(),
-            use_cache=False,
-            icl_rows=rows,
-        )
-        hidden: torch.Tensor = output.last_hidden_state[0, :num_rows]
-        return hidden
+        hidden = []
+        for block in _blocks(rows) if self.batch_invariant and rows.cache is not None else (rows,):
+            num_rows = len(block.token)
+            size = BLOCK_ROWS if block.batch_invariant else num_rows
+            output = self.body(
+                input_ids=_filled(block.token, size)[None],
+                position_ids=_filled(block.depth_q, size)[None].long(),
+                use_cache=False,
+                icl_rows=block,
+            )
+            hidden.append(output.last_hidden_state[0, :num_rows])
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def forward_chunk(self, chunk: trie.Chunk, cache: KVCache) -> torch.Tensor:
         """Hidden states [T, E] of a planned chunk, whose ancestors are all that the cache holds; commits its rows."""

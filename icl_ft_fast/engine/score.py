@@ -32,7 +32,7 @@ class Score:
         question_id: the question's id.
         logp: natural-log likelihood of each choice, summed over its tokens.
         num_tokens: tokens of each choice.
-        is_greedy: whether greedy decoding would have written the choice.
+        is_greedy: whether greedy decoding would generate the choice.
         predicted: index of the most likely choice (the first of equals).
         answer: index of the correct choice, None if unknown.
         also_correct: indices of further correct choices.
@@ -165,10 +165,10 @@ def score(
         model: from load().
         questions: prompts and choices; choices are not shown to the model.
         context: text before every prompt, forwarded once.
-        chunk_tokens: rows forwarded at a time, fewer where model.memory asks for it; results do not depend on it beyond
-            rounding.
+        chunk_tokens: tokens forwarded at a time, fewer where model.memory asks for it; results do not depend on it
+            beyond rounding.
         ledger: counts of this call are added to it.
-        progress: show a bar of forwarded rows.
+        progress: show a bar of forwarded tokens.
         store: of saved contexts; `context` is taken from it, or forwarded and saved there.
         sharded: to let other processes score too, and to resume a run that was killed.
 

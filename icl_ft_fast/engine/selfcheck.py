@@ -16,7 +16,7 @@ from icl_ft_fast.engine.model import ATTENTION, BLOCK_ROWS, Model, ModelError, R
 # A branching trie: one prefix, two branches, one of which splits again; chunks of 7 rows exercise the cache.
 _CHECK_PATHS = ((0, 10), (10, 15)), ((0, 10), (15, 22), (22, 24)), ((0, 10), (15, 22), (24, 28))
 _CHECK_SHARED = 10
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
 @torch.inference_mode()
@@ -56,7 +56,7 @@ def check(model: Model) -> None:
     finally:
         network.set_attn_implementation(ATTENTION)
     if exact:
-        worst, allowed = torch.cat(errors).max().item(), _CHECK_TOLERANCE[hidden.dtype]
+        worst, allowed = torch.cat(errors).max().item(), TOLERANCE[hidden.dtype]
     else:
         worst, allowed = (torch.cat([d[_CHECK_SHARED:] for d in x]).median().item() for x in (errors, roundings))
         allowed = 2 * allowed
@@ -69,10 +69,22 @@ def check(model: Model) -> None:
     logp, _ = model.target_logprob(plain, rows, token[1:])
     own = logits[:-1].float().log_softmax(-1).gather(-1, token[1:, None])[:, 0]
     worst, scale = (logp - own).abs().max().item(), own.abs().max().item()
-    if not worst <= _CHECK_TOLERANCE[hidden.dtype] * scale:
+    if not worst <= TOLERANCE[hidden.dtype] * scale:
         raise ModelError(
             f"{refusal}: its output head's log-probabilities differ from its own by {worst:.1e} (scale {scale:.1e})"
         )
+
+
+@torch.inference_mode()
+def plain_logits(network: Any, base: Any) -> torch.Tensor:
+    """Float32 logits of a few tokens by the network's own forward; `base` is it without what peft wraps around it."""
+    token = torch.arange(1, 25) * 7919 % base.get_input_embeddings().weight.shape[0]
+    base.set_attn_implementation("eager")
+    try:
+        logits: torch.Tensor = network(token[None].to(base.device), use_cache=False).logits[0].float()
+        return logits
+    finally:
+        base.set_attn_implementation(ATTENTION)
 
 
 @contextlib.contextmanager
@@ -122,13 +134,13 @@ def check_can_be_invariant(model: Model) -> None:
     if model.device.type != "cpu":
         raise ModelError(
             f"{model.name}: batch_invariant: not on {model.device}: a GPU's kernels sum in an order that depends on "
-            "what is scored together; load it on the CPU, or without invariant"
+            "what is scored together; load it on the CPU, or without batch_invariant"
         )
     for name, value in model.network.config.get_text_config().to_dict().items():
         if "experts" in name and value:
             raise ModelError(
                 f"{model.name}: batch_invariant: not for a mixture of experts ({name} = {value}): how many rows an "
-                "expert multiplies depends on what is scored together; load it without invariant"
+                "expert multiplies depends on what is scored together; load it without batch_invariant"
             )
 
 
@@ -152,5 +164,5 @@ def prove_invariant(model: Model) -> None:
         raise ModelError(
             f"{model.name}: batch_invariant: with {torch.get_num_threads()} threads of torch {torch.__version__} a "
             "row's bits depend on its place in a block or on its neighbours; try another number of threads "
-            "(OMP_NUM_THREADS), or load it without invariant"
+            "(OMP_NUM_THREADS), or load it without batch_invariant"
         )
