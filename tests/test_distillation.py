@@ -3,13 +3,15 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import tokenizer_kinds
 import torch
 import torch.nn.functional as F
 
 from icl_ft_fast import ops
-from icl_ft_fast.engine import memory
+from icl_ft_fast.engine import encoding, memory
 from icl_ft_fast.engine.model import Head
 from icl_ft_fast.finetuning import distillation
 from icl_ft_fast.finetuning.data import Example, encode
@@ -121,3 +123,17 @@ def test_the_teacher_reads_in_smaller_chunks_where_memory_asks_for_it(how, llama
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert ("ran out" in caplog.text) == (how == "a memory that runs out")
     assert how == "a memory that runs out" or needs[-1][0] < needs[0][0]
+
+
+@pytest.mark.parametrize("kind", ["llama 3", "qwen", "smollm"])
+def test_a_teacher_reads_a_chat_as_its_template_writes_it(kind, monkeypatch):
+    tokenizer, read = tokenizer_kinds.make(kind), []
+    monkeypatch.setattr(distillation.trie, "build_from_lists", lambda requests: read.extend(requests) or 1 / 0)
+    model = SimpleNamespace(tokenizer=tokenizer, max_positions=10_000)
+    (chat,) = encode(tokenizer, [Example(turns=(("user", "who?"), ("assistant", "me")))], 10_000)
+    with pytest.raises(ZeroDivisionError):
+        distillation.read_in_context(model, [chat], "the fox.")
+    ((before, own),) = read
+    (context,) = encoding.encode(tokenizer, ["the fox."])
+    assert before + own == context + chat.ids[int(kind == "llama 3") :]  # whose BOS the context has
+    assert own == chat.ids[1:]

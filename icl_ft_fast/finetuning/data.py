@@ -53,12 +53,13 @@ class Example:
 class EncodedExample:
     """Token ids of an example, and which of them are targets of the loss; the first never is.
 
-    Examples with equal `group` have the same prompt.
+    Examples with equal `group` have the same prompt. A chat's ids are its template's; others begin with BOS.
     """
 
     ids: list[int]
     is_target: list[bool]
     group: int
+    is_chat: bool = False
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -198,7 +199,7 @@ def encode(
         if over > 0 or not any(is_target[1:]):
             reason = f"{over} tokens over the model's {max_positions} positions" if over > 0 else "no tokens"
             raise FinetuneError(f"{name}: {reason}" + (" to predict" if len(ids) > 1 and over <= 0 else ""))
-        encoded.append(EncodedExample(ids, is_target, group))
+        encoded.append(EncodedExample(ids, is_target, group, is_chat))
     return encoded
 
 

@@ -79,7 +79,7 @@ def read_in_context(
 ) -> Teacher:
     """The model as a teacher that reads `context` once for all examples.
 
-    An example's tokens follow the context's unchanged, minus their BOS.
+    An example's tokens follow the context's unchanged, minus the BOS that the context has already.
 
     Raises:
         FinetuneError: an empty context, or an example that does not fit after it.
@@ -88,7 +88,10 @@ def read_in_context(
     if not context.strip():
         raise FinetuneError("teacher: the context is empty: give it documents")
     before = encoding.encode(model.tokenizer, [context.rstrip()])[0]
-    requests = [(before, example.ids[1:]) for example in examples]
+    requests = []
+    for example in examples:
+        is_bos = not example.is_chat or example.ids[0] == before[0]
+        requests.append((before if is_bos else [*before, example.ids[0]], example.ids[1:]))
     over = max(len(before) + len(own) for _, own in requests) - 1 - model.max_positions
     if over > 0:
         raise FinetuneError(
