@@ -3,21 +3,34 @@
 
 import copy
 import itertools
+import json
 import pickle
+import shutil
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tokenizer_kinds
+from transformers.utils import chat_template_utils
 
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.finetuning.data import Example, encode
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 from icl_ft_fast.integrations.protocol import ChatMessage
 from icl_ft_fast.integrations.server import _Service
-from icl_ft_fast.runtime.templates import ChatText, render_chat
-from icl_ft_fast.tasks.task import Document
+from icl_ft_fast.runtime import templates
+from icl_ft_fast.runtime.templates import ChatText, fix_date, render_chat
+from icl_ft_fast.study import compare as study
+from icl_ft_fast.study.compare import StudyOptions, compare
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.task import Document, Question, Task
 
 TURNS = (("user", "who knows the fox?"), ("assistant", "Paris knows."), ("user", "why?"), ("assistant", "über 42"))
 
@@ -32,12 +45,13 @@ def ids_of(tokenizer, turns, **options):
 
 
 @pytest.fixture(params=list(tokenizer_kinds.KINDS))
-def tokenizer(request):
-    """One of each kind."""
+def kind(request):
+    """A tokenizer of each kind."""
     return tokenizer_kinds.make(request.param)
 
 
-def test_training_scoring_serving_and_augmentation_have_the_same_ids(tokenizer):
+def test_training_scoring_serving_and_augmentation_have_the_same_ids(kind):
+    tokenizer = kind
     (example,) = encode(tokenizer, [Example(turns=TURNS)], 10_000)
     assert example.ids == ids_of(tokenizer, TURNS)
     assert example.is_target == [False] + [True] * (len(example.ids) - 1)
@@ -57,7 +71,8 @@ def test_training_scoring_serving_and_augmentation_have_the_same_ids(tokenizer):
         assert before + choice == tokenizer(f"{context}the fox is lazy", add_special_tokens=False)["input_ids"]
 
 
-def test_many_chats_that_begin_alike_are_encoded_as_each_alone(tokenizer):
+def test_many_chats_that_begin_alike_are_encoded_as_each_alone(kind):
+    tokenizer = kind
     long = render_chat(tokenizer, messages([("user", "the quick brown fox jumps over the lazy dog. " * 200)]))
     texts = [long + end for end in ("a", "b", " c", "\nd")]
     assert encoding.encode(tokenizer, texts) == [encoding.encode(tokenizer, [text])[0] for text in texts]
@@ -99,7 +114,8 @@ def test_completions_of_a_template_that_forgets_thoughts():
     assert learned(tokenizer, TURNS[:2]) == f"{first}[<think>\n\n</think>\n\nParis knows.<|im_end|>\n]"
 
 
-def test_completions_are_the_assistants_turns(tokenizer):
+def test_completions_are_the_assistants_turns(kind):
+    tokenizer = kind
     (example,) = encode(tokenizer, [Example(turns=TURNS)], 10_000, completion_only=True)
     runs = itertools.groupby(zip(example.is_target, example.ids, strict=True), key=lambda pair: pair[0])
     learned = [
@@ -117,3 +133,94 @@ def test_a_chat_text_stays_one():
     assert isinstance(text.rstrip(), ChatText)
     assert (text + "b", text.rstrip()) == ("a b", "a")
     assert type(copy.deepcopy(text)) is type(pickle.loads(pickle.dumps(text))) is ChatText
+
+
+DATED = "{{ '<s>' }}Today: {{ strftime_now('%d %b %Y %H:%M') }}\n" + tokenizer_kinds.PLAIN
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A function that sets the day."""
+
+    def set_day(day):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(f"{day}T10:11:12")
+
+        for module in (templates, chat_template_utils, study):
+            monkeypatch.setattr(module, "datetime", Clock)
+
+    return set_day
+
+
+@pytest.fixture
+def dated(llama_directory, tmp_path):
+    """A folder of a model whose chat template writes the date."""
+    shutil.copytree(llama_directory, tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text(DATED)
+    return tmp_path / "dated"
+
+
+def test_a_date_is_fixed(dated, on):
+    tokenizer = load(dated).tokenizer
+    on("2026-11-29")
+    assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 29 Nov 2026 10:11\n")
+    assert fix_date(tokenizer) == "2026-11-29"
+    on("2026-11-30")
+    assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 29 Nov 2026 00:00\n")
+    assert fix_date(tokenizer) == "2026-11-29"
+    assert fix_date(tokenizer, "2024-07-26") == "2024-07-26"
+    assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 26 Jul 2024")
+    assert fix_date(tokenizer_kinds.make("qwen"), "2024-07-26") is None
+    with pytest.raises(templates.DateError, match="template_date: expected YYYY-MM-DD, got 'today'"):
+        fix_date(tokenizer, "today")
+
+
+def test_training_is_resumed_on_another_day(dated, on, tmp_path, monkeypatch):
+    settings, chat = FinetuneSettings(steps=2, batch_size=1, save_steps=1), [Example(turns=TURNS[:2])]
+
+    def run(name, settings=settings):
+        return finetune(load(dated), chat, settings, options=RunOptions(output_dir=tmp_path / name, resume=True)).losses
+
+    on("2026-11-29")
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_run, "finish", lambda _: None)
+        patch.setattr(finetune_run.RunState, "is_over", property(lambda state: state.progress.step == 1))
+        with pytest.raises(AttributeError):
+            run("cut")
+    on("2026-12-01")
+    assert run("cut") == whole
+    recorded = json.loads((tmp_path / "cut" / "checkpoint-2" / "run.json").read_text())
+    assert recorded["template_date"] == "2026-11-29"
+    assert run("other") != whole
+    assert run("set", replace(settings, template_date="2026-11-29")) == whole
+    with pytest.raises(FinetuneError, match="template_date was"):
+        run("cut", replace(settings, template_date="2026-12-01"))
+
+
+def test_a_study_has_the_date_of_its_first_day(dated, on, tmp_path, monkeypatch):
+    question = Question("q", "who", (" cat", " mat"), answer=0)
+    task = Task((Document("d", "the cat sat on that mat."),), (question,))
+    settings = StudySettings(arms=("base", "icl"), seeds=(0,), template="chat")
+
+    def run(name, **options):
+        options = StudyOptions(measure_s=0, arguments="a", **options)
+        return compare(load(dated), task, settings, out=tmp_path / name, options=options)
+
+    on("2026-11-29")
+    whole = run("whole")
+    assert whole.settings["template_date"] == "2026-11-29"
+    assert "Today: 29 Nov 2026" in whole.settings["chat_prompt"]
+
+    def dies(run):
+        raise KeyError(run.arm)
+
+    with pytest.raises(KeyError, match="base"):
+        run("cut", on_run=dies)
+    on("2026-11-30")
+    again = run("cut")
+    assert again.settings == whole.settings
+    assert [r.answers for r in again.runs] == [r.answers for r in whole.runs]
+    assert run("other").settings["template_date"] == "2026-11-30"

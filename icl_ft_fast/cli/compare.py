@@ -83,6 +83,8 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
     help = "prompt: base, chat (the model's chat template) or a file with {documents} and {prompt}"
     study.add_argument("--template", default="base", help=help)
+    help = "day that a chat template writes as today's (default: the day the study began)"
+    study.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
     context = parser.group("in-context learning")
     help = "documents per topic in the context (default: the preset's, or all)"
     context.add_argument("--icl-per-topic", type=positive, metavar="N", help=help)

@@ -66,6 +66,9 @@ GROUPS: dict[str, dict[str, _Option]] = {
         "completion_only_loss": _training(
             _boolean, "take the loss on completions and assistant turns only", "completion_only"
         ),
+        "template_date": _training(
+            str, "day, YYYY-MM-DD, that a chat template writes as today's (default: that of the start)"
+        ),
         "group_by_prompt": _training(_boolean, "keep examples of one prompt together, which forwards it once"),
     },
     "training": {

@@ -87,8 +87,7 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
-        found = (_NAME.fullmatch(p.name) for p in self.path.iterdir()) if self.path and self.path.is_dir() else ()
-        return sorted(int(match[1]) for match in found if match)
+        return _steps(self.path)
 
     def folder(self, step: int) -> Path:
         """The checkpoint after a step."""
@@ -204,6 +203,19 @@ class RunFolder:
                 target.parent.mkdir(exist_ok=True)
                 with replacing(target) as partial:
                     shutil.copyfile(file, partial)
+
+
+def _steps(path: Path | None) -> list[int]:
+    found = (_NAME.fullmatch(p.name) for p in path.iterdir()) if path and path.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def recorded(path: Path, name: str) -> Any:
+    """What the run in output_dir was started with under this name; None if it has no checkpoint, or a damaged one."""
+    with suppress(OSError, ValueError, AttributeError):  # RunFolder.restore() says what is wrong with it
+        folder = path / f"checkpoint-{max(_steps(path), default=0)}"
+        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get(name)
+    return None
 
 
 def _check(folder: Path) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning import batches, distributed, lora
-from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state
+from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state, recorded
 from icl_ft_fast.finetuning.data import EncodedExample, Example, encode
 from icl_ft_fast.finetuning.distillation import read_in_context
 from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
 from icl_ft_fast.finetuning.optimizer import Optimizer
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 from icl_ft_fast.finetuning.trackers import Trackers
+from icl_ft_fast.runtime.templates import fix_date
 
 
 class InterruptedRunError(FinetuneError):
@@ -176,6 +177,9 @@ def prepare(
 ) -> RunState:
     """The run before its next step: the first one, or the one after the last checkpoint; see finetune()."""
     _check(settings, options, has_validation=bool(validation), has_teacher=teacher_context is not None)
+    path = None if options.output_dir is None else Path(options.output_dir)
+    date = settings.template_date or (recorded(path, "template_date") if path and options.resume else None)
+    settings = replace(settings, template_date=fix_date(model.tokenizer, date))
     encode_all = partial(
         encode,
         model.tokenizer,
@@ -184,7 +188,6 @@ def prepare(
         completion_only=settings.completion_only,
     )
     encoded, held = encode_all(examples), encode_all(validation) if validation else []
-    path = None if options.output_dir is None else Path(options.output_dir)
     rank, processes = distributed.place()
     origin = {"seed": seed, "teacher_context": teacher_context, "examples": _digest([*encoded, *held])}
     origin["model"] = "" if path is None else model.fingerprint()

@@ -77,6 +77,7 @@ class FinetuneSettings:
         save_total_limit: checkpoints retained beside the best one; None retains all.
         logging_steps: steps between entries of trainer_state.json's log_history and of trackers; metrics.jsonl has all.
         report_to: trackers, out of tensorboard, wandb and trackio.
+        template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the run began.
         fsdp: shard weights over the processes (FSDP2) instead of copying them to each (DDP).
 
     Raises:
@@ -107,6 +108,7 @@ class FinetuneSettings:
     logging_steps: int = 10
     report_to: tuple[str, ...] = ()
     fsdp: bool = False
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps"):

@@ -6,15 +6,27 @@ not from loops within loops. Memory is not bounded: a template may make a text a
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, time
 from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
 
+from icl_ft_fast.runtime.errors import UserError
+
+_DATE = "_icl_ft_fast_date"  # attribute of a tokenizer
+# Templates call strftime_now, which transformers lets nobody replace but a macro. It marks the format in the text, by
+# characters that Unicode gives no meaning, and the date is put there afterwards. The line break is trimmed by jinja.
+_CLOCK = "{% macro strftime_now(format) %}{{ '\ufdd2' }}{{ format }}{{ '\ufdd3' }}{% endmacro %}\n"
 STEPS = 3_000_000  # lines of Python: a second or two; a chat of a thousand turns takes some ten thousand
+
+
+class DateError(UserError):
+    """A date for chat templates that is none."""
 
 
 @contextmanager
@@ -53,6 +65,35 @@ class ChatText(str):
         return ChatText(str(self).rstrip(chars))
 
 
+def reads_date(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template writes the date into a chat (Llama 3.1, SmolLM3, Granite and others do)."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def fix_date(tokenizer: Any, date: str | None = None) -> str | None:
+    """Fix the date that the tokenizer's chat template writes from now on; without this it is that of each rendering.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        date: YYYY-MM-DD; None is today, or the date that was fixed before.
+
+    Returns:
+        The date, or None where the template reads none.
+
+    Raises:
+        DateError: not a date.
+    """
+    if not reads_date(tokenizer):
+        return None
+    try:
+        fixed = getattr(tokenizer, _DATE, None) if date is None else datetime.fromisoformat(date)
+    except ValueError as error:
+        raise DateError(f"template_date: expected YYYY-MM-DD, got {date!r}") from error
+    fixed = fixed or datetime.combine(datetime.now().date(), time())
+    setattr(tokenizer, _DATE, fixed)
+    return fixed.date().isoformat()
+
+
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> ChatText:
     """The prompt that the tokenizer's chat template makes of messages, each with its role and content.
 
@@ -66,4 +107,9 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: A
     """
     with bounded():
         options = {"add_generation_prompt": True} | options
-        return ChatText(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        date = getattr(tokenizer, _DATE, None)
+        if date is None:
+            return ChatText(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        template = _CLOCK + tokenizer.get_chat_template()
+        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
+    return ChatText(re.sub("\ufdd2(.*?)\ufdd3", lambda match: date.strftime(match[1]), text))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, follow
+from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arms import Workspace, arm_named
 from icl_ft_fast.study.records import Run
@@ -115,15 +117,30 @@ def compare(
     with nullcontext() if folder is None or options.executor.rank else locked(folder / ".lock"):
         if folder is not None and options.arguments:  # refused before the model is loaded
             _check_folder(folder, options)
+        if not options.executor.rank:
+            _begin(folder, options)
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
         journal = ResultJournal(None if folder is None else folder / JOURNAL)
         loaded, load = (model, None) if isinstance(model, Model) else model()
+        date = fix_date(loaded.tokenizer, settings.template_date or journal.values.get(_begun(options)))
+        settings = replace(settings, template_date=date)
         if not options.arguments:
             options = replace(options, arguments=digest(study_key(loaded, settings), settings.arms, settings.seeds))
         if folder is not None:
             _check_folder(folder, options)
         study = _Study(loaded, load, settings, options, folder, journal, progress)
         return study.run(task if callable(task) else lambda _: task)
+
+
+def _begun(options: StudyOptions) -> str:
+    """The journal's key of the day on which the study began."""
+    return digest("begun", options.arguments)
+
+
+def _begin(folder: Path | None, options: StudyOptions) -> None:
+    """Note the day on which a study begins, which a chat template may write; a resumed study has its first day."""
+    if folder is not None:
+        ResultJournal(folder / JOURNAL).once(_begun(options), lambda: datetime.now().date().isoformat())
 
 
 def _check_folder(folder: Path, options: StudyOptions) -> None:

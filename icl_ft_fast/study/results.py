@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.machine import Ceilings, fingerprint
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.runtime.durable import digest, replacing
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.study.prices import first_error
@@ -118,7 +119,7 @@ def as_json(
         "parameters": model.num_parameters,
         "weight_bytes": work_of(model).weight_bytes,
         "task": _public(setting.task_name),
-        "settings": asdict(setting.settings),
+        "settings": asdict(setting.settings) | _chat_prompt(setting),
         "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
         "load": load,
         "arguments": setting.arguments,
@@ -129,6 +130,13 @@ def as_json(
         ],
         "runs": [asdict(replace(run, questions=())) for run in runs],
     }
+
+
+def _chat_prompt(setting: Setting) -> dict[str, str]:
+    """What the chat template makes of a request without documents: what it writes by itself, such as the date."""
+    if setting.settings.template != "chat":
+        return {}
+    return {"chat_prompt": prompt_context(setting.model, [], "chat")}
 
 
 def _public(name: str) -> str:

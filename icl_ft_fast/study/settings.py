@@ -25,6 +25,7 @@ class StudySettings:
         icl_tokens: of those, the ones that fit into so many tokens; None if all must fit.
         normalization: what the choices' log-likelihoods are divided by, one of NORMALIZATIONS.
         template: the prompt around documents and question, see prompt_context().
+        template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the study began.
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
         finetune: steps, batch size, learning rate and the rest of the training.
@@ -37,6 +38,7 @@ class StudySettings:
     icl_tokens: int | None = None
     normalization: str = "sum"
     template: str = "base"
+    template_date: str | None = None
     strategy: str = "local"
     samples: int = 1
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)

@@ -30,6 +30,7 @@ from icl_ft_fast.runtime.executors import (
     journaled_in,
     run_journaled,
 )
+from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study.arms import Workspace
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
@@ -61,6 +62,7 @@ class StudyWorkers:
     def __call__(self) -> Worker:
         """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
         model = load(self.name, **self.loading)
+        fix_date(model.tokenizer, self.settings.template_date)
         if study_key(model, self.settings) != self.key:
             raise ExecutorError(
                 f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "

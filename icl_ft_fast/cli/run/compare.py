@@ -95,6 +95,8 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
     console = Terminal()
     table.print_study(study, console, options.tolerance)
     print_decision(study, options, console)
+    if (date := study.results.settings.get("template_date")) and options.template == "chat":
+        print(f"\nThe chat template wrote the date {date}; --template-date sets it.")
     if options.out is not None:
         print(f"\nWritten to {options.out / 'results.json'}")
 
@@ -178,6 +180,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "icl_tokens": options.icl_tokens,
             "normalization": options.normalization,
             "template": _template(options.template),
+            "template_date": options.template_date,
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
         }
     )

@@ -18,6 +18,7 @@ from icl_ft_fast.finetuning.data import read_examples, split_validation
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, RunOptions
 from icl_ft_fast.runtime.durable import locked
+from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.tasks.task import read_documents
 
 OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
@@ -103,6 +104,8 @@ def run_finetune(options: argparse.Namespace) -> None:
             ),
         )
         if distributed.place()[0] == 0:
+            if any(example.turns for example in examples) and (date := fix_date(model.tokenizer)):
+                print(f"The chat template wrote the date {date}; --template_date sets it.")
             print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
 
 
