@@ -255,6 +255,7 @@ def test_results_json(llama, runs, tmp_path):
         "icl_tokens": None,
         "normalization": "sum",
         "template": "base",
+        "template_date": None,
         "strategy": "local",
         "samples": 1,
         "finetune": json.loads(json.dumps(vars(TRAINING))),
