@@ -75,7 +75,7 @@ def prepare(model: Model, folder: Path) -> None:
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
     Prompting.of = partial(short, Prompting.of)
-    document = replace(strategies.STRATEGIES["document"], max_new_tokens=6, read=any_text)
+    document = replace(strategies.STRATEGIES["document"], max_new_tokens=6, read=any_text, is_lines=False)
     strategies.STRATEGIES["document"] = document
 
 

@@ -32,7 +32,7 @@ def prepare(patch):
     patch(sweep, "LENGTHS", ())
     patch(sweep, "sweep", partial(sweep.sweep, rounds=1, batches=(1,)))
     patch(LocalGenerator, "prompts_per_call", 2)  # two calls for three documents
-    strategy = replace(STRATEGIES["document"], max_new_tokens=6, read=any_text)
+    strategy = replace(STRATEGIES["document"], max_new_tokens=6, read=any_text, is_lines=False)
     patch(Prompting, "of", lambda _: Prompting(strategy, "{{ document }}\nReversed:", "short"))
 
 

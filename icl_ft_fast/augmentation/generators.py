@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
@@ -17,8 +19,10 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.reasoning import opened, split_reasoning
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.files import read_jsonl
+from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import text_field
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -27,12 +31,16 @@ CHARACTERS_PER_TOKEN = 3  # where the tokenizer is not here: estimates rather to
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated text, its tokens, and its natural-log probability where the generator tells."""
+    """A generated text, its tokens, and its natural-log probability where the generator tells.
+
+    `is_cut` says that it ended at the limit of new tokens: its last line may be half of one.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
     logp: float | None
+    is_cut: bool = False
 
 
 class TextGenerator(Protocol):
@@ -59,7 +67,13 @@ class TextGenerator(Protocol):
 
 @dataclass(frozen=True)
 class LocalGenerator:
-    """A loaded model; prompts go through its chat template if `is_chat`.
+    """A loaded model.
+
+    Attributes:
+        model: from load().
+        is_chat: whether prompts go through its chat template.
+        ledger: counts the work.
+        template_options: arguments of the chat template, such as enable_thinking.
 
     Raises:
         AugmentError: `is_chat`, and the tokenizer has no chat template.
@@ -68,6 +82,7 @@ class LocalGenerator:
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     prompts_per_call: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
@@ -77,7 +92,7 @@ class LocalGenerator:
     @property
     def fingerprint(self) -> str:
         """The model's, and whether prompts go through its chat template."""
-        return f"{'chat' if self.is_chat else 'base'} {self.model.fingerprint()}"
+        return f"{_way(self.is_chat, self.template_options)} {self.model.fingerprint()}"
 
     def prompt_tokens(self, text: str) -> int:
         """Counted."""
@@ -85,18 +100,25 @@ class LocalGenerator:
 
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
         """See TextGenerator; raises GenerateError where a prompt does not fit the model's positions."""
-        encoded = encoding.encode(self.model.tokenizer, [self._whole(prompt.text) for prompt, _ in requests])
+        texts = [self._whole(prompt.text) for prompt, _ in requests]
+        encoded = encoding.encode(self.model.tokenizer, texts)
         names = [f"document {prompt.id!r} with its prompt" for prompt, _ in requests]
         for i, made in iter_generations(
             self.model, encoded, [sampling for _, sampling in requests], names=names, ledger=self.ledger
         ):
-            yield i, Reply(made.text, len(encoded[i]), len(made.ids), sum(made.logp))
+            text = opened(texts[i]) + made.text  # the template may have begun the reasoning
+            yield i, Reply(text, len(encoded[i]), len(made.ids), sum(made.logp), made.finish == "length")
 
     def _whole(self, text: str) -> str:
         if not self.is_chat:
             return text
         turn = [{"role": "user", "content": text}]
-        return render_chat(self.model.tokenizer, turn)
+        return render_chat(self.model.tokenizer, turn, **self.template_options)
+
+
+def _way(is_chat: bool, template_options: Mapping[str, Any]) -> str:
+    options = f" {json.dumps(dict(template_options), sort_keys=True)}" if template_options else ""
+    return f"{'chat' if is_chat else 'base'}{options}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,8 @@ class Endpoint:
         concurrency: requests at a time.
         retries: of a request that met 408, 409, 429, 5xx, a timeout or a broken connection, with growing pauses.
         timeout_s: of one request.
+        template_options: arguments of the server's chat template, such as enable_thinking.
+        tell: called with a line of text for requests that ended without a reply.
     """
 
     prompts_per_call: ClassVar[int | None] = None
@@ -119,6 +143,8 @@ class Endpoint:
     concurrency: int = 8
     retries: int = 6
     timeout_s: float = 120.0
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[str], None] = field(default=silent, compare=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -128,14 +154,17 @@ class Endpoint:
     @property
     def fingerprint(self) -> str:
         """Server, model, and whether it is chat."""
-        return f"{'chat' if self.is_chat else 'base'} {self.model} at {self.url}"
+        return f"{_way(self.is_chat, self.template_options)} {self.model} at {self.url}"
 
     def prompt_tokens(self, text: str) -> int:
         """Estimated from the characters."""
         return -(-len(text) // CHARACTERS_PER_TOKEN)
 
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
-        """See TextGenerator; raises AugmentError when a request fails for good, after those in flight have ended."""
+        """See TextGenerator; raises AugmentError when a request fails for good, after those in flight have ended.
+
+        What comes with status 200 and is no reply (nothing, filtered, another schema) is left out and told.
+        """
         try:
             import openai
         except ModuleNotFoundError as error:
@@ -144,6 +173,7 @@ class Endpoint:
             raise AugmentError(f"endpoint: set {KEY_VARIABLE} in the environment (anything if none is wanted)")
         client = openai.OpenAI(base_url=self.url, max_retries=self.retries, timeout=self.timeout_s)
         failure: tuple[int, Exception] | None = None
+        lost: Counter[str] = Counter()
         with client, ThreadPoolExecutor(self.concurrency) as pool:
             waiting = iter(range(len(requests)))
             running: dict[Any, int] = {}
@@ -156,15 +186,24 @@ class Endpoint:
                 for future in done:
                     i = running.pop(future)
                     try:
-                        yield i, future.result()
+                        reply = future.result()
                     except openai.OpenAIError as error:
                         failure = (i, error)
+                        continue
+                    if isinstance(reply, str):
+                        lost[reply] += 1
+                    else:
+                        yield i, reply
+        if lost:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
+            self.tell(f"endpoint: {lost.total()} requests without a reply ({reasons}); the same command asks again")
         if failure is not None:
             status = getattr(failure[1], "status_code", None)
             what = f"status {status}" if status else type(failure[1]).__name__  # a message may repeat the key
             raise AugmentError(f"endpoint: {self.url}: document {requests[failure[0]][0].id!r}: {what}") from None
 
-    def _request(self, client: Any, prompt: Prompt, sampling: Sampling) -> Reply:
+    def _request(self, client: Any, prompt: Prompt, sampling: Sampling) -> Reply | str:
+        """The reply, or why there is none."""
         unserved = Sampling(
             sampling.max_new_tokens, sampling.temperature, top_p=sampling.top_p, stop=sampling.stop, seed=sampling.seed
         )
@@ -178,15 +217,32 @@ class Endpoint:
             "seed": sampling.seed,
             "stop": list(sampling.stop) or None,
         }
-        if self.is_chat:
-            made = client.chat.completions.create(messages=[{"role": "user", "content": prompt.text}], **options)
-            text = made.choices[0].message.content or ""
-        else:
-            made = client.completions.create(prompt=prompt.text, **options)
-            text = made.choices[0].text
-        usage = made.usage
-        prompt_tokens = usage.prompt_tokens if usage else self.prompt_tokens(prompt.text)
-        return Reply(text, prompt_tokens, usage.completion_tokens if usage else self.prompt_tokens(text), None)
+        if self.template_options:
+            options["extra_body"] = {"chat_template_kwargs": dict(self.template_options)}
+        try:
+            if self.is_chat:
+                made = client.chat.completions.create(messages=[{"role": "user", "content": prompt.text}], **options)
+            else:
+                made = client.completions.create(prompt=prompt.text, **options)
+        except ValueError:
+            return "not JSON"
+        choice = next(iter(getattr(made, "choices", None) or ()), None)
+        if choice is None:
+            return "of another schema"
+        text = (
+            getattr(getattr(choice, "message", None), "content", None)
+            if self.is_chat
+            else getattr(choice, "text", None)
+        )
+        finish = getattr(choice, "finish_reason", None)
+        if finish == "content_filter":
+            return "filtered"
+        if not isinstance(text, str) or not split_reasoning(text)[1].strip():
+            return "cut off in its reasoning" if finish == "length" else "empty"
+        usage = getattr(made, "usage", None)
+        prompt_tokens = getattr(usage, "prompt_tokens", None) or self.prompt_tokens(prompt.text)
+        completion_tokens = getattr(usage, "completion_tokens", None) or self.prompt_tokens(text)
+        return Reply(text, prompt_tokens, completion_tokens, None, finish == "length")
 
 
 class Recorded:

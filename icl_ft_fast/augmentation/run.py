@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Worker
+from icl_ft_fast.runtime.reasoning import split_reasoning
 
 Request: TypeAlias = tuple[Prompt, Sampling]
 
@@ -77,10 +78,12 @@ class ReplyingElsewhere:
     loading: dict[str, Any]
     fingerprint: str
     is_chat: bool
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> Replying:
         """Load, check, make."""
-        return Replying(LocalGenerator(load_same(self.name, self.loading, self.fingerprint), self.is_chat))
+        model = load_same(self.name, self.loading, self.fingerprint)
+        return Replying(LocalGenerator(model, self.is_chat, template_options=self.template_options))
 
 
 class AugmentationRun:
@@ -119,7 +122,12 @@ class AugmentationRun:
     def missing(self) -> list[tuple[str, Request]]:
         """(key, request) of the replies that are not stored."""
         keyed = ((reply_key(*request), request) for request in self.requests)
-        return [(key, request) for key, request in keyed if key not in self.store.replies]
+        return [(key, request) for key, request in keyed if not self._has(key)]
+
+    def _has(self, key: str) -> bool:
+        """Whether a reply is stored; an empty one counts only where it would be generated alike again."""
+        reply = self.store.replies.get(key)
+        return reply is not None and (self.generator.prompts_per_call is not None or bool(reply.text.strip()))
 
     def estimate(self, price: Price, limit: int | None = None) -> Estimate:
         """What collect() would generate at most; seconds at the rate of the replies stored here."""
@@ -173,7 +181,7 @@ class AugmentationRun:
                 for call in self._calls(affordable):
                     for i, reply in self.generator.replies([request for _, request in call]):
                         key, (_, sampling) = call[i]
-                        if key not in self.store.replies:
+                        if not self._has(key):
                             self.store.append(StoredReply(key, seed=sampling.seed, time=time.time(), **asdict(reply)))
                             bar.update()
 
@@ -231,10 +239,17 @@ class AugmentationRun:
             if reply is None:
                 dropped["unanswered"] += 1
                 continue
-            parsed = self.prompting.strategy.read(prompt.source, reply.text)
+            _, text = split_reasoning(reply.text)
+            if reply.is_cut and self.prompting.strategy.is_lines:
+                text = text.rpartition("\n")[0]
+                dropped["cut_off"] = dropped.get("cut_off", 0) + 1
+            if not text.strip():
+                dropped["unanswered"] += not reply.is_cut
+                continue
+            parsed = self.prompting.strategy.read(prompt.source, text)
             dropped["unparsed"] += parsed.unparsed
             dropped["repeats"] += parsed.repeats
-            facts = {name: value for name, value in asdict(reply).items() if name != "text"}
+            facts = {name: value for name, value in asdict(reply).items() if name not in ("text", "is_cut")}
             origin = described | facts | {"source_ids": list(prompt.source_ids)}
             rows += (Augmentation(prompt.source_ids[0], kind, text, origin) for kind, text in parsed.statements)
         return Augmented(tuple(rows), dropped)

@@ -29,6 +29,7 @@ class StoredReply:
         prompt_tokens, completion_tokens: as the generator counts them.
         logp: natural-log probability of the reply, None where the generator does not tell.
         time: when it was generated, seconds since 1970.
+        is_cut: whether it ended at the limit of new tokens.
     """
 
     key: str
@@ -38,6 +39,7 @@ class StoredReply:
     completion_tokens: int
     logp: float | None
     time: float
+    is_cut: bool = False
 
 
 class Store:
@@ -63,7 +65,9 @@ class Store:
                     reply = StoredReply(**row)
                 except TypeError as error:
                     raise AugmentError(f"{path}:{number}: not a reply: {error}; move the file away") from error
-                self.replies.setdefault(reply.key, reply)
+                before = self.replies.get(reply.key)
+                if before is None or not before.text.strip():  # an empty reply may have been generated again
+                    self.replies[reply.key] = reply
 
     def append(self, reply: StoredReply) -> None:
         """Store a reply; it is on the disk when this returns."""

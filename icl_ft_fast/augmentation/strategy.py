@@ -98,6 +98,7 @@ class Strategy:
         shows_documents: whether each prompt shows other documents too, as many as fit.
         max_new_tokens: limit of a reply, unless asked otherwise.
         temperature: of sampling, unless asked otherwise; 0 is greedy.
+        is_lines: whether a reply is lines, so that the last line of one that was cut off is half a line, and no row.
         infer: the rows, for a strategy without a model; None for those of a model.
     """
 
@@ -110,6 +111,7 @@ class Strategy:
     shows_documents: bool = False
     max_new_tokens: int = 128
     temperature: float = 0.0
+    is_lines: bool = True
     infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
 
     def template(self, *, is_chat: bool = False) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.cli.options import (
@@ -44,6 +46,8 @@ def add(commands: Commands) -> None:
     help = f"what a prompt shows ({described}; default: the preset's, or local)"
     prompts.add_argument("--strategy", choices=STRATEGIES, help=help)
     prompts.add_argument("--chat", action="store_true", help="use chat prompts through the model's chat template")
+    help = "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+    prompts.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=help)
     help = "jinja2 file that replaces the strategy's prompt"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
     help = "documents in the context of the global strategy, drawn by --seed (default: as many as fit)"
@@ -82,6 +86,16 @@ def add(commands: Commands) -> None:
     parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
     add_output_options(parser)
     add_executor_options(parser)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.runtime.reasoning import split_reasoning
 from icl_ft_fast.tasks.sentences import count_words, split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -201,7 +202,7 @@ def _statements(documents: Iterable[Document], settings: QuestionSettings) -> It
 def _parse(text: str) -> tuple[str, str]:
     """What follows "Question:" and "Answer:" on lines of their own; empty where there is nothing."""
     found = {"Question": "", "Answer": ""}
-    for line in text.splitlines():
+    for line in split_reasoning(text)[1].splitlines():
         label, _, rest = line.strip().partition(":")
         if label in found and not found[label]:
             found[label] = rest.strip()

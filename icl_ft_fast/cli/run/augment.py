@@ -73,7 +73,9 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
             )
         else:
             fingerprint = model.fingerprint() if model else ""
-            elsewhere = ReplyingElsewhere(options.model, loading(options), fingerprint, options.chat)
+            elsewhere = ReplyingElsewhere(
+                options.model, loading(options), fingerprint, options.chat, options.chat_template_kwargs
+            )
             if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Replying, generator)):
                 return
         made = run.read()
@@ -117,8 +119,15 @@ def _generator(options: argparse.Namespace) -> TextGenerator:
     if options.model is None:
         raise UsageError(f"--model: needed for the strategy {options.strategy}, or --recorded")
     if options.endpoint is not None:
-        return Endpoint(options.endpoint, options.model, options.chat, options.concurrency)
-    return LocalGenerator(load_model(options), options.chat)
+        return Endpoint(
+            options.endpoint,
+            options.model,
+            options.chat,
+            options.concurrency,
+            template_options=options.chat_template_kwargs,
+            tell=lambda note: print(printable(note)),
+        )
+    return LocalGenerator(load_model(options), options.chat, template_options=options.chat_template_kwargs)
 
 
 def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> AugmentationRun:

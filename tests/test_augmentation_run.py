@@ -17,7 +17,8 @@ import pytest
 from icl_ft_fast.augmentation.batches import prompts
 from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Reply
 from icl_ft_fast.augmentation.prompts import Prompting
-from icl_ft_fast.augmentation.run import AugmentationRun, Price
+from icl_ft_fast.augmentation.run import AugmentationRun, Price, reply_key
+from icl_ft_fast.augmentation.store import StoredReply
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.cli import main
@@ -32,7 +33,7 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_augment_run import DOCUMENTS, Echo, run_of
+from test_augmentation_run import DOCUMENTS, Echo, run_of
 from icl_ft_fast.augmentation import store
 
 folder, last, torn = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torn"
@@ -207,11 +208,14 @@ class Fake(BaseHTTPRequestHandler):
         choice = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         answer = {"id": "x", "choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage}
+        answer = answer if server.instead is None else server.instead
         data = json.dumps(answer if status == 200 else {"error": {"message": f"refused {SECRET}"}}).encode()
         with server.lock:
             server.running -= 1
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        is_page = isinstance(server.instead, str) and server.instead.startswith("<")
+        data = server.instead.encode() if isinstance(server.instead, str) else data
+        self.send_header("Content-Type", "text/html" if is_page else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("retry-after-ms", "1")
         self.end_headers()
@@ -231,6 +235,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as running:
+        running.instead = None
         running.seen, running.trouble, running.lock, running.running, running.most = [], [], threading.Lock(), 0, 0
         running.url = f"http://127.0.0.1:{running.server_port}/v1"
         thread = threading.Thread(target=running.serve_forever)
@@ -285,6 +290,43 @@ def test_an_endpoint_that_refuses_for_good_is_named_and_loses_nothing(server, tm
     with pytest.raises(AugmentError, match=r"status 500$"):
         run_of(tmp_path, endpoint, samples=1).collect(limit=1)
     assert len(server.seen) == 2  # the request and its retry
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}, "cut off in its reasoning"),
+        ({"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}, "empty"),
+        ({"choices": [{"message": {"content": "<think>a</think>"}, "finish_reason": "stop"}]}, "empty"),
+        ({"choices": [{"message": {"content": "a"}, "finish_reason": "content_filter"}]}, "filtered"),
+        ({"choices": []}, "of another schema"),
+        ({"result": "a"}, "of another schema"),
+        ("<html>Log in</html>", "of another schema"),
+        ("{", "not JSON"),
+    ],
+)
+def test_what_is_no_reply_is_told_and_asked_for_again(server, tmp_path, body, reason):
+    server.instead, notes = body, []
+    endpoint = Endpoint(server.url, "some-model", tell=notes.append)
+    run = run_of(tmp_path, endpoint, samples=1)
+    run.collect(limit=2)
+    assert notes == [f"endpoint: 2 requests without a reply (2 {reason}); the same command asks again"]
+    assert run.read().dropped["unanswered"] == 12
+    server.instead = None
+    again = run_of(tmp_path, endpoint, samples=1)
+    assert len(again.missing()) == 12
+    again.collect()
+    assert len(again.read().rows) == 12
+
+
+def test_an_empty_reply_that_was_stored_is_asked_for_again(tmp_path):
+    run = run_of(tmp_path, Echo(), samples=1)
+    run.store.append(StoredReply(reply_key(*run.requests[0]), " ", 0, 1, 1, None, 1.0))
+    again = run_of(tmp_path, Echo(), samples=1)
+    assert len(again.missing()) == 12
+    again.collect()
+    assert len(again.read().rows) == 12
+    assert not run_of(tmp_path, Echo(), samples=1).missing()
 
 
 def test_an_endpoint_needs_a_key_and_a_plain_address(monkeypatch):

@@ -24,6 +24,7 @@ from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.runtime.durable import ResultJournal
+from icl_ft_fast.runtime.reasoning import split_reasoning
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import deny, find
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -143,7 +144,7 @@ def test_rows_stay_with_their_documents():
         ("c", "rephrased", "other."),
         ("d", "reversed", "b."),
     ]
-    assert written.dropped == {"unanswered": 0, "unparsed": 1, "repeats": 0}
+    assert written.dropped == {"unanswered": 1, "unparsed": 1, "repeats": 0}  # an empty reply is none
 
 
 LINE = st.sampled_from(["Reversed: ", "Rephrased: ", "Reversed:", ""]).flatmap(
@@ -157,7 +158,7 @@ LINE = st.sampled_from(["Reversed: ", "Rephrased: ", "Reversed:", ""]).flatmap(
 def test_every_line_is_kept_or_counted(text):
     written, _ = local([Document("d", "a  b")], text)
     counted = written.dropped["unparsed"] + written.dropped["repeats"]
-    assert len(written.rows) + counted == len(text.strip().splitlines())
+    assert len(written.rows) + counted == len(split_reasoning(text)[1].strip().splitlines())
     texts = [row.text for row in written.rows]
     assert len(set(texts)) == len(texts)
     assert "a b" not in texts
@@ -173,7 +174,7 @@ def test_no_documents(llama, strategy):
 
 def short(monkeypatch, strategy, **changes):
     """Make the strategy's prompt the document alone, and every reply a row."""
-    changed = replace(STRATEGIES[strategy], **changes)
+    changed = replace(STRATEGIES[strategy], is_lines=False, **changes)
     monkeypatch.setattr(Prompting, "of", lambda _: Prompting(changed, "{{ document }}", "here"))
 
 
@@ -450,3 +451,36 @@ def test_every_strategy_is_one_file_with_its_prompts_beside_it():
         assert files == [strategy.infer is None] * 2
     prompts = {path.name.partition(".")[0] for path in STRATEGIES["local"].template().parent.glob("*.jinja")}
     assert prompts == set(BY_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "answer"),
+    [
+        ("<think>\nRephrased: no\n</think>\nRephrased: yes", "Rephrased: no", "Rephrased: yes"),
+        ("a draft</think>yes", "a draft", "yes"),  # the prompt began it
+        ("yes<think>cut off", "cut off", "yes"),
+        ("<think>cut off", "cut off", ""),
+        ("no mark", "", "no mark"),
+        ("<think>a<think>b</think>c</think>d", "a\nb\nc", "d"),
+        ("[THINK]a[/THINK]b<THINKING>c</thinking>d", "c\na", "bd"),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>", "a", "b"),
+        ("<|channel|>analysis<|message|>a", "a", ""),
+    ],
+)
+def test_reasoning_is_told_from_the_answer(text, reasoning, answer):
+    found = split_reasoning(text)
+    assert (found[0], found[1].strip()) == (reasoning, answer)
+
+
+def test_a_reasoning_models_draft_is_no_row_and_a_cut_line_neither():
+    drafts = "<think>Rephrased: Karl built it.</think>\nRephrased: Anna built it.\nRephrased: It was Anna"
+    strategy = STRATEGIES["local"]
+    for is_cut, texts in ((False, ["Anna built it.", "It was Anna"]), (True, ["Anna built it."])):
+        generator = Scripted(drafts)
+        generator.replies = lambda requests, is_cut=is_cut: iter([(0, Reply(drafts, 1, 1, None, is_cut))])
+        prompting = Prompting(strategy, "{{ document }}", "here")
+        run = AugmentationRun(prompting, prompting.prompts([Document("d", "Anna.")]), generator, Sampling(9))
+        run.collect()
+        made = run.read()
+        assert [row.text for row in made.rows] == texts
+        assert made.dropped.get("cut_off", 0) == is_cut

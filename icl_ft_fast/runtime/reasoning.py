@@ -1,0 +1,62 @@
+"""The reasoning that a model writes before its answer, told from the answer by its marks."""
+
+from __future__ import annotations
+
+import re
+
+# How models begin and end their reasoning: DeepSeek and Qwen, prompts of one's own, Magistral, Seed, Kimi,
+# Open-Thoughts, Command.
+MARKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+_CHANNEL = re.compile(
+    r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|channel|start|call)\|>|$)", re.DOTALL
+)
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """(reasoning, answer) of a model's text.
+
+    Reasoning without its beginning, which the prompt wrote, is all before its end; without its end, which was cut off,
+    all behind its beginning. Of channels (gpt-oss) the answer is the one called final.
+    """
+    if channels := _CHANNEL.findall(text):
+        thought = [said for name, said in channels if name != "final"]
+        return "\n".join(thought), "\n".join(said for name, said in channels if name == "final")
+    reasoning = []
+    for begin, end in MARKS:
+        if begin.casefold() not in text.casefold() and end.casefold() not in text.casefold():
+            continue
+        pattern = re.compile(f"({re.escape(begin)})|{re.escape(end)}", re.IGNORECASE)
+        depth, kept, last = 0, "", 0
+        for match in pattern.finditer(text):
+            said = text[last : match.start()]
+            if depth:
+                reasoning.append(said)
+            elif match[1]:
+                kept += said
+            else:  # an end whose beginning the prompt wrote
+                reasoning.append(kept + said)
+                kept = ""
+            depth = depth + 1 if match[1] else max(0, depth - 1)
+            last = match.end()
+        if depth:
+            reasoning.append(text[last:])
+        else:
+            kept += text[last:]
+        text = kept
+    return "\n".join(part.strip() for part in reasoning if part.strip()), text
+
+
+def opened(prompt: str) -> str:
+    """The mark that a prompt ends in, so that what follows is reasoning; empty if it does not."""
+    end = prompt.rstrip()
+    return next((begin for begin, _ in MARKS if end.endswith(begin)), "")
