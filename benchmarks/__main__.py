@@ -25,6 +25,7 @@ SUITES = (
     "serve",
     "finetune",
     "memory",
+    "statistics",
 )
 
 

@@ -218,14 +218,15 @@ def test_figures_taken_beside_other_workers_say_so(study):
         runs = [replace(run, workers=n) for run, n in zip(study.results.runs, itertools.cycle(workers))]
         return replace(study, results=replace(study.results, runs=tuple(runs)))
 
-    assert beside(1, 1).beside == beside(1, 1).summary()["note"] == ""
+    assert beside(1, 1).beside == ""
+    assert len(beside(1, 1).summary()["notes"]) == 1  # fewer than four seeds
     assert "several workers" in beside(3, None).beside
     noted, console = beside(1, 3, 2), Console(file=io.StringIO(), width=500)
     assert "while 3 workers ran at once" in noted.beside
     table.print_study(noted, console)
     shown = [page.render([noted]), page.fragment(noted), console.file.getvalue(), accuracy_table([noted, noted])]
     assert [text.count(noted.beside) for text in shown] == [1, 1, 1, 1]
-    assert noted.summary()["note"] == noted.beside
+    assert noted.summary()["notes"][0] == noted.beside
 
 
 def test_what_an_old_file_lacks_is_left_out(study):

@@ -9,69 +9,98 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl_ft_fast.study.statistics import brier, cluster_bootstrap, expected_calibration_error, holm, sign_flip_test
+from icl_ft_fast.study.statistics import (
+    accuracy_interval,
+    brier,
+    calibrated_error,
+    expected_calibration_error,
+    gap_interval,
+    holm,
+    sign_flip_test,
+    t_quantile,
+    t_test,
+    wilson,
+)
 
 
-def binomial_quantile(p, n, q):
-    """The least k with P(at most k of n) >= q."""
-    total = 0.0
-    for k in range(n + 1):
-        total += math.comb(n, k) * p**k * (1 - p) ** (n - k)
-        if total >= q:
-            return k
-    return n
+def simulated(rng, clusters, each, shared, p):
+    """Right or wrong: in each cluster some answers are the cluster's, the others their own."""
+    right, names = [], []
+    for cluster in range(clusters):
+        common = rng.random() < p
+        for _ in range(each):
+            right.append(common if rng.random() < shared else rng.random() < p)
+            names.append(cluster)
+    return right, names
 
 
-@pytest.mark.parametrize(("right", "clusters"), [(3, 10), (12, 40), (39, 40)])
-def test_clusters_of_equal_answers_bootstrap_to_a_binomial(right, clusters):
-    """Answers that only repeat within their cluster add nothing to it."""
-    for repeats in (1, 5):
-        values = [float(c < right) for c in range(clusters) for _ in range(repeats)]
-        names = [c for c in range(clusters) for _ in range(repeats)]
-        low, high = cluster_bootstrap(values, names, resamples=20_000)
-        expected = [binomial_quantile(right / clusters, clusters, q) / clusters for q in (0.025, 0.975)]
-        assert (low, high) == pytest.approx(
-            expected, abs=1.01 / clusters
-        )  # a step of the binomial, where q falls on it
+@pytest.mark.parametrize(("shared", "each"), [(0.0, 1), (0.0, 4), (0.7, 4), (1.0, 4)])
+def test_intervals_cover_correlated_answers(shared, each):
+    rng, accuracy, gap = random.Random(0), 0, 0
+    for _ in range(400):
+        (right, names), (other, _) = (simulated(rng, 20, each, shared, 0.8) for _ in range(2))
+        low, high = accuracy_interval(right, names)
+        accuracy += low <= 0.8 <= high
+        low, high = gap_interval([a - b for a, b in zip(right, other, strict=True)], names)
+        gap += low <= 0 <= high
+    assert 0.92 < accuracy / 400 <= 1
+    assert 0.92 < gap / 400 <= 1
 
 
-def test_two_factors_bootstrap_to_all_their_draws():
-    values, rows, columns = [1, 0, 0, 1, 1, 0, 1], "aabbccc", "xyxyxyy"
-    means, weights = [], []
-    for drawn_rows in itertools.product("abc", repeat=3):
-        for drawn_columns in itertools.product("xy", repeat=2):
-            count = [drawn_rows.count(r) * drawn_columns.count(c) for r, c in zip(rows, columns, strict=True)]
-            if sum(count):
-                means.append(sum(v * n for v, n in zip(values, count, strict=True)) / sum(count))
-                weights.append(1)
-    low, high = np.quantile(np.repeat(means, weights), [0.025, 0.975])
-    assert cluster_bootstrap(values, rows, columns, resamples=20_000) == pytest.approx((low, high), abs=0.02)
+def test_answers_that_repeat_add_nothing():
+    right, names = [True, False, True, True, False, True], list(range(6))
+    assert accuracy_interval(right * 5, names * 5) == pytest.approx(accuracy_interval(right, names), abs=0.02)
+    assert accuracy_interval([True] * 40, [i // 4 for i in range(40)]) == wilson(10, 10)  # never a point
+    low, high = gap_interval([0] * 40, range(40))
+    assert -0.1 < low < 0 < high < 0.1
+    assert gap_interval([0] * 80, list(range(40)) * 2) == (low, high)
 
 
-def test_bootstrap_intervals_cover_and_clusters_widen_them():
-    rng, covered = random.Random(0), 0
-    for seed in range(200):
-        right = [rng.random() < 0.6 for _ in range(50)]
-        values, names = [float(r) for r in right for _ in range(4)], [c for c in range(50) for _ in range(4)]
-        low, high = cluster_bootstrap(values, names, resamples=400, seed=seed)
-        covered += low <= 0.6 <= high
-        narrow = cluster_bootstrap(values, range(200), resamples=400, seed=seed)
-        assert narrow[1] - narrow[0] < 0.75 * (high - low)
-    assert 0.88 < covered / 200 < 0.99
+def test_seeds_widen_an_interval_only_from_four_on():
+    right = [seed % 2 == 0 for seed in range(4) for _ in range(10)]
+    names, seeds = list(range(10)) * 4, [seed for seed in range(4) for _ in range(10)]
+    low, high = accuracy_interval(right, names, seeds)
+    assert high - low > 0.6
+    assert accuracy_interval(right[:30], names[:30], seeds[:30]) == accuracy_interval(right[:30], names[:30])
 
 
-def test_a_factor_of_one_cluster_adds_nothing():
-    values, names = [1.0, 0.0, 1.0, 1.0], [0, 1, 2, 2]
-    alone = cluster_bootstrap(values, names, resamples=20_000)
-    assert cluster_bootstrap(values, names, [7] * 4, resamples=20_000) == alone
-    assert cluster_bootstrap([1, 1], [0, 1]) == (1.0, 1.0)
-    assert alone == cluster_bootstrap(values, names, resamples=20_000, seed=0)
+@pytest.mark.parametrize(("right", "clusters"), [([], []), ([True], []), ([True], [1, 2])])
+def test_an_interval_without_clusters(right, clusters):
+    with pytest.raises(ValueError, match=r"^clusters: expected one for each of \d values, at least one, got"):
+        accuracy_interval(right, clusters)
 
 
-@pytest.mark.parametrize(("values", "factors"), [([], [[]]), ([1.0], []), ([1.0], [[1, 2]])])
-def test_a_bootstrap_without_clusters(values, factors):
-    with pytest.raises(ValueError, match=r"^factors: expected clusters for \d values, at least one, got"):
-        cluster_bootstrap(values, *factors)
+@pytest.mark.parametrize(
+    ("df", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (9, 2.2622), (30, 2.0423), (200, 1.9719), (500, 1.9647)],
+)
+def test_students_quantiles_that_are_in_every_table(df, quantile):
+    assert t_quantile(df) == pytest.approx(quantile, abs=2e-4)
+
+
+def test_students_test():
+    assert t_test([1.0, 2.0, 3.0, 4.0]) == pytest.approx(0.0305, abs=2e-4)  # t = 2.5 / (1.291 / 2) with 3 df
+    assert (t_test([0.0] * 4), t_test([0.5] * 4)) == (1.0, 0.0)
+    assert t_test([1.0, -1.0, 1.0, -1.0]) == pytest.approx(1.0)
+
+
+def test_a_mid_p_value_counts_half_of_what_is_as_extreme():
+    assert sign_flip_test([1] * 8, mid=True) == pytest.approx(1 / 256)
+    assert sign_flip_test([1] * 8) == pytest.approx(2 / 256)
+    assert sign_flip_test([1, -1], mid=True) == 1.0
+    assert sign_flip_test([1] * 80) == pytest.approx(2.0**-79)  # not 0
+    tails = {s: sum(abs(sum(signs)) >= s for signs in itertools.product((1, -1), repeat=6)) / 64 for s in (4, 6)}
+    assert sign_flip_test([1, 1, 1, 1, 1, -1], mid=True) == pytest.approx((tails[4] + tails[6]) / 2)
+
+
+def test_how_much_calibration_error_few_answers_bring():
+    rng = random.Random(0)
+    for n, most in ((16, 0.3), (1000, 0.05)):
+        confidence = [rng.uniform(0.5, 1.0) for _ in range(n)]
+        expected = calibrated_error(confidence)
+        assert 0.01 < expected < most
+        errors = [expected_calibration_error(confidence, [rng.random() < c for c in confidence]) for _ in range(200)]
+        assert np.mean(errors) == pytest.approx(expected, rel=0.1)
 
 
 @given(st.lists(st.integers(-1, 1), max_size=60))

@@ -23,11 +23,10 @@ from icl_ft_fast.study.evaluate import (
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results
 from icl_ft_fast.study.settings import ARM_NAMES, StudySettings
-from icl_ft_fast.study.statistics import cluster_bootstrap
+from icl_ft_fast.study.statistics import accuracy_interval
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
-
 
 ARMS = ARM_NAMES
 
@@ -140,7 +139,7 @@ def test_the_table_counts_queries_to_break_even():
     icl, tuned = run_of("icl", x=(1, 1)), replace(run_of("ft", x=(1, 1)), setup_s=1000.0)
     _, (upper, lower) = cells(printed([icl, tuned]), "ft")
     # against 7.1 + 0.5 a query; 7.1 and then 0.5; and 7.1 + 0.9 + 0.1 and then 0.5
-    assert upper == [*(f"{n:,.0f}" for n in (1000 / 7.5, (1000 - 7.1) / 0.4, (1000 - 8.1) / 0.4)), "yes"]
+    assert upper == [*(f"{n:,.0f}" for n in (1000 / 7.5, (1000 - 7.1) / 0.4, (1000 - 8.1) / 0.4)), "-"]  # no answers
     upper.pop()
     assert lower == [word for n in upper for word in (n, "to", n)]  # one measurement of each: the interval is a point
     for alone, arm in ((icl, "icl"), (tuned, "ft")):
@@ -150,17 +149,18 @@ def test_the_table_counts_queries_to_break_even():
 
 
 def test_break_even_is_told_from_break_even_at_equal_accuracy():
-    runs = [run_of("icl", x=(90, 100)), run_of("ft", x=(88, 100)), run_of("distilled", x=(87, 100))]
+    right = {"icl": 900, "ft": 899, "augmented-ft": 880, "distilled": 700}
+    runs = [run_with(arm, [("x", f"t{i}", i < n, None) for i in range(1000)]) for arm, n in right.items()]
     study = derived(runs)
-    assert [study.matches_icl(way, 2.0) for way in ("fine-tuned", "distilled")] == [True, False]
-    assert study.matches_icl("distilled", 3.0)
+    words = {way: study.against_icl(way, 2.0) for way in ("fine-tuned", "augmented", "distilled")}
+    assert words == {"fine-tuned": "as good", "augmented": "not shown", "distilled": "worse"}
+    assert study.against_icl("augmented", 4.0) == "as good"
     console = Console(file=io.StringIO(), width=80)
     table.print_study(study, console)
-    matches = [cells(console.file.getvalue(), arm)[1][0][-2:] for arm in ("ft", "distilled")]
-    assert (matches[0][-1], matches[1]) == ("yes", ["less", "accurate"])
-    assert [row["matches_icl"] for row in study.summary()["break_even"] if row["resource"] == "seconds"] == (
-        [True] * 3 + [False] * 3
-    )
+    shown = [" ".join(cells(console.file.getvalue(), arm)[1][0][-2:]) for arm in ("ft", "augmented-ft", "distilled")]
+    assert [text.lstrip("0123456789, ") for text in shown] == ["as good", "not shown", "worse"]
+    rows = [row for row in study.summary()["break_even"] if row["resource"] == "seconds"]
+    assert [row["against_icl"] for row in rows] == ["as good"] * 3 + ["not shown"] * 3 + ["worse"] * 3
     for way in ("fine-tuned", "distilled"):
         for batch, evens in study.sensitivity_to_batch(way, (1, math.inf)):
             ways = study.ways("seconds", batch=batch)
@@ -232,11 +232,11 @@ def test_the_table_shows_chance_clusters_forms_pairs_and_calibration():
     assert re.search(r"^chance +0\.500 ", text, re.MULTILINE)
     (main, forms) = cells(text, "icl")
     assert main[0][0] == "0.900"
-    assert main[1][0] == "0.70-0.97"  # Wilson's
-    low, high = cluster_bootstrap([r for _, _, r, _ in rows], [t for _, t, _, _ in rows])
-    assert f"{low:.2f}-{high:.2f}" in text
+    low, high = accuracy_interval([r for _, _, r, _ in rows], [t for _, t, _, _ in rows])
+    assert main[1][0] == f"{low:.2f}-{high:.2f}"
     assert forms[0] == ["0.900", "0.900"]
-    assert re.search(r"^ICL - fine-tuned +\+0\.70 \.016 *$", text, re.MULTILINE)  # 7 of 10 topics: 2 / 2^7
+    assert re.search(r"^fine-tuned - ICL +-0\.70 \.008 *$", text, re.MULTILINE)  # 7 of 10 topics: half of 2 / 2^7
+    assert re.search(r"^ +-1\.00 to -0\.1\d *$", text, re.MULTILINE)
     assert re.search(r"^ECE +0\.150 +0\.550 *$", text, re.MULTILINE)
     assert re.search(r"^Brier +0\.225 +0\.925 *$", text, re.MULTILINE)
 
@@ -248,4 +248,4 @@ def test_many_splits_and_forms_stay_within_80_columns():
     assert "…" not in text
     for s in range(7):
         assert re.search(rf"\b{s}\b", text)
-    assert text.count("augmented - by rule") == 2  # tables of four and of three splits
+    assert text.count("distilled - fine-tuned") == 2  # tables of four and of three splits

@@ -23,7 +23,7 @@ from icl_ft_fast.cli.options import (
 from icl_ft_fast.cli.task import add_task_options
 from icl_ft_fast.engine.defaults import SHIPPED
 from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings
-from icl_ft_fast.study.settings import ARM_NAMES, CHECKPOINT_S, DEFAULT_ARMS, MEASURE_S, NORMALIZATIONS
+from icl_ft_fast.study.settings import ARM_NAMES, CHECKPOINT_S, DEFAULT_ARMS, FAMILIES, MEASURE_S, NORMALIZATIONS
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 ALL = "all"
@@ -136,6 +136,8 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
     help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
     cost.add_argument("--tolerance", type=float, default=2.0, metavar="POINTS", help=help)
+    help = "pairs of arms that are tested together: trained arms against ICL and plain fine-tuning, or every two arms"
+    cost.add_argument("--family", choices=FAMILIES, default="trained", help=help)
     help = "queries answered before a cached context expires (default: --queries-per-day, or no limit)"
     cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
     help = "queries scored in one batch"

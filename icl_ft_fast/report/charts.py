@@ -135,8 +135,7 @@ def _accuracy(study: Derived) -> Chart | None:
             if (accuracy := study.accuracy(arm, split)) is None:
                 continue
             y = s + 0.7 * ((a + 0.5) / len(study.arms) - 0.5)
-            low, high = study.clustered(arm, split) or accuracy.interval
-            low, high = min(low, accuracy.interval[0]), max(high, accuracy.interval[1])
+            low, high = study.interval(arm, split) or accuracy.interval
             colour, mark = _looks(study)[arm]
             label = recorded_arm(arm).title if s == 0 else None
             axes.plot([low, high], [y, y], color=colour)
@@ -168,10 +167,15 @@ def _paired(study: Derived) -> Chart | None:
         colour = _looks(study)[test.first if test.difference >= 0 else test.second][0]
         axes.barh(i, test.difference, color=colour if sure else "none", edgecolor=colour, height=0.6)
         pair = " - ".join(recorded_arm(arm).title for arm in (test.first, test.second))
+        axes.plot([test.low, test.high], [i, i], color=LIGHT["ink"], linewidth=1)
         names.append(f"{pair}, {test.split}")
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
     axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=8)
-    axes.set(xlim=(-1.05, 1.05), ylim=(len(tests) - 0.4, -0.6), xlabel="difference in accuracy; filled: p < .05")
+    axes.set(
+        xlim=(-1.05, 1.05),
+        ylim=(len(tests) - 0.4, -0.6),
+        xlabel="difference in accuracy, 95% interval; filled: p < .05",
+    )
     axes.grid(axis="y", visible=False)
     shown = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
     return Chart("paired", "Differences on the same questions", "; ".join(shown), figure)

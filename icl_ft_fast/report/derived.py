@@ -13,15 +13,20 @@ from typing import Any
 
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
 from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
-from icl_ft_fast.study.paired import Paired, paired_tests
+from icl_ft_fast.study.paired import Paired, pair, paired_tests
 from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, read_results
-from icl_ft_fast.study.statistics import cluster_bootstrap
+from icl_ft_fast.study.statistics import SEEDS_AS_UNIT, accuracy_interval
 from icl_ft_fast.study.sweep import Point
 
+WEIGHTS_NOTE = (
+    f"With fewer than {SEEDS_AS_UNIT} seeds, intervals and p-values of trained arms are about these weights: another "
+    "training run may differ by more."
+)
 RESOURCES = {"seconds": "s", "FLOPs": "FLOP", "joules": "J"}  # and money, under a price file
 
 
@@ -35,6 +40,7 @@ class Derived:
         prices: of the user; without them there is no money.
         cache_lifetime: queries that share a reading of a context that stays in the cache.
         batch: queries scored in one batch; the nearest measured number is taken.
+        family: the pairs of arms that are tested together, see paired.family_of().
     """
 
     results: Results
@@ -42,6 +48,7 @@ class Derived:
     prices: Prices | None = None
     cache_lifetime: float = math.inf
     batch: int = 1
+    family: str = "trained"
 
     @classmethod
     def read(cls, path: str | Path, **settings: Any) -> Derived:
@@ -82,22 +89,62 @@ class Derived:
         told += "its energy: setups and break-even numbers may be too high. Query costs were measured alone."
         return told if workers else ""
 
-    def clustered(self, arm: str, split: str) -> tuple[float, float] | None:
-        """The bootstrap interval over facts and seeds; None where a file has no answers."""
-        return self._clustered.get((arm, split))
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the figures: unfinished runs, workers that ran at once, too few seeds."""
+        seeds = {run.seed for run in self.results.runs}
+        trains = any(recorded_arm(arm).training is not None for arm in self.arms)
+        few = trains and len(seeds) < SEEDS_AS_UNIT
+        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "") if note]
+
+    @property
+    def unfinished(self) -> str:
+        """What is missing of the runs that the settings name; empty where all are there."""
+        planned = [
+            (a, s) for s in self.results.settings.get("seeds", ()) for a in self.results.settings.get("arms", ())
+        ]
+        there = {(run.arm, run.seed) for run in self.results.runs}
+        missing = [f"{recorded_arm(arm).title} under seed {seed}" for arm, seed in planned if (arm, seed) not in there]
+        if not missing:
+            return ""
+        names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        return (
+            f"Unfinished: {len(planned) - len(missing)} of {len(planned)} runs are there (missing: {names}). Arms are "
+            "compared on the seeds that both have."
+        )
 
     @cached_property
-    def _clustered(self) -> dict[tuple[str, str], tuple[float, float]]:
-        found: dict[tuple[str, str], list[tuple[bool, str, int]]] = {}
-        for run in self.results.runs:
-            for a in run.answers:
-                found.setdefault((run.arm, a.split), []).append((a.is_correct, a.topic, run.seed))
-        return {key: cluster_bootstrap(*zip(*answers, strict=True)) for key, answers in found.items()}
+    def clusters(self) -> dict[tuple[int, str], Cluster]:
+        """(seed, topic) -> what statistics count as one witness."""
+        return clusters_of(self.results.runs, self.results.questions)
+
+    def interval(self, arm: str, split: str | None = None) -> tuple[float, float] | None:
+        """The accuracy's interval at 95%, over topics and, for a trained arm with enough seeds, over seeds.
+
+        Where a file has no answers it is Wilson's, which counts them as independent. None without accuracies.
+        """
+        if (arm, split) not in self._intervals:
+            rows = [(a, run.seed) for run in self.of(arm) for a in run.answers if split in (None, a.split)]
+            known, found = self.accuracy(arm, split), None
+            if rows:
+                names = [self.clusters[seed, a.topic] for a, seed in rows]
+                seeds = [seed for _, seed in rows] if recorded_arm(arm).training is not None else None
+                found = accuracy_interval([a.is_correct for a, _ in rows], names, seeds)
+            self._intervals[arm, split] = found or (known.interval if known else None)
+        return self._intervals[arm, split]
+
+    @cached_property
+    def _intervals(self) -> dict[tuple[str, str | None], tuple[float, float] | None]:
+        return {}
 
     @cached_property
     def paired(self) -> list[Paired]:
-        """Every two arms in every split."""
-        return paired_tests(self.results.runs)
+        """The family's pairs of arms in every split."""
+        return paired_tests(self.results.runs, self.clusters, self.family)
+
+    def gap(self, first: str, second: str) -> Paired | None:
+        """Two arms over all splits; the p-value is of this test alone."""
+        return pair(self.results.runs, self.clusters, first, second)
 
     def chance(self, split: str) -> float | None:
         """Accuracy of blind guesses."""
@@ -179,12 +226,12 @@ class Derived:
         arms = map(recorded_arm, self.arms)
         return next((arm.name for arm in arms if arm.training is None and arm.reads_context), None)
 
-    def matches_icl(self, way: str, points: float) -> bool | None:
-        """Whether a way's accuracy over all splits is within so many points of ICL's, or above it; None if unknown."""
-        mine, theirs = self.accuracy(self.arm_of(way)), None
-        if self.in_context_arm is not None:
-            theirs = self.accuracy(self.in_context_arm)
-        return None if mine is None or theirs is None else theirs.value - mine.value <= points / 100 + 1e-12
+    def against_icl(self, way: str, points: float) -> str | None:
+        """A way against ICL over all splits, see Paired.word(); None where that is unknown."""
+        if self.in_context_arm is None:
+            return None
+        gap = self.gap(self.arm_of(way), self.in_context_arm)
+        return None if gap is None else gap.word(points)
 
     def sensitivity(self, way: str, lifetimes: Sequence[float]) -> list[tuple[int, list[float | None]]]:
         """For each measured context length, the break-even of a trained way with ICL in seconds, by cache lifetime.
@@ -277,12 +324,12 @@ class Derived:
                 for resource in self.resources
             },
             "break_even": [
-                {"resource": resource, "way": way, "rival": rival, "matches_icl": self.matches_icl(way, points)}
+                {"resource": resource, "way": way, "rival": rival, "against_icl": self.against_icl(way, points)}
                 | _finite(asdict(found))
                 for resource in self.resources
                 for (way, rival), found in self.break_evens[resource].items()
             ],
-            "note": self.beside,
+            "notes": self.notes,
             "decision": decision
             and _finite(
                 {

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study.arms import recorded_arm
-from icl_ft_fast.study.evaluate import Accuracy
 
 
 def accuracy_table(studies: Sequence[Derived]) -> str:
-    """A row for each split of each study: chance and each arm's accuracy, seeds pooled, with Wilson's interval at 95%.
+    """A row for each split of each study: chance and each arm's accuracy, seeds pooled, with its interval at 95%.
 
     The last column has the seconds of all phases of all runs, answering included, in the study's first row. Notes on
     how they were measured follow the table.
@@ -27,14 +26,15 @@ def accuracy_table(studies: Sequence[Derived]) -> str:
             total = max(accuracy.total for accuracy in found if accuracy is not None)
             chance = study.chance(split)
             guessed = "-" if chance is None else f"{chance:.2f}"
-            rows.append([f"{study.name}: {split} ({total})", guessed, *map(_cell, found), seconds])
+            cells = (_cell(study, arm, split) for arm in arms)
+            rows.append([f"{study.name}: {split} ({total})", guessed, *cells, seconds])
             seconds = ""
-    notes = dict.fromkeys(f"\n{study.beside}" for study in studies if study.beside)
+    notes = dict.fromkeys(f"\n{note}" for study in studies for note in study.notes)
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), *notes])
 
 
-def _cell(accuracy: Accuracy | None) -> str:
-    if accuracy is None:
+def _cell(study: Derived, arm: str, split: str) -> str:
+    accuracy, interval = study.accuracy(arm, split), study.interval(arm, split)
+    if accuracy is None or interval is None:
         return "-"
-    low, high = accuracy.interval
-    return f"{accuracy.value:.2f} ({low:.2f}-{high:.2f})"
+    return f"{accuracy.value:.2f} ({interval[0]:.2f}-{interval[1]:.2f})"

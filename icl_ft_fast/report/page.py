@@ -94,7 +94,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "paired": study.paired,
         "rivals": rivals,
         "break_evens": [
-            (resource, way, study.matches_icl(way, points), [found.get((way, rival)) for rival in rivals])
+            (resource, way, study.against_icl(way, points), [found.get((way, rival)) for rival in rivals])
             for way in trained
             for resource, found in study.break_evens.items()
         ],

@@ -16,24 +16,27 @@ from rich.table import Table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study.amortise import BreakEven, Decision, Way, decide
 from icl_ft_fast.study.arms import ARMS, recorded_arm
-from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.evaluate import Answer
+from icl_ft_fast.study.paired import Paired
 from icl_ft_fast.study.records import Run
-from icl_ft_fast.study.statistics import brier, expected_calibration_error
+from icl_ft_fast.study.statistics import brier, calibrated_error, expected_calibration_error
 
 CAPTION = (
-    "Below each accuracy: 95% Wilson interval, then 95% bootstrap interval over facts and seeds. `augm. s` (with a "
-    "teacher's reading) and `train s` are one-time costs. `read s`: reading the documents into the context. "
-    "`ms/query`: after that, one query at a time, then in batches of the size shown."
+    "Below each accuracy: 95% interval over facts (see docs/statistics.md). `augm. s` (with a teacher's reading) and "
+    "`train s` are one-time costs. `read s`: reading the documents into the context. `ms/query`: after that, one query "
+    "at a time, then in batches of the size shown."
 )
 BREAK_EVEN_CAPTION = (
     "Queries from which an arm takes fewer seconds than in-context learning with the context read for each query, "
-    "cached in memory, or loaded from a file. Below: 95% bootstrap interval over measurements and seeds. "
-    "`as accurate`: accuracy over all questions is at most this far below that of in-context learning:"
+    "cached in memory, or loaded from a file. Below: 95% bootstrap interval over measurements and seeds. `accuracy`: "
+    "against in-context learning over all questions; as good: the 95% interval of the difference is above minus"
 )
 PAIRED_CAPTION = (
-    "Accuracy of the first arm minus accuracy of the second on the same questions. p: exact sign-flip test over facts, "
-    "Holm-adjusted for all tests of the study."
+    "Accuracy of the first arm minus accuracy of the second on the same questions, p, and the 95% interval of the "
+    "difference over facts. p: mid-p sign-flip test over facts, Holm-adjusted for the tests shown."
 )
+CALIBRATION_CAPTION = "`ECE by chance`: what a perfectly calibrated model would show on so few answers."
+
 
 Item = TypeVar("Item")
 
@@ -73,8 +76,8 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
             "\n".join(query_ms),
         )
     console.print(table)
-    if study.beside:
-        console.print(study.beside)
+    for note in study.notes:
+        console.print(note)
     runs, arms = study.results.runs, study.arms
     icl = [run.notes for run in runs if "context_documents" in run.notes]
     if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):
@@ -162,13 +165,14 @@ def _accuracy_table(
 
 
 def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str]:
-    """Accuracy with its Wilson interval and, where there are answers, the bootstrap interval over topics and seeds."""
+    """Accuracy and its interval."""
     cells = []
     for split in splits:
-        cell = _accuracy_cell(study.accuracy(arm, split))
-        if clustered := study.clustered(arm, split):
-            cell += f"\n{clustered[0]:.2f}-{clustered[1]:.2f}"
-        cells.append(cell)
+        accuracy, interval = study.accuracy(arm, split), study.interval(arm, split)
+        if accuracy is None or interval is None:
+            cells.append("-")
+        else:
+            cells.append(f"{accuracy.value:.3f}\n{interval[0]:.2f}-{interval[1]:.2f}")
     return cells
 
 
@@ -176,10 +180,10 @@ def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL, and whether it is as accurate."""
     if found := study.break_evens.get("seconds"):
         rivals = list(dict.fromkeys(rival for _, rival in found))
-        table = _new_table("break-even", [*rivals, "as accurate"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
+        table = _new_table("break-even", [*rivals, "accuracy"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
         for way in dict.fromkeys(way for way, _ in found):
-            matches = {None: "-", True: "yes", False: "less accurate"}[study.matches_icl(way, points)]
-            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), matches)
+            word = study.against_icl(way, points) or "-"
+            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), word)
         yield table
 
 
@@ -213,15 +217,24 @@ def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
 
 def _paired_tables(study: Derived) -> Iterator[Table]:
     """Differences in accuracy between arms, with their p-values."""
-    tests = {(test.first, test.second, test.split): test for test in study.paired}
+    tests = {(test.first, test.second, test.split or "all"): test for test in study.paired}
     pairs = dict.fromkeys(key[:2] for key in tests)
     for some in _groups_of(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
         table = _new_table("difference, p", some, PAIRED_CAPTION)
         for first, second in pairs:
             found = (tests.get((first, second, split)) for split in some)
-            cells = ("-" if t is None else f"{t.difference:+.2f} {_p(t.p)}" for t in found)
+            cells = (
+                "-" if t is None else f"{t.difference:+.2f} {_p(t.p)}\n{t.low:+.2f} to {t.high:+.2f}" for t in found
+            )
             table.add_row(f"{_title(first)} - {_title(second)}", *cells)
         yield table
+
+
+def _paired_cell(test: Paired | None) -> str:
+    """Difference and p-value; below them the interval."""
+    if test is None:
+        return "-"
+    return f"{test.difference:+.2f} {_p(test.p)}\n{test.low:+.2f} to {test.high:+.2f}"
 
 
 def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
@@ -229,9 +242,11 @@ def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Tab
     answers: dict[str, list[Answer]] = {arm: [a for run in runs if run.arm == arm for a in run.answers] for arm in arms}
     if not all(answers.values()):
         return
-    table = _new_table("calibration", (_title(arm) for arm in arms))
+    table = _new_table("calibration", (_title(arm) for arm in arms), CALIBRATION_CAPTION)
+    table.add_row("answers", *(f"{len(mine):,}" for mine in answers.values()))
     errors: dict[str, Callable[[list[Answer]], float]] = {
         "ECE": lambda mine: expected_calibration_error([a.confidence for a in mine], [a.is_correct for a in mine]),
+        "ECE by chance": lambda mine: calibrated_error([a.confidence for a in mine]),
         "Brier": lambda mine: fmean(brier(a.probability, a.correct) for a in mine),
     }
     for name, error in errors.items():
@@ -241,13 +256,6 @@ def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Tab
 
 def _p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
-
-
-def _accuracy_cell(accuracy: Accuracy | None) -> str:
-    if accuracy is None:
-        return "-"
-    low, high = accuracy.interval
-    return f"{accuracy.value:.3f}\n{low:.2f}-{high:.2f}"
 
 
 def _title(arm: str) -> str:

@@ -66,7 +66,9 @@ class Answer:
 
     @property
     def confidence(self) -> float:
-        """Probability of the predicted choice."""
+        """Probability of the predicted choice; of all correct choices together where it is one of several."""
+        if self.is_correct:
+            return math.fsum(self.probability[choice] for choice in self.correct)
         return self.probability[self.predicted]
 
     @property

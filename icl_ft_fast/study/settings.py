@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 
 ARM_NAMES = ("base", "icl", "ft", "augmented-ft", "rules-ft", "distilled")  # of arms.ARMS, for help without torch
+FAMILIES = ("trained", "all")  # pairs of arms that are tested together: see paired.family_of()
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 CHECKPOINT_S = 600.0  # between checkpoints of an arm in training

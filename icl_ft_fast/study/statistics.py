@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,79 +13,157 @@ import numpy as np
 Z95 = 1.959964  # the normal distribution's 97.5% point
 
 
+SEEDS_AS_UNIT = 4  # with fewer seeds nothing is said about other training runs: statistics are about these weights
+
+
+def accuracy_interval(
+    right: Sequence[bool], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """Interval at 95% of an accuracy whose answers come in clusters: Wilson's at the effective number of answers.
+
+    Args:
+        right: whether each answer is right; at least one.
+        clusters: for each answer what it rests on: answers of one cluster may be right or wrong together.
+        seeds: for each answer its training run, where the interval is to hold for other runs too; needs SEEDS_AS_UNIT.
+
+    Answers are divided by the design effect, the variance of the mean over clusters by that of independent answers
+    (Kish 1965); it is no less than 1, and the effective number no less than the clusters. The normal quantile becomes
+    Student's, with the clusters' degrees of freedom. Where all answers are equal there is no variance to estimate, and
+    each cluster counts as one answer. `python -m benchmarks statistics` has the coverage.
+    """
+    effective, df = _effective(right, clusters, seeds)
+    p, is_constant = sum(right) / len(right), len(set(right)) == 1
+    return _wilson(p, effective, Z95 if is_constant else t_quantile(df))
+
+
+def gap_interval(
+    differences: Sequence[int], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """Interval at 95% of the difference of two accuracies on the same questions, which come in clusters.
+
+    Args:
+        differences: 1, 0 or -1 a question: right in the first alone, in both or neither, in the second alone.
+        clusters: as in accuracy_interval().
+        seeds: as in accuracy_interval().
+
+    Bonett and Price's (2012) adjusted Wald interval, at the effective number of questions and with Student's quantile.
+    It has a width where no answer differs, too.
+    """
+    effective, df = _effective(differences, clusters, seeds)
+    share = effective / len(differences)
+    first, second = (share * sum(d == sign for d in differences) for sign in (1, -1))
+    p, q = (first + 1) / (effective + 2), (second + 1) / (effective + 2)
+    half = t_quantile(df) * math.sqrt((p + q - (p - q) ** 2) / (effective + 2))
+    return max(-1.0, p - q - half), min(1.0, p - q + half)
+
+
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """Wilson (1927) score interval of a proportion at 95%; counts the answers as independent."""
-    n, p = total, correct / total
-    centre = (p + Z95 * Z95 / (2 * n)) / (1 + Z95 * Z95 / n)
-    half = Z95 / (1 + Z95 * Z95 / n) * math.sqrt(p * (1 - p) / n + Z95 * Z95 / (4 * n * n))
+    return _wilson(correct / total, total, Z95)
+
+
+def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def cluster_bootstrap(
-    values: Sequence[float], *factors: Sequence[Hashable], resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean at 95% when values come in clusters.
-
-    Each resample draws, for every factor by itself, as many of its clusters as there are, with replacement; a value
-    counts as often as the product of its clusters' draws (Owen 2007, "The pigeonhole bootstrap"; one factor is the
-    ordinary cluster bootstrap). A factor with one cluster adds nothing. Where every value is the same the interval is
-    a point: read it beside Wilson's.
-
-    Args:
-        values: at least one.
-        factors: at least one; for each value its cluster.
-        resamples: drawn; those that miss every value are left out.
-        seed: of the draws.
-
-    Raises:
-        ValueError: no values, or a factor of another length.
-    """
-    if not values or not factors or any(len(factor) != len(values) for factor in factors):
-        raise ValueError(
-            f"factors: expected clusters for {len(values)} values, at least one, got {[*map(len, factors)]}"
-        )
-    rng = np.random.default_rng(seed)
-    first, *others = map(_numbered, factors)
-    # Clusters of the first factor whose values and other clusters are the same are drawn as one kind, which is the same
-    # distribution: a hundred thousand questions of one answer each are two kinds.
-    contents: dict[int, list[tuple[Any, ...]]] = {}
-    for cluster, *content in zip(first, values, *others, strict=True):
-        contents.setdefault(cluster, []).append(tuple(content))
-    kinds = Counter(tuple(sorted(content)) for content in contents.values())
-    share = np.array([*kinds.values()]) / len(contents)
-    weight = rng.multinomial(len(contents), share, size=resamples)
-    kind_of, value, *crossed = zip(*((k, *cell) for k, kind in enumerate(kinds) for cell in kind), strict=True)
-    weight = weight[:, kind_of].astype(np.float64)
-    for factor in crossed:
-        n = max(factor) + 1
-        weight *= rng.multinomial(n, np.full(n, 1 / n), size=resamples)[:, factor]
-    totals = weight.sum(1)
-    means = (weight @ np.asarray(value, dtype=np.float64))[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def _effective(
+    values: Sequence[float], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None
+) -> tuple[float, int]:
+    """How many independent values would tell as much about the mean, and the degrees of freedom of that estimate."""
+    value = np.asarray(values, dtype=np.float64)
+    if not len(value) or len(clusters) != len(value):
+        raise ValueError(f"clusters: expected one for each of {len(value)} values, at least one, got {len(clusters)}")
+    spread = value - value.mean()
+    of_cluster = _numbered(clusters)
+    num_clusters, variance = _clustered_variance(spread, of_cluster)
+    units = df = num_clusters
+    if seeds is not None and len(set(seeds)) >= SEEDS_AS_UNIT:
+        of_seed = _numbered(seeds)
+        num_seeds, between = _clustered_variance(spread, of_seed)
+        cells = _numbered(list(zip(of_cluster, of_seed, strict=True)))
+        num_cells, within = _clustered_variance(spread, cells)
+        crossed = num_cells > num_clusters  # two-way (Cameron, Gelbach and Miller 2011), where topics recur under seeds
+        variance = max(variance, between, variance + between - within if crossed else 0.0)
+        units = df = min(num_clusters, num_seeds)
+    alone = float((spread**2).mean())
+    if not alone or not variance:
+        return float(num_clusters), max(1, df - 1)
+    return float(min(max(alone / variance, units), len(value))), max(1, df - 1)
 
 
-def _numbered(names: Sequence[Hashable]) -> list[int]:
+def _clustered_variance(spread: Any, names: Any) -> tuple[int, float]:
+    """The number of clusters, and the variance of the mean that they show."""
+    sums = np.bincount(names, weights=spread)
+    n = len(sums)
+    return n, float((sums**2).sum()) / len(spread) ** 2 * n / max(1, n - 1)
+
+
+def _numbered(names: Sequence[Hashable]) -> Any:
     """The clusters' names as numbers from 0."""
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return [number[name] for name in names]
+    return np.array([number[name] for name in names])
 
 
-def sign_flip_test(differences: Sequence[int]) -> float:
-    """Exact two-sided p-value of a sum of differences when each sign could as well have been the other.
+def t_test(means: Sequence[float]) -> float:
+    """Two-sided p-value of Student's test that the mean of these differences is 0; 1.0 where they are all 0."""
+    n, mean = len(means), math.fsum(means) / len(means)
+    spread = math.sqrt(math.fsum((x - mean) ** 2 for x in means) / (n - 1))
+    if not spread:
+        return 1.0 if mean == 0 else 0.0
+    return _t_outside(abs(mean) / spread * math.sqrt(n), n - 1)
+
+
+def _t_outside(t: float, df: int) -> float:
+    """The probability that Student's t is beyond +-t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(df))
+    sine, cosine, term, total = math.sin(angle), math.cos(angle), 1.0, 0.0
+    if df % 2 == 0:
+        for k in range(0, df - 1, 2):
+            total += term
+            term *= cosine * cosine * (k + 1) / (k + 2)
+        return max(0.0, 1 - sine * total)
+    term = cosine
+    for k in range(1, df - 1, 2):
+        total += term
+        term *= cosine * cosine * (k + 1) / (k + 2)
+    return max(0.0, 1 - 2 / math.pi * (angle + sine * total))
+
+
+@cache
+def t_quantile(df: int) -> float:
+    """The 97.5% point of Student's t; for more than 200 degrees of freedom by its series (Cornish and Fisher)."""
+    if df > 200:
+        return Z95 + (Z95**3 + Z95) / (4 * df)
+    low, high = 1.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_outside(middle, df) > 0.05 else (low, middle)
+    return low
+
+
+def sign_flip_test(differences: Sequence[int], *, mid: bool = False) -> float:
+    """Two-sided p-value of a sum of differences when each sign could as well have been the other.
 
     A difference is that of two arms' correct answers in one cluster of questions. With single questions for clusters
-    this is McNemar's exact test. The distribution is the Fourier transform of its characteristic function, a product of
-    cosines, so p-values are exact to 1e-12 or so: O(sum of |differences| * log).
+    this is McNemar's exact test. `mid` counts half of the outcomes that are as extreme as the observed one (Lancaster
+    1961): the exact test's level lies far below its nominal one, the mid-p test's near it. The distribution is the
+    Fourier transform of its characteristic function, a product of cosines: O(sum of |differences| * log).
     """
     reach, far = sum(map(abs, differences)), abs(sum(differences))
+    if not far:
+        return 1.0
     angle = 2 * np.pi * np.arange(2 * reach + 1) / (2 * reach + 1)
     characteristic = np.ones(2 * reach + 1)
     for size, number in Counter(map(abs, differences)).items():
         characteristic *= np.cos(size * angle) ** number
     probability = np.fft.fftshift(np.fft.fft(characteristic).real) / (2 * reach + 1)  # [s + reach] of the sum s
     tails = probability[: reach - far + 1].sum() + probability[reach + far :].sum()
-    return min(1.0, max(0.0, float(tails)))
+    if mid:
+        tails -= (probability[reach - far] + probability[reach + far]) / 2
+    least = 2.0 ** -sum(difference != 0 for difference in differences)  # rounding of the transform is 1e-16 or so
+    return min(1.0, max(least if mid else 2 * least, float(tails)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -99,12 +178,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def expected_calibration_error(confidence: Sequence[float], is_correct: Sequence[bool], *, bins: int = 10) -> float:
     """Mean |accuracy - confidence| over equal-width bins of confidence, weighted by their answers (Naeini et al. 2015).
 
-    Confidence is the probability of the predicted choice, in [0, 1]; a bin holds its upper edge.
+    Confidence is the probability of the predicted choice, in [0, 1]; a bin holds its upper edge. Few answers raise it:
+    see calibrated_error().
     """
     given, right = np.asarray(confidence, dtype=np.float64), np.asarray(is_correct, dtype=np.float64)
-    index = np.clip(np.ceil(given * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=right - given, minlength=bins)
+    gaps = np.bincount(_bins(given, bins), weights=right - given, minlength=bins)
     return float(np.abs(gaps).sum() / len(given))
+
+
+def calibrated_error(confidence: Sequence[float], *, bins: int = 10, draws: int = 400, seed: int = 0) -> float:
+    """The expected calibration error that a perfectly calibrated model would have on so few answers, by simulation."""
+    given, rng = np.asarray(confidence, dtype=np.float64), np.random.default_rng(seed)
+    index, errors = _bins(given, bins), []
+    for _ in range(draws):
+        gaps = np.bincount(index, weights=(rng.random(len(given)) < given) - given, minlength=bins)
+        errors.append(float(np.abs(gaps).sum() / len(given)))
+    return math.fsum(errors) / draws
+
+
+def _bins(confidence: Any, bins: int) -> Any:
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def brier(probability: Sequence[float], correct: Sequence[int]) -> float:

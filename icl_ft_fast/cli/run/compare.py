@@ -45,8 +45,8 @@ from icl_ft_fast.tasks.generator import Preset
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The price file, read before any work."""
-    if options.tolerance < 0:
-        raise UsageError(f"--tolerance: expected points of 0 or more, got {options.tolerance}")
+    if not 0 <= options.tolerance <= 100:
+        raise UsageError(f"--tolerance: expected 0 to 100 points, got {options.tolerance:g}")
     return None if options.prices is None else read_prices(options.prices)
 
 
@@ -159,7 +159,7 @@ def _compared(
     if results is None:
         return None
     name = options.task if options.out is None else options.out.name
-    return Derived(results, name, prices, cache_lifetime_of(options), options.batch_size)
+    return Derived(results, name, prices, cache_lifetime_of(options), options.batch_size, options.family)
 
 
 def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
