@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.likelihood import LogLikelihood as LogLikelihood
     from icl_ft_fast.engine.likelihood import ScoreError as ScoreError
     from icl_ft_fast.engine.likelihood import loglikelihood as loglikelihood
+    from icl_ft_fast.engine.likelihood import prefill as prefill
     from icl_ft_fast.engine.loading import load as load
     from icl_ft_fast.engine.model import Model as Model
     from icl_ft_fast.engine.model import ModelError as ModelError
@@ -65,7 +66,7 @@ _NAMES = {
     "engine.ledger": "Ledger",
     "engine.loading": "load",
     "engine.model": "Model ModelError",
-    "engine.likelihood": "LogLikelihood ScoreError loglikelihood",
+    "engine.likelihood": "LogLikelihood ScoreError loglikelihood prefill",
     "engine.score": "Score iter_scores score",
     "finetuning.data": "Example read_examples",
     "finetuning.run": "Finetuned finetune",

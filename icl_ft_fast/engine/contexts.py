@@ -77,7 +77,7 @@ class SavedContext:
         return self.path.stem
 
 
-def save_context(path: Path, model: Model, context: Context, *, label: str = "", fingerprint: str = "") -> None:
+def save_context(path: str | Path, model: Model, context: Context, *, label: str = "", fingerprint: str = "") -> None:
     """Write a context atomically: a file of this name is whole or not there.
 
     Args:
@@ -86,6 +86,11 @@ def save_context(path: Path, model: Model, context: Context, *, label: str = "",
         context: from score.prefill().
         label: free text, shown by lists.
         fingerprint: model.fingerprint(), where the caller knows it already; it takes a second a gigabyte.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> context = iff.prefill(model, model.tokenizer("glon are wide.")["input_ids"])
+        >>> iff.save_context("context.safetensors", model, context)
     """
     tensors = _tensors(context)
     about = {
@@ -98,7 +103,7 @@ def save_context(path: Path, model: Model, context: Context, *, label: str = "",
     }
     about["checksum"] = _checksum(tensors, about)
     try:
-        with replacing(path) as partial:
+        with replacing(Path(path)) as partial:
             save_file(tensors, partial, metadata={"icl_ft_fast": json.dumps(about)})
     except SafetensorError as error:
         raise ContextError(f"{path}: cannot be written: {error}") from error
@@ -124,7 +129,7 @@ def read_header(path: Path) -> SavedContext:
     return SavedContext(path, **about, num_bytes=stat.st_size, used=stat.st_mtime)
 
 
-def load_context(path: Path, model: Model, *, fingerprint: str = "", like: Context | None = None) -> Context:
+def load_context(path: str | Path, model: Model, *, fingerprint: str = "", like: Context | None = None) -> Context:
     """Map a saved context for the model that made it.
 
     Args:
@@ -135,8 +140,14 @@ def load_context(path: Path, model: Model, *, fingerprint: str = "", like: Conte
 
     Raises:
         ContextError: another model's, another form, damaged, or not what the header promises.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> iff.save_context("context.safetensors", model, iff.prefill(model, [1, 2, 3]))
+        >>> len(iff.load_context("context.safetensors", model).token)
+        3
     """
-    saved = read_header(path)
+    saved = read_header(Path(path))
     if saved.fingerprint != (fingerprint or model.fingerprint()):
         raise ContextError(
             f"{path}: saved from {saved.model!r} with other weights, config, vocabulary or dtype than {model.name!r}"

@@ -133,6 +133,12 @@ def generate(
 
     A continuation does not depend on the prompts beside it, nor on their order or number, beyond the rounding of the
     logits (which can decide between two tokens as likely as each other).
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> (reply,) = iff.generate(model, ["glon are wider than"], iff.Sampling(max_new_tokens=4))
+        >>> len(reply.ids)
+        4
     """
     written = dict(iter_generations(model, prompts, sampling, ledger=ledger, progress=progress))
     return [written[p] for p in range(len(prompts))]

@@ -71,6 +71,12 @@ def loglikelihood(
     Raises:
         ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
             vocabulary does not have, a request that does not begin with `start`, or too little memory.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> (found,) = iff.loglikelihood(model, [("glon are", " wider than femp.")])
+        >>> found.logp < 0
+        True
     """
     encoded, options = encode_requests(model, requests), ScoringOptions(chunk_tokens, progress)
     found = score_requests(model, encoded, options, ledger or Ledger(), start, shared_tokens, count_start=count_start)
@@ -203,6 +209,12 @@ def prefill(
             memory.
 
     Memory: keys and values of every layer, and a hidden state, for each token.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> context = iff.prefill(model, model.tokenizer("glon are wide.")["input_ids"])
+        >>> len(context.token)
+        7
     """
     ledger, ids = ledger or Ledger(), [int(t) for t in token]
     if not ids:

@@ -88,6 +88,11 @@ def load(
     Raises:
         ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
             that cannot be invariant.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> model.max_positions
+        4096
     """
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")

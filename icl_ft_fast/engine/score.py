@@ -62,7 +62,13 @@ def iter_scores(
     progress: bool = False,
     store: ContextStore | None = None,
 ) -> Iterator[Score]:
-    """Score multiple-choice questions, each yielded as soon as its last choice is done; see score()."""
+    """Score multiple-choice questions, each yielded as soon as its last choice is done; see score().
+
+    Example:
+        >>> questions = [iff.Question(str(n), "glon are", (" wide.", " wider than femp.")) for n in range(2)]
+        >>> sorted(score.question_id for score in iff.iter_scores(iff.load("shipped"), questions))
+        ['0', '1']
+    """
     options = ScoringOptions(chunk_tokens, progress, store)
     for _, result in _scored(model, questions, context, options, ledger or Ledger()):
         yield result
@@ -177,6 +183,12 @@ def score(
 
     Raises:
         ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
+
+    Example:
+        >>> model = iff.load("shipped")
+        >>> question = iff.Question("q1", "glon are", (" less dangerous than femp.", " more dangerous than femp."))
+        >>> iff.score(model, [question], context="femp are more dangerous than glon.")[0].predicted in (0, 1)
+        True
     """
     options = ScoringOptions(chunk_tokens, progress, store)
     scores = dict(_scored(model, questions, context, options, ledger or Ledger(), sharded))
