@@ -130,10 +130,10 @@ def test_score_writes_a_line_a_question_and_prints_the_counters(files, run, llam
     (line,) = printed
     correct = sum(result.is_correct is True for result in expected)
     assert re.fullmatch(
-        rf"3 questions in \d+\.\d s, {correct} of 2 correct: {ledger.request_tokens:,} request tokens, "
-        rf"{ledger.forwarded_tokens:,} tokens forwarded "
+        rf"3 questions in \d+\.\d s, {correct} of 2 correct: {ledger.request_tokens:,} tokens requested, "
+        rf"{ledger.forwarded_tokens:,} computed "
         rf"\(1 in {ledger.request_tokens / ledger.forwarded_tokens:.0f}\), "
-        rf"{ledger.head_tokens:,} through the head\. Written to {re.escape(str(files.out))}",
+        rf"{ledger.head_tokens:,} through the output head\. Written to {re.escape(str(files.out))}",
         line,
     )
 

@@ -255,7 +255,7 @@ def test_the_commands(llama_directory, tmp_path, capsys):
         out = tmp_path / f"{n}.jsonl"
         files = ["--documents", str(documents), "--questions", str(questions), "--out", str(out)]
         assert main(["score", "--quiet", *model, *files, *more]) == 0
-        assert (f"taken from {store}" in capsys.readouterr().out) == bool(more)
+        assert (f"read from {store}" in capsys.readouterr().out) == bool(more)
         outputs.append(json.loads(out.read_text()))
     assert outputs[0]["logp"] == pytest.approx(outputs[1]["logp"], rel=0, abs=1e-5)
     assert main(["context", "list", "--store", str(store)]) == 0

@@ -59,7 +59,7 @@ def run_verify(options: argparse.Namespace) -> None:
     saved = _saved(options)
     for context in saved:
         contexts.verify(context.path)
-    print(f"{len(saved)} contexts are whole")
+    print(f"{len(saved)} checked, none damaged")
 
 
 def run_remove(options: argparse.Namespace) -> None:

@@ -66,9 +66,8 @@ def _tell(options: argparse.Namespace, scores: list[Score], ledger: Ledger, seco
     accuracy = f", {correct} of {known} correct" if known else ""
     print(
         f"{len(scores)} questions in {seconds:.1f} s{accuracy}: "
-        f"{ledger.request_tokens:,} request tokens, "
-        f"{ledger.forwarded_tokens:,} tokens forwarded "
+        f"{ledger.request_tokens:,} tokens requested, {ledger.forwarded_tokens:,} computed "
         f"(1 in {ledger.request_tokens / max(1, ledger.forwarded_tokens):.0f}), "
-        f"{f'{taken:,} taken from {options.store}, ' if options.store else ''}"
-        f"{ledger.head_tokens:,} through the head. Written to {options.out}"
+        f"{f'{taken:,} read from {options.store}, ' if options.store else ''}"
+        f"{ledger.head_tokens:,} through the output head. Written to {options.out}"
     )
