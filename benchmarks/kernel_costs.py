@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 
 def met_tiles(common: dict[str, Any], queries: int, keys: int) -> tuple[Tensor, Tensor]:
     """What `_plan` lists: the tiles that are met, and those of them seen whole, bool [query tiles, key tiles]."""
-    T, S, group = (common[name] for name in ("T", "S", "group"))
+    T, S, group = (common[name] for name in ("T", "S", "GROUP"))
     rows = [(m // group, min(-(-(m + queries) // group), T)) for m in range(0, T * group, queries)]
     columns = [(n, min(n + keys, S)) for n in range(0, S, keys)]
 
@@ -67,7 +67,7 @@ def attention_costs(
     """What the launches of the forward, or of the backward, and of its plans cost, by kernel; T and S above 0."""
     common = trie_attention._common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
     T, S, H, group, D, DV, BLOCK_D, BLOCK_DV = (
-        common[name] for name in ("T", "S", "H", "group", "D", "DV", "BLOCK_D", "BLOCK_DV")
+        common[name] for name in ("T", "S", "H", "GROUP", "D", "DV", "BLOCK_D", "BLOCK_DV")
     )
     G, item, total = H // group, q.itemsize, accumulator(q.dtype).itemsize
     index = 8 if window else 4  # bytes that say where a query or a key stands
@@ -84,7 +84,7 @@ def attention_costs(
         met_rows, met_keys = int((met.sum(1) * rows).sum()), int((met.sum(0) * columns).sum())
         masked_keys = int(((met & ~whole).sum(0) * columns).sum())
         tiles = (G * num_whole, G * (num_met - num_whole), G * (met.numel() - num_met))
-        shares = trie_attention.num_shares(own * G, many) if kernel == "forward" else 1
+        shares = trie_attention.num_shares(own * G, many, trie_attention.gpu(q.device)) if kernel == "forward" else 1
         planned = shares * own * 8 + num_met * 4 + masked_keys * index  # what the plan and the masks take
         area = 2 * queries * keys * num_met
         qkv = (D + DV) * item
@@ -126,27 +126,35 @@ def head_costs(
     backward: bool = False,
     need_weight: bool = True,
 ) -> dict[str, Cost]:
-    """What the launches of the forward, or of the backward, cost, by kernel; targets in range."""
+    """What the launches of the forward, or of the backward, cost, by kernel; a target for each of the first rows."""
     (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
-    block = target_logprob.blocks(item, R, gpu(hidden.device))
-    row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
-    shares = target_logprob.num_shares(row_blocks, tiles)
-    read = tiles * R * E * item + row_blocks * V * (E + bias) * item + row_blocks * tiles * 16 + num_targets * 16
-    written = num_targets * total + shares * R * (2 * total + 4)
-    logits_flops = _flops(R, V, E, block)
+    M, found = num_targets, gpu(hidden.device)
+    block, narrow = (target_logprob.blocks(item, R, found, full=full) for full in (False, True))
     if not backward:
-        return {"_forward": Cost(logits_flops, read, written)}
-    grad_read = read + tiles * R * 2 * total + num_targets * total
+        row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
+        shares = target_logprob.num_shares(row_blocks, tiles, found)
+        read = tiles * R * E * item + row_blocks * V * (E + bias) * item
+        parts = shares * (3 * total + 4)  # the greatest logits are read twice
+        finish = (R + M) * parts + M * 12 + M * (2 * E + bias) * item
+        return {
+            "_forward": Cost(_flops(R, V, E, block), read, shares * R * (2 * total + 4)),
+            "_finish": Cost(0, finish, R * total + M * (total + 1)),
+        }
+    programs = triton.cdiv(max(M, R + 1), target_logprob._ORDER_TARGETS)
+    row_blocks, tiles = triton.cdiv(R, narrow.rows), triton.cdiv(V, narrow.columns)
+    read = tiles * R * E * item + row_blocks * V * (E + bias) * item
+    of_row = 2 * total + 8  # lse, its gradient, where its targets begin and end
+    grad_read = read + tiles * R * of_row + tiles * M * (2 * (4 + total) + 2 * 4)
     flops = read = written = 0
-    for columns in target_logprob._steps(R, V, item, block):
+    for columns in target_logprob._steps(R, V, item, narrow):
         width = columns.stop - columns.start
         flops += _flops(R, E, width, block) + need_weight * _flops(width, E, R, block)
         read += _product_read(R, E, width, block, item) + R * E * total
         read += need_weight * _product_read(width, E, R, block, item)
         written += R * E * total + need_weight * width * E * item
     return {
-        "_row_sums": Cost(0, row_blocks * 16 + num_targets * (12 + total), R * total),
-        "_grad_logits": Cost(logits_flops, grad_read, R * V * item),
+        "_order": Cost(0, 8 * M * (1 + programs), 4 * (M + R + 1)),
+        "_grad_logits": Cost(_flops(R, V, E, narrow), grad_read, R * V * item),
         "_product": Cost(flops, read, written),
     }
 

@@ -30,13 +30,13 @@ from benchmarks.trie_attention import questions
 from icl_ft_fast.ops.triton import target_logprob, trie_attention
 from icl_ft_fast.ops.triton.gpu import described
 
-# Target and the bytes of shared memory that a program may have there.
+# Target, the bytes of shared memory that a program may have there, and multiprocessors.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
-    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
-    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
-    "sm_120": (GPUTarget("cuda", 120, 32), 101_376),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912, 108),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232_448, 132),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232_448, 148),
+    "sm_120": (GPUTarget("cuda", 120, 32), 101_376, 188),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536, 304),
 }
 SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_V")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -120,9 +120,9 @@ def launches(target: str) -> list[Launch]:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         static = {p.name for p in kernel.params if p.is_constexpr}
-        static |= {
-            name for name, x in values.items() if x is None or (type(x) is int and x == 1)
-        }  # as Triton's jit does
+        free = {p.name for p in kernel.params if p.do_not_specialize}  # else Triton's jit folds 1 in
+        unaligned = free | {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+        static |= {n for n, x in values.items() if x is None or (type(x) is int and x == 1 and n not in free)}
         dynamic = {name: x for name, x in values.items() if name not in static}
         launch = Launch(
             case,
@@ -131,7 +131,11 @@ def launches(target: str) -> list[Launch]:
             target,
             {name: triton.runtime.jit.mangle_type(x) if name in dynamic else "constexpr" for name, x in values.items()},
             {name: values[name] for name in sorted(static)},
-            tuple(n for n, x in dynamic.items() if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0)),
+            tuple(
+                n
+                for n, x in dynamic.items()
+                if n not in unaligned and (isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0))
+            ),
             options,
         )
         made.setdefault(repr(launch[1:]), launch)

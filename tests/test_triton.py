@@ -112,7 +112,7 @@ def test_attention_options(option: str, dtype: torch.dtype, device: str) -> None
 @pytest.mark.usefixtures("interpreted")
 def test_blocks_of_other_gpus(target: GPUTarget, matrix: str, dtype: torch.dtype, monkeypatch) -> None:
     """Elsewhere what is interpreted has an H100's blocks."""
-    found = described(target, 101_376)
+    found = described(target, 101_376, 100)
     assert found.matrix == matrix
     for module in ("trie_attention", "target_logprob"):
         monkeypatch.setattr(import_module(f"icl_ft_fast.ops.triton.{module}"), "gpu", lambda device: found)
@@ -211,7 +211,7 @@ def test_head_options(option: str, dtype: torch.dtype, device: str) -> None:
 def test_head_of_any_strides_in_many_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = import_module("icl_ft_fast.ops.triton.target_logprob")
     monkeypatch.setattr(kernels, "_GRAD_BYTES", 1)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "num_shares", lambda *_: 2)
     head(70, 65, 300, 40, torch.bfloat16, device, torch.int64, test_target_logprob.strided, bias=True)
 
 

@@ -9,13 +9,16 @@ from triton.backends.compiler import GPUTarget
 
 
 class Gpu(NamedTuple):
-    """What blocks are chosen by: the matrix units, and the shared memory that a program may have, in bytes.
+    """What launchers choose by.
 
-    matrix: "wgmma" (sm_90), "tcgen05" (sm_100 to sm_119), "mma" (NVIDIA's others) or "mfma" (AMD's).
+    matrix: the matrix units, "wgmma" (sm_90), "tcgen05" (sm_100 to sm_119), "mma" (NVIDIA's others) or "mfma" (AMD's).
+    shared_bytes: the shared memory that a program may have.
+    multiprocessors: how many there are.
     """
 
     matrix: str
     shared_bytes: int
+    multiprocessors: int
 
     @property
     def precision(self) -> str:
@@ -27,22 +30,24 @@ class Gpu(NamedTuple):
         return "ieee" if self.matrix == "mfma" else "bf16x6"
 
 
-def described(target: GPUTarget, shared_bytes: int) -> Gpu:
+def described(target: GPUTarget, shared_bytes: int, multiprocessors: int) -> Gpu:
     """That of what Triton compiles for; for NVIDIA's, arch is ten times the compute capability."""
     if target.backend != "cuda":
-        return Gpu("mfma", shared_bytes)
-    return Gpu({9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(target.arch // 10, "mma"), shared_bytes)
+        return Gpu("mfma", shared_bytes, multiprocessors)
+    matrix = {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(target.arch // 10, "mma")
+    return Gpu(matrix, shared_bytes, multiprocessors)
 
 
 @cache
 def gpu(device: torch.device) -> Gpu:
     """That of a device; on a CPU, where kernels are interpreted, an H100's."""
     if device.type != "cuda":
-        return described(GPUTarget("cuda", 90, 32), 232_448)
+        return described(GPUTarget("cuda", 90, 32), 232_448, 132)
     driver = triton.runtime.driver.active
     with torch.cuda.device(device):
         target = driver.get_current_target()
-    return described(target, int(driver.utils.get_device_properties(device.index)["max_shared_mem"]))
+    found = driver.utils.get_device_properties(device.index)
+    return described(target, int(found["max_shared_mem"]), int(found["multiprocessor_count"]))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,9 +1,8 @@
 """target_logprob and its gradients in Triton; what they must return is said in icl_ft_fast.ops.
 
 A program takes a block of rows through a share of the vocabulary, tile by tile, with an online log-sum-exp; logits
-never leave it. Targets are sorted by the tile they fall in, so each is picked out of the very logit that its row's
-log-sum-exp has in it. The backward holds gradients of logits for as many columns as a byte budget allows, rounded to
-the dtype of the factors they meet next. Sums are in float32, in an order
+never leave it. The few logits of targets are made again beside it. The backward holds gradients of logits for as many
+columns as a byte budget allows, rounded to the dtype of the factors they meet next. Sums are in float32, in an order
 fixed by the shapes, without atomics. Knows torch and triton and nothing else.
 """
 
@@ -19,13 +18,47 @@ from triton.language.extra import libdevice
 from icl_ft_fast.ops.triton.gpu import Gpu, accumulator, gpu
 
 _LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan where a bias rules a whole tile out
-_PROGRAMS = 512  # row blocks times shares of the vocabulary: several for each multiprocessor of a large GPU
 _GRAD_BYTES = 256 << 20  # gradients of logits held at a time
-_SUM_TARGETS = 64
+_ORDER_TARGETS = 64  # that are compared with as many others at a time
+_FINISH_ROWS, _FINISH_STEP = 16, 512  # rows and targets of a program, and elements of E that are multiplied at a time
+_GROUP_ROWS = 16  # row blocks whose programs are started together, so that the L2 cache holds their rows
+
+# Of sizes that differ from chunk to chunk only costs compilations what the JIT would look at: whether they are 1 or
+# multiples of 16. E and strides say how wide loads may be, and stay.
+_jit = triton.jit(do_not_specialize=["R", "M", "tiles", "row_blocks", "shares", "first_tile", "width"])
+
+
+@triton.jit
+def _placed(row, target, m, M, R, V):
+    """The rows of targets m; R, which sorts last, of those that are out of range."""
+    r = tl.load(row + m, mask=m < M, other=R)
+    t = tl.load(target + m, mask=m < M, other=-1)
+    return tl.where((r >= 0) & (r < R) & (t >= 0) & (t < V), r, R)
+
+
+@_jit
+def _order(row, target, order, first_target, M, R, V, BLOCK: tl.constexpr):
+    """The targets in range by row: those of row r are order[first_target[r]:first_target[r + 1]], in ascending order.
+
+    Each is compared with all: for as many as there are rows that is nothing beside the head itself, and no atomics.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = _placed(row, target, i, M, R, V)
+    place = tl.zeros([BLOCK], tl.int32)
+    first = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, M, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        r = _placed(row, target, m, M, R, V)
+        before = (r[None, :] < own[:, None]) | ((r[None, :] == own[:, None]) & (m[None, :] < i[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+        first += tl.sum((r[None, :] < i[:, None]).to(tl.int32), 1)
+    tl.store(order + place, i, mask=(i < M) & (own < R))
+    tl.store(first_target + i, first, mask=i <= R)
 
 
 @triton.jit
 def _product_tile(
+    total,
     a,
     b,
     m,
@@ -41,16 +74,22 @@ def _product_tile(
     PRECISION: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Rows m and columns n, int64 vectors, of a @ b.T; 0 outside."""
-    total = tl.zeros([m.shape[0], n.shape[0]], dtype)
+    """`total` plus the product of the tiles of a and b.T that begin at row m and column n, 64-bit scalars.
+
+    Within a tile offsets have 32 bits, which the launcher sees to: registers hold no more.
+    """
+    rows, columns = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1])
+    a += m * a_stride_m
+    b += n * b_stride_n
+    a_inside, b_inside = (rows < M - m)[:, None], (columns < N - n)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    a_at = rows[:, None] * a_stride_m + k * a_stride_k
+    b_at = columns[:, None] * b_stride_n + k * b_stride_k
     for step in range(tl.cdiv(K, BLOCK_K)):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-        a_block = tl.load(
-            a + m[:, None] * a_stride_m + k[None, :] * a_stride_k, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0
-        )
-        b_block = tl.load(
-            b + n[:, None] * b_stride_n + k[None, :] * b_stride_k, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0
-        )
+        first = tl.cast(step, tl.int64) * BLOCK_K
+        inside = k < K - step * BLOCK_K
+        a_block = tl.load(a + first * a_stride_k + a_at, mask=a_inside & inside, other=0.0)
+        b_block = tl.load(b + first * b_stride_k + b_at, mask=b_inside & inside, other=0.0)
         total = tl.dot(a_block, tl.trans(b_block), total, input_precision=PRECISION, out_dtype=dtype)
     return total
 
@@ -60,8 +99,8 @@ def _logits(
     hidden,
     weight,
     bias,
-    r,
-    c,
+    row,
+    column,
     R,
     V,
     E,
@@ -72,17 +111,20 @@ def _logits(
     bias_stride,
     scale,
     softcap,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The logits of rows r and columns c."""
+    """The tile of logits that begins at a row and a column, 64-bit scalars."""
     logits = _product_tile(
+        tl.zeros([BLOCK_R, BLOCK_V], dtype),
         hidden,
         weight,
-        r,
-        c,
+        row,
+        column,
         R,
         V,
         E,
@@ -95,7 +137,9 @@ def _logits(
         dtype,
     )
     if bias is not None:
-        logits += tl.load(bias + c * bias_stride, mask=c < V, other=0.0)[None, :]
+        c = tl.arange(0, BLOCK_V)
+        bias += column * bias_stride
+        logits += tl.load(bias + c * bias_stride, mask=c < V - column, other=0.0)[None, :]
     logits *= scale
     if SOFTCAP:
         logits = libdevice.tanh(logits / softcap) * softcap
@@ -103,18 +147,30 @@ def _logits(
 
 
 @triton.jit
+def _program(row_blocks, shares, GROUP: tl.constexpr):
+    """Block of rows and share of this program: GROUP blocks after each other take the same share, then the next one."""
+    program = tl.program_id(0)
+    group = program // (GROUP * shares)
+    size = tl.minimum(GROUP, row_blocks - group * GROUP)
+    within = program - group * GROUP * shares
+    return (group * GROUP + within % size).to(tl.int64), within // size
+
+
+@triton.jit
+def _target(row_first, row_many, j, order, target):
+    """Number j of the targets of each row: which it is, and its token; -1 where a row has not so many."""
+    m = tl.load(order + row_first + j, mask=j < row_many, other=0)
+    return m, tl.load(target + m, mask=j < row_many, other=-1)
+
+
+@_jit
 def _forward(
     hidden,
     weight,
     bias,
-    row,
-    target,
-    order,
-    first_target,
     tops,
     totals,
     bests,
-    picked,
     hidden_stride_r,
     hidden_stride_e,
     weight_stride_v,
@@ -124,31 +180,32 @@ def _forward(
     V,
     E,
     tiles,
+    row_blocks,
+    shares,
     scale,
     softcap,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """One block of rows, one share of the tiles; tops, totals, bests [shares, R], picked [M]."""
-    block = tl.program_id(0).to(tl.int64)
-    share = tl.program_id(1)
+    """One block of rows, one share of the tiles; tops, totals, bests [shares, R]."""
+    block, share = _program(row_blocks, shares, GROUP)
     dtype: tl.constexpr = tops.dtype.element_ty
-    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     top = tl.full([BLOCK_R], _LOWEST, dtype)
     total = tl.zeros([BLOCK_R], dtype)
     best = tl.zeros([BLOCK_R], tl.int32)
-    first = share * tl.cdiv(tiles, tl.num_programs(1))
-    for tile in range(first, tl.minimum(first + tl.cdiv(tiles, tl.num_programs(1)), tiles)):
-        c = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+    first = share * tl.cdiv(tiles, shares)
+    for tile in range(first, tl.minimum(first + tl.cdiv(tiles, shares), tiles)):
+        first_column = tl.cast(tile, tl.int64) * BLOCK_V
         logits = _logits(
             hidden,
             weight,
             bias,
-            r,
-            c,
+            block * BLOCK_R,
+            first_column,
             R,
             V,
             E,
@@ -159,21 +216,23 @@ def _forward(
             bias_stride,
             scale,
             softcap,
+            BLOCK_R,
+            BLOCK_V,
             BLOCK_E,
             PRECISION,
             SOFTCAP,
             dtype,
         )
-        logits = tl.where((c < V)[None, :], logits, float("-inf"))
-        tile_top, tile_best = tl.max(logits, 1, return_indices=True)
-        best = tl.where(tile_top > top, tile * BLOCK_V + tile_best, best)
+        columns = tl.arange(0, BLOCK_V)[None, :]
+        logits = tl.where(columns < V - tile * BLOCK_V, logits, float("-inf"))
+        tile_top = tl.max(logits, 1)
+        if tl.max((tile_top > top).to(tl.int32), 0) > 0:  # maxima rise ever more rarely
+            first_best = tl.min(tl.where(logits == tile_top[:, None], columns, BLOCK_V), 1)
+            best = tl.where(tile_top > top, tile * BLOCK_V + first_best, best)
         new_top = tl.maximum(top, tile_top)
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), 1)
         top = new_top
-        for i in range(tl.load(first_target + block * tiles + tile), tl.load(first_target + block * tiles + tile + 1)):
-            m = tl.load(order + i)
-            hit = (r == tl.load(row + m))[:, None] & (c == tl.load(target + m))[None, :]
-            tl.store(picked + m, tl.sum(tl.where(hit, logits, 0.0)))
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     at = share.to(tl.int64) * R + r
     tl.store(tops + at, top, mask=r < R)
     tl.store(totals + at, total, mask=r < R)
@@ -181,31 +240,94 @@ def _forward(
 
 
 @triton.jit
-def _row_sums(values, row, order, first_target, sums, R, tiles, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of each row's targets' values, in the order of the targets' tiles."""
-    block = tl.program_id(0).to(tl.int64)
-    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros([BLOCK_R], sums.dtype.element_ty)
-    stop = tl.load(first_target + (block + 1) * tiles)
-    for start in range(tl.load(first_target + block * tiles), stop, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        m = tl.load(order + i, mask=i < stop, other=0)
-        hit = tl.load(row + m, mask=i < stop, other=-1)[:, None] == r[None, :]
-        total += tl.sum(tl.where(hit, tl.load(values + m, mask=i < stop, other=0.0)[:, None], 0.0), 0)
-    tl.store(sums + r, total, mask=r < R)
+def _joined(tops, totals, bests, r, inside, R, shares, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Log-sum-exp and arg-max of rows r, from those of the shares; of equal maxima the first."""
+    top = tl.full([BLOCK], _LOWEST, dtype)
+    best = tl.zeros([BLOCK], tl.int32)
+    for share in range(shares):
+        at = tl.cast(share, tl.int64) * R + r
+        value = tl.load(tops + at, mask=inside, other=_LOWEST)
+        best = tl.where(value > top, tl.load(bests + at, mask=inside, other=0), best)
+        top = tl.maximum(top, value)
+    total = tl.zeros([BLOCK], dtype)
+    for share in range(shares):
+        at = tl.cast(share, tl.int64) * R + r
+        value = tl.load(tops + at, mask=inside, other=_LOWEST)
+        total += tl.load(totals + at, mask=inside, other=0.0) * tl.exp(value - top)
+    return top + tl.log(tl.where(inside, total, 1.0)), best
 
 
-@triton.jit
-def _grad_logits(
+@_jit
+def _finish(
     hidden,
     weight,
     bias,
     row,
     target,
+    tops,
+    totals,
+    bests,
+    logp,
+    is_argmax,
+    lse,
+    hidden_stride_r,
+    hidden_stride_e,
+    weight_stride_v,
+    weight_stride_e,
+    bias_stride,
+    R,
+    V,
+    E,
+    M,
+    shares,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The log-sum-exp of some rows, from the shares of the vocabulary, and the results of some targets.
+
+    A target's logit is one product of a row and a weight, made here: picked out of the tiles of all logits it would
+    cost registers there.
+    """
+    dtype: tl.constexpr = tops.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row_lse, _ = _joined(tops, totals, bests, i, i < R, R, shares, dtype, BLOCK)
+    tl.store(lse + i, row_lse, mask=i < R)
+    r = _placed(row, target, i, M, R, V).to(tl.int64)
+    inside = r < R
+    token = tl.load(target + i, mask=inside, other=0).to(tl.int64)
+    products = tl.zeros([BLOCK, STEP], dtype)
+    for start in range(0, E, STEP):
+        e = start + tl.arange(0, STEP)[None, :]
+        mask = inside[:, None] & (e < E)
+        a = tl.load(hidden + r[:, None] * hidden_stride_r + e.to(tl.int64) * hidden_stride_e, mask=mask, other=0.0)
+        b = tl.load(weight + token[:, None] * weight_stride_v + e.to(tl.int64) * weight_stride_e, mask=mask, other=0.0)
+        products += a.to(dtype) * b.to(dtype)
+    logits = tl.sum(products, 1)
+    if bias is not None:
+        logits += tl.load(bias + token * bias_stride, mask=inside, other=0.0)
+    logits *= scale
+    if SOFTCAP:
+        logits = libdevice.tanh(logits / softcap) * softcap
+    row_lse, best = _joined(tops, totals, bests, r, inside, R, shares, dtype, BLOCK)
+    value = logits - row_lse
+    value = tl.where(value > 0, 0.0, value)  # where a token is all but certain its logit may be rounded above the sum
+    tl.store(logp + i, tl.where(inside, value, float("nan")), mask=i < M)
+    tl.store(is_argmax + i, inside & (best == token) & (value == value), mask=i < M)
+
+
+@_jit
+def _grad_logits(
+    hidden,
+    weight,
+    bias,
+    target,
     order,
     first_target,
     lse,
-    share,
+    grad_lse,
     grad_logp,
     grad,
     hidden_stride_r,
@@ -216,7 +338,8 @@ def _grad_logits(
     R,
     V,
     E,
-    tiles,
+    row_blocks,
+    shares,
     first_tile,
     width,
     scale,
@@ -224,21 +347,22 @@ def _grad_logits(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """A tile of the gradients of hidden @ weight.T, into grad [R, width], whose first column is that of first_tile."""
-    block = tl.program_id(0).to(tl.int64)
-    tile = first_tile + tl.program_id(1)
+    block, tile = _program(row_blocks, shares, GROUP)
+    tile += first_tile
     dtype: tl.constexpr = lse.dtype.element_ty
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+    columns = tl.arange(0, BLOCK_V)[None, :]
     logits = _logits(
         hidden,
         weight,
         bias,
-        r,
-        c,
+        block * BLOCK_R,
+        tl.cast(tile, tl.int64) * BLOCK_V,
         R,
         V,
         E,
@@ -249,24 +373,32 @@ def _grad_logits(
         bias_stride,
         scale,
         softcap,
+        BLOCK_R,
+        BLOCK_V,
         BLOCK_E,
         PRECISION,
         SOFTCAP,
         dtype,
     )
-    inside = (r < R)[:, None] & (c < V)[None, :]
     row_lse = tl.load(lse + r, mask=r < R, other=0.0)
-    values = tl.exp(logits - row_lse[:, None])
-    values *= tl.load(share + r, mask=r < R, other=0.0)[:, None]
-    for i in range(tl.load(first_target + block * tiles + tile), tl.load(first_target + block * tiles + tile + 1)):
-        m = tl.load(order + i)
-        hit = (r == tl.load(row + m))[:, None] & (c == tl.load(target + m))[None, :]
-        values += tl.where(hit, tl.load(grad_logp + m), 0.0)
+    row_first = tl.load(first_target + r, mask=r < R, other=0)
+    row_many = tl.load(first_target + r + 1, mask=r < R, other=0) - row_first
+    most = tl.max(row_many, 0)
+    share = tl.load(grad_lse + r, mask=r < R, other=0.0)
+    for j in range(most):
+        m, _ = _target(row_first, row_many, j, order, target)
+        share -= tl.load(grad_logp + m, mask=j < row_many, other=0.0)
+    values = tl.exp(logits - row_lse[:, None]) * share[:, None]
+    for j in range(most):
+        m, token = _target(row_first, row_many, j, order, target)
+        added = tl.load(grad_logp + m, mask=j < row_many, other=0.0)
+        values += tl.where((token - tile * BLOCK_V)[:, None] == columns, added[:, None], 0.0)
     if SOFTCAP:
         values *= 1 - (logits / softcap) * (logits / softcap)
-    column = c - first_tile * BLOCK_V
-    at = r[:, None] * width + column[None, :]
-    tl.store(grad + at, (values * scale).to(grad.dtype.element_ty), mask=inside)
+    rows = tl.arange(0, BLOCK_R)[:, None]
+    grad += block * BLOCK_R * width + (tile - first_tile) * BLOCK_V
+    inside = (rows < R - block * BLOCK_R) & (columns < V - tile * BLOCK_V)
+    tl.store(grad + rows * width + columns, (values * scale).to(grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -281,36 +413,26 @@ def _product(
     a_stride_k,
     b_stride_n,
     b_stride_k,
+    row_blocks,
+    shares,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """Sets out [M, N] to a @ b.T, or with ADD adds it."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, column = _program(row_blocks, shares, GROUP)
+    m, n = block * BLOCK_M, column.to(tl.int64) * BLOCK_N
+    rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    at = out + m * N + n + rows * N + columns
+    inside = (rows < M - m) & (columns < N - n)
+    total = tl.load(at, mask=inside, other=0.0).to(dtype) if ADD else tl.zeros([BLOCK_M, BLOCK_N], dtype)
     total = _product_tile(
-        a,
-        b,
-        m,
-        n,
-        M,
-        N,
-        K,
-        a_stride_m,
-        a_stride_k,
-        b_stride_n,
-        b_stride_k,
-        BLOCK_K,
-        PRECISION,
-        dtype,
+        total, a, b, m, n, M, N, K, a_stride_m, a_stride_k, b_stride_n, b_stride_k, BLOCK_K, PRECISION, dtype
     )
-    at = out + m[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -325,21 +447,34 @@ class HeadBlocks(NamedTuple):
 
 
 # Columns of a tile and elements of E in 16 bits, by matrix unit: the most that registers hold.
-_BLOCKS = {"wgmma": (128, 64), "tcgen05": (128, 32), "mma": (64, 64), "mfma": (128, 64)}
+_BLOCKS = {"wgmma": (256, 64), "tcgen05": (128, 32), "mma": (64, 64), "mfma": (128, 64)}
+_FULL_COLUMNS = 128  # at most, where registers hold more than logits
 
 
-def blocks(itemsize: int, rows: int, found: Gpu) -> HeadBlocks:
-    """The blocks on a GPU."""
+def blocks(itemsize: int, rows: int, found: Gpu, *, full: bool = False) -> HeadBlocks:
+    """The blocks on a GPU; full: of a kernel whose registers hold more than logits, by a soft-cap or for gradients."""
     columns, depth = _BLOCKS[found.matrix] if itemsize == 2 else (64, 32)
+    columns = min(columns, _FULL_COLUMNS) if full else columns
     block_rows = 128 if itemsize == 2 and rows > 64 else 64
     stage_bytes = (block_rows + columns) * depth * itemsize
     stages = max(1, min(4, (found.shared_bytes - 4096) // stage_bytes))
-    return HeadBlocks(block_rows, columns, depth, block_rows // 16, stages)
+    return HeadBlocks(block_rows, columns, depth, 8 if columns > 128 else block_rows // 16, stages)
 
 
-def num_shares(row_blocks: int, tiles: int) -> int:
-    """Into how many parts the vocabulary of a forward is split."""
-    return max(1, min(_PROGRAMS // row_blocks, tiles))
+def num_shares(row_blocks: int, tiles: int, found: Gpu) -> int:
+    """Into how many parts the vocabulary of a forward is split.
+
+    At least so many that the programs which run at a time have but _GROUP_ROWS blocks of rows, and of those the fewest
+    whose time, in tiles of the program that is busy longest, is within a tenth of the shortest.
+    """
+    least = min(tiles, max(1, found.multiprocessors // min(row_blocks, _GROUP_ROWS)))
+
+    def time(shares: int) -> int:
+        return -(-row_blocks * shares // found.multiprocessors) * -(-tiles // shares)
+
+    choices = range(least, min(tiles, 4 * least) + 1)
+    shortest = min(map(time, choices))
+    return next(shares for shares in choices if time(shares) <= 1.1 * shortest)
 
 
 def _steps(R: int, V: int, itemsize: int, block: HeadBlocks) -> Iterator[slice]:
@@ -348,8 +483,13 @@ def _steps(R: int, V: int, itemsize: int, block: HeadBlocks) -> Iterator[slice]:
     return (slice(first, min(first + step, V)) for first in range(0, V, step))
 
 
+def _near(x: Tensor, rows: int) -> Tensor:
+    """The same values, with rows so near that 32 bits hold the offsets in a tile of so many."""
+    return x if rows * x.stride(0) + x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+
+
 class _HeadProblem:
-    """What the kernels of one call share: the head's arguments by name, blocks, and targets sorted by tile."""
+    """What the kernels of one call share: the head's arguments by name, blocks, and targets in order of their rows."""
 
     def __init__(
         self,
@@ -361,40 +501,42 @@ class _HeadProblem:
         scale: float,
         softcap: float,
     ) -> None:
-        (R, E), V = hidden.shape, len(weight)
-        found = gpu(hidden.device)
-        self.precision, self.blocks = found.precision, blocks(hidden.itemsize, R, found)
-        self.row_blocks, self.tiles = triton.cdiv(R, self.blocks.rows), triton.cdiv(V, self.blocks.columns)
-        inside = (row >= 0) & (row < R) & (target >= 0) & (target < V)
-        place = row.long() // self.blocks.rows * self.tiles + target // self.blocks.columns
-        places = self.row_blocks * self.tiles
-        place, order = torch.where(inside, place, places).sort(stable=True)
-        first_target = torch.searchsorted(place, torch.arange(places + 1, device=row.device))
-        self.targets = {"row": row.contiguous(), "order": order, "first_target": first_target}
-        self.sizes = {"R": R, "tiles": self.tiles, "BLOCK_R": self.blocks.rows}
-        self.run = {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
+        (R, E), V, M = hidden.shape, len(weight), len(row)
+        self.gpu = gpu(hidden.device)
+        self.blocks = blocks(hidden.itemsize, R, self.gpu, full=softcap > 0)
+        self.row, self.target, self.num_targets = row.contiguous(), target.contiguous(), M
+        hidden, weight = _near(hidden, self.blocks.rows), _near(weight, self.blocks.columns)
         self.arguments: dict[str, Any] = {
-            **self.targets,
-            **self.sizes,
-            **self.run,
             "hidden": hidden,
             "weight": weight,
             "bias": bias,
-            "target": target.contiguous(),
             "hidden_stride_r": hidden.stride(0),
             "hidden_stride_e": hidden.stride(1),
             "weight_stride_v": weight.stride(0),
             "weight_stride_e": weight.stride(1),
             "bias_stride": 0 if bias is None else bias.stride(0),
+            "R": R,
             "V": V,
             "E": E,
             "scale": scale,
             "softcap": softcap or 1.0,
-            "BLOCK_V": self.blocks.columns,
-            "BLOCK_E": self.blocks.depth,
-            "PRECISION": self.precision,
             "SOFTCAP": softcap > 0,
         }
+
+    def tiles(self, block: HeadBlocks, rows: int, columns: int) -> tuple[int, dict[str, Any]]:
+        """How many columns of tiles there are in so many columns, and what a kernel takes that walks over tiles."""
+        run = {"num_warps": block.num_warps, "num_stages": block.num_stages, "PRECISION": self.gpu.precision}
+        order = {"row_blocks": triton.cdiv(rows, block.rows), "GROUP": _GROUP_ROWS}
+        return triton.cdiv(columns, block.columns), {**run, **order}
+
+    def order(self) -> dict[str, Tensor]:
+        """The targets by row, see _order."""
+        R, V, M = (self.arguments["R"], self.arguments["V"], self.num_targets)
+        order, first_target = self.row.new_empty(M), self.row.new_empty(R + 1)
+        _order[(triton.cdiv(max(M, R + 1), _ORDER_TARGETS),)](
+            self.row, self.target, order, first_target, M, R, V, BLOCK=_ORDER_TARGETS
+        )
+        return {"target": self.target, "order": order, "first_target": first_target}
 
 
 def target_logprob(
@@ -407,20 +549,32 @@ def target_logprob(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ops.target_logprob: logp [M], is_argmax [M], lse [R]."""
-    R, dtype = len(hidden), accumulator(hidden.dtype)
-    picked = hidden.new_full(row.shape, torch.nan, dtype=dtype)
+    R, M, dtype = len(hidden), len(row), accumulator(hidden.dtype)
+    logp, lse = hidden.new_empty(M, dtype=dtype), hidden.new_empty(R, dtype=dtype)
+    is_argmax = torch.empty_like(logp, dtype=torch.bool)
     if not R:
-        return picked, torch.empty_like(picked, dtype=torch.bool), picked.new_empty(0)
+        return logp, is_argmax, lse
     with torch.cuda.device_of(hidden):
         head = _HeadProblem(hidden, weight, row, target, bias, scale, softcap)
-        shares = num_shares(head.row_blocks, head.tiles)
-        tops, totals = picked.new_empty(2, shares, R)
-        bests = torch.empty_like(tops, dtype=torch.int32)
-        _forward[(head.row_blocks, shares)](**head.arguments, tops=tops, totals=totals, bests=bests, picked=picked)
-    lse = (tops + totals.log()).logsumexp(0)
-    best = bests.gather(0, tops.argmax(0, keepdim=True))[0]  # of equal maxima the first, in each step
-    row = row.clamp(0, R - 1)
-    return picked - lse[row], (best[row] == target) & ~picked.isnan(), lse
+        tiles, tiled = head.tiles(head.blocks, R, len(weight))
+        shares = num_shares(tiled["row_blocks"], tiles, head.gpu)
+        found: dict[str, Any] = {"tops": lse.new_empty(shares, R), "totals": lse.new_empty(shares, R)}
+        found |= {"bests": head.row.new_empty(shares, R), "shares": shares}
+        shape = dict(zip(("BLOCK_R", "BLOCK_V", "BLOCK_E"), head.blocks, strict=False))
+        _forward[(tiled["row_blocks"] * shares,)](**head.arguments, **tiled, **shape, **found, tiles=tiles)
+        _finish[(triton.cdiv(max(R, M), _FINISH_ROWS),)](
+            **head.arguments,
+            **found,
+            row=head.row,
+            target=head.target,
+            logp=logp,
+            is_argmax=is_argmax,
+            lse=lse,
+            M=M,
+            BLOCK=_FINISH_ROWS,
+            STEP=_FINISH_STEP,
+        )
+    return logp, is_argmax, lse
 
 
 def target_logprob_backward(
@@ -445,26 +599,31 @@ def target_logprob_backward(
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
     with torch.cuda.device_of(hidden):
         head = _HeadProblem(hidden, weight, row, target, bias, scale, softcap)
-        grad_logp, sums = grad_logp.contiguous(), torch.empty_like(lse)
-        _row_sums[(head.row_blocks,)](values=grad_logp, **head.targets, sums=sums, **head.sizes, BLOCK=_SUM_TARGETS)
-        share = grad_lse - sums
-        block_columns = head.blocks.columns
-        for columns in _steps(R, V, hidden.itemsize, head.blocks):
-            weight_block = weight[columns]
-            tiles = triton.cdiv(len(weight_block), block_columns)
-            grad = hidden.new_empty(R, len(weight_block))
-            _grad_logits[(head.row_blocks, tiles)](
+        given = head.order() | {
+            "lse": lse.contiguous(),
+            "grad_lse": grad_lse.contiguous(),
+            "grad_logp": grad_logp.contiguous(),
+        }
+        block = blocks(hidden.itemsize, R, head.gpu, full=True)
+        shape = dict(zip(("BLOCK_R", "BLOCK_V", "BLOCK_E"), block, strict=False))
+        for columns in _steps(R, V, hidden.itemsize, block):
+            weight_block = head.arguments["weight"][columns]
+            width = len(weight_block)
+            tiles, tiled = head.tiles(block, R, width)
+            grad = hidden.new_empty(R, width)
+            _grad_logits[(tiled["row_blocks"] * tiles,)](
                 **head.arguments,
-                lse=lse,
-                share=share,
-                grad_logp=grad_logp,
+                **tiled,
+                **shape,
+                **given,
                 grad=grad,
-                first_tile=columns.start // block_columns,
-                width=len(weight_block),
+                shares=tiles,
+                first_tile=columns.start // block.columns,
+                width=width,
             )
             _multiply(grad, weight_block.T, grad_hidden, head, add=True)
             if need_weight:
-                _multiply(grad.T, hidden.T, grad_weight[columns], head, add=False)
+                _multiply(grad.T, head.arguments["hidden"].T, grad_weight[columns], head, add=False)
             if len(grad_bias):
                 grad_bias[columns] = grad.sum(0, dtype=lse.dtype).to(weight.dtype)
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
@@ -473,7 +632,8 @@ def target_logprob_backward(
 def _multiply(a: Tensor, b: Tensor, out: Tensor, head: _HeadProblem, *, add: bool) -> None:
     """Sets a contiguous out to a @ b.T, or adds it."""
     (M, K), N, block = a.shape, len(b), head.blocks
-    _product[(triton.cdiv(M, block.rows), triton.cdiv(N, block.columns))](
+    columns, tiled = head.tiles(block, M, N)
+    _product[(tiled["row_blocks"] * columns,)](
         a,
         b,
         out,
@@ -482,11 +642,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, head: _HeadProblem, *, add: boo
         K,
         *a.stride(),
         *b.stride(),
+        shares=columns,
         ADD=add,
-        PRECISION=head.precision,
         dtype=tl.float64 if out.dtype == torch.float64 else tl.float32,
         BLOCK_M=block.rows,
         BLOCK_N=block.columns,
         BLOCK_K=block.depth,
-        **head.run,
+        **tiled,
     )

@@ -17,11 +17,10 @@ from triton.language.extra import libdevice
 
 from icl_ft_fast.ops.triton.gpu import Gpu, accumulator, gpu
 
-_LOWEST = tl.constexpr(-3.4e38)  # finite: -inf - -inf would be nan in rows that see nothing
+_LOG2E = tl.constexpr(1.4426950408889634)
 _INT_MIN, _INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 _PLAN_TILES = 32  # tiles a plan looks at together
 _MERGE_ROWS = 16
-_PROGRAMS = 128  # with fewer, a forward is split over its keys: about the multiprocessors of a large GPU
 _BOTH = 128  # head sizes to which one program has registers for a tile's gradients of k and of v
 _STEP = 16  # elements of a head at a time where each float32 is three bfloat16
 _SHARE_TILES = 4  # key tiles that are worth a share of their own
@@ -36,7 +35,15 @@ def _extremes(x, first, last, BLOCK: tl.constexpr):
     return tl.min(tl.where(inside, values, _INT_MAX), 1), tl.max(tl.where(inside, values, _INT_MIN), 1)
 
 
-@triton.jit
+# Of these only costs compilations what the JIT would look at: whether sizes are 1 or multiples of 16, and how the index
+# tensors are aligned, which differs from chunk to chunk.
+_jit = triton.jit(
+    do_not_specialize=["T", "S", "many", "window", "rows", "shares", "hidden_first", "hidden_last"],
+    do_not_specialize_on_alignment=["row_q", "end_k", "depth_q", "depth_k", "plan"],
+)
+
+
+@_jit
 def _plan(
     row_q,
     end_k,
@@ -45,31 +52,35 @@ def _plan(
     plan,
     T,
     S,
-    group,
     many,
     window,
+    hidden_first,
+    hidden_last,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
+    HIDDEN: tl.constexpr,
     BY_KEY: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Row i of plan [tiles, many + 2] lists the tiles that tile i of the queries meets (BY_KEY: tile i of the keys).
 
     Those of which every query sees every key stand at its front, those of which some may from column many - 1 down;
-    the last two columns say how many of each.
+    the last two columns say how many of each. HIDDEN: without keys [hidden_first, hidden_last), which the rectangle
+    engine serves.
     """
-    own = tl.program_id(0).to(tl.int64)
-    plan += own * (many + 2)
+    own = tl.program_id(0)
+    plan += own.to(tl.int64) * (many + 2)
     num_whole = 0
     num_partial = 0
     for start in range(0, many, TILES):
         other = start + tl.arange(0, TILES)
-        q_tile = (other if BY_KEY else own + tl.arange(0, 1)).to(tl.int64)
+        q_tile = other if BY_KEY else own + tl.arange(0, 1)
         k_first = (own + tl.arange(0, 1) if BY_KEY else other) * BLOCK_N
         k_last = tl.minimum(k_first + BLOCK_N, S)
-        t_first = q_tile * BLOCK_M // group
-        t_last = tl.minimum(tl.cdiv((q_tile + 1) * BLOCK_M, group), T)
+        t_first = q_tile * BLOCK_M // GROUP
+        t_last = tl.minimum(((q_tile + 1) * BLOCK_M + GROUP - 1) // GROUP, T)
         row_low, row_high = _extremes(row_q, t_first, t_last, BLOCK_M)
         end_low, end_high = _extremes(end_k, k_first, k_last, BLOCK_N)
         seen = (k_first <= row_high) & (end_high > row_low) & (other < many)
@@ -79,6 +90,9 @@ def _plan(
             k_low, k_high = _extremes(depth_k, k_first, k_last, BLOCK_N)
             seen &= q_low - k_high < window
             whole &= q_high - k_low < window
+        if HIDDEN:
+            seen &= (k_first < hidden_first) | (k_last > hidden_last)
+            whole &= seen & ((k_last <= hidden_first) | (k_first >= hidden_last))
         partial = seen & (whole == 0)
         tl.store(plan + num_whole + tl.cumsum(whole.to(tl.int32)) - 1, other, mask=whole)
         tl.store(plan + many - num_partial - tl.cumsum(partial.to(tl.int32)), other, mask=partial)
@@ -89,10 +103,11 @@ def _plan(
 
 
 @triton.jit
-def _folded(tile, g, T, group, BLOCK_M: tl.constexpr):
-    """The trie's row and the head of each row of a query tile, int64, and which exist."""
-    m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return m // group, g * group + m % group, m // group < T
+def _folded(tile, g, T, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The trie's row and the head of each row of a query tile, int64, and which exist. T * GROUP is below 2^31."""
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = (m // GROUP).to(tl.int64)  # divided in 32 bits: 64 take a routine of some hundred instructions
+    return t, g * GROUP + m % GROUP, t < T
 
 
 @triton.jit
@@ -135,8 +150,26 @@ def _products(
 
 
 @triton.jit
-def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
-    return libdevice.tanh(products * (scale / softcap)) * softcap if SOFTCAP else products * scale
+def _capped(products, cap, SOFTCAP: tl.constexpr):
+    """What `unit` times is a score: the product of a query and a key or, with a soft-cap, tanh(product * cap)."""
+    return libdevice.tanh(products * cap) if SOFTCAP else products
+
+
+@triton.jit
+def _scores(products, unit, cap, SOFTCAP: tl.constexpr, BASE2: tl.constexpr):
+    """Scores; with BASE2 in units of `unit`, which then goes into the power as one multiply-add.
+
+    Without BASE2, for float32, the difference of scores is taken in their own units: the weight of a lone key is then 1
+    to the bit. For 16-bit factors, which round weights by far more, that does not matter.
+    """
+    scores = _capped(products, cap, SOFTCAP)
+    return scores if BASE2 else scores * unit
+
+
+@triton.jit
+def _power(scores, top, unit, BASE2: tl.constexpr):
+    """The exponential of a difference of scores as _scores has them."""
+    return tl.exp2(scores * (unit * _LOG2E) - top * (unit * _LOG2E)) if BASE2 else tl.exp(scores - top)
 
 
 @triton.jit
@@ -151,7 +184,7 @@ def _visible(row, depth, n, end_k, depth_k, S, window, WINDOW: tl.constexpr, BY_
     return visible
 
 
-@triton.jit
+@_jit
 def _forward(
     q,
     k,
@@ -162,6 +195,8 @@ def _forward(
     depth_k,
     sinks,
     plan,
+    start_out,
+    start_lse,
     out,
     lse,
     q_stride_t,
@@ -173,11 +208,13 @@ def _forward(
     T,
     S,
     H,
-    group,
     many,
-    scale,
-    softcap,
+    unit,
+    cap,
     window,
+    hidden_first,
+    hidden_last,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -188,25 +225,40 @@ def _forward(
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BASE2: tl.constexpr,
     SINKS: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):
-    """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV]."""
+    """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV].
+
+    HIDDEN: without keys [hidden_first, hidden_last), whose log-sum-exp and values are start_lse and start_out.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows tend to see more: longest first
     g = tl.program_id(1).to(tl.int64)
     share = tl.program_id(2)
-    t, h, inside = _folded(tile, g, T, group, BLOCK_M)
+    t, h, inside = _folded(tile, g, T, GROUP, BLOCK_M)
     row = tl.load(row_q + t, mask=inside, other=-1)
     depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
     q_at = t * q_stride_t + h * q_stride_h
     q_block = _rows(q, q_at, inside, D, BLOCK_D) if STEP >= BLOCK_D else None
     dtype: tl.constexpr = lse.dtype.element_ty
-    top = tl.full([BLOCK_M], _LOWEST, dtype)
+    top = tl.full([BLOCK_M], float("-inf"), dtype)  # as _scores has it
     total = tl.zeros([BLOCK_M], dtype)
     values = tl.zeros([BLOCK_M, BLOCK_DV], dtype)
     if SINKS:
         sink = tl.load(sinks + h, mask=inside & (share == 0), other=float("-inf"))
-        top = tl.maximum(top, sink)
-        total += tl.exp(sink - top)
+        top = sink / unit if BASE2 else sink
+        total = tl.where(sink > float("-inf"), 1.0, 0.0).to(dtype)
+    if HIDDEN:
+        start = tl.load(start_lse + t * H + h, mask=inside & (share == 0), other=float("-inf"))
+        start = start / unit if BASE2 else start
+        new_top = tl.maximum(top, start)
+        finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weight = _power(start, finite, unit, BASE2)
+        total = total * _power(top, finite, unit, BASE2) + weight
+        values = weight[:, None] * _rows(start_out, (t * H + h) * DV, inside & (share == 0), DV, BLOCK_DV)
+        values = values.to(dtype)
+        top = new_top
     plan += tile.to(tl.int64) * (many + 2)
     num_whole = tl.load(plan + many)
     num_tiles = num_whole + tl.load(plan + many + 1)
@@ -214,20 +266,29 @@ def _forward(
     last = tl.minimum(first + tl.cdiv(num_tiles, tl.num_programs(2)), num_tiles)
     for MASKED in tl.static_range(2):
         tiles = plan + (many - num_tiles if MASKED else 0)
-        for i in range(
-            tl.maximum(first, num_whole) if MASKED else first, last if MASKED else tl.minimum(last, num_whole)
-        ):
-            n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        begin = tl.maximum(first, num_whole) if MASKED else first
+        end = last if MASKED else tl.minimum(last, num_whole)
+        # The next tile's place is loaded a round ahead. Loaded in its own round, it would be the youngest of the copies
+        # that the loop has under way, and keys and values would be waited for as soon as they are asked for.
+        place = tl.load(tiles + begin, mask=begin < end, other=0)
+        for i in range(begin, end):
+            n = place * BLOCK_N + tl.arange(0, BLOCK_N)
+            place = tl.load(tiles + i + 1, mask=i + 1 < end, other=0)
             k_at = n.to(tl.int64) * k_stride_s + g * k_stride_g
             k_block = _rows(k, k_at, n < S, D, BLOCK_D) if STEP >= BLOCK_D else None
             products = _products(q_block, k_block, q, q_at, inside, k, k_at, n < S, D, STEP, PRECISION, dtype)
-            scores = _scores(products, scale, softcap, SOFTCAP)
+            scores = _scores(products, unit, cap, SOFTCAP, BASE2)
             if MASKED:
                 visible = _visible(row, depth, n, end_k, depth_k, S, window, WINDOW, False)
+                if HIDDEN:
+                    visible &= ((n < hidden_first) | (n >= hidden_last))[None, :]
                 scores = tl.where(visible, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp(scores - new_top[:, None])
-            shrink = tl.exp(top - new_top)
+            finite = new_top  # -inf - -inf would be nan in rows that see nothing yet
+            if MASKED:
+                finite = tl.where(new_top > float("-inf"), new_top, 0.0)
+            weights = _power(scores, finite[:, None], unit, BASE2)
+            shrink = _power(top, finite, unit, BASE2)
             total = total * shrink + tl.sum(weights, 1)
             v_block = _rows(v, n.to(tl.int64) * v_stride_s + g * v_stride_g, n < S, DV, BLOCK_DV)
             values *= shrink[:, None]
@@ -236,15 +297,16 @@ def _forward(
     divisor = tl.where(total > 0, total, 1.0)
     at = (share.to(tl.int64) * T + t) * H + h
     _store_rows(out, at * DV, inside, values / divisor[:, None], DV, BLOCK_DV)
-    tl.store(lse + at, tl.where(total > 0, top + tl.log(divisor), float("-inf")), mask=inside)
+    row_lse = (top * unit if BASE2 else top) + tl.log(divisor)
+    tl.store(lse + at, tl.where(total > 0, row_lse, float("-inf")), mask=inside)
 
 
-@triton.jit
+@_jit
 def _merge(parts, part_lse, out, lse, rows, shares, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr):
     """Joins the shares of the keys, in their order; parts [shares, rows, DV], part_lse [shares, rows]."""
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows
-    top = tl.full([BLOCK], _LOWEST, lse.dtype.element_ty)
+    top = tl.full([BLOCK], -3.4e38, lse.dtype.element_ty)  # finite: -inf - -inf would be nan in rows that see nothing
     at = r
     for _ in range(shares):
         top = tl.maximum(top, tl.load(part_lse + at, mask=inside, other=0.0))
@@ -274,27 +336,31 @@ def _grad_scores(
     end_k,
     depth_k,
     S,
-    scale,
-    softcap,
+    unit,
+    cap,
     window,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BASE2: tl.constexpr,
     MASKED: tl.constexpr,
     BY_KEY: tl.constexpr,
 ):
     """The softmax weights again and the gradient of the scaled products, [queries, keys] (BY_KEY: [keys, queries])."""
     Q: tl.constexpr = 0 if BY_KEY else 1
-    scores = _scores(products, scale, softcap, SOFTCAP)
-    weights = tl.exp(scores - tl.expand_dims(lse, Q))
+    capped = _capped(products, cap, SOFTCAP)
+    if BASE2:
+        weights = tl.exp2(capped * (unit * _LOG2E) - tl.expand_dims(lse * _LOG2E, Q))
+    else:
+        weights = tl.exp(capped * unit - tl.expand_dims(lse, Q))
     if MASKED:
         weights = tl.where(_visible(row, depth, n, end_k, depth_k, S, window, WINDOW, BY_KEY), weights, 0.0)
     grad = weights * (grad_weights - tl.expand_dims(delta, Q))
     if SOFTCAP:
-        grad *= 1 - (scores / softcap) * (scores / softcap)
+        grad *= 1 - capped * capped
     return weights, grad
 
 
-@triton.jit
+@_jit
 def _backward_q(
     grad_out,
     q,
@@ -319,11 +385,11 @@ def _backward_q(
     T,
     S,
     H,
-    group,
     many,
-    scale,
-    softcap,
+    unit,
+    cap,
     window,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -334,11 +400,12 @@ def _backward_q(
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BASE2: tl.constexpr,
 ):
     """One tile of queries, one key/value head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
-    t, h, inside = _folded(tile, g, T, group, BLOCK_M)
+    t, h, inside = _folded(tile, g, T, GROUP, BLOCK_M)
     row = tl.load(row_q + t, mask=inside, other=-1)
     depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
     row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
@@ -352,8 +419,10 @@ def _backward_q(
     for MASKED in tl.static_range(2):
         num = tl.load(plan + many + MASKED)
         tiles = plan + (many - num if MASKED else 0)
+        place = tl.load(tiles, mask=num > 0, other=0)  # a round ahead, as in _forward
         for i in range(num):
-            n = tl.load(tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+            n = place * BLOCK_N + tl.arange(0, BLOCK_N)
+            place = tl.load(tiles + i + 1, mask=i + 1 < num, other=0)
             k_at = n.to(tl.int64) * k_stride_s + g * k_stride_g
             v_at = n.to(tl.int64) * v_stride_s + g * v_stride_g
             k_block = _rows(k, k_at, n < S, D, BLOCK_D)
@@ -373,19 +442,20 @@ def _backward_q(
                 end_k,
                 depth_k,
                 S,
-                scale,
-                softcap,
+                unit,
+                cap,
                 window,
                 WINDOW,
                 SOFTCAP,
+                BASE2,
                 MASKED,
                 False,
             )
             grad = tl.dot(grad_scores.to(k_block.dtype), k_block, grad, input_precision=PRECISION, out_dtype=dtype)
-    _store_rows(grad_q, (t * H + h) * D, inside, grad * scale, D, BLOCK_D)
+    _store_rows(grad_q, (t * H + h) * D, inside, grad * (unit * cap if SOFTCAP else unit), D, BLOCK_D)
 
 
-@triton.jit
+@_jit
 def _backward_kv(
     grad_out,
     q,
@@ -411,11 +481,11 @@ def _backward_kv(
     T,
     S,
     H,
-    group,
     many,
-    scale,
-    softcap,
+    unit,
+    cap,
     window,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -426,6 +496,7 @@ def _backward_kv(
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BASE2: tl.constexpr,
     GRAD_K: tl.constexpr,
     GRAD_V: tl.constexpr,
 ):
@@ -446,8 +517,10 @@ def _backward_kv(
     for MASKED in tl.static_range(2):
         num = tl.load(plan + many + MASKED)
         tiles = plan + (many - num if MASKED else 0)
+        place = tl.load(tiles, mask=num > 0, other=0)  # a round ahead, as in _forward
         for i in range(num):
-            t, h, inside = _folded(tl.load(tiles + i), g, T, group, BLOCK_M)
+            t, h, inside = _folded(place, g, T, GROUP, BLOCK_M)
+            place = tl.load(tiles + i + 1, mask=i + 1 < num, other=0)
             row = tl.load(row_q + t, mask=inside, other=-1)
             depth = tl.load(depth_q + t, mask=inside, other=0) if WINDOW else row
             row_lse = tl.load(lse + t * H + h, mask=inside, other=0.0)
@@ -472,11 +545,12 @@ def _backward_kv(
                 end_k,
                 depth_k,
                 S,
-                scale,
-                softcap,
+                unit,
+                cap,
                 window,
                 WINDOW,
                 SOFTCAP,
+                BASE2,
                 MASKED,
                 True,
             )
@@ -486,9 +560,9 @@ def _backward_kv(
             if GRAD_K:
                 factor = grad_scores.to(q.dtype.element_ty)
                 k_sum = tl.dot(factor, q_block, k_sum, input_precision=PRECISION, out_dtype=dtype)
-    at = n.to(tl.int64) * (H // group) + g
+    at = n.to(tl.int64) * (H // GROUP) + g
     if GRAD_K:
-        _store_rows(grad_k, at * D, n < S, k_sum * scale, D, BLOCK_D)
+        _store_rows(grad_k, at * D, n < S, k_sum * (unit * cap if SOFTCAP else unit), D, BLOCK_D)
     if GRAD_V:
         _store_rows(grad_v, at * DV, n < S, v_sum, DV, BLOCK_DV)
 
@@ -506,49 +580,52 @@ class AttentionBlocks(NamedTuple):
     step: int
 
 
-# Queries, keys and warps by kernel, bytes of an element and padded head size: the largest tiles tried whose registers
-# do not spill, as `make kernels` shows; below, where they differ with matrix units other than wgmma.
+# Queries, keys, warps and stages by kernel, bytes of an element and padded head size: the largest tiles tried whose
+# registers do not spill under Triton 3.6 and 3.7, as `make kernels` shows; below, where they differ with matrix units
+# other than wgmma. Fewer than three stages would have a loop wait for the copies it has just issued.
 _BLOCKS = {
-    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 64, 8)},
-    ("forward", 4): {64: (64, 32, 4), 128: (64, 32, 4), 256: (16, 32, 8)},
-    ("backward_q", 2): {64: (128, 64, 8), 128: (128, 32, 8), 256: (64, 16, 8)},
-    ("backward_q", 4): {64: (64, 32, 4), 128: (64, 32, 4), 256: (16, 16, 8)},
-    ("backward_kv", 2): {64: (64, 128, 8), 128: (32, 64, 8), 256: (16, 128, 8)},
-    ("backward_kv", 4): {64: (32, 64, 4), 128: (32, 64, 4), 256: (16, 32, 8)},
+    ("forward", 2): {64: (128, 64, 4, 3), 128: (128, 64, 8, 4), 256: (128, 32, 8, 3)},
+    ("forward", 4): {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (16, 32, 8, 3)},
+    ("backward_q", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+    ("backward_q", 4): {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (16, 16, 8, 3)},
+    ("backward_kv", 2): {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 128, 8, 3)},
+    ("backward_kv", 4): {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (16, 32, 8, 3)},
 }
 _OTHERS = {
-    ("mma", "forward", 2): {64: (128, 64, 8), 128: (128, 32, 8)},
-    ("mma", "forward", 4): {64: (64, 16, 4), 128: (64, 16, 4)},
-    ("mma", "backward_q", 2): {64: (128, 32, 8), 128: (64, 64, 8), 256: (32, 16, 8)},
-    ("mma", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 8)},
-    ("mma", "backward_kv", 2): {64: (16, 128, 8), 128: (64, 32, 8), 256: (16, 64, 8)},
-    ("mma", "backward_kv", 4): {64: (16, 64, 4), 128: (16, 64, 4)},
-    ("tcgen05", "forward", 2): {64: (128, 64, 8)},
-    ("tcgen05", "forward", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
-    ("tcgen05", "backward_q", 2): {256: (64, 32, 8)},
-    ("tcgen05", "backward_q", 4): {64: (64, 16, 4), 128: (32, 16, 4)},
-    ("tcgen05", "backward_kv", 2): {64: (32, 128, 8), 128: (32, 64, 4)},
-    ("tcgen05", "backward_kv", 4): {64: (16, 64, 4), 128: (32, 32, 8)},
-    ("mfma", "backward_kv", 2): {64: (32, 128, 4)},
+    ("mma", "forward", 2): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 64, 8, 3)},
+    ("mma", "forward", 4): {64: (64, 16, 4, 3), 128: (64, 16, 4, 3)},
+    ("mma", "backward_q", 2): {64: (128, 32, 8, 3), 128: (64, 64, 8, 3), 256: (32, 16, 8, 3)},
+    ("mma", "backward_q", 4): {64: (64, 16, 4, 3), 128: (32, 16, 8, 3)},
+    ("mma", "backward_kv", 2): {64: (16, 128, 8, 3), 128: (64, 32, 8, 3), 256: (16, 64, 8, 3)},
+    ("mma", "backward_kv", 4): {64: (16, 64, 4, 3), 128: (16, 64, 4, 3)},
+    ("tcgen05", "forward", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
+    ("tcgen05", "forward", 4): {64: (64, 16, 4, 3), 128: (32, 16, 4, 3)},
+    ("tcgen05", "backward_q", 2): {128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
+    ("tcgen05", "backward_q", 4): {64: (64, 16, 4, 3), 128: (32, 16, 4, 3)},
+    ("tcgen05", "backward_kv", 2): {64: (32, 128, 8, 3), 128: (32, 64, 4, 3), 256: (16, 128, 8, 3)},
+    ("tcgen05", "backward_kv", 4): {64: (16, 64, 4, 3), 128: (32, 32, 8, 3)},
+    ("mfma", "forward", 2): {128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
+    ("mfma", "backward_q", 2): {128: (128, 32, 8, 3), 256: (64, 16, 8, 3)},
+    ("mfma", "backward_kv", 2): {64: (32, 128, 4, 3), 128: (32, 64, 8, 3), 256: (16, 128, 8, 3)},
 }
+_SLACK_BYTES = 2048  # of shared memory, for what is not lines of heads
 
 
 def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: Gpu) -> AttentionBlocks:
     """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU; head_size is padded to a power of two."""
     row = kernel, min(4, itemsize)
     sizes = _BLOCKS[row] | _OTHERS.get((found.matrix, *row), {})
-    queries, keys, warps = sizes[max(64, head_size)]
+    queries, keys, warps, stages = sizes[max(64, head_size)]
     if found.matrix == "mfma":
         warps = 4  # one a SIMD, which may then have all of its registers
     if folded_rows <= 64:
         queries = min(queries, 64)
     if itemsize > 2 and found.precision != "ieee":
         return AttentionBlocks(queries, keys, warps, 2, _STEP)
-    stages = 3
     while True:
         own, met = (keys, queries) if kernel == "backward_kv" else (queries, keys)
         lines = stages * 2 * met + (own if kernel == "forward" else 2 * own)
-        if lines * head_size * itemsize + 4096 <= found.shared_bytes or (queries, keys, stages) == (16, 16, 1):
+        if lines * head_size * itemsize + _SLACK_BYTES <= found.shared_bytes or (queries, keys, stages) == (16, 16, 1):
             return AttentionBlocks(queries, keys, warps, stages, head_size)
         if stages > 1:
             stages -= 1
@@ -565,9 +642,19 @@ def _wanted(common: dict[str, Any], step: int) -> list[dict[str, bool]]:
     return [{"GRAD_K": True, "GRAD_V": False}, {"GRAD_K": False, "GRAD_V": True}]
 
 
-def num_shares(programs: int, key_tiles: int) -> int:
-    """Into how many parts the keys of a forward of so few programs are split."""
-    return max(1, min(_PROGRAMS // programs, key_tiles // _SHARE_TILES))
+def num_shares(programs: int, key_tiles: int, found: Gpu) -> int:
+    """Into how many parts the keys of a forward are split, so that the last wave of programs is nearly full.
+
+    The fewest whose time, in waves of a whole program's work, is within a tenth of the shortest.
+    """
+    most = max(1, key_tiles // _SHARE_TILES)
+
+    def waves(shares: int) -> float:
+        return -(-programs * shares // found.multiprocessors) / shares
+
+    # Beyond a wave a multiple of its programs is always at hand: no need to look at more shares than multiprocessors.
+    times = [waves(shares) for shares in range(1, min(most, found.multiprocessors) + 1)]
+    return next(shares for shares, time in enumerate(times, 1) if time <= 1.1 * min(times))
 
 
 def _lines(x: Tensor) -> Tensor:
@@ -598,17 +685,18 @@ def _common(
         for x, ds in (("q", "th"), ("k", "sg"), ("v", "sg"))
         for i, d in enumerate(ds)
     }
-    sizes = {"T": T, "S": S, "H": H, "group": H // G, "D": D, "DV": DV}
+    sizes = {"T": T, "S": S, "H": H, "GROUP": H // G, "D": D, "DV": DV}
     padded = {f"BLOCK_{x}": max(16, triton.next_power_of_2(sizes[x])) for x in ("D", "DV")}
-    options = {"scale": scale, "softcap": softcap or 1.0, "window": window}
-    switches = {"WINDOW": window > 0, "SOFTCAP": softcap > 0}
+    unit, cap = (softcap, scale / softcap) if softcap else (scale, 1.0)  # a score is unit * (product or its tanh)
+    options = {"unit": unit, "cap": cap, "window": window}
+    switches = {"WINDOW": window > 0, "SOFTCAP": softcap > 0, "BASE2": q.itemsize == 2}
     index = {name: x.contiguous() for name, x in index.items()}
     return {**tensors, **index, **strides, **sizes, **padded, **options, **switches}
 
 
 def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The tiles a kernel has a program for, and what it is compiled for, by name."""
-    q, T, S, group = (common[name] for name in ("q", "T", "S", "group"))
+    q, T, S, group = (common[name] for name in ("q", "T", "S", "GROUP"))
     found = gpu(q.device)
     block = blocks(kernel, max(common["BLOCK_D"], common["BLOCK_DV"]), q.itemsize, T * group, found)
     own, many = triton.cdiv(T * group, block.queries), triton.cdiv(S, block.keys)
@@ -626,12 +714,15 @@ def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[
     own, chosen = _chosen(kernel, common)
     if plan is None:
         plan = torch.empty(own, chosen["many"] + 2, dtype=torch.int32, device=common["q"].device)
-        names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "group", "window", "WINDOW")
+        names = ("row_q", "end_k", "depth_q", "depth_k", "T", "S", "GROUP", "window", "WINDOW")
         shape = {name: chosen[name] for name in ("many", "BLOCK_M", "BLOCK_N")}
         _plan[(own,)](
             **{name: common[name] for name in names},
             **shape,
             plan=plan,
+            hidden_first=0,
+            hidden_last=0,
+            HIDDEN=False,
             BY_KEY=kernel == "backward_kv",
             TILES=_PLAN_TILES,
         )
@@ -675,15 +766,29 @@ def trie_attention(
     out, lse = q.new_empty(T, H, DV), q.new_empty(T, H, dtype=accumulator(q.dtype))
     if not lse.numel():
         return out, lse
+    if scale <= 0 and not softcap:  # the kernel takes the greatest product for the greatest score
+        q, scale = q * (-1 if scale else 0), -scale or 1.0
     with torch.cuda.device_of(q):
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
         tiles, planned = _planned("forward", common, plan)
-        shares = num_shares(tiles * G, planned["many"])
+        shares = num_shares(tiles * G, planned["many"], gpu(q.device))
         parts, part_lse = (
             (out, lse) if shares == 1 else (lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H))
         )
         sinks = None if sinks is None else sinks.contiguous()
-        _forward[(tiles, G, shares)](**common, **planned, sinks=sinks, out=parts, lse=part_lse, SINKS=sinks is not None)
+        _forward[(tiles, G, shares)](
+            **common,
+            **planned,
+            sinks=sinks,
+            start_out=None,
+            start_lse=None,
+            out=parts,
+            lse=part_lse,
+            hidden_first=0,
+            hidden_last=0,
+            SINKS=sinks is not None,
+            HIDDEN=False,
+        )
         if shares > 1:
             _merge[(triton.cdiv(T * H, _MERGE_ROWS),)](
                 parts, part_lse, out, lse, T * H, shares, DV=DV, BLOCK_DV=common["BLOCK_DV"], BLOCK=_MERGE_ROWS
