@@ -5,13 +5,15 @@ import ast
 import importlib.util
 import re
 import shlex
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 import icl_ft_fast
-from icl_ft_fast import cli
+from icl_ft_fast import _C, cli
+from icl_ft_fast.ops import cpu
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -85,6 +87,32 @@ def test_places_in_the_code_exist(page, file, name):
 def test_the_path_of_a_request_is_ten_boxes():
     assert len(FIGURES.PATH) == 10
     assert sum(bool(jump) for _, _, jump in FIGURES.PATH) == 3
+
+
+def test_a_request_takes_that_path(llama, monkeypatch):
+    """The Python boxes but the tree's, which is built before, are on the stack in their order when C++ is called."""
+    stacks = []
+
+    class Native:
+        def __getattr__(self, name):
+            return getattr(_C, name)
+
+        def trie_attention(self, *arguments):
+            frame, stack = sys._getframe(1), []
+            while frame is not None:
+                path = Path(frame.f_code.co_filename)
+                if path.is_relative_to(ROOT):
+                    stack.append(f"{path.relative_to(ROOT)}:{frame.f_code.co_qualname}")
+                frame = frame.f_back
+            stacks.append(stack[::-1])
+            return _C.trie_attention(*arguments)
+
+    monkeypatch.setattr(cpu, "_C", Native())
+    icl_ft_fast.score(llama, [icl_ft_fast.Question("q", "the cat", (" sat on", " by the"))], context="the mat ")
+    called = iter(stacks[-1])
+    for where, _, _ in FIGURES.PATH:
+        if where.split(":")[0].endswith(".py") and not where.endswith(":build_from_lists"):
+            assert where in called, f"{where}: not called, or not after the box before; called: {stacks[-1]}"
 
 
 FILE = re.compile(r"`((?:icl_ft_fast|csrc|tests|benchmarks|docs|examples|fuzz)/[\w/.-]*)`")
