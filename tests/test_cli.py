@@ -36,6 +36,8 @@ from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question, Task
 from icl_ft_fast.tasks.words import ENGLISH
 
+SOME_ARMS = f"--arms: expected some of {', '.join(ARM_NAMES)}, a trained one with +icl or +rag, or a size such as rag@8"
+
 DOCUMENTS = (Document("d1", "the cat sat on the mat."), Document("d2", "who knows why?"))
 QUESTIONS = (
     Question("q1", "the cat sat", (" on", " on the mat", " near"), 1, "recall"),
@@ -348,8 +350,8 @@ def test_no_directory_at_all(files, refused):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("arms", "base,lora", f"--arms: expected some of {','.join(ARM_NAMES)}, got 'lora'"),
-        ("arms", "", f"--arms: expected some of {','.join(ARM_NAMES)}, got ''"),
+        ("arms", "base,lora", f"{SOME_ARMS}, got 'lora'"),
+        ("arms", "", f"{SOME_ARMS}, got ''"),
         ("arms", "icl,base,icl", "--arms: icl is given twice"),
         ("seeds", "0,x", "--seeds: expected whole numbers separated by commas, got '0,x'"),
         ("seeds", "", "--seeds: expected whole numbers separated by commas, got ''"),

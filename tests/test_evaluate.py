@@ -12,8 +12,8 @@ from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_cont
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import ResultJournal
-from icl_ft_fast.study import arms
 from icl_ft_fast.study import runs as study_runs
+from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.evaluate import (
     Accuracy,
     Answer,
@@ -40,7 +40,7 @@ def task_of_seed(seed):
 
 def runs_of(model, task_of_seed, settings, journal=None, store=None, on_run=None):
     """The runs of a study without its costs."""
-    workspace = arms.Workspace(journal or ResultJournal(None), store=store)
+    workspace = Workspace(journal or ResultJournal(None), store=store)
     planned = study_runs.plan(model, task_of_seed, settings, workspace.journal, has_store=store is not None)
     return study_runs.make_runs(model, planned, settings, workspace, on_run=on_run)
 

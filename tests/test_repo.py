@@ -201,6 +201,7 @@ WIDE = {
     "ops.reference": "the signatures of the torch.library schemas",
     "engine.loading.load": "the keywords of the public API, one for each thing that a user can choose",
     "engine.model._trie_attention": "the signature of transformers' attention interface",
+    "study.sweep.sweep": "a grid of lengths, batches and rounds, each of which has a default",
     "integrations.lm_eval.IclFtFastLM.__init__": "lm-evaluation-harness passes --model_args as parameters",
     "integrations.inspect_ai.IclFtFastAPI.__init__": "Inspect AI passes -M as parameters",
 }

@@ -19,6 +19,7 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, compare, sweep
 from icl_ft_fast.study import runs as study_runs
+from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.evaluate import (
     evaluate,
     select_documents,
@@ -46,7 +47,7 @@ def test_names_of_arms():
 
 def runs_of(model, task_of_seed, settings, journal=None, store=None, on_run=None):
     """The runs of a study without its costs."""
-    workspace = arms.Workspace(journal or ResultJournal(None), store=store)
+    workspace = Workspace(journal or ResultJournal(None), store=store)
     planned = study_runs.plan(model, task_of_seed, settings, workspace.journal, has_store=store is not None)
     return study_runs.make_runs(model, planned, settings, workspace, on_run=on_run)
 
@@ -258,6 +259,9 @@ def test_results_json(llama, runs, tmp_path):
         "template_date": None,
         "strategy": "local",
         "samples": 1,
+        "retriever": "bm25",
+        "embedding_url": "",
+        "embedding_model": "",
         "finetune": json.loads(json.dumps(vars(TRAINING))),
     }
     assert results["machine"].keys() == fingerprint("cpu").keys() | {"ceilings"}

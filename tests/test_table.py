@@ -14,6 +14,7 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, sweep
 from icl_ft_fast.study import runs as study_runs
+from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.amortise import break_even
 from icl_ft_fast.study.evaluate import (
     Accuracy,
@@ -28,7 +29,7 @@ from icl_ft_fast.tasks.reversals import simple_reversals
 
 TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
 
-ARMS = ARM_NAMES
+ARMS = tuple(name for name in ARM_NAMES if "+" not in name)  # without those that are put together
 
 
 ARM_TITLES = {arm.name: arm.title for arm in arms.ARMS}
@@ -44,7 +45,7 @@ def task_of_seed(seed):
 
 def runs_of(model, task_of_seed, settings, journal=None, store=None, on_run=None):
     """The runs of a study without its costs."""
-    workspace = arms.Workspace(journal or ResultJournal(None), store=store)
+    workspace = Workspace(journal or ResultJournal(None), store=store)
     planned = study_runs.plan(model, task_of_seed, settings, workspace.journal, has_store=store is not None)
     return study_runs.make_runs(model, planned, settings, workspace, on_run=on_run)
 
@@ -76,7 +77,7 @@ def run_of(arm, seed=0, scale=1.0, **accuracy):
     )
 
 
-TRAINED = set(ARMS) - {"base", "icl"}
+TRAINED = {arm.name for arm in arms.ARMS if arm.training is not None}
 
 
 COSTS = sweep.Sweep(
@@ -113,15 +114,24 @@ def cells(text, arm):
 
 
 def test_the_table_names_every_arm_within_80_columns(runs):
-    assert tuple(ARM_TITLES) == ARMS
+    assert tuple(ARM_TITLES) == ARM_NAMES
     for some_runs in (runs, [run_of(arm, reversal=(3, 4), trained=(1, 4)) for arm in ARMS]):
         text = printed(some_runs)
         assert max(map(len, text.splitlines())) <= 80
         assert "…" not in text
         for name in ("reversal", "trained", "train s", "tokens", "break-even"):
             assert name in text
+        pays = len(re.findall(r"^break-even ", text, re.MULTILINE))  # tables of three rivals each
+        assert pays == (2 if len(some_runs) == len(ARMS) else 1)
         for run in some_runs:
-            assert len(cells(text, run.arm)) == 1 + (run.arm in TRAINED), run.arm  # accuracy, and what pays
+            assert len(cells(text, run.arm)) == 1 + pays * (run.arm in TRAINED), run.arm  # accuracy, and what pays
+
+
+def test_arms_that_are_put_together_take_two_lines():
+    text = printed([run_of(name, reversal=(3, 4), trained=(1, 4)) for name in ARM_NAMES])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert len(re.findall(r"^fine-tuned \+ +[\d.]+.*\nRAG k=4 +[\d.]+", text, re.MULTILINE)) >= 2
 
 
 def test_the_table_pools_seeds_and_averages_costs():
@@ -192,7 +202,7 @@ def test_nothing_is_cut_or_read_as_markup():
     assert "…" not in text
     for arm in ARMS:
         # thirteen splits in threes of tables, then costs, then what pays
-        assert len(cells(text, arm)) == 4 + (arm in TRAINED)
+        assert len(cells(text, arm)) == 4 + 2 * (arm in TRAINED)
         assert "1,234,000,000" in cells(text, arm)[3][0]
         assert "0.333" in cells(text, arm)[1][0]
     for name in ("[bold]", "[/wrong]", *(f"split{i}" for i in range(9))):
@@ -201,7 +211,7 @@ def test_nothing_is_cut_or_read_as_markup():
     few = printed([run_of(arm, scale=1e9, long_name=(1, 2), x=(1, 3)) for arm in ARMS])
     assert max(map(len, few.splitlines())) <= 80
     assert "…" not in few
-    assert all(len(cells(few, arm)) == 1 + (arm in TRAINED) for arm in ARMS)
+    assert all(len(cells(few, arm)) == 1 + 2 * (arm in TRAINED) for arm in ARMS)
 
 
 def test_a_task_without_answers_has_a_table_of_costs(llama):

@@ -25,6 +25,7 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import ATTENTION, Model, Rows
+from icl_ft_fast.runtime.errors import UserError
 
 OPEN = 2**31 - 1  # the end of a key that all later queries see
 RECORDING = f"{ATTENTION}_recording"
@@ -33,7 +34,7 @@ CHECKED = 16  # tokens that a model is tried on
 SHIFT_TOLERANCE = 2e-2  # hidden states that move by more than this, relatively, depend on absolute positions
 
 
-class CompactionError(ValueError):
+class CompactionError(UserError):
     """A context or a model that cannot be compacted; the message names the reason."""
 
 
@@ -50,6 +51,11 @@ class Compacted:
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
     hidden: torch.Tensor
     error: dict[int, float]
+
+    @property
+    def mean_error(self) -> float:
+        """Over the layers."""
+        return sum(self.error.values()) / len(self.error)
 
 
 @torch.inference_mode()
@@ -80,6 +86,10 @@ def compact(
         raise CompactionError(f"num_slots: expected 1 to the context's {len(token)} tokens, got {num_slots}")
     if not any(map(len, followers)):
         raise CompactionError("followers: expected at least one token")
+    if (longest := len(token) + min(CHUNK_TOKENS, max(map(len, followers)))) > model.max_positions:
+        raise CompactionError(
+            f"token: {longest} tokens with what follows, the model has {model.max_positions} positions"
+        )
     with ledger.phase("compact"):
         _check_positions(model, token)
         first = num_slots - len(token)  # the last token stands where the last slot will

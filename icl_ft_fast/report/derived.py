@@ -199,20 +199,20 @@ class Derived:
         return next(arm for arm in self.arms if way in (recorded_arm(arm).title, *self.ways_of(arm)))
 
     def decision_ways(self, resource: str) -> list[Way]:
-        """The ways with their accuracies over all splits; without those that have none."""
-        ways = self.ways(resource).items()
-        return [
-            Way(name, accuracy.value, samples.line)
-            for name, samples in ways
-            if (accuracy := self.accuracy(self.arm_of(name))) is not None
-        ]
+        """The ways with their accuracies over all splits; without those that have none, and without controls."""
+        found = []
+        for name, samples in self.ways(resource).items():
+            arm = self.arm_of(name)
+            if (accuracy := self.accuracy(arm)) is not None and not recorded_arm(arm).asking.is_control:
+                found.append(Way(name, accuracy.value, samples.line))
+        return found
 
     @cached_property
     def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:
         """By resource: (trained way, way that reads a context) -> from how many queries on the first is cheaper."""
         arms = [recorded_arm(arm) for arm in self.arms]
         trained = [arm.title for arm in arms if arm.training is not None]
-        rivals = [way for arm in arms if arm.training is None and arm.reads_context for way in self.ways_of(arm.name)]
+        rivals = [way for arm in arms if arm.is_rival for way in self.ways_of(arm.name)]
         found = {}
         for resource in self.resources:
             ways = self.ways(resource)

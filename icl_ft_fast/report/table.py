@@ -15,7 +15,7 @@ from rich.table import Table
 
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study.amortise import BreakEven, Decision, Way, decide
-from icl_ft_fast.study.arms import ARMS, recorded_arm
+from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.evaluate import Answer
 from icl_ft_fast.study.paired import Paired
 from icl_ft_fast.study.records import Run
@@ -27,8 +27,8 @@ CAPTION = (
     "at a time, then in batches of the size shown."
 )
 BREAK_EVEN_CAPTION = (
-    "Queries from which an arm takes fewer seconds than in-context learning with the context read for each query, "
-    "cached in memory, or loaded from a file. Below: 95% bootstrap interval over measurements and seeds. `accuracy`: "
+    "Queries from which a trained arm takes fewer seconds than the arm above, which reads its context for each query "
+    "unless it says `cached` (in memory) or `from file`. Below: 95% bootstrap interval over measurements and seeds. `accuracy`: "
     "against in-context learning over all questions; as good: the 95% interval of the difference is above minus"
 )
 PAIRED_CAPTION = (
@@ -40,7 +40,8 @@ CALIBRATION_CAPTION = "`ECE by chance`: what a perfectly calibrated model would 
 
 Item = TypeVar("Item")
 
-SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED = 2, 6, 4  # columns that fit
+SPLITS_BESIDE_COSTS, SPLITS_ALONE, SPLITS_PAIRED, RIVALS = 2, 6, 4, 3  # columns that fit
+TITLE_WIDTH = 10  # of an arm, as far as the first line goes
 
 
 def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
@@ -53,7 +54,7 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
         for some in _groups_of(splits, SPLITS_ALONE):
             table = _accuracy_table(study, some)
             for arm in study.arms:
-                table.add_row(_title(arm), *_accuracy_cells(study, arm, some))
+                table.add_row(_cell(_title(arm)), *_accuracy_cells(study, arm, some))
             console.print(table)
             console.print()
         splits = []
@@ -68,7 +69,7 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
         query_ms = (f"{1e3 * w[_title(arm)].line.query:.1f}" if w else "-" for w in (alone, all_at_once))
         reading_s = alone[_title(arm)].line.reading if alone else 0.0
         table.add_row(
-            _title(arm),
+            _cell(_title(arm)),
             *_accuracy_cells(study, arm, splits),
             f"{_seconds_cell(fmean(run.setup_s for run in mine) - train_s)}\n{_seconds_cell(train_s)}",
             f"\n{_seconds_cell(reading_s)}",
@@ -146,7 +147,7 @@ def _groups_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 def _new_table(first: str, columns: Iterable[str], caption: str | None = None) -> Table:
     """A table with a column for names; a cell that is too wide wraps and is never cut."""
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, min_width=max(len(arm.title) for arm in ARMS), no_wrap=True)
+    table.add_column(first, min_width=TITLE_WIDTH, no_wrap=True)
     for column in columns:
         table.add_column(escape(column), justify="right", overflow="fold")
     return table
@@ -179,12 +180,12 @@ def _accuracy_cells(study: Derived, arm: str, splits: Sequence[str]) -> list[str
 def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
     """From how many queries each trained arm pays, against each way of ICL, and whether it is as accurate."""
     if found := study.break_evens.get("seconds"):
-        rivals = list(dict.fromkeys(rival for _, rival in found))
-        table = _new_table("break-even", [*rivals, "accuracy"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
-        for way in dict.fromkeys(way for way, _ in found):
-            word = study.against_icl(way, points) or "-"
-            table.add_row(way, *(break_even_cell(found[way, rival]) for rival in rivals), word)
-        yield table
+        for rivals in _groups_of(list(dict.fromkeys(rival for _, rival in found)), RIVALS):
+            table = _new_table("break-even", [*rivals, "accuracy"], f"{BREAK_EVEN_CAPTION} {points:g} points.")
+            for way in dict.fromkeys(way for way, _ in found):
+                word = study.against_icl(way, points) or "-"
+                table.add_row(_cell(way), *(break_even_cell(found[way, rival]) for rival in rivals), word)
+            yield table
 
 
 def break_even_cell(found: BreakEven) -> str:
@@ -211,7 +212,7 @@ def _form_tables(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Table]:
         table = _new_table("by form", (f"{split}\n{form}" for split, form in some))
         for arm in arms:
             cells = (counts[key].get(arm) for key in some)
-            table.add_row(_title(arm), *("-" if cell is None else f"{fmean(cell):.3f}" for cell in cells))
+            table.add_row(_cell(_title(arm)), *("-" if cell is None else f"{fmean(cell):.3f}" for cell in cells))
         yield table
 
 
@@ -226,7 +227,9 @@ def _paired_tables(study: Derived) -> Iterator[Table]:
             cells = (
                 "-" if t is None else f"{t.difference:+.2f} {_p(t.p)}\n{t.low:+.2f} to {t.high:+.2f}" for t in found
             )
-            table.add_row(f"{_title(first)} - {_title(second)}", *cells)
+            one, other = _cell(_title(first)), _cell(_title(second))
+            between = "\n" if "\n" in one + other else " "
+            table.add_row(f"{one} -{between}{other}", *cells)
         yield table
 
 
@@ -242,16 +245,17 @@ def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Tab
     answers: dict[str, list[Answer]] = {arm: [a for run in runs if run.arm == arm for a in run.answers] for arm in arms}
     if not all(answers.values()):
         return
-    table = _new_table("calibration", (_title(arm) for arm in arms), CALIBRATION_CAPTION)
-    table.add_row("answers", *(f"{len(mine):,}" for mine in answers.values()))
     errors: dict[str, Callable[[list[Answer]], float]] = {
         "ECE": lambda mine: expected_calibration_error([a.confidence for a in mine], [a.is_correct for a in mine]),
         "ECE by chance": lambda mine: calibrated_error([a.confidence for a in mine]),
         "Brier": lambda mine: fmean(brier(a.probability, a.correct) for a in mine),
     }
-    for name, error in errors.items():
-        table.add_row(name, *(f"{error(mine):.3f}" for mine in answers.values()))
-    yield table
+    for some in _groups_of(arms, SPLITS_ALONE):
+        table = _new_table("calibration", (_title(arm) for arm in some), CALIBRATION_CAPTION)
+        table.add_row("answers", *(f"{len(answers[arm]):,}" for arm in some))
+        for name, error in errors.items():
+            table.add_row(name, *(f"{error(answers[arm]):.3f}" for arm in some))
+        yield table
 
 
 def _p(p: float) -> str:
@@ -260,6 +264,11 @@ def _p(p: float) -> str:
 
 def _title(arm: str) -> str:
     return recorded_arm(arm).title
+
+
+def _cell(title: str) -> str:
+    """The title of an arm that is put together, on two lines."""
+    return title.replace(" + ", " +\n")
 
 
 def _seconds_cell(seconds: float) -> str:

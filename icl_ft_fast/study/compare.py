@@ -26,11 +26,14 @@ from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, follow
 from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import sweep, workers
-from icl_ft_fast.study.arms import Workspace, arm_named
+from icl_ft_fast.study.arm import Workspace
+from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
+from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
 from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
 from icl_ft_fast.study.settings import CHECKPOINT_S, MEASURE_S, StudySettings
+from icl_ft_fast.study.slotted import SLOTS
 from icl_ft_fast.tasks.task import Task
 
 RESULTS, JOURNAL, CHECKPOINTS = "results.json", "journal.jsonl", "checkpoints"  # in a study's folder
@@ -111,8 +114,9 @@ def compare(
     """
     settings, options = settings or StudySettings(), options or StudyOptions()
     settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))
-    for name in settings.arms:
-        arm_named(name)
+    first_task = task(settings.seeds[0]) if callable(task) and ALL in settings.arms else task
+    arms_of = None if callable(first_task) else first_task
+    settings = replace(settings, arms=expand_arms(settings.arms, arms_of))
     folder = None if out is None else Path(out)
     with nullcontext() if folder is None or options.executor.rank else locked(folder / ".lock"):
         if folder is not None and options.arguments:  # refused before the model is loaded
@@ -188,7 +192,8 @@ class _Study:
         key, costs, best, load = study_key(model, settings), sweep.Sweep(), None, self.load
         if options.measure_s:
             task, limit = planned[0].task, options.measure_s  # the first seed's
-            costs = measure(model, task, settings, seconds=limit, journal=journal, progress=self.progress)
+            needed = context_lengths(runs)
+            costs = measure(model, task, settings, needed, seconds=limit, journal=journal, progress=self.progress)
             measured = journal.once(
                 digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype))
             )
@@ -221,24 +226,35 @@ class _Study:
             write_results(self.folder / RESULTS, found)
 
 
+def context_lengths(runs: Sequence[Run]) -> list[int]:
+    """Tokens before a query, and slots, of the first seed's arms that have contexts of their own."""
+    first = [run.notes for run in runs if run.seed == runs[0].seed]
+    return sorted({int(notes[name]) for notes in first for name in (CONTEXT_TOKENS, SLOTS) if name in notes})
+
+
 def measure(
     model: Model,
     task: Task,
     settings: StudySettings,
+    needed: Sequence[int] = (),
     *,
     seconds: float = MEASURE_S,
     journal: ResultJournal | None = None,
     progress: bool = False,
 ) -> sweep.Sweep:
-    """What queries cost without a context and, where an arm reads one, behind it and behind other lengths."""
+    """What queries cost without a context, behind the one that an arm reads, and behind `needed` and other lengths."""
     text, lengths = "", ()
     readers = [arm.asking.context for name in settings.arms if (arm := arm_named(name)).asking.context is not None]
     if readers and readers[0] is not None:
         text, lengths = readers[0](model, task, settings.seeds[0], settings).text, sweep.LENGTHS
 
     def run() -> dict[str, Any]:
-        return asdict(sweep.sweep(model, task.questions, text, lengths=lengths, seconds=seconds, progress=progress))
+        found = sweep.sweep(
+            model, task.questions, text, lengths=lengths, needed=needed, seconds=seconds, progress=progress
+        )
+        return asdict(found)
 
-    key = digest(study_key(model, settings), [asdict(question) for question in task.questions], text, seconds)
-    found: sweep.Sweep = _SWEEP.validate_python((journal or ResultJournal(None)).once(key, run))
-    return found
+    questions = [asdict(question) for question in task.questions]
+    key = digest(study_key(model, settings), questions, text, list(needed), seconds)
+    measured: sweep.Sweep = _SWEEP.validate_python((journal or ResultJournal(None)).once(key, run))
+    return measured

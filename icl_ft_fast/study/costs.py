@@ -11,7 +11,13 @@ from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.sweep import Point, Sweep
 
-ANSWERING = ("tokenise", "context", "prefill", "query")  # phases of asking; all others are paid once, before
+ANSWERING = (
+    "tokenise",
+    "retrieve",
+    "context",
+    "prefill",
+    "query",
+)  # phases of asking; all others are paid once, before
 
 
 def nearest_point(sweep: Sweep, context_tokens: int, batch: int) -> Point | None:
@@ -51,6 +57,16 @@ class ArmCosts:
     def point(self, context_tokens: int) -> Point | None:
         """The measurement of queries behind so many tokens."""
         return nearest_point(self.sweep, context_tokens, self.batch)
+
+    def note(self, name: str) -> int:
+        """A count that the first run noted, the one whose task was measured; 0 where it did not."""
+        return int(self.runs[0].notes.get(name, 0)) if self.runs else 0
+
+    def query_phase_s(self, phase: str) -> float:
+        """Mean seconds a query of a phase of asking."""
+        seconds = [run.counts["phases"].get(phase, {}).get("wall_s", 0.0) for run in self.runs]
+        answers = sum(len(run.answers) for run in self.runs)
+        return math.fsum(seconds) / max(1, answers)
 
     def query(self, point: Point) -> tuple[float, ...] | None:
         """What a query costs after its context was read, a measurement each; None where it was not measured."""

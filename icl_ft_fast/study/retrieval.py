@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.chunks import Passage
 from icl_ft_fast.tasks.task import Question, Task
 
@@ -30,7 +31,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 _UNSPACED = frozenset(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO", "YI"))
 
 
-class RetrievalError(ValueError):
+class RetrievalError(UserError):
     """Documents, questions or an endpoint that passages cannot be retrieved with; the message names the argument."""
 
 

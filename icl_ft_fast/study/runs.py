@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,9 @@ from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.study import evaluate
-from icl_ft_fast.study.arms import Arm, ArmJob, Workspace, arm_named
+from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, ask
+from icl_ft_fast.study.arms import arm_named
+from icl_ft_fast.study.costs import ANSWERING
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -42,6 +45,7 @@ class PlannedRun:
         seed: of the run.
         task: of the seed.
         key: a digest of all that decides the run.
+        training_key: a digest of all that decides its weights.
         batches: prompts that the model answers for the run, call by call; empty where the run was found in the journal.
     """
 
@@ -49,6 +53,7 @@ class PlannedRun:
     seed: int
     task: Task
     key: str
+    training_key: str = ""
     batches: tuple[PromptBatch, ...] = ()
 
     @property
@@ -90,15 +95,15 @@ def plan(
         content = digest(identity, asdict(task))
         batch_key, batches = digest(content, seed), dict[bool, tuple[PromptBatch, ...]]()
         for arm in arms:
-            if arm.training is not None:
-                arm.training.check(task)
+            arm.check(task)
             key = digest(content, arm.name, seed, arm.reads_context and has_store)
             generates = arm.training is not None and arm.training.generates
             if key in journal.values:
                 generates = False
             if generates and generates not in batches:  # the same prompts for every arm of the seed
                 batches[generates] = tuple(arm.batches(model, task, seed, settings, batch_key))
-            planned.append(PlannedRun(arm.name, seed, task, key, batches.get(generates, ())))
+            training_key = digest(content, arm.name.partition("+")[0], seed)
+            planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(generates, ())))
     return planned
 
 
@@ -107,12 +112,14 @@ def make_run(
 ) -> dict[str, Any]:
     """A run's fields except the questions, as plain values."""
     ledger, task = Ledger(meter=Meter(model.device)), planned.task
-    job = ArmJob(model, task, planned.seed, settings, ledger, workspace, planned.key, planned.batches, progress)
+    keys = planned.key, planned.training_key
+    job = ArmJob(model, task, planned.seed, settings, ledger, workspace, *keys, planned.batches, progress)
     arm: Arm = arm_named(planned.arm)
     ready = arm.prepare(job)
-    setup_s = math.fsum(ledger.seconds.values())
+    setup_s = math.fsum(seconds for phase, seconds in ledger.seconds.items() if phase not in ANSWERING)
     before = ledger.request_tokens
-    answers = arm.asking.ask(job, ready)
+    with closing(ready):
+        answers = ask(job, ready)
     num_questions, query = len(task.questions), ledger.phases["query"]
     run = Run(
         arm=planned.arm,

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 
-ARM_NAMES = ("base", "icl", "ft", "augmented-ft", "rules-ft", "distilled")  # of arms.ARMS, for help without torch
+# Of arms.ARMS, for help without torch.
+ARM_NAMES = (
+    *("base", "icl", "rag", "oracle", "compacted"),
+    *("ft", "ft+icl", "ft+rag", "augmented-ft", "augmented-ft+icl", "augmented-ft+rag", "rules-ft", "distilled"),
+)
 FAMILIES = ("trained", "all")  # pairs of arms that are tested together: see paired.family_of()
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
@@ -29,6 +33,8 @@ class StudySettings:
         template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the study began.
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
+        retriever: how passages are found, "bm25" or "dense" (embeddings).
+        embedding_url, embedding_model: the OpenAI-compatible server of "dense", and the model's name there.
         finetune: steps, batch size, learning rate and the rest of the training.
     """
 
@@ -42,4 +48,7 @@ class StudySettings:
     template_date: str | None = None
     strategy: str = "local"
     samples: int = 1
+    retriever: str = "bm25"
+    embedding_url: str = ""
+    embedding_model: str = ""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)

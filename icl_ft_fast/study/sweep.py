@@ -69,6 +69,7 @@ def sweep(
     context: str = "",
     *,
     lengths: Sequence[int] = LENGTHS,
+    needed: Sequence[int] = (),
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
     seconds: float = 30.0,
@@ -83,9 +84,10 @@ def sweep(
             cut from its repetitions.
         lengths: of contexts, in tokens, beside 0 and the context's own; those that leave no room for a question are
             left out.
+        needed: lengths of other arms' contexts, which are always measured.
         batches: queries scored together; more than there are questions are left out.
         rounds: measurements of each point, after one that warms up.
-        seconds: longer contexts that would go beyond it are left out (the context's own and 0 never are), and no round
+        seconds: longer contexts that would go beyond it are left out, and no round
             after the third is begun beyond it.
         progress: show a bar of measurements.
 
@@ -103,7 +105,8 @@ def sweep(
     asked = [[next(encoded) for _ in question.choices] for question in questions]
     longest = max(len(before) + len(after) for choices in asked for before, after in choices)
     room = model.max_positions - longest
-    grid = [0, *sorted({len(own)} - {0}), *(n for n in sorted({*lengths} - {0, len(own)}) if n <= room)]
+    always = {0, len(own), *needed}
+    grid = [*sorted(always), *(n for n in sorted({*lengths} - always) if n <= room)]
     sizes = sorted({min(batch, len(asked)) for batch in batches})
     meter, fingerprint, begun = Meter(model.device), model.fingerprint(), time.perf_counter()
     measured: dict[tuple[int, int], list[Ledger]] = {}
@@ -135,7 +138,7 @@ def sweep(
         tqdm(desc="measuring", unit="run", disable=not progress) as bar,
     ):
         for length in grid:  # the warm-up also finds how far the time reaches
-            if length not in (0, len(own)) and elapsed() * rounds > seconds:
+            if length not in always and elapsed() * rounds > seconds:
                 break
             measure(length, 0)
         bar.reset(total=len(measured) * (rounds + 1))

@@ -31,7 +31,7 @@ from icl_ft_fast.runtime.executors import (
     run_journaled,
 )
 from icl_ft_fast.runtime.templates import fix_date
-from icl_ft_fast.study.arms import Workspace
+from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
 

@@ -35,9 +35,10 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor
+from icl_ft_fast.study.arms import expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
-from icl_ft_fast.study.settings import ARM_NAMES, DEFAULT_ARMS, StudySettings
+from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
@@ -201,11 +202,13 @@ def _template(name: str) -> str:
 
 
 def _arms(text: str) -> tuple[str, ...]:
-    arms = tuple(text.split(","))
-    for arm in arms:
-        if arm not in ARM_NAMES:
-            raise UsageError(f"--arms: expected some of {','.join(ARM_NAMES)}, got {arm!r}")
-    return _distinct("--arms", arms)
+    names = tuple(text.split(","))
+    for name in names:
+        try:
+            expand_arms([name])
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    return _distinct("--arms", names)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -1,0 +1,324 @@
+"""An arm of a study: how its weights are made, what stands before a question, and how both are put together.
+
+arms.py has the arms that there are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from icl_ft_fast.augmentation.batches import PromptBatch, prompt_batches
+from icl_ft_fast.augmentation.strategy import Augmented
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetuning.run import finetune
+from icl_ft_fast.finetuning.settings import RunOptions
+from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.study import evaluate
+from icl_ft_fast.study.amortise import Samples
+from icl_ft_fast.study.costs import ArmCosts
+from icl_ft_fast.study.records import Sample
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.task import Document, Task
+
+SAMPLES = 40  # augmentations in a run's record, for the report
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a run finds what was done before.
+
+    Attributes:
+        journal: results by what decides them.
+        checkpoints: a folder for arms that are being trained; None to start over after a kill.
+        checkpoint_s: seconds between checkpoints.
+        store: contexts that were read before.
+        trained: the arm that was trained last, under ArmJob.training_key, with its ledger: an arm with the same
+            training does not repeat it, and books what it took.
+    """
+
+    journal: ResultJournal
+    checkpoints: Path | None = None
+    checkpoint_s: float = 600.0
+    store: ContextStore | None = None
+    trained: dict[str, tuple[Prepared, dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArmJob:
+    """What an arm works with under one seed.
+
+    Attributes:
+        model: as it was loaded; never changed.
+        task, seed, settings: of the study.
+        ledger: counts what the arm does.
+        workspace: see Workspace.
+        key: a digest of all that decides the run.
+        training_key: a digest of all that decides the run's weights.
+        batches: prompts for the model, in arms that train on what it writes.
+        progress: show bars.
+    """
+
+    model: Model
+    task: Task
+    seed: int
+    settings: StudySettings
+    ledger: Ledger
+    workspace: Workspace
+    key: str
+    training_key: str = ""
+    batches: tuple[PromptBatch, ...] = ()
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class ContextText:
+    """Documents in front of every question.
+
+    Attributes:
+        documents: those that are read.
+        text: what stands before each prompt.
+        num_left_out: documents that did not fit the tokens they may take.
+    """
+
+    documents: tuple[Document, ...]
+    text: str
+    num_left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An arm that is ready for its first question.
+
+    Attributes:
+        model: the one that answers.
+        context: text before each question.
+        contexts: text before each question of the task, where each has its own; it takes the place of `context`.
+        before: texts before other questions, from their prompts, where each question has its own.
+        store: where the context's keys and values are looked up and left.
+        notes: counts for the record.
+        losses: mean loss of each training step.
+        samples: some augmentations.
+        folder: a temporary one that `store` lies in, until close().
+    """
+
+    model: Model
+    context: str
+    contexts: tuple[str, ...] | None = None
+    before: Callable[[Sequence[str], Ledger], list[str]] | None = None
+    store: ContextStore | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def close(self) -> None:
+        """Delete the temporary folder."""
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an arm's weights are made.
+
+    Attributes:
+        augment: writes texts to train on beside the documents; None to train on the documents alone.
+        generates: whether the model writes them, call by call: ArmJob.batches then has the prompts.
+        has_teacher: whether the training follows the model itself with the documents in its context.
+        check: raises ProtocolError on a task that the training cannot take.
+    """
+
+    augment: Callable[[ArmJob], Augmented] | None = None
+    generates: bool = False
+    has_teacher: bool = False
+    check: Callable[[Task], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What stands before a question, and what that costs.
+
+    Attributes:
+        ways: the ways of answering by name with their costs, from the arm's title; none where they were not measured.
+        context: documents for the context of every question; None where there are none, or not the same for all.
+        prepare: from an arm whose weights are made to one that is ready for its first question; None to do what
+            `context` says.
+        check: raises UserError on a task that cannot be asked about so.
+        is_control: whether it shows what others could reach and cannot itself be chosen, such as an oracle.
+    """
+
+    ways: Callable[[str, ArmCosts], dict[str, Samples]]
+    context: Callable[[Model, Task, int, StudySettings], ContextText] | None = None
+    prepare: Callable[[ArmJob, Prepared], Prepared] | None = None
+    check: Callable[[Task], None] = lambda _: None
+    is_control: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of answering.
+
+    Attributes:
+        name: in options and files.
+        title: in tables and charts.
+        asking: what stands before a question.
+        training: how its weights are made; None for the model as it was loaded.
+        sized: the same arm in another size (name@size), such as another number of passages; None where it has none.
+        sizes: those that its plain name stands for in a list of arms; none for itself.
+    """
+
+    name: str
+    title: str
+    asking: Asking
+    training: Training | None = None
+    sized: Callable[[int], Arm] | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the same documents stand before every question, as text that a store may hold."""
+        return self.asking.context is not None
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether it takes documents to each question instead of training, which trained arms are compared with."""
+        reads = self.asking.context is not None or self.asking.prepare is not None
+        return self.training is None and reads and not self.asking.is_control
+
+    def check(self, task: Task) -> None:
+        """Raise UserError on a task that the arm cannot take."""
+        if self.training is not None:
+            self.training.check(task)
+        self.asking.check(task)
+
+    def prepare(self, job: ArmJob) -> Prepared:
+        """Train and read what there is to, before the first question.
+
+        Raises:
+            FinetuneError, GenerateError, ProtocolError: see finetune(), augment_by_model() and fit_documents().
+            RetrievalError, CompactionError: of arms that retrieve or compact.
+        """
+        ready = Prepared(job.model, prompt_context(job.model, [], job.settings.template))
+        if self.training is not None:
+            ready = _trained(self.training, job, ready)
+        if self.asking.prepare is not None:
+            return self.asking.prepare(job, ready)
+        if self.asking.context is None:
+            return ready
+        read = self.asking.context(ready.model, job.task, job.seed, job.settings)
+        limited = {} if job.settings.icl_tokens is None else {"left_out_documents": read.num_left_out}
+        notes = ready.notes | limited | {"context_documents": len(read.documents)}
+        store = None if self.training is not None else _store_as_begun(job, read.text)
+        return replace(ready, context=read.text, store=store, notes=notes)
+
+    def batches(self, model: Model, task: Task, seed: int, settings: StudySettings, key: str) -> list[PromptBatch]:
+        """What the model is asked to write for the arm; nothing for most."""
+        if self.training is None or not self.training.generates:
+            return []
+        return prompt_batches(
+            model,
+            task.documents,
+            settings.strategy,
+            samples=settings.samples,
+            among=lambda drawn: _chosen_documents(task, drawn, settings),
+            seed=seed,
+            key=key,
+        )
+
+
+def _trained(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
+    """The arm after training: that of the workspace, if it was the last, else a new one, which takes its place."""
+    kept = job.workspace.trained
+    if job.training_key not in kept:
+        kept.clear()
+        ledger = Ledger(meter=job.ledger.meter)
+        kept[job.training_key] = _train(training, replace(job, ledger=ledger), ready), ledger.as_dict()
+    made, ledger_of_training = kept[job.training_key]
+    job.ledger.include(ledger_of_training)
+    return made
+
+
+def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
+    """Fine-tune a copy of the model."""
+    texts, notes = [document.text for document in job.task.documents], dict(ready.notes)
+    samples: tuple[Sample, ...] = ()
+    if training.augment is not None:
+        augmented = training.augment(job)
+        texts += [row.text for row in augmented.rows]
+        sources = {document.id: document.text for document in job.task.documents}
+        shown = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
+        samples = tuple(Sample(sources[row.source_id], row.kind, row.text) for row in shown)
+        notes["augmentations"] = len(augmented.rows)
+        notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
+    teacher = all_documents(job.model, job.task, job.seed, job.settings).text if training.has_teacher else None
+    checkpoints = job.workspace.checkpoints
+    tuned = finetune(
+        job.model,
+        texts,
+        job.settings.finetune,
+        seed=job.seed,
+        teacher_context=teacher,
+        ledger=job.ledger,
+        options=RunOptions(
+            output_dir=checkpoints and checkpoints / job.key,
+            resume=checkpoints is not None,
+            checkpoint_s=None if checkpoints is None else job.workspace.checkpoint_s,
+            progress=job.progress,
+        ),
+    )
+    notes["final_loss"] = tuned.losses[-1]
+    return replace(ready, model=tuned.model, notes=notes, losses=tuned.losses, samples=samples)
+
+
+def _store_as_begun(job: ArmJob, context: str) -> ContextStore | None:
+    """The store, with no more of this context in it than when the run was begun: a kill must not change its cost."""
+    if (store := job.workspace.store) is None:
+        return None
+    (token,) = encoding.encode(job.model.tokenizer, [context.rstrip()])
+
+    def stored_tokens() -> int:
+        found = store.find(token)
+        return 0 if found is None else len(found.token)
+
+    return store.up_to(job.workspace.journal.once(digest(job.key, "stored tokens"), stored_tokens))
+
+
+def _chosen_documents(task: Task, seed: int, settings: StudySettings) -> list[Document]:
+    """The documents that a context shows, and that first samples of the global strategy of augmentation see."""
+    return evaluate.select_documents(
+        task.documents, seed, per_topic=settings.icl_per_topic, subsample=settings.icl_subsample
+    )
+
+
+def ask(job: ArmJob, ready: Prepared) -> list[evaluate.Answer]:
+    """Answers to the task's questions, each behind what stands before it."""
+    questions, context = job.task.questions, ready.context
+    if ready.contexts is not None:
+        pairs = zip(questions, ready.contexts, strict=True)
+        questions, context = tuple(replace(question, prompt=own + question.prompt) for question, own in pairs), ""
+    return evaluate.answers(
+        ready.model,
+        questions,
+        context=context,
+        normalization=job.settings.normalization,
+        store=ready.store,
+        ledger=job.ledger,
+        progress=job.progress,
+    )
+
+
+def all_documents(model: Model, task: Task, seed: int, settings: StudySettings) -> ContextText:
+    """The documents that the settings choose, as many as fit."""
+    chosen = documents = _chosen_documents(task, seed, settings)
+    if settings.icl_tokens is not None:
+        documents = evaluate.fit_documents(model, chosen, settings.icl_tokens, settings.template)
+    text = prompt_context(model, documents, settings.template)
+    return ContextText(tuple(documents), text, len(chosen) - len(documents))

@@ -1,0 +1,70 @@
+"""Arms that put slots before every question: keys and values that stand for the documents, see engine/slots.py."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.compaction import compact
+from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.slots import key_of, slots_context
+from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.study.amortise import Samples
+from icl_ft_fast.study.arm import ArmJob, Asking, Prepared, all_documents
+from icl_ft_fast.study.costs import ArmCosts
+
+SLOTS = "context_slots"  # the note of a run that has the number of slots before a question
+STORE_BYTES = 2**40  # of a temporary folder: no limit
+
+
+def compacted(ratio: int) -> Asking:
+    """One slot for `ratio` tokens of the documents, by attention matching."""
+    return Asking(ways_behind_slots, prepare=partial(_prepare_compaction, ratio))
+
+
+def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
+    model = ready.model
+    read = all_documents(model, job.task, job.seed, job.settings)
+    (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
+    followers = encoding.encode(model.tokenizer, [f" {document.text}" for document in read.documents], bos=False)
+    num_slots = max(len(encoding.opening(model.tokenizer)) + 1, round(len(token) / ratio))
+    made = compact(model, token, min(num_slots, len(token)), followers, ledger=job.ledger)
+    notes = {
+        "context_documents": len(read.documents),
+        "context_tokens": len(token),
+        "compaction_error": made.mean_error,
+    }
+    ready = replace(ready, notes=ready.notes | notes)
+    return behind_slots(job, ready, read.text, made.layers, made.hidden)
+
+
+def behind_slots(
+    job: ArmJob,
+    ready: Prepared,
+    text: str,
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    hidden: torch.Tensor,
+) -> Prepared:
+    """The arm with slots in place of a text: saved in the study's store, or in a temporary folder without one."""
+    model, num_slots = ready.model, len(next(iter(layers.values()))[0])
+    key, token = key_of(model, digest(job.key, "slots"), num_slots)
+    folder = tempfile.TemporaryDirectory() if job.workspace.store is None else None
+    store = job.workspace.store or ContextStore(Path(folder.name if folder else ""), model, STORE_BYTES)
+    store.add(slots_context(model, layers, hidden, token), f"slots: {key}")
+    tail = text[len(text.rstrip()) :]
+    notes = ready.notes | {SLOTS: num_slots}
+    return replace(ready, context=key + tail, store=store, notes=notes, folder=folder)
+
+
+def ways_behind_slots(title: str, costs: ArmCosts) -> dict[str, Samples]:
+    """The slots are made once and lie in a file, which is read for each batch of queries or stays in memory."""
+    point, setup = costs.point(costs.note(SLOTS)), costs.setup
+    if point is None or setup is None or (query := costs.query(point)) is None:
+        return {}
+    load = costs.of_seconds(point.load_s)
+    return {title: Samples(setup, load, query, max(float(costs.batch), costs.cache_lifetime))}
