@@ -14,8 +14,8 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, sweep
 from icl_ft_fast.study import runs as study_runs
-from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.amortise import break_even
+from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.evaluate import (
     Accuracy,
     Answer,

@@ -23,7 +23,15 @@ from icl_ft_fast.cli.options import (
 from icl_ft_fast.cli.task import add_task_options
 from icl_ft_fast.engine.defaults import SHIPPED
 from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings
-from icl_ft_fast.study.settings import ARM_NAMES, CHECKPOINT_S, DEFAULT_ARMS, FAMILIES, MEASURE_S, NORMALIZATIONS
+from icl_ft_fast.study.settings import (
+    ARM_NAMES,
+    CHECKPOINT_S,
+    DEFAULT_ARMS,
+    FAMILIES,
+    MEASURE_S,
+    NORMALIZATIONS,
+    RETRIEVERS,
+)
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 ALL = "all"
@@ -42,7 +50,7 @@ def add(commands: Commands) -> None:
         "icl-ft-fast demo",
     )
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
-    _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft")), seeds="0,1,2", out=None)
+    _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft", "rag@4")), seeds="0,1,2", out=None)
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 
@@ -92,6 +100,12 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     context.add_argument("--icl-subsample", type=positive, metavar="K", help=help)
     help = "context limit; documents beyond it are left out and counted (default: all documents must fit)"
     context.add_argument("--icl-tokens", type=positive, metavar="N", help=help)
+    retrieval = parser.group("retrieval")
+    help = "how passages are found: bm25 (words) or dense (embeddings)"
+    retrieval.add_argument("--retriever", choices=RETRIEVERS, default=RETRIEVERS[0], help=help)
+    help = "OpenAI-compatible embeddings server for --retriever dense; OPENAI_API_KEY holds its key"
+    retrieval.add_argument("--embedding-url", default="", metavar="URL", help=help)
+    retrieval.add_argument("--embedding-model", default="", metavar="NAME", help="embedding model's name there")
     training = parser.group("fine-tuning")
     help = f"training steps (default: the preset's, or {defaults.steps})"
     training.add_argument("--steps", type=positive, metavar="N", help=help)

@@ -24,7 +24,6 @@ from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.chunks import Passage
 from icl_ft_fast.tasks.task import Question, Task
 
-RETRIEVERS = ("bm25", "dense")
 K1, B = 1.2, 0.75  # BM25's usual constants: how soon a word's repetitions stop to count, and how much length counts
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Scripts that put no spaces between words, by the first word of their characters' Unicode names.

@@ -14,6 +14,7 @@ ARM_NAMES = (
 FAMILIES = ("trained", "all")  # pairs of arms that are tested together: see paired.family_of()
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
+RETRIEVERS = ("bm25", "dense")
 CHECKPOINT_S = 600.0  # between checkpoints of an arm in training
 MEASURE_S = 30.0  # of measuring what a query costs
 

@@ -38,6 +38,7 @@ from icl_ft_fast.runtime.executors import Executor
 from icl_ft_fast.study.arms import expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
+from icl_ft_fast.study.retrieval import EmbeddingEndpoint
 from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -173,6 +174,8 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     given = {name: getattr(options, name) for name in names}
     training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
     arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
+    if options.retriever == "dense":  # a bad address is refused before the model is loaded
+        EmbeddingEndpoint(options.embedding_url, options.embedding_model)
     return StudySettings(
         **study
         | {
@@ -181,6 +184,9 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "icl_tokens": options.icl_tokens,
             "normalization": options.normalization,
             "template": _template(options.template),
+            "retriever": options.retriever,
+            "embedding_url": options.embedding_url,
+            "embedding_model": options.embedding_model,
             "template_date": options.template_date,
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
         }
