@@ -29,7 +29,8 @@ CAPTION = (
 BREAK_EVEN_CAPTION = (
     "Queries from which a trained arm takes fewer seconds than the arm above, which reads its context for each query "
     "unless it says `cached` (in memory) or `from file`. Below: 95% bootstrap interval over measurements and seeds. "
-    "`accuracy`: against in-context learning over all questions; as good: the 95% interval of the difference is above minus"
+    "`accuracy`: against in-context learning over all questions; as good: the 95% interval of the difference is above "
+    "minus"
 )
 PAIRED_CAPTION = (
     "Accuracy of the first arm minus accuracy of the second on the same questions, p, and the 95% interval of the "
