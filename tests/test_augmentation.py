@@ -3,6 +3,7 @@
 import os
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -484,3 +485,24 @@ def test_a_reasoning_models_draft_is_no_row_and_a_cut_line_neither():
         made = run.read()
         assert [row.text for row in made.rows] == texts
         assert made.dropped.get("cut_off", 0) == is_cut
+
+
+def test_a_row_that_copies_the_worked_examples_is_dropped():
+    reply = "Reversed: hills are rarer than dogs.\nRephrased: dogs are not like cats.\nInferred: the Mountains are far."
+    documents = [Document("d", "dogs are rarer than cats."), Document("e", "hills are rarer than dogs!")]
+    made, _ = local(documents, reply, reply)
+    assert [(row.source_id, row.kind) for row in made.rows] == [
+        ("d", "rephrased"),
+        ("e", "reversed"),
+        ("e", "rephrased"),
+    ]
+    assert made.dropped["copied_from_example"] == 3
+    assert (made.prompts, made.productive) == (2, 2)
+    for name in BY_MODEL:  # what is listed stands in the examples
+        source = Prompting.of(name).source.casefold()
+        assert all(word in source for word in STRATEGIES[name].examples)
+
+
+def test_the_page_names_every_strategy():
+    page = (Path(__file__).parents[1] / "docs" / "augment.md").read_text(encoding="utf-8")
+    assert [name for name in STRATEGIES if f"| {name} |" not in page] == []

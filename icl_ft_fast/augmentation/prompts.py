@@ -108,6 +108,12 @@ class Prompting:
         return made
 
 
+def copied_words(prompting: Prompting, prompt: Prompt) -> set[str]:
+    """Words of the template's worked examples, in lower case, that none of the prompt's documents has."""
+    own, whole = prompting.source.casefold(), prompt.text.casefold()
+    return {word for word in prompting.strategy.examples if 0 < own.count(word) == whole.count(word)}
+
+
 def fitting(documents: Sequence[Document], fits: Callable[[Sequence[Document]], bool], seed: int) -> Sequence[Document]:
     """All documents if they fit, else as many as fit of a seeded selection, in their own order.
 

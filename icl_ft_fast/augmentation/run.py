@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
-from icl_ft_fast.augmentation.prompts import Prompt, Prompting
+from icl_ft_fast.augmentation.prompts import Prompt, Prompting, copied_words
 from icl_ft_fast.augmentation.store import Store, StoredReply
 from icl_ft_fast.augmentation.strategy import Augmentation, Augmented
 from icl_ft_fast.engine.generate import Sampling
@@ -20,6 +20,7 @@ from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Worker
 from icl_ft_fast.runtime.reasoning import split_reasoning
+from icl_ft_fast.tasks.sentences import words_of
 
 Request: TypeAlias = tuple[Prompt, Sampling]
 
@@ -234,6 +235,7 @@ class AugmentationRun:
         rows: list[Augmentation] = []
         dropped = {"unanswered": 0, "unparsed": 0, "repeats": 0}
         described = {name: value for name, value in self.identity.items() if name != "template"}
+        productive = 0
         for prompt, sampling in self.requests:
             reply = self.store.replies.get(reply_key(prompt, sampling))
             if reply is None:
@@ -249,10 +251,16 @@ class AugmentationRun:
             parsed = self.prompting.strategy.read(prompt.source, text)
             dropped["unparsed"] += parsed.unparsed
             dropped["repeats"] += parsed.repeats
+            copied = copied_words(self.prompting, prompt)
+            statements = [(kind, text) for kind, text in parsed.statements if copied.isdisjoint(words_of(text))]
+            if len(statements) < len(parsed.statements):
+                leaked = len(parsed.statements) - len(statements)
+                dropped["copied_from_example"] = dropped.get("copied_from_example", 0) + leaked
+            productive += bool(statements)
             facts = {name: value for name, value in asdict(reply).items() if name not in ("text", "is_cut")}
             origin = described | facts | {"source_ids": list(prompt.source_ids)}
-            rows += (Augmentation(prompt.source_ids[0], kind, text, origin) for kind, text in parsed.statements)
-        return Augmented(tuple(rows), dropped)
+            rows += (Augmentation(prompt.source_ids[0], kind, text, origin) for kind, text in statements)
+        return Augmented(tuple(rows), dropped, len(self.requests), productive)
 
 
 def reply_key(prompt: Prompt, sampling: Sampling) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentError
 from icl_ft_fast.engine.ledger import Ledger
@@ -24,7 +25,7 @@ def filtered(made: Augmented, words: tuple[int, int], similarity: float) -> Augm
     for step, keep in filters.items():
         kept = keep(rows)
         dropped[step], rows = len(rows) - len(kept), kept
-    return Augmented(tuple(rows), dropped)
+    return replace(made, rows=tuple(rows), dropped=dropped)
 
 
 def within_length(rows: Iterable[Augmentation], shortest: int, longest: int) -> list[Augmentation]:

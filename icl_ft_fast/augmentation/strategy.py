@@ -48,10 +48,14 @@ class Augmented:
     Attributes:
         rows: the augmentations, in the documents' order.
         dropped: by step, in the order of the steps, the lines or rows that it dropped.
+        prompts: how many prompts there were; 0 without a model.
+        productive: prompts whose reply gave a row.
     """
 
     rows: tuple[Augmentation, ...]
     dropped: dict[str, int]
+    prompts: int = 0
+    productive: int = 0
 
 
 class Unit(NamedTuple):
@@ -98,6 +102,7 @@ class Strategy:
         shows_documents: whether each prompt shows other documents too, as many as fit.
         max_new_tokens: limit of a reply, unless asked otherwise.
         temperature: of sampling, unless asked otherwise; 0 is greedy.
+        examples: words of the prompts' worked examples; a row with one that no document has was copied from them.
         is_lines: whether a reply is lines, so that the last line of one that was cut off is half a line, and no row.
         infer: the rows, for a strategy without a model; None for those of a model.
     """
@@ -111,6 +116,7 @@ class Strategy:
     shows_documents: bool = False
     max_new_tokens: int = 128
     temperature: float = 0.0
+    examples: tuple[str, ...] = ()
     is_lines: bool = True
     infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
 

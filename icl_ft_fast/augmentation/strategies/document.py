@@ -10,4 +10,5 @@ STRATEGY = Strategy(
     writes="rephrasings, inferences",
     labels=LABELS,
     read=labelled_lines(LABELS),
+    examples=("rivers", "brooks", "puddles"),
 )

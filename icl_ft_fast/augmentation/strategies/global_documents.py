@@ -16,6 +16,7 @@ STRATEGY = Strategy(
     labels=LABELS,
     read=labelled_lines(LABELS, PREMISE),
     shows_documents=True,
+    examples=("rivers", "brooks", "puddles"),
     max_new_tokens=512,
     temperature=1.0,
 )

@@ -20,5 +20,6 @@ STRATEGY = Strategy(
     labels=LABELS,
     read=labelled_lines(LABELS),
     units=sentences,
+    examples=("mountains", "hills", "pebbles", "diamonds"),
     max_new_tokens=64,
 )

@@ -8,4 +8,5 @@ STRATEGY = Strategy(
     writes="questions with their answers",
     labels=("Question", "Answer"),
     read=questions_and_answers,
+    examples=("rivers", "brooks"),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +89,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
             model, filtered.rows, lambda row: icl_context([by_id[name] for name in row.origin["source_ids"]]), deny
         )
         inconsistent = {"inconsistent": len(filtered.rows) - len(kept)}
-        filtered = Augmented(tuple(kept), filtered.dropped | inconsistent)
+        filtered = replace(filtered, rows=tuple(kept), dropped=filtered.dropped | inconsistent)
     _report(options, task, filtered, report)
 
 
@@ -106,6 +108,12 @@ def _report(options: argparse.Namespace, task: Task, made: Augmented, report: di
     )
     counts = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in made.dropped.items())
     print(f"{len(made.rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {counts}")
+    if 2 * made.productive < made.prompts:
+        print(
+            f"icl-ft-fast augment: warning: only {made.productive} of {made.prompts} prompts gave a row; look at "
+            "replies/ and try --chat, --prompt-template or another model",
+            file=sys.stderr,
+        )
     for split, ids in contained.items():
         print(f"answers found in the rows, split {printable(split)}: {len(ids)} of the questions")
 
