@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from icl_ft_fast.engine import loading, trie
 from icl_ft_fast.engine import model as model_module
-from icl_ft_fast.engine.forward import hidden_states
+from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.forward import footprint_of, hidden_states
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.loading import from_network, load
@@ -766,10 +767,10 @@ def test_weights_are_read_once_and_again_when_they_have_changed(tiny_network, to
 def test_a_tokenizer_larger_than_the_network_is_told(llama_directory, tmp_path, caplog):
     folder = shutil.copytree(llama_directory, tmp_path / "more")
     words = AutoTokenizer.from_pretrained(folder)
-    words.add_tokens(["<one>", "<two>"])
+    words.add_tokens([f"<{n}>" for n in range(VOCABULARY + 2 - len(words))])
     words.save_pretrained(folder)
     load(folder)
-    assert re.search(r"the tokenizer has 2 tokens that the network lacks \(300 to 301, '<one>' first\)", caplog.text)
+    assert re.search(r"the tokenizer has 2 tokens that the network lacks \(300 to 301, '<\d+>' first\)", caplog.text)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
@@ -795,3 +796,40 @@ def test_an_adapter_that_merging_cannot_express_is_refused(target, tiny_network,
         else:
             model = load(folder, adapter=folder / "adapter")
             assert all(weight.requires_grad for weight in model.network.parameters())  # so that it can be trained on
+
+
+WINDOWED = {
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_window_that_attention_does_not_hand_on_is_found_whatever_its_length(family, tiny_network):
+    network = tiny_network(family, num_hidden_layers=2, sliding_window=40, **WINDOWED[family])
+    with pytest.raises(ModelError, match=f"{family}: this family cannot be served: .* with sliding_window of 6 "):
+        from_network(network, None, "here")
+    assert network.config.sliding_window == 40  # as it was
+    options = WINDOWED[family] | ({"use_sliding_window": False} if family == "qwen2_moe" else {})
+    network = tiny_network(family, num_hidden_layers=2, sliding_window=None, **options)
+    assert from_network(network, None, "here").network is network  # where there is none the family is served
+
+
+def test_the_lengths_are_as_they_were_after_the_check(tiny_network):
+    network = tiny_network("gemma2", num_hidden_layers=2, sliding_window=40)
+    from_network(network, None, "here")
+    assert network.config.sliding_window == 40
+    assert {m.sliding_window for m in network.modules() if getattr(m, "sliding_window", None)} == {40}
+
+
+def test_head_sizes_that_differ_by_layer(tiny_network):
+    network = tiny_network("gemma4_text", num_hidden_layers=2, sliding_window=40, head_dim=8, global_head_dim=16)
+    model = from_network(network, None, "here")
+    assert work_of(model).kv_row_bytes == footprint_of(model).kv_row_bytes

@@ -52,23 +52,34 @@ class Work:
 def work_of(model: Model) -> Work:
     """The work of a loaded model's network."""
     config = model.network.config.get_text_config()
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key, value = size, size
-    if getattr(config, "kv_lora_rank", None):  # deepseek: latent attention expands to one key and value a head
-        key, value, groups = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, heads
-    windows = _windows(config)
+    heads, windows = config.num_attention_heads, _windows(config)
+    sizes = _head_sizes(model, len(windows))  # of keys, of values, and key/value heads, for each layer
     head, body = model.head.weight, model.body
     embedded = {id(p) for m in body.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     weights = [p for p in body.parameters() if p.dim() > 1 and id(p) not in embedded]
     return Work(
         row_flops=sum(2 * _met(parameter.numel(), parameter.dim(), config) for parameter in weights),
         head_flops=2 * head.numel(),
-        attention=tuple((window, 2 * heads * (key + value)) for window in windows),
+        attention=tuple((w, 2 * heads * (key + value)) for w, (key, value, _) in zip(windows, sizes, strict=True)),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.network.parameters()),
-        kv_row_bytes=len(windows) * groups * (key + value) * head.element_size(),
+        kv_row_bytes=sum(groups * (key + value) for key, value, groups in sizes) * head.element_size(),
     )
+
+
+def _head_sizes(model: Model, num_layers: int) -> list[tuple[int, int, int]]:
+    """For each layer with attention the size of a key and of a value, and how many of each there are."""
+    config = model.network.config.get_text_config()
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # deepseek: latent attention expands to one key and value a head
+        return [(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, heads)] * num_layers
+    try:
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except RuntimeError:  # gemma4: the layers differ, and the config does not tell for all at once
+        layers = {m.layer_idx: m for m in model.body.modules() if {"layer_idx", "head_dim"} <= vars(m).keys()}
+        its = [layers[layer] for layer in sorted(layers)]
+        return [(m.head_dim, m.head_dim, heads // getattr(m, "num_key_value_groups", 1)) for m in its]
+    return [(size, size, groups)] * num_layers
 
 
 def _met(numel: int, dims: int, config: Any) -> int:

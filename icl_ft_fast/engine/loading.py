@@ -114,8 +114,7 @@ def load(
         _check_files(Path(place or name))
     register_attention()
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    network, words = _read(name, tokenizer or name, DTYPES.get(dtype, dtype), origin)
-    network = network.to(device)
+    network, words = _read(name, tokenizer or name, DTYPES.get(dtype, dtype), device, origin)
     if adapter is not None:
         network = _merged(network, adapter)
     for weight, values in network.named_parameters():
@@ -124,7 +123,7 @@ def load(
     return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
 
 
-def _read(name: str | Path, tokenizer: str | Path, dtype: Any, origin: dict[str, Any]) -> tuple[Any, Any]:
+def _read(name: str | Path, tokenizer: str | Path, dtype: Any, device: str, origin: dict[str, Any]) -> tuple[Any, Any]:
     """A checkpoint's network and tokenizer, as transformers reads them; raises ModelError."""
     import transformers
 
@@ -150,6 +149,7 @@ def _read(name: str | Path, tokenizer: str | Path, dtype: Any, origin: dict[str,
             output_loading_info=True,
             **origin,
         )
+        network = network.to(device)
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,18 +20,48 @@ _CHECK_SHARED = 10
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
-@torch.inference_mode()
+# Fields of a config that change the attention from some length on; set to _SHORT, the small trie goes beyond each.
+_LENGTHS = re.compile(r"window|chunk|local|sparse|index_topk|block_size")
+_NO_LENGTHS = re.compile(r"layer|pattern|num_|mamba|feed_forward")
+_SHORT = 6
+
+
 def check(model: Model) -> None:
     """Raise unless a small trie's hidden states, and the head, give what one plain forward per path gives.
+
+    Once more with each length from which on the attention changes (a window, say) cut short: the trie then reaches it.
+    """
+    token, plain, logits = _check_tree(model, "on a small trie")
+    with _short_lengths(model) as names:
+        if names:
+            _check_tree(model, f"on a small trie with {' and '.join(names)} of {_SHORT}")
+    rows = torch.arange(len(plain) - 1)
+    with torch.inference_mode():
+        logp, _ = model.target_logprob(plain, rows, token[1:])
+    own = logits[:-1].float().log_softmax(-1).gather(-1, token[1:, None])[:, 0]
+    worst, scale = (logp - own).abs().max().item(), own.abs().max().item()
+    if not worst <= TOLERANCE[plain.dtype] * scale:
+        raise ModelError(
+            f"{_refusal(model)}: its output head's log-probabilities differ from its own by {worst:.1e} "
+            f"(scale {scale:.1e})"
+        )
+
+
+def _refusal(model: Model) -> str:
+    return f"{model.name}: {model.network.config.model_type}: this family cannot be served"
+
+
+@torch.inference_mode()
+def _check_tree(model: Model, where: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compare a small trie with a forward a path; the last path's tokens, hidden states and logits by its own forward.
 
     In float32 every row must agree. bfloat16 rounds so much that a token can go to other experts, so there the median
     row beyond the shared prefix may be off by twice what the plain forward is from one of the same weights in float32.
     """
     network = model.network
-    refusal = f"{model.name}: {network.config.model_type}: this family cannot be served"
     tokens = torch.randint(model.vocabulary, (28,), generator=torch.Generator().manual_seed(0)).tolist()
     paths = [[token for first, last in path for token in tokens[first:last]] for path in _CHECK_PATHS]
-    tree = trie.build_from_lists([(path[:1], [*path[1:], 0]) for path in paths])
+    tree = trie.build_from_lists([(path, []) for path in paths], whole=True)
     plan = trie.plan(tree, 7)
     cache = KVCache(plan.capacity)
     try:
@@ -38,16 +69,18 @@ def check(model: Model) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way
-        raise ModelError(f"{refusal}: {error}") from error
+        raise ModelError(f"{_refusal(model)}: {error}") from error
     exact = hidden.dtype == torch.float32
     errors, roundings = [], []
     network.set_attn_implementation("eager")
     try:
-        for r, path in enumerate(paths):
-            rows = tree.scored_row[tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]].long()
+        for path, last_row in zip(paths, tree.last_row.tolist(), strict=True):
+            rows = [last_row]
+            while (parent := int(tree.parent[rows[-1]])) >= 0:
+                rows.append(parent)
             token = torch.tensor(path, device=model.device)
             plain = model.body(token[None], use_cache=False).last_hidden_state[0]
-            errors.append(_distance(hidden[rows.to(plain.device)], plain))
+            errors.append(_distance(hidden[rows[::-1]], plain))
             if not exact:
                 with _in_float32(model.body):
                     unrounded = model.body(token[None], use_cache=False).last_hidden_state[0]
@@ -62,17 +95,40 @@ def check(model: Model) -> None:
         allowed = 2 * allowed
     if not worst <= allowed:
         raise ModelError(
-            f"{refusal}: on a small trie its hidden states differ from its own forward by {worst:.1e} of their size "
+            f"{_refusal(model)}: {where} its hidden states differ from its own forward by {worst:.1e} of their size "
             f"({allowed:.1e} is rounding)"
         )
-    rows = torch.arange(len(path) - 1)
-    logp, _ = model.target_logprob(plain, rows, token[1:])
-    own = logits[:-1].float().log_softmax(-1).gather(-1, token[1:, None])[:, 0]
-    worst, scale = (logp - own).abs().max().item(), own.abs().max().item()
-    if not worst <= TOLERANCE[hidden.dtype] * scale:
-        raise ModelError(
-            f"{refusal}: its output head's log-probabilities differ from its own by {worst:.1e} (scale {scale:.1e})"
-        )
+    return token, plain, logits
+
+
+@contextlib.contextmanager
+def _short_lengths(model: Model) -> Iterator[list[str]]:
+    """Within the block the lengths that change the attention are _SHORT, in configs and in modules; yields their names.
+
+    One that no sequence of the model can reach stays.
+    """
+    body = model.body
+    configs = {id(config): config for m in body.modules() if (config := getattr(m, "config", None)) is not None}
+    long: dict[str, int] = {}
+    for config in configs.values():
+        for name, value in vars(config).items():
+            is_length = _LENGTHS.search(name) and not _NO_LENGTHS.search(name) and isinstance(value, int)
+            if is_length and not isinstance(value, bool) and _SHORT < value < model.max_positions:
+                long[name] = value
+    places = [
+        (vars(config), name) for config in configs.values() for name in long if vars(config).get(name) == long[name]
+    ]
+    for module in body.modules():
+        own = vars(module)
+        places += [(own, n) for n in own if _LENGTHS.search(n) and type(own[n]) is int and own[n] in long.values()]
+    before = [own[name] for own, name in places]
+    for own, name in places:
+        own[name] = _SHORT
+    try:
+        yield sorted(long)
+    finally:
+        for (own, name), value in zip(places, before, strict=True):
+            own[name] = value
 
 
 @torch.inference_mode()
