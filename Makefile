@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures clean
+.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models clean
 
 setup: .venv/installed
 
@@ -50,6 +50,10 @@ test-fast: .venv/tested
 harnesses: .venv-harnesses/tested
 	@.venv-harnesses/bin/python -c "import lighteval, inspect_ai"  # without them the tests would be skipped
 	@.venv-harnesses/bin/python -m pytest -q -W ignore::ResourceWarning tests/test_lighteval.py tests/test_inspect_ai.py
+
+# Every causal family of the installed transformers, tiny: served right or refused; writes docs/models.md. Ten minutes.
+models: setup
+	@$(BIN)/python -m benchmarks.families
 
 # A bounded run of the readers under a coverage-guided fuzzer; CPython 3.11 to 3.13 on Linux.
 fuzz: setup

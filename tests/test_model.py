@@ -833,3 +833,10 @@ def test_head_sizes_that_differ_by_layer(tiny_network):
     network = tiny_network("gemma4_text", num_hidden_layers=2, sliding_window=40, head_dim=8, global_head_dim=16)
     model = from_network(network, None, "here")
     assert work_of(model).kv_row_bytes == footprint_of(model).kv_row_bytes
+
+
+def test_keys_that_are_compressed_from_a_length_on_are_refused():
+    from benchmarks.families import outcome
+
+    assert outcome("deepseek_v4")[0] == "refused"  # 28 tokens are too few for its rates of 128
+    assert outcome("mistral") == ("equal", "")

@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
 # Fields of a config that change the attention from some length on; set to _SHORT, the small trie goes beyond each.
-_LENGTHS = re.compile(r"window|chunk|local|sparse|index_topk|block_size")
+_LENGTHS = re.compile(r"window|chunk|local|sparse|index_topk|block_size|compress_rate")
 _NO_LENGTHS = re.compile(r"layer|pattern|num_|mamba|feed_forward")
 _SHORT = 6
 
@@ -34,7 +34,13 @@ def check(model: Model) -> None:
     token, plain, logits = _check_tree(model, "on a small trie")
     with _short_lengths(model) as names:
         if names:
-            _check_tree(model, f"on a small trie with {' and '.join(names)} of {_SHORT}")
+            where = f"on a small trie with {' and '.join(names)} of {_SHORT}"
+            try:
+                _check_tree(model, where)
+            except (ModelError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # a length that cannot be cut short cannot be looked at
+                raise ModelError(f"{_refusal(model)}: {where} its own forward fails: {error}") from error
     rows = torch.arange(len(plain) - 1)
     with torch.inference_mode():
         logp, _ = model.target_logprob(plain, rows, token[1:])
@@ -69,7 +75,7 @@ def _check_tree(model: Model, where: str) -> tuple[torch.Tensor, torch.Tensor, t
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way
-        raise ModelError(f"{_refusal(model)}: {error}") from error
+        raise ModelError(f"{_refusal(model)}: {where}: {error}") from error
     exact = hidden.dtype == torch.float32
     errors, roundings = [], []
     network.set_attn_implementation("eager")
@@ -108,27 +114,33 @@ def _short_lengths(model: Model) -> Iterator[list[str]]:
     One that no sequence of the model can reach stays.
     """
     body = model.body
-    configs = {id(config): config for m in body.modules() if (config := getattr(m, "config", None)) is not None}
-    long: dict[str, int] = {}
+    configs = {id(config): vars(config) for m in body.modules() if (config := getattr(m, "config", None)) is not None}
+    places: list[tuple[dict[str, Any], str]] = []
+    names, values = set(), set()
     for config in configs.values():
-        for name, value in vars(config).items():
-            is_length = _LENGTHS.search(name) and not _NO_LENGTHS.search(name) and isinstance(value, int)
-            if is_length and not isinstance(value, bool) and _SHORT < value < model.max_positions:
-                long[name] = value
-    places = [
-        (vars(config), name) for config in configs.values() for name in long if vars(config).get(name) == long[name]
-    ]
+        for name in filter(_is_length, config):
+            # Some families have one for each kind of layer.
+            fields = (config[name], *config[name]) if isinstance(config[name], dict) else (config, name)
+            for field in fields[1:]:
+                if type(value := fields[0][field]) is int and _SHORT < value < model.max_positions:
+                    places.append((fields[0], field))
+                    names.add(name)
+                    values.add(value)
     for module in body.modules():
         own = vars(module)
-        places += [(own, n) for n in own if _LENGTHS.search(n) and type(own[n]) is int and own[n] in long.values()]
+        places += [(own, name) for name in filter(_is_length, own) if type(own[name]) is int and own[name] in values]
     before = [own[name] for own, name in places]
     for own, name in places:
         own[name] = _SHORT
     try:
-        yield sorted(long)
+        yield sorted(names)
     finally:
         for (own, name), value in zip(places, before, strict=True):
             own[name] = value
+
+
+def _is_length(name: str) -> bool:
+    return bool(_LENGTHS.search(name)) and not _NO_LENGTHS.search(name)
 
 
 @torch.inference_mode()
