@@ -1,6 +1,7 @@
 """Break-even numbers, their intervals, fits and decisions, against brute force."""
 
 import math
+from bisect import bisect
 
 import numpy as np
 import pytest
@@ -109,3 +110,47 @@ def test_what_would_change_the_decision():
         1:
     ]
     assert [(round(gap), way.name) for gap, way in decision.tolerances] == [(26, "poor"), (46, "base")]
+
+
+def test_every_crossing_is_found():
+    """Against the cheapest way at many numbers of queries, in 10,000 random settings; two ways may cross twice."""
+    rng, wrong = np.random.default_rng(0), 0
+    n = np.geomspace(1, 1e5, 80)
+    for _ in range(10_000):
+        lines = [
+            Line(*(float(x) for x in rng.integers(0, 100, 3)), float(rng.choice([1, 8, 100, math.inf])))
+            for _ in range(3)
+        ]
+        decision = decide([Way(str(i), 1.0, line) for i, line in enumerate(lines)], 1.0, 2.0)
+        starts = [start for start, _ in decision.switches]
+        chosen = [decision.switches[max(0, bisect(starts, x) - 1)][1].line for x in n]
+        costs = np.array([[line.cost(x) for x in n] for line in lines])
+        wrong += bool((np.array([line.cost(x) for line, x in zip(chosen, n, strict=True)]) > costs.min(0) + 1e-6).any())
+    assert wrong == 0
+
+
+def test_two_ways_that_cross_twice():
+    """The audit's example: trained, then a cached context, then trained again."""
+    ways = [Way("trained", 1.0, Line(90, 0, 1)), Way("cached", 1.0, Line(0, 100, 0.5, 100.0))]
+    switches = decide(ways, 100, 2).switches
+    assert [(round(n), way.name) for n, way in switches] == [(1, "trained"), (20, "cached"), (180, "trained")]
+
+
+def test_of_the_most_accurate_the_cheapest_is_the_best():
+    ways = [
+        Way("dear", 1.0, Line(0, 60, 1, 1.0)),
+        Way("cheap", 1.0, Line(0, 60, 1, 1000.0)),
+        Way("x", 0.5, Line(0, 0, 1)),
+    ]
+    assert decide(ways, 1000, 2).best.name == "cheap"
+
+
+def test_never_is_told_from_below_and_from_not_resolved():
+    icl = Samples((), (60.0,), (0.1,), 1000.0)
+    below = break_even_interval(Samples((10.0,), (), (0.5,)), icl)
+    assert math.isinf(below.queries)
+    assert below.below == pytest.approx(125.0)  # 10 + .5 n = 60 + .1 n
+    noisy = tuple(0.1 + 0.02 * (i % 7 - 3) for i in range(9))
+    unsure = break_even_interval(Samples((100.0,), (), noisy), Samples((), (0.001,), noisy[::-1]))
+    assert not unsure.is_resolved
+    assert below.is_resolved

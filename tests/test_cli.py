@@ -470,7 +470,7 @@ def test_all_tasks_by_name_end_in_one_table(files, run, refused, monkeypatch):
     for name in names:
         study = Derived.read(files.folder / "run" / name)
         accuracy = study.accuracy("base", "asked")
-        low, high = accuracy.interval
+        low, high = study.interval("base", "asked")
         assert f"| {name}: asked (2) | 0.50 | {accuracy.value:.2f} ({low:.2f}-{high:.2f}) | " in "\n".join(table)
     assert refused(files.compare(task="all", facts=2)).startswith("--facts: is an option of simple-reversals, not of ")
 
@@ -712,7 +712,8 @@ def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
     assert again[1][1:] == printed[:-2]  # the same tables from the file
     for option, value, message in [
         ("prices", files.folder / "none.json", f"{files.folder / 'none.json'}: No such file or directory"),
-        ("tolerance", -1, "--tolerance: expected points of 0 or more, got -1.0"),
+        ("tolerance", -1, "--tolerance: expected 0 to 100 points, got -1"),
+        ("tolerance", "nan", "--tolerance: expected 0 to 100 points, got nan"),
     ]:
         assert refused(files.compare("--overwrite", **BARE, **volume | {option: value})) == message
     prices.write_text("{}")
@@ -727,6 +728,7 @@ def test_machines_get_json(files, run):
     assert summary["accuracy"].keys() == {"base", "icl", "ft"}
     assert summary["costs"]["seconds"].keys() == {"base", "ICL", "ICL cached", "ICL from file", "fine-tuned"}
     assert summary["decision"]["queries"] == 300
+    assert sum(summary["decision"]["chosen_in"].values()) == pytest.approx(1.0)
     assert {(row["way"], row["rival"]) for row in summary["break_even"]} == {
         ("fine-tuned", rival) for rival in ("ICL", "ICL cached", "ICL from file")
     }
@@ -760,7 +762,9 @@ def test_compare_follows_the_protocol_it_is_given(files, run, refused):
     template.write_text("Read this")
     assert refused(files.compare(**options)).startswith(f"--template: {template}: template: expected base, chat or a")
     template.write_bytes(b"ab\xff")
-    assert refused(files.compare(**options)) == f"--template: {template}: not UTF-8 text (byte 3)"
+    assert refused(files.compare(**options)) == (
+        f"--template: {template}:1: not UTF-8 text (byte 3 of the line, 0xff; cp1252 reads 'ÿ' there)"
+    )
     assert "has no chat template" in refused(files.compare("--overwrite", arms="icl", template="chat"))
 
 

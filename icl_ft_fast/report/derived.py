@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, decide, fit
+from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, fit
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
@@ -95,7 +95,12 @@ class Derived:
         seeds = {run.seed for run in self.results.runs}
         trains = any(recorded_arm(arm).training is not None for arm in self.arms)
         few = trains and len(seeds) < SEEDS_AS_UNIT
-        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "") if note]
+        batch = ""
+        if self.batches and self._nearest(self.batch) != self.batch:
+            batch = (
+                f"Costs of batches of {self.batch} were not measured; shown are those of {self._nearest(self.batch)}."
+            )
+        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "", batch) if note]
 
     @property
     def unfinished(self) -> str:
@@ -146,9 +151,9 @@ class Derived:
         """Two arms over all splits; the p-value is of this test alone."""
         return pair(self.results.runs, self.clusters, first, second)
 
-    def chance(self, split: str) -> float | None:
-        """Accuracy of blind guesses."""
-        chances = [a.chance for run in self.results.runs for a in run.answers if a.split == split]
+    def chance(self, split: str | None) -> float | None:
+        """Accuracy of blind guesses, over all splits if none is given."""
+        chances = [a.chance for run in self.results.runs for a in run.answers if split in (None, a.split)]
         return fmean(chances) if chances else None
 
     @cached_property
@@ -199,12 +204,16 @@ class Derived:
         return next(arm for arm in self.arms if way in (recorded_arm(arm).title, *self.ways_of(arm)))
 
     def decision_ways(self, resource: str) -> list[Way]:
-        """The ways with their accuracies over all splits; without those that have none, and without controls."""
+        """The ways with their accuracies over all splits and the seeds that all arms have; without controls."""
+        seeds = set.intersection(*({run.seed for run in self.of(arm)} for arm in self.arms))
         found = []
         for name, samples in self.ways(resource).items():
             arm = self.arm_of(name)
-            if (accuracy := self.accuracy(arm)) is not None and not recorded_arm(arm).asking.is_control:
-                found.append(Way(name, accuracy.value, samples.line))
+            runs = [run for run in self.of(arm) if run.seed in seeds or not seeds]
+            counts = [accuracy for run in runs for accuracy in run.accuracy.values()]
+            if counts and not recorded_arm(arm).asking.is_control:
+                value = sum(a.correct for a in counts) / sum(a.total for a in counts)
+                found.append(Way(name, value, samples.line))
         return found
 
     @cached_property
@@ -305,14 +314,11 @@ class Derived:
             )
         return listed, len(wrong)
 
-    def summary(self, queries: float | None = None, points: float = 2.0) -> dict[str, Any]:
+    def summary(self, points: float = 2.0) -> dict[str, Any]:
         """What the tables say, for machines: plain values, with None for never.
 
-        `queries` asks for a decision at that volume; `points` are how far below the best, or ICL's, still matches it.
+        `points` of accuracy may be lost against ICL.
         """
-        chosen = "seconds" if self.prices is None else "money"
-        ways = self.decision_ways(chosen) if queries else []
-        decision = decide(ways, queries, points) if queries and ways else None
         return {
             "study": self.name,
             "accuracy": {
@@ -330,18 +336,6 @@ class Derived:
                 for (way, rival), found in self.break_evens[resource].items()
             ],
             "notes": self.notes,
-            "decision": decision
-            and _finite(
-                {
-                    "resource": chosen,
-                    "unit": self.resources[chosen],
-                    "queries": decision.queries,
-                    "points": points,
-                    "best": decision.best.name,
-                    "chosen": decision.chosen.name,
-                    "cost": decision.chosen.line.cost(decision.queries),
-                }
-            ),
         }
 
     def _nearest(self, batch: int) -> int:

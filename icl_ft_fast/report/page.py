@@ -14,9 +14,9 @@ import markupsafe
 from icl_ft_fast.engine.ledger import HOW
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.table import count, decision_text
+from icl_ft_fast.report.table import break_even_words, count
+from icl_ft_fast.report.verdict import verdict_of
 from icl_ft_fast.runtime.printable import printable
-from icl_ft_fast.study.amortise import decide
 from icl_ft_fast.study.arms import recorded_arm
 
 FIGURES = {
@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
         finalize=_shown,
     )
     environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_shown(value), **options)
-    environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
+    environment.filters |= {"count": count, "break_even_words": break_even_words, "title_of": _title, "figure": _figure}
     return environment
 
 
@@ -73,8 +73,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
     """What the template needs of a study; every text in it is escaped there."""
     wrong, num_wrong = study.wrong(limit)
     chosen = "seconds" if study.prices is None else "money"
-    ways = study.decision_ways(chosen) if queries else []
-    decision = decide(ways, queries, points) if queries and ways else None
+    verdict = verdict_of(study, queries, points) if queries else None
     drawn = charts.draw(study, queries)
     fits = study.fits()
     pairs = study.break_evens.get("seconds", ())
@@ -104,8 +103,8 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "points": points,
         "fits": fits
         and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
-        "decision": decision,
-        "decision_text": decision and decision_text(decision, study.resources[chosen]),
+        "decision": verdict and verdict.decision,
+        "verdict": verdict,
         "unit": study.resources.get(chosen, "s"),
         "wrong": wrong,
         "num_wrong": num_wrong,

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.study.amortise import BreakEven, Decision, Way, decide
+from icl_ft_fast.report.verdict import Verdict, verdict_of, why_none
+from icl_ft_fast.study.amortise import BreakEven
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.evaluate import Answer
 from icl_ft_fast.study.paired import Paired
@@ -96,49 +97,31 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
         console.print(table)
 
 
-def print_decision(decision: Decision, resource: str, unit: str, console: Console) -> None:
-    """Print the table of ways at the decision's volume, and the paragraph."""
-    columns = ("accuracy", f"{resource}\n{unit}", f"{unit}\n/1,000", f"{unit}\n/1,000 right")
+def print_decision(verdict: Verdict, console: Console) -> None:
+    """Print the verdict in words, then the table of ways at its number of queries."""
+    decision, unit = verdict.decision, verdict.unit
+    columns = ("accuracy", f"{verdict.resource}\n{unit}", f"{unit}\n/1,000", f"{unit}\n/1,000 right", "chosen in")
     table = _new_table("cheapest first", columns)
     for way in decision.ways:
         cost = way.line.cost(decision.queries)
         each = 1e3 * cost / decision.queries
         right = f"{each / way.accuracy:,.4g}" if way.accuracy else "-"
         accurate = "" if decision.is_accurate(way) else " (less accurate)"
-        table.add_row(escape(way.name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right)
-    console.print(table)
+        share = f"{verdict.shares.get(way.name, 0.0):.0%}"
+        table.add_row(escape(way.name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right, share)
+    console.print(verdict.text, highlight=False, markup=False)
     console.print()
-    console.print(decision_text(decision, unit), highlight=False, markup=False)
+    console.print(table)
 
 
 def print_decision_at(study: Derived, queries: float, points: float, console: Console) -> None:
-    """Print the decision for so many queries: by money under a price file, else by seconds."""
-    resource = "seconds" if study.prices is None else "money"
+    """Print the verdict on so many queries, or why there is none."""
     console.print()
-    if ways := study.decision_ways(resource):
-        print_decision(decide(ways, queries, points), resource, study.resources[resource], console)
+    verdict = verdict_of(study, queries, points)
+    if verdict is None:
+        console.print(why_none(study))
     else:
-        console.print("No decision: no question of this task has a known answer.")
-
-
-def decision_text(decision: Decision, unit: str) -> str:
-    """One paragraph: the cheapest way among the accurate ones, and what would change the answer."""
-    n, chosen, best = decision.queries, decision.chosen, decision.best
-
-    def named(way: Way) -> str:
-        return f"{way.name} (accuracy {way.accuracy:.3f}, {way.line.cost(n):,.4g} {unit})"
-
-    text = f"For {n:,.0f} queries the cheapest way within {decision.points:g} points of the best accuracy is "
-    text += f"{named(chosen)}."
-    if chosen.accuracy < best.accuracy:
-        text += f" The most accurate is {named(best)}."
-    if len(decision.switches) > 1:
-        ranges = ", ".join(f"{way.name} (from {count(m)})" for m, way in decision.switches)
-        text += f" By number of queries it would be {ranges}."
-    else:
-        text += " No other number of queries changes that."
-    text += "".join(f" Accepting {gap:.1f} points less would allow {named(way)}." for gap, way in decision.tolerances)
-    return text
+        print_decision(verdict, console)
 
 
 def _groups_of(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -190,8 +173,15 @@ def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
 
 
 def break_even_cell(found: BreakEven) -> str:
-    """The number of queries, and below it the interval."""
-    return f"{count(found.queries)}\n{count(found.low)} to {count(found.high)}"
+    """The number of queries, or why there is none; below it the interval."""
+    return f"{break_even_words(found)}\n{count(found.low)} to {count(found.high)}"
+
+
+def break_even_words(found: BreakEven) -> str:
+    """The number of queries; "not resolved" where the measurements do not tell whether there is one."""
+    if math.isinf(found.queries) and found.is_resolved and found.below is not None:
+        return f"below {count(found.below)}"
+    return "not resolved" if math.isinf(found.queries) and not found.is_resolved else count(found.queries)
 
 
 def count(queries: float) -> str:

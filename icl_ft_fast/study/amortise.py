@@ -86,6 +86,19 @@ class Samples:
         readings, queries = (_resample(rng, values, draws, np.median) for values in (self.reading, self.query))
         return [Line(*costs, self.cache_lifetime) for costs in zip(setups, readings, queries, strict=True)]
 
+    def resampled_costs(self, n: float, draws: int, seed: int) -> NDArray[np.float64]:
+        """[draws] costs of n queries, of as many measurements drawn with replacement.
+
+        Ways that share a measurement, such as the queries of ICL with and without a cache, share its draws.
+        """
+
+        def drawn(values: Sequence[float], statistic: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
+            rng = np.random.default_rng([seed, hash(tuple(values)) % 2**32])
+            return np.array(_resample(rng, values, draws, statistic))
+
+        setup, reading, query = drawn(self.setup, np.mean), drawn(self.reading, np.median), drawn(self.query, np.median)
+        return setup + reading * max(1.0, n / self.cache_lifetime) + query * n
+
 
 def _median(values: Sequence[float]) -> float:
     return float(np.median(values)) if values else 0.0
@@ -104,13 +117,23 @@ def _resample(
 class BreakEven:
     """A break-even number with its bootstrap interval at 95%; infinity stands for never.
 
-    `never` is the fraction of resamples without one: beyond 0.025 the interval's upper end is infinity.
+    Attributes:
+        queries: the number, by the measurements as they are.
+        low, high: the interval.
+        never: fraction of resamples without a number: beyond 0.025 the interval's upper end is infinity.
+        below: number of queries below which the line costs less, where it starts cheaper and ends dearer.
     """
 
     queries: float
     low: float
     high: float
     never: float
+    below: float | None = None
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the measurements tell if there is such a number."""
+        return not 0.025 < self.never < 0.975
 
 
 def break_even_interval(samples: Samples, rival: Samples, *, draws: int = 1000, seed: int = 0) -> BreakEven:
@@ -122,9 +145,11 @@ def break_even_interval(samples: Samples, rival: Samples, *, draws: int = 1000, 
     lines = zip(samples.resampled(rng, draws), rival.resampled(rng, draws), strict=True)
     found = np.array([_or_never(break_even(line, other)) for line, other in lines])
     low, high = np.quantile(found, [0.025, 0.975], method="inverted_cdf")
-    return BreakEven(
-        _or_never(break_even(samples.line, rival.line)), float(low), float(high), float(np.isinf(found).mean())
-    )
+    mine, theirs = samples.line, rival.line
+    number, below = break_even(mine, theirs), None
+    if number is None and mine.cost(1) < theirs.cost(1):
+        below = break_even(theirs, mine)
+    return BreakEven(_or_never(number), float(low), float(high), float(np.isinf(found).mean()), below)
 
 
 def _or_never(queries: float | None) -> float:
@@ -191,15 +216,32 @@ class Decision:
         return self.best.accuracy - way.accuracy <= self.points / 100 + 1e-12
 
 
+def crossings(line: Line, rival: Line) -> list[float]:
+    """Every number of queries, from 0 on, at which two lines cost the same and one becomes the cheaper."""
+    knots = sorted({0.0, *(n for n in (line.cache_lifetime, rival.cache_lifetime) if n < math.inf)})
+    ends = [*knots[1:], max(1.0, 2 * knots[-1])]
+    found = []
+    for left, right in zip(knots, ends, strict=True):
+        before, after = (line.cost(n) - rival.cost(n) for n in (left, right))
+        slope = (after - before) / (right - left)
+        at = left - before / slope if slope else math.nan
+        if left <= at and (at < right or left == knots[-1]):
+            found.append(at)
+    return found
+
+
 def decide(ways: Sequence[Way], queries: float, points: float) -> Decision:
-    """Choose the cheapest way for so many queries among those within `points` of the best accuracy."""
-    best = max(ways, key=lambda way: way.accuracy)
+    """Choose the cheapest way for so many queries among those within `points` of the best accuracy.
+
+    Of several that are the most accurate, the cheapest counts as the best.
+    """
     order = tuple(sorted(ways, key=lambda way: way.line.cost(queries)))
+    best = max(order, key=lambda way: way.accuracy)  # the first of equals
     decision = Decision(queries, points, best, best, order, (), ())
     accurate = [way for way in order if decision.is_accurate(way)]
-    crossings = {_or_never(break_even(a.line, b.line)) for a in accurate for b in accurate if a is not b}
+    found = {n for i, a in enumerate(accurate) for b in accurate[:i] for n in crossings(a.line, b.line)}
     switches: list[tuple[float, Way]] = []
-    for n in sorted({1.0, *(n for n in crossings if 1 < n < math.inf)}):
+    for n in sorted({1.0, *(n for n in found if n > 1)}):
         cheapest = min(accurate, key=lambda way: way.line.cost(n * (1 + 1e-6)))
         if not switches or cheapest is not switches[-1][1]:
             switches.append((n, cheapest))

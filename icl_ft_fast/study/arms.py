@@ -50,7 +50,7 @@ def ways_behind_context(title: str, costs: ArmCosts) -> dict[str, Samples]:
         load, save = costs.of_seconds(point.load_s), costs.of_seconds(point.save_s)
         once = Samples((), reading).line.reading + Samples((), save).line.reading
         saved = tuple(own + once for own in setup or (0.0,))
-        found[f"{title} from file"] = Samples(saved, load, query, max(float(costs.batch), costs.cache_lifetime))
+        found[f"{title} from file"] = Samples(saved, load, query, max(float(point.batch), costs.cache_lifetime))
     return found
 
 

@@ -33,6 +33,7 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
+from icl_ft_fast.report.verdict import summary
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor
 from icl_ft_fast.study.arms import expand_arms
@@ -124,7 +125,7 @@ def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
 
 
 def _summary(study: Derived, options: argparse.Namespace) -> dict[str, Any]:
-    return study.summary(options.queries_per_day and options.queries_per_day * options.days, options.tolerance)
+    return summary(study, options.queries_per_day and options.queries_per_day * options.days, options.tolerance)
 
 
 def _load(options: argparse.Namespace) -> tuple[Model, Ledger]:

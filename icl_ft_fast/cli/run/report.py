@@ -10,6 +10,7 @@ from icl_ft_fast.cli.options import Terminal, UsageError, check_new
 from icl_ft_fast.cli.run.compare import cache_lifetime_of, prices_of, print_decision
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.verdict import summary
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -28,7 +29,7 @@ def run_report(options: argparse.Namespace) -> None:
     ]
     queries = options.queries_per_day and options.queries_per_day * options.days
     if options.json:
-        print(json.dumps([study.summary(queries, options.tolerance) for study in studies]))
+        print(json.dumps([summary(study, queries, options.tolerance) for study in studies]))
     elif options.out is None and options.charts is None:
         console = Terminal()
         for study in studies:
