@@ -174,7 +174,7 @@ def _paired(study: Derived) -> Chart | None:
     axes.set(
         xlim=(-1.05, 1.05),
         ylim=(len(tests) - 0.4, -0.6),
-        xlabel="difference in accuracy, 95% interval; filled: p < .05",
+        xlabel="difference (filled: p < .05)",
     )
     axes.grid(axis="y", visible=False)
     shown = (f"{name} {test.difference:+.2f} (p {test.p:.3f})" for name, test in zip(names, tests, strict=True))
