@@ -257,6 +257,7 @@ def test_results_json(llama, runs, tmp_path):
         "normalization": "sum",
         "template": "base",
         "template_date": None,
+        "special_tokens": "text",
         "strategy": "local",
         "samples": 1,
         "retriever": "bm25",

@@ -2,6 +2,7 @@
 """Small tokenizers of ten kinds, each with the chat template of its family, trained on a few made-up sentences."""
 
 import functools
+import json
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -94,6 +95,10 @@ def _metaspace(chat, controls=(), *, scheme="always", model=models.BPE, adds_bos
     options = {"unk_token": "<unk>"} if model is models.Unigram else {}
     trainer = trainers_of[model](vocab_size=SIZE + 256, special_tokens=special, show_progress=False, **options)
     learner.train_from_iterator(TEXTS, trainer)
+    written = json.loads(learner.to_str())
+    written["added_tokens"] = [added for added in written["added_tokens"] if added["content"] in special[:3]]
+    written["model"]["byte_fallback"] = True
+    learner = Tokenizer.from_str(json.dumps(written))
     learner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _finished(learner, [*special[:3], *controls], chat, bos="<s>", eos="</s>", adds_bos=adds_bos, strip=strip)
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from icl_ft_fast.augmentation.prompts import Prompt
 from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.control_tokens import as_text
 from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
@@ -110,6 +111,7 @@ class LocalGenerator:
             yield i, Reply(text, len(encoded[i]), len(made.ids), sum(made.logp), made.finish == "length")
 
     def _whole(self, text: str) -> str:
+        text = as_text(self.model.tokenizer, text)  # of documents, in a prompt that spells no control token
         if not self.is_chat:
             return text
         turn = [{"role": "user", "content": text}]

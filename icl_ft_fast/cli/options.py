@@ -96,13 +96,15 @@ def later(module: str, function: str) -> Callable[[argparse.Namespace], None]:
 
 
 def add_model_options(parser: Parser, *, positional: bool = False, required: bool = True) -> None:
-    """--model, or MODEL; --dtype, --device, --trust-remote-code, --batch-invariant: what load_model() reads."""
+    """What load_model() reads: --model with --special-tokens, or MODEL; --dtype, --device and more."""
     group = parser.group("model")
     help = f"checkpoint folder, id on the Hugging Face hub, or '{SHIPPED}'"
     if positional:
         group.add_argument("model", metavar="MODEL", help=help)
     else:
         group.add_argument("--model", required=required, help=help)
+        help = "read control tokens spelled in documents, questions and choices as text, or keep them in force"
+        group.add_argument("--special-tokens", choices=["text", "keep"], default="text", help=help)
     group.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="dtype of the weights")
     add_device_option(parser)
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code of the checkpoint")
@@ -247,7 +249,8 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
     named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "batch_invariant")}
     limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "offload")}  # of commands that have them
-    return named | {"device": str(device_of(options))} | limits
+    spelt = {"special_tokens": vars(options).get("special_tokens", "text")}
+    return named | {"device": str(device_of(options))} | limits | spelt
 
 
 def load_model(options: argparse.Namespace) -> Model:

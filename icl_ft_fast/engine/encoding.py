@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from icl_ft_fast.engine import control_tokens
 from icl_ft_fast.runtime.templates import ChatText
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, not imported here: importing the package stays light
@@ -169,6 +170,10 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> lis
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    marked = [t for t, text in enumerate(texts) if control_tokens.is_marked(text)]
+    if marked:
+        for t, its in zip(marked, control_tokens.encode(tokenizer, [texts[t] for t in marked]), strict=True):
+            ids[t] = its
     return ids
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from icl_ft_fast.engine import selfcheck
+from icl_ft_fast.engine import control_tokens, selfcheck
 from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
 from icl_ft_fast.engine.memory import Memory
 from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention
@@ -61,6 +61,7 @@ def load(
     memory: int | str | None = None,
     kv_dtype: str | None = None,
     offload: str | Path | None = None,
+    special_tokens: str = "text",
 ) -> Model:
     """Load a causal language model from a local directory or the hub, safetensors weights only.
 
@@ -81,6 +82,8 @@ def load(
             what it holds and most of what is free.
         kv_dtype: "bfloat16" or "int8" keeps keys and values so, which changes scores a little; None as they come.
         offload: folder for keys and values that do not fit the memory; None for the system's temporary one.
+        special_tokens: "text" reads control tokens that are spelt in documents, questions and choices as text; "keep"
+            reads them as the tokens. Prompts of loglikelihood() and generate() are read as they are either way.
 
     Returns:
         The model, in evaluation mode.
@@ -96,6 +99,8 @@ def load(
     """
     if dtype not in (*DTYPES, "auto"):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
+    if special_tokens not in control_tokens.MODES:
+        raise ModelError(f"special_tokens: one of {', '.join(control_tokens.MODES)}, got {special_tokens!r}")
     try:
         limit = None if memory is None else parse_bytes(memory)
         limits = Memory(limit, kv_dtype, None if offload is None else Path(offload))
@@ -115,6 +120,7 @@ def load(
     register_attention()
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     network, words = _read(name, tokenizer or name, DTYPES.get(dtype, dtype), device, origin)
+    control_tokens.set_mode(words, special_tokens)
     if adapter is not None:
         network = _merged(network, adapter)
     for weight, values in network.named_parameters():

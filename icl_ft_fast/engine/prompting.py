@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from icl_ft_fast.engine.control_tokens import as_text
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.templates import render_chat
@@ -37,6 +39,7 @@ def prompt_context(model: Model, documents: Sequence[Document], template: str = 
     Raises:
         ProtocolError: a text without {documents} or a last {prompt}, or a tokenizer without a chat template.
     """
+    documents = [replace(document, text=as_text(model.tokenizer, document.text)) for document in documents]
     if template == "chat":
         if not getattr(model.tokenizer, "chat_template", None):
             raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")

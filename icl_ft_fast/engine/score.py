@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.control_tokens import as_text, plain
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import (
@@ -97,7 +99,7 @@ def _scored(
     results: dict[int, LogLikelihood] = {}
     start = None
     if options.store is not None and shared:
-        label = " ".join(context.split())[:60]
+        label = " ".join(plain(context).split())[:60]
         with ledger.phase("context"):
             start = stored_context(
                 model, shared, options.store, label=label, chunk_tokens=options.chunk_tokens, ledger=ledger
@@ -118,7 +120,8 @@ def encode_questions(
     Raises:
         ScoreError: as score() does.
     """
-    pairs = [(context + question.prompt, choice) for question in questions for choice in question.choices]
+    text = partial(as_text, model.tokenizer)
+    pairs = [(context + text(question.prompt), text(choice)) for question in questions for choice in question.choices]
     with ledger.phase("tokenise"):
         encoded = encoding.encode_pairs(model.tokenizer, pairs)
         (shared,) = encoding.encode(model.tokenizer, [context.rstrip()]) if context.strip() else ([],)

@@ -15,6 +15,7 @@ from icl_ft_fast.augmentation.batches import PromptBatch, prompt_batches
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.control_tokens import as_text, behind
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
@@ -262,7 +263,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     checkpoints = job.workspace.checkpoints
     tuned = finetune(
         job.model,
-        texts,
+        [as_text(job.model.tokenizer, text) for text in texts],
         job.settings.finetune,
         seed=job.seed,
         teacher_context=teacher,
@@ -303,7 +304,9 @@ def ask(job: ArmJob, ready: Prepared) -> list[evaluate.Answer]:
     questions, context = job.task.questions, ready.context
     if ready.contexts is not None:
         pairs = zip(questions, ready.contexts, strict=True)
-        questions, context = tuple(replace(question, prompt=own + question.prompt) for question, own in pairs), ""
+        prompts = (behind(ready.model.tokenizer, own, question.prompt) for question, own in pairs)
+        questions = tuple(replace(q, prompt=prompt) for q, prompt in zip(questions, prompts, strict=True))
+        context = ""
     return evaluate.answers(
         ready.model,
         questions,

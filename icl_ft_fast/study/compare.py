@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.model import Model
@@ -126,6 +127,7 @@ def compare(
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
         journal = ResultJournal(None if folder is None else folder / JOURNAL)
         loaded, load = (model, None) if isinstance(model, Model) else model()
+        set_mode(loaded.tokenizer, settings.special_tokens)
         date = fix_date(loaded.tokenizer, settings.template_date or journal.values.get(_begun(options)))
         settings = replace(settings, template_date=date)
         if not options.arguments:

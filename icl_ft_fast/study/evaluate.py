@@ -16,7 +16,7 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
+from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
 from icl_ft_fast.engine.score import Score, score
 from icl_ft_fast.study import statistics
 from icl_ft_fast.study.settings import NORMALIZATIONS
@@ -227,6 +227,6 @@ def evaluate(
         {'test': Accuracy(correct=1, total=1)}
     """
     asked = questions.questions if isinstance(questions, Task) else questions
-    text = context if isinstance(context, str) else icl_context(context)
+    text = context if isinstance(context, str) else prompt_context(model, context)
     given = answers(model, asked, context=text, normalization=normalization, ledger=ledger, progress=progress)
     return accuracies(given)

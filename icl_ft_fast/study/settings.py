@@ -32,6 +32,7 @@ class StudySettings:
         normalization: what the choices' log-likelihoods are divided by, one of NORMALIZATIONS.
         template: the prompt around documents and question, see prompt_context().
         template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the study began.
+        special_tokens: "text" or "keep", what control tokens are that documents or questions spell, see load().
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
         retriever: how passages are found, "bm25" or "dense" (embeddings).
@@ -47,6 +48,7 @@ class StudySettings:
     normalization: str = "sum"
     template: str = "base"
     template_date: str | None = None
+    special_tokens: str = "text"
     strategy: str = "local"
     samples: int = 1
     retriever: str = "bm25"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch
+from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.meters import Meter
@@ -62,6 +63,7 @@ class StudyWorkers:
     def __call__(self) -> Worker:
         """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
         model = load(self.name, **self.loading)
+        set_mode(model.tokenizer, self.settings.special_tokens)
         fix_date(model.tokenizer, self.settings.template_date)
         if study_key(model, self.settings) != self.key:
             raise ExecutorError(

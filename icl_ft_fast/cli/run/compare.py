@@ -189,6 +189,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "embedding_url": options.embedding_url,
             "embedding_model": options.embedding_model,
             "template_date": options.template_date,
+            "special_tokens": vars(options).get("special_tokens", "text"),
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
         }
     )

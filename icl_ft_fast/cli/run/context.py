@@ -16,7 +16,7 @@ from icl_ft_fast.cli.options import (
 )
 from icl_ft_fast.engine import contexts, encoding
 from icl_ft_fast.engine.likelihood import stored_context
-from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.tasks.task import read_documents
 
 
@@ -24,7 +24,7 @@ def run_save(options: argparse.Namespace) -> None:
     """`icl-ft-fast context save`."""
     documents = read_documents(options.documents)
     model = load_model(options)
-    (token,) = encoding.encode(model.tokenizer, [icl_context(documents).rstrip()])
+    (token,) = encoding.encode(model.tokenizer, [prompt_context(model, documents).rstrip()])
     store = contexts.ContextStore(options.store, model, int(options.store_limit * 1e9))
     start = time.perf_counter()
     context = stored_context(model, token, store, label=options.label or str(options.documents))

@@ -17,7 +17,7 @@ from icl_ft_fast.cli.options import (
     show_progress,
 )
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.score import Score, score
 from icl_ft_fast.engine.shards import ShardedRun
 from icl_ft_fast.runtime.durable import replacing
@@ -29,9 +29,10 @@ def run_score(options: argparse.Namespace) -> None:
     parts = options.out.with_name(options.out.name + ".shards")
     check_new(options.out, options.overwrite or any(parts.glob("*.jsonl")))  # a run that was killed at its very end
     questions = read_questions(options.questions)
-    context = icl_context(read_documents(options.documents)) if options.documents else ""
+    documents = read_documents(options.documents) if options.documents else []
     executor, began = executor_of(options), time.perf_counter()
     model, ledger = load_model(options), Ledger()
+    context = prompt_context(model, documents)
     run = ShardedRun(executor, parts, options.model, loading(options), shard_tokens=options.shard_tokens)
     with run:
         scores = score(

@@ -1,0 +1,111 @@
+"""Control tokens that are spelt in a document, a question or a choice are text there, not the tokens themselves.
+
+`as_text` marks them where the document meets the model; templates, contexts and chats may then be put around it. The
+encoder reads a marked spelling as ordinary text, and every other one as the token. Pre-rendered prompts that are to
+hold control tokens, such as requests of loglikelihood() and generate(), are not marked.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from icl_ft_fast.runtime.templates import ChatText
+
+MODES = ("text", "keep")
+
+# Unicode gives these characters no meaning, for use inside of a program; alone they stay what they are.
+_MARK, _OPEN, _CLOSE = "\ufdd4", "\ufdd5", "\ufdd6"
+_MODE = "_icl_ft_fast_special_tokens"  # attribute of a tokenizer
+
+
+def set_mode(tokenizer: Any, mode: str) -> None:
+    """Whether as_text() marks control tokens ("text", as without this call) or leaves them in force ("keep").
+
+    Raises:
+        ValueError: another mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"special_tokens: expected one of {', '.join(MODES)}, got {mode!r}")
+    setattr(tokenizer, _MODE, mode)
+
+
+class Prompt(str):
+    """A text whose foreign parts are marked already, around which a template may have put control tokens."""
+
+    __slots__ = ()
+
+
+def as_text(tokenizer: Any, text: str) -> str:
+    """The text with its control tokens marked as text; the same object where it spells none, or is a prompt already."""
+    if getattr(tokenizer, _MODE, "text") == "keep" or isinstance(text, Prompt | ChatText):
+        return text
+    spelt = _spellings(tokenizer)
+    return text if spelt.search(text) is None else spelt.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+
+
+def behind(tokenizer: Any, context: str, text: str) -> str:
+    """A prompt: the text, its control tokens marked, behind a context from prompt_context()."""
+    whole = context + as_text(tokenizer, text)
+    return whole if isinstance(whole, ChatText) else Prompt(whole)
+
+
+def plain(text: str) -> str:
+    """The text without marks, to show it."""
+    return text.replace(_MARK, "")
+
+
+def is_marked(text: str) -> bool:
+    """Whether as_text() has marked something in it."""
+    return _MARK in text
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of marked texts, without BOS or EOS around them.
+
+    A slow tokenizer cannot tell one spelling from another: all of them become text.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        whole = [plain(text) for text in texts]
+        slow: list[list[int]] = tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return slow
+    clone, alias_of, id_of = _clone(tokenizer)
+    # A marked spelling does not match; what matches is the template's, and gets a name that no text has.
+    written = [plain(_spellings(tokenizer).sub(lambda match: alias_of[match[0]], text)) for text in texts]
+    encoded = clone.encode_batch(written, add_special_tokens=False)
+    return [[id_of.get(token, token) for token in one.ids] for one in encoded]
+
+
+@functools.lru_cache(maxsize=8)
+def _spellings(tokenizer: Any) -> re.Pattern[str]:
+    """Any control token of more than one character, the longest first."""
+    contents = sorted((token.content for token in _special(tokenizer).values()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, contents)) or "(?!)")
+
+
+def _special(tokenizer: Any) -> dict[int, Any]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token for i, token in added.items() if token.special and len(token.content) > 1}
+
+
+@functools.lru_cache(maxsize=2)
+def _clone(tokenizer: Any) -> tuple[Any, dict[str, str], dict[int | None, int]]:
+    """A backend that reads control tokens as text and their aliases as tokens; the aliases; tokens by alias id."""
+    from tokenizers import AddedToken, Tokenizer
+
+    clone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    clone.no_truncation()
+    clone.no_padding()
+    clone.encode_special_tokens = True
+    special = _special(tokenizer)
+    alias_of = {token.content: f"{_OPEN}{i}{_CLOSE}" for i, token in special.items()}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    clone.add_tokens(
+        [
+            AddedToken(alias_of[token.content], special=False, **{flag: getattr(token, flag) for flag in flags})
+            for token in special.values()
+        ]
+    )
+    return clone, alias_of, {clone.token_to_id(alias_of[token.content]): i for i, token in special.items()}
