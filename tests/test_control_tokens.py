@@ -10,8 +10,9 @@ import tokenizer_kinds
 import icl_ft_fast as iff
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.engine import control_tokens, encoding
-from icl_ft_fast.engine.control_tokens import as_text, plain, set_mode
+from icl_ft_fast.engine.control_tokens import as_text, behind, plain, set_mode
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import Document, Question
 
 UNREADABLE = {"unigram"}  # its vocabulary has <s> as a piece like any other
@@ -65,6 +66,17 @@ def test_in_a_chat_only_the_template_s_control_tokens_are_in_force(kind):
     common = encoding.common(ids[::-1], whole[::-1])
     assert common >= len(tokenizer(" the fox", add_special_tokens=False)["input_ids"]) - 1
     assert encoding.common(ids, whole) >= 5
+
+
+def test_a_question_behind_its_own_passages_is_read_as_behind_a_shared_context(kind):
+    tokenizer = tokenizer_kinds.make(kind)
+    spelt = f"who {controls(tokenizer)[-1]} knows"
+    chat = render_chat(tokenizer, [{"role": "user", "content": "the fox"}])
+    for context in (chat, f"{controls(tokenizer)[0]} the fox: "):  # a template of the user's own
+        prompt = behind(tokenizer, context, spelt)
+        assert as_text(tokenizer, prompt) is prompt
+        expected = encoding.encode(tokenizer, [context + as_text(tokenizer, spelt)])
+        assert encoding.encode(tokenizer, [prompt]) == expected
 
 
 def test_kept_control_tokens_stay_in_force():
