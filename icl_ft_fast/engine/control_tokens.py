@@ -32,7 +32,7 @@ def set_mode(tokenizer: Any, mode: str) -> None:
     setattr(tokenizer, _MODE, mode)
 
 
-class Prompt(str):
+class MarkedText(str):
     """A text whose foreign parts are marked already, around which a template may have put control tokens."""
 
     __slots__ = ()
@@ -40,7 +40,7 @@ class Prompt(str):
 
 def as_text(tokenizer: Any, text: str) -> str:
     """The text with its control tokens marked as text; the same object where it spells none, or is a prompt already."""
-    if getattr(tokenizer, _MODE, "text") == "keep" or isinstance(text, Prompt | ChatText):
+    if getattr(tokenizer, _MODE, "text") == "keep" or isinstance(text, MarkedText | ChatText):
         return text
     spelt = _spellings(tokenizer)
     return text if spelt.search(text) is None else spelt.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
@@ -49,7 +49,7 @@ def as_text(tokenizer: Any, text: str) -> str:
 def behind(tokenizer: Any, context: str, text: str) -> str:
     """A prompt: the text, its control tokens marked, behind a context from prompt_context()."""
     whole = context + as_text(tokenizer, text)
-    return whole if isinstance(whole, ChatText) else Prompt(whole)
+    return whole if isinstance(whole, ChatText) else MarkedText(whole)
 
 
 def plain(text: str) -> str:
