@@ -261,7 +261,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(llama, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=rf"bytes of offloaded rows: No space left on device: '{tmp_path}'"):
+    with pytest.raises(OSError, match=rf"bytes of offloaded keys and values: No space left on device: '{tmp_path}'"):
         loglikelihood(offloaded, ASKED, chunk_tokens=16)
 
 

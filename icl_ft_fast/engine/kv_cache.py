@@ -171,7 +171,9 @@ def _in_a_file(folder: Path, shapes: list[tuple[torch.dtype, tuple[int, ...]]]) 
             os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, not a signal later
             mapped = mmap.mmap(file.fileno(), starts[-1])
     except OSError as error:
-        raise OSError(error.errno, f"{starts[-1]:,} bytes of offloaded rows: {error.strerror}", str(folder)) from error
+        raise OSError(
+            error.errno, f"{starts[-1]:,} bytes of offloaded keys and values: {error.strerror}", str(folder)
+        ) from error
     tensors = tuple(
         torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
         for (dtype, shape), start in zip(shapes, starts, strict=False)

@@ -121,7 +121,7 @@ class Need:
         return (
             f"{_gb(self.total_bytes)} of {_gb(self.limit_bytes)}: {_gb(self.held_bytes)} held by the process with the "
             f"weights, {_gb(self.kv_bytes)} keys and values of {self.capacity:,} rows{offloaded}, "
-            f"{_gb(self.activation_bytes)} for {self.rows:,} rows at a time, {_gb(self.other_bytes)} else"
+            f"{_gb(self.activation_bytes)} for {self.rows:,} tokens at a time, {_gb(self.other_bytes)} else"
         )
 
 

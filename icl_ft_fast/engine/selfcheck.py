@@ -31,10 +31,10 @@ def check(model: Model) -> None:
 
     Once more with each length from which on the attention changes (a window, say) cut short: the trie then reaches it.
     """
-    token, plain, logits = _check_tree(model, "on a small trie")
+    token, plain, logits = _check_tree(model, "on a small prefix tree")
     with _short_lengths(model) as names:
         if names:
-            where = f"on a small trie with {' and '.join(names)} of {_SHORT}"
+            where = f"on a small prefix tree with {' and '.join(names)} of {_SHORT}"
             try:
                 _check_tree(model, where)
             except (ModelError, torch.OutOfMemoryError):
@@ -207,7 +207,7 @@ def check_can_be_invariant(model: Model) -> None:
     for name, value in model.network.config.get_text_config().to_dict().items():
         if "experts" in name and value:
             raise ModelError(
-                f"{model.name}: batch_invariant: not for a mixture of experts ({name} = {value}): how many rows an "
+                f"{model.name}: batch_invariant: not for a mixture of experts ({name} = {value}): how many tokens an "
                 "expert multiplies depends on what is scored together; load it without batch_invariant"
             )
 

@@ -85,7 +85,7 @@ class ChoicesRequest(Body):
     """/v1/score_choices."""
 
     model: Text | None = None
-    context: Text = Field("", description="kept prefilled for later requests that begin with it")
+    context: Text = Field("", description="cached for later requests that begin with it")
     prompt: Text
     choices: Annotated[list[Text], Field(min_length=1)]
 

@@ -204,7 +204,7 @@ def _row(where: str, line: bytes) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise DamagedError(
-        f"{where}: damaged, or not written by icl-ft-fast; move the file away, and its part is done again"
+        f"{where}: damaged, or not written by icl-ft-fast; move the file away and run the same command again"
     )
 
 

@@ -210,7 +210,7 @@ def _legacy(path: Path) -> str:
             return "cp1252"
     found = from_bytes(sample).best()
     if found is None:
-        raise TaskError(f"{path}: in no encoding that can be told; give --encoding, or save it as UTF-8")
+        raise TaskError(f"{path}: unknown encoding; give --encoding, or save it as UTF-8")
     return str(found.encoding)
 
 
