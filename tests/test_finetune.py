@@ -256,10 +256,17 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("text", "independent", "cumulative"),
     [
-        ("a b. c? d!", ["a b.", "c?", "d!"], ["a b.", "a b. c?", "a b. c? d!"]),
+        ("a ab. ac? ad!", ["a ab.", "ac?", "ad!"], ["a ab.", "a ab. ac?", "a ab. ac? ad!"]),
         ("title\n\n* a.b\n* c", ["title", "* a.b", "* c"], ["title", "title\n\n* a.b", "title\n\n* a.b\n* c"]),
         (" one.\n", [" one."], [" one."]),
         ("one", ["one"], ["one"]),
+        (
+            "Dr. Ek met J. Lee. He left.",
+            ["Dr. Ek met J. Lee.", "He left."],
+            ["Dr. Ek met J. Lee.", "Dr. Ek met J. Lee. He left."],
+        ),
+        (),
+        (),
         ("", [""], [""]),
     ],
 )
@@ -267,6 +274,24 @@ def test_sentences(text, independent, cumulative):
     assert split_sentences(text, "none") == [text]
     assert split_sentences(text, "independent") == independent
     assert split_sentences(text, "cumulative") == cumulative
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["Dr. Ek met Mr. Lee in the U.S. capital. ", "He left, e.g. at 3 p.m. ", '"Why?" she asked.'],
+        ["Das kostet z. B. 3 Mio. Euro und ist nicht viel. ", "Er ging."],
+        [
+            "\u9686\u5fb7\u7684\u78e8\u574a\u3002",
+            "\u5b83\u5efa\u4e8e\uff11\uff18\u5e74\uff01",
+            "\u771f\u7684\u5417\uff1f",
+        ],
+        ["\u3053\u308c\u306f\u30da\u30f3\u3067\u3059\u3002", "\u306f\u3044\u3002"],
+        ["\u092f\u0939 \u091a\u0915\u094d\u0915\u0940 \u0939\u0948\u0964 ", "\u0935\u0939 \u0939\u0948\u0964"],
+    ],
+)
+def test_sentences_of_other_scripts_and_abbreviations(sentences):
+    assert split_sentences("".join(sentences), "independent") == [sentence.strip() for sentence in sentences]
 
 
 @given(st.text(alphabet="ab.!? \n", max_size=20))

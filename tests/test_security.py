@@ -20,7 +20,7 @@ from icl_ft_fast.engine.contexts import ContextError, read_header, save_context
 from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.runtime import templates
 from icl_ft_fast.runtime.printable import printable
-from icl_ft_fast.tasks import own, task
+from icl_ft_fast.tasks import files, own, task
 from icl_ft_fast.tasks.files import TaskError, write_jsonl
 from icl_ft_fast.tasks.task import Document
 
@@ -58,7 +58,7 @@ def test_nothing_unpacks_an_archive(name):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "LINE", 1000)
+    monkeypatch.setattr(files, "LINE", 1000)
     path = tmp_path / "documents.jsonl"
     lines = [json.dumps({"text": "x" * size}) for size in (900, 500, 1000)]
     path.write_text("\n".join(lines[:2]))
@@ -69,10 +69,14 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(encoding, tmp_
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
-def test_a_device_that_never_ends_is_refused(monkeypatch):
-    monkeypatch.setattr(task, "LINE", 2**20)
-    with pytest.raises(TaskError, match=r"^/dev/zero:1: a line of 1,048,576 bytes or more$"):
+def test_a_device_that_never_ends_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE", 2**20)
+    with pytest.raises(TaskError, match=r"^/dev/zero: begins with zero bytes"):
         task.read_documents("/dev/zero")
+    (tmp_path / "noise.txt").symlink_to("/dev/urandom")
+    monkeypatch.setattr(files, "SCANNED", 2**20)
+    with pytest.raises(TaskError, match=r"noise\.txt"):
+        list(own.iter_documents([tmp_path / "noise.txt"]))
 
 
 def test_a_folder_of_documents_does_not_lead_out_of_it(tmp_path):

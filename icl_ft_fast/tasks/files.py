@@ -27,6 +27,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _BLOCK = 1 << 16
+SCANNED = 1 << 26  # bytes that tell a file's encoding; a file may be a device without an end
 _PIECE = re.compile(r"[^\n]*\n|[^\n]+")
 _POINTER = b"version https://git-lfs"  # a file that Git LFS left in place of the real one
 
@@ -186,12 +187,13 @@ def _is_utf8(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     wrong = right = 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while file.tell() < SCANNED and (block := file.read(_BLOCK)):
             if not block.isascii() or wrong:
                 text = decoder.decode(block)
                 bad = sum("\udc80" <= c <= "\udcff" for c in text)
                 wrong, right = wrong + bad, right + sum(c > "\x7f" for c in text) - bad
-    wrong += len(decoder.decode(b"", final=True))
+        if not file.read(1):
+            wrong += len(decoder.decode(b"", final=True))
     return not wrong or right >= wrong
 
 
