@@ -260,6 +260,7 @@ def test_results_json(llama, runs, tmp_path):
         "special_tokens": "text",
         "strategy": "local",
         "samples": 1,
+        "general": "",
         "retriever": "bm25",
         "embedding_url": "",
         "embedding_model": "",

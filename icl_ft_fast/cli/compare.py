@@ -100,6 +100,8 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     context.add_argument("--icl-subsample", type=positive, metavar="K", help=help)
     help = "context limit; documents beyond it are left out and counted (default: all documents must fit)"
     context.add_argument("--icl-tokens", type=positive, metavar="N", help=help)
+    help = "task to measure harm elsewhere on: shipped (100 general questions) or a folder with questions.jsonl"
+    study.add_argument("--general", default="", metavar="FOLDER", help=f"{help} (default: harm is not measured)")
     retrieval = parser.group("retrieval")
     help = "how passages are found: bm25 (words) or dense (embeddings)"
     retrieval.add_argument("--retriever", choices=RETRIEVERS, default=RETRIEVERS[0], help=help)
@@ -152,6 +154,8 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--tolerance", type=float, default=2.0, metavar="POINTS", help=help)
     help = "pairs of arms that are tested together: trained arms against ICL and plain fine-tuning, or every two arms"
     cost.add_argument("--family", choices=FAMILIES, default="trained", help=help)
+    help = "accuracy on the general task (see --general) that a recommended arm may lose, in percentage points"
+    cost.add_argument("--max-harm", type=float, metavar="POINTS", help=f"{help} (default: any)")
     help = "queries answered before a cached context expires (default: --queries-per-day, or no limit)"
     cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
     help = "queries scored in one batch"

@@ -18,7 +18,7 @@ from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
 from icl_ft_fast.study.paired import Paired, pair, paired_tests
 from icl_ft_fast.study.prices import Prices
-from icl_ft_fast.study.records import Run
+from icl_ft_fast.study.records import Harm, Run
 from icl_ft_fast.study.results import Results, read_results
 from icl_ft_fast.study.statistics import SEEDS_AS_UNIT, accuracy_interval
 from icl_ft_fast.study.sweep import Point
@@ -41,6 +41,7 @@ class Derived:
         cache_lifetime: queries that share a reading of a context that stays in the cache.
         batch: queries scored in one batch; the nearest measured number is taken.
         family: the pairs of arms that are tested together, see paired.family_of().
+        max_harm: accuracy on the general task that a chosen way may lose, in percentage points; None for any.
     """
 
     results: Results
@@ -49,6 +50,7 @@ class Derived:
     cache_lifetime: float = math.inf
     batch: int = 1
     family: str = "trained"
+    max_harm: float | None = None
 
     @classmethod
     def read(cls, path: str | Path, **settings: Any) -> Derived:
@@ -203,15 +205,35 @@ class Derived:
         """The arm that answers in a way."""
         return next(arm for arm in self.arms if way in (recorded_arm(arm).title, *self.ways_of(arm)))
 
+    def harm(self, arm: str) -> Harm | None:
+        """What an arm changes elsewhere, over its seeds; None where it was not measured."""
+        found = [run.harm for run in self.of(arm) if run.harm is not None]
+        if not found:
+            return None
+        after, before = (
+            Accuracy(sum(a.correct for a in its), sum(a.total for a in its))
+            for its in ([h.general for h in found], [h.general_before for h in found])
+        )
+        return Harm(fmean(h.kl for h in found), after, before)
+
+    def is_harmless(self, arm: str) -> bool:
+        """Whether an arm loses at most `max_harm` on the general task; one that was not measured is not known to."""
+        if self.max_harm is None:
+            return True
+        return (harm := self.harm(arm)) is not None and harm.points_lost <= self.max_harm + 1e-9
+
     def decision_ways(self, resource: str) -> list[Way]:
-        """The ways with their accuracies over all splits and the seeds that all arms have; without controls."""
+        """The ways with their accuracies over all splits and the seeds that all arms have.
+
+        Without controls, and without arms that `max_harm` excludes.
+        """
         seeds = set.intersection(*({run.seed for run in self.of(arm)} for arm in self.arms))
         found = []
         for name, samples in self.ways(resource).items():
             arm = self.arm_of(name)
             runs = [run for run in self.of(arm) if run.seed in seeds or not seeds]
             counts = [accuracy for run in runs for accuracy in run.accuracy.values()]
-            if counts and not recorded_arm(arm).asking.is_control:
+            if counts and not recorded_arm(arm).asking.is_control and self.is_harmless(arm):
                 value = sum(a.correct for a in counts) / sum(a.total for a in counts)
                 found.append(Way(name, value, samples.line))
         return found
@@ -335,6 +357,11 @@ class Derived:
                 for resource in self.resources
                 for (way, rival), found in self.break_evens[resource].items()
             ],
+            "harm": {
+                arm: {"kl": harm.kl, "points_lost": harm.points_lost}
+                for arm in self.arms
+                if (harm := self.harm(arm)) is not None
+            },
             "notes": self.notes,
         }
 

@@ -37,6 +37,11 @@ PAIRED_CAPTION = (
     "Accuracy of the first arm minus accuracy of the second on the same questions, p, and the 95% interval of the "
     "difference over facts. p: mid-p sign-flip test over facts, Holm-adjusted for the tests shown."
 )
+HARM_CAPTION = (
+    "Elsewhere. KL: of the untouched model to the arm, on texts that the untouched model writes without documents. "
+    "`general`: accuracy on the general task, of the untouched model and of the arm. Arms that put documents before a "
+    "question have them there in both."
+)
 CALIBRATION_CAPTION = "`ECE by chance`: what a perfectly calibrated model would show on so few answers."
 
 
@@ -91,6 +96,7 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
         _form_tables(runs, arms),
         _paired_tables(study),
         _calibration_table(runs, arms),
+        _harm_table(study),
     )
     for table in itertools.chain(*more):
         console.print()
@@ -247,6 +253,18 @@ def _calibration_table(runs: Sequence[Run], arms: Sequence[str]) -> Iterator[Tab
         for name, error in errors.items():
             table.add_row(name, *(f"{error(answers[arm]):.3f}" for arm in some))
         yield table
+
+
+def _harm_table(study: Derived) -> Iterator[Table]:
+    """What each arm changes elsewhere, where it was measured."""
+    measured = {arm: harm for arm in study.arms if (harm := study.harm(arm)) is not None}
+    if not measured:
+        return
+    table = _new_table("harm", ("KL\nnats/token", "general\nbefore", "general\nafter", "points\nlost"), HARM_CAPTION)
+    for arm, harm in measured.items():
+        cells = (f"{harm.kl:.4f}", f"{harm.general_before.value:.3f}", f"{harm.general.value:.3f}")
+        table.add_row(_cell(_title(arm)), *cells, f"{harm.points_lost:+.1f}")
+    yield table
 
 
 def _p(p: float) -> str:

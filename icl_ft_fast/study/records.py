@@ -19,6 +19,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Harm:
+    """What an arm changes elsewhere.
+
+    Attributes:
+        kl: KL(untouched || arm) in nats a token, on the untouched model's own texts.
+        general: correct and total answers to the general task.
+        general_before: the same of the untouched model without documents.
+    """
+
+    kl: float
+    general: Accuracy
+    general_before: Accuracy
+
+    @property
+    def points_lost(self) -> float:
+        """Accuracy lost on the general task, in percentage points; negative where it rose."""
+        return 100 * (self.general_before.value - self.general.value)
+
+
+@dataclass(frozen=True)
 class Run:
     """One arm under one seed.
 
@@ -38,6 +58,7 @@ class Run:
         samples: some augmentations, each with the text it was written from.
         workers: runs that were made at once when this one was timed, itself included; None for as many as a cluster had
             room for.
+        harm: what the arm changes elsewhere; None where it was not measured.
         questions: what was asked.
     """
 
@@ -54,4 +75,5 @@ class Run:
     losses: tuple[float, ...] = ()
     samples: tuple[Sample, ...] = ()
     workers: int | None = 1
+    harm: Harm | None = None
     questions: tuple[Question, ...] = field(default=(), repr=False)

@@ -22,6 +22,7 @@ from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, ask
 from icl_ft_fast.study.arms import arm_named
 from icl_ft_fast.study.costs import ANSWERING
+from icl_ft_fast.study.harm import general_questions, measure_harm
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -89,7 +90,8 @@ def plan(
         ValueError: an unknown arm.
     """
     arms = [arm_named(name) for name in settings.arms]
-    identity, planned = study_key(model, settings), []
+    general = [asdict(question) for question in general_questions(settings.general)]
+    identity, planned = digest(study_key(model, settings), general), []
     for seed in settings.seeds:
         task = task_of_seed(seed)
         content = digest(identity, asdict(task))
@@ -120,6 +122,8 @@ def make_run(
     before = ledger.request_tokens
     with closing(ready):
         answers = ask(job, ready)
+        general = general_questions(settings.general)
+        harm = measure_harm(job, ready, general) if general else None
     num_questions, query = len(task.questions), ledger.phases["query"]
     run = Run(
         arm=planned.arm,
@@ -134,6 +138,7 @@ def make_run(
         notes=ready.notes,
         losses=ready.losses,
         samples=ready.samples,
+        harm=harm,
     )
     return asdict(run)
 

@@ -35,6 +35,7 @@ class StudySettings:
         special_tokens: "text" or "keep", what control tokens are that documents or questions spell, see load().
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
+        general: a general task to measure harm on, "shipped" or a folder with questions.jsonl; "" measures no harm.
         retriever: how passages are found, "bm25" or "dense" (embeddings).
         embedding_url, embedding_model: the OpenAI-compatible server of "dense", and the model's name there.
         finetune: steps, batch size, learning rate and the rest of the training.
@@ -51,6 +52,7 @@ class StudySettings:
     special_tokens: str = "text"
     strategy: str = "local"
     samples: int = 1
+    general: str = ""
     retriever: str = "bm25"
     embedding_url: str = ""
     embedding_model: str = ""

@@ -48,6 +48,8 @@ from icl_ft_fast.tasks.generator import Preset
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The price file, read before any work."""
+    if options.max_harm is not None and not getattr(options, "general", True):
+        raise UsageError("--max-harm: needs --general, the task that harm is measured on")
     if not 0 <= options.tolerance <= 100:
         raise UsageError(f"--tolerance: expected 0 to 100 points, got {options.tolerance:g}")
     return None if options.prices is None else read_prices(options.prices)
@@ -162,7 +164,9 @@ def _compared(
     if results is None:
         return None
     name = options.task if options.out is None else options.out.name
-    return Derived(results, name, prices, cache_lifetime_of(options), options.batch_size, options.family)
+    return Derived(
+        results, name, prices, cache_lifetime_of(options), options.batch_size, options.family, options.max_harm
+    )
 
 
 def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
@@ -185,6 +189,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "icl_tokens": options.icl_tokens,
             "normalization": options.normalization,
             "template": _template(options.template),
+            "general": options.general,
             "retriever": options.retriever,
             "embedding_url": options.embedding_url,
             "embedding_model": options.embedding_model,

@@ -20,7 +20,14 @@ def run_report(options: argparse.Namespace) -> None:
         check_new(options.out, options.overwrite)
     lifetime = cache_lifetime_of(options)
     studies = [
-        Derived.read(path, prices=prices, cache_lifetime=lifetime, batch=options.batch_size, family=options.family)
+        Derived.read(
+            path,
+            prices=prices,
+            cache_lifetime=lifetime,
+            batch=options.batch_size,
+            family=options.family,
+            max_harm=options.max_harm,
+        )
         for path in options.results
     ]
     names = [study.name for study in studies]
