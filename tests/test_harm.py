@@ -13,6 +13,7 @@ from icl_ft_fast.engine.loading import load
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.verdict import why_none
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import compare
 from icl_ft_fast.study.evaluate import Accuracy
@@ -143,3 +144,4 @@ def test_the_table_and_the_decision_know_harm(results):
     assert study.summary()["harm"]["icl"] == {"kl": 0.5, "points_lost": 100.0}
     none = Derived(replace(results, runs=tuple(replace(run, harm=None) for run in runs)), "x", max_harm=1.0)
     assert none.decision_ways("seconds") == []
+    assert "every arm loses more than --max-harm" in why_none(none)

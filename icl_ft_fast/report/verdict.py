@@ -67,6 +67,8 @@ def why_none(study: Derived) -> str:
     """Why there is no verdict."""
     if not any(run.answers for run in study.results.runs):
         return "No decision: no question of this task has a known answer."
+    if not any(map(study.is_harmless, study.arms)):
+        return "No decision: every arm loses more than --max-harm, or its harm was not measured (--general)."
     return "No decision: the results have no measured query costs; run `compare` to its end."
 
 
