@@ -19,7 +19,7 @@ from icl_ft_fast import _C
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.contexts import ContextError, load_context, save_context
 from icl_ft_fast.engine.generate import Sampling, generate
-from icl_ft_fast.engine.likelihood import iter_token_logprobs, loglikelihood, prefill
+from icl_ft_fast.engine.likelihood import ScoringOptions, iter_token_logprobs, loglikelihood, prefill
 from icl_ft_fast.engine.loading import from_network, load
 from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.finetuning.run import finetune
@@ -106,7 +106,7 @@ def test_a_score_has_the_same_bits_in_any_company(
 
 
 def test_tokens_have_the_same_bits_in_any_company(model):
-    together = dict(iter_token_logprobs(model, REQUESTS, top=3, chunk_tokens=100))
+    together = dict(iter_token_logprobs(model, REQUESTS, top=3, options=ScoringOptions(100)))
     for r in (0, 5, len(REQUESTS) - 2):
         assert list(iter_token_logprobs(model, [REQUESTS[r]], top=3)) == [(0, together[r])]
 

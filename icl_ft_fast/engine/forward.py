@@ -90,7 +90,7 @@ def forward_chunks(
     shared_rows = int((tree.end[:shared_tokens] == num_rows).int().cumprod(0).sum())
     known, room = 0, 0
     if start is not None:
-        known, room = min(len(start.token), num_rows), start.room(model.memory.kept)
+        known, room = min(len(start.token), num_rows), start.room(model.memory.cache_dtype)
         begins = torch.from_numpy(start.token[:known]).equal(tree.token[:known])
         if not begins or not (tree.end[:known] == num_rows).all():
             raise StartError("start: not every request begins with its tokens")

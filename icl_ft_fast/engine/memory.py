@@ -59,7 +59,7 @@ class Memory:
             raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)} or None, got {self.kv_dtype!r}")
 
     @property
-    def kept(self) -> torch.dtype | None:
+    def cache_dtype(self) -> torch.dtype | None:
         """kv_dtype as torch knows it."""
         return None if self.kv_dtype is None else KV_DTYPES[self.kv_dtype]
 

@@ -226,7 +226,7 @@ class Model:
 
     def new_cache(self, capacity: int, folder: Path | None = None) -> KVCache:
         """An empty cache that keeps rows as `memory` says, in files in `folder` if there is one."""
-        return KVCache(capacity, kv_dtype=self.memory.kept, folder=folder)
+        return KVCache(capacity, kv_dtype=self.memory.cache_dtype, folder=folder)
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [T, E] of the rows, after the final norm; appends to rows.cache but does not commit."""
