@@ -24,7 +24,7 @@ from icl_ft_fast.study.statistics import brier, calibrated_error, expected_calib
 
 CAPTION = (
     "Below each accuracy: 95% interval over facts (see docs/statistics.md). `augm. s` (with a teacher's reading) and "
-    "`train s` are one-time costs. `read s`: reading the documents into the context. `tokens/query`: of all requests of "
+    "`train s` are one-time costs. `read s`: reading the documents into the context. `tokens/query`: all requests of "
     "a query, each choice with its own copy of the context and the prompt. `ms/query`: after the reading, one query at "
     "a time, then in batches of the size shown."
 )
