@@ -184,7 +184,7 @@ def test_two_processes_give_the_answers_of_hf_s_one(llama_directory, task_folder
 
 
 def test_an_invariant_model_scores_alike_beside_anything(llama_directory):
-    arguments = f"pretrained={llama_directory},dtype=float32,invariant=True,chunk_tokens=9"
+    arguments = f"pretrained={llama_directory},dtype=float32,batch_invariant=True,chunk_tokens=9"
     model, pairs = IclFtFastLM.create_from_arg_string(arguments, {"device": "cpu"}), texts()
     assert model.model.batch_invariant
     together = model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)

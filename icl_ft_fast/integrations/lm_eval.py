@@ -55,7 +55,7 @@ class IclFtFastLM(TemplateLM):
             none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
         trust_remote_code: let the checkpoint's own Python code run.
-        invariant: scores have the same bits whatever else is scored; see load(). On the CPU only.
+        batch_invariant: scores have the same bits whatever else is scored; see load(). On the CPU only.
         memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
             chunk_tokens.
