@@ -65,7 +65,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
                         file.flush()
                 yield
             finally:
-                if not shared:
+                if not shared and path.exists():  # its folder may be gone: the last thing that a run does
                     path.unlink(missing_ok=True)
             return
 

@@ -27,7 +27,7 @@ from icl_ft_fast.tasks.task import read_documents, read_questions
 def run_score(options: argparse.Namespace) -> None:
     """`icl-ft-fast score`."""
     parts = options.out.with_name(options.out.name + ".shards")
-    check_new(options.out, options.overwrite or any(parts.glob("*.jsonl")))  # a run that was killed at its very end
+    check_new(options.out, options.overwrite or parts.is_dir())  # a run that was killed at its very end
     questions = read_questions(options.questions)
     documents = read_documents(options.documents) if options.documents else []
     executor, began = executor_of(options), time.perf_counter()
