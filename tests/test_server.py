@@ -239,7 +239,10 @@ def test_log_probabilities_are_those_of_a_plain_forward(max_tokens, echo, client
     first = 0 if echo else len(ids) - max_tokens
     want = [None, *(logp[i, token].item() for i, token in enumerate(ids[1:]))]
     shown = got.logprobs
-    assert shown.tokens == [tokenizer.decode([token]) for token in ids[first:]]
+    assert len(shown.tokens) == len(ids) - first
+    assert "".join(shown.tokens) == got.text == tokenizer.decode(ids[first:])
+    places = [got.text[at - (0 if echo else len(text)) - 3 * (not echo) :] for at in shown.text_offset]
+    assert all(place.startswith(piece) for place, piece in zip(places, shown.tokens, strict=True))
     assert [v is None for v in shown.token_logprobs] == [v is None for v in want[first:]]
     assert [v or 0 for v in shown.token_logprobs] == pytest.approx([v or 0 for v in want[first:]], abs=1e-4)
     for i, (top, value) in enumerate(zip(shown.top_logprobs, shown.token_logprobs, strict=True), first):
@@ -274,7 +277,7 @@ def test_sampling_follows_temperature_top_p_and_seed(client, llama):
 def test_an_end_of_text_that_is_predicted_is_no_text(llama, monkeypatch):
     scheduler = Scheduler(llama, context_bytes=0)
     ids = llama.tokenizer.encode("the cat")
-    likeliest = scheduler.submit(Sequences([(ids, [0])], 1)).result().results[0].top[0][0][0]
+    likeliest = scheduler.submit(Sequences([(ids, [])], 1, with_after=True)).result().results[0].after[0][0]
     scheduler.close()
     monkeypatch.setattr("icl_ft_fast.integrations.server.end_tokens", lambda model: {likeliest})
     with serving(llama) as (port, _):
@@ -297,8 +300,6 @@ def test_chat_through_the_client(client, llama):
     }  # OpenCompass's
     again = client.chat.completions.create(model="tiny", messages=turns, **asked)
     assert again.choices[0].message.content == expected.text
-    with pytest.raises(openai.BadRequestError, match="logprobs: Input should be False"):
-        client.chat.completions.create(model="tiny", messages=turns, **asked | {"logprobs": True})
     with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
 
@@ -322,15 +323,17 @@ def test_models_and_tokens(client, live, llama):
         ({"temperature": float("nan")}, "temperature: "),
         ({"temperature": float("inf")}, "temperature: "),
         ({"top_p": float("nan")}, "top_p: "),
-        ({"n": 2}, "n: Input should be 1"),
-        ({"stream": True}, "stream: Input should be False"),
+        ({"n": 0}, "n: "),
+        ({"n": 3, "best_of": 2}, "best_of: expected at least n = 3, got 2"),
+        ({"stream": True, "logprobs": 1}, "stream: not with logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty: "),
-        ({"logit_bias": {"5": 1}}, "logit_bias: Extra inputs are not permitted"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: "),
+        ({"nonsense": 1}, "nonsense: Extra inputs are not permitted"),
         ({"max_tokens": -1}, "max_tokens: "),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 51}, "max_tokens: at most 50, got 51"),
         ({"max_tokens": 10**30}, "max_tokens: "),
-        ({"stop": [""]}, "stop: "),
+        ({"stop": [5]}, "stop: "),
         ({"logprobs": 21}, "logprobs: "),
         ({"prompt": []}, "prompt: "),
         ({"prompt": {"a": 1}}, "prompt: "),
@@ -528,7 +531,7 @@ def test_generation_and_scores_share_a_batch(llama):
     scheduler = Scheduler(llama, context_bytes=2**26)
     prompts = encoding.encode(llama.tokenizer, ["the cat", "who knows"])
     how = Sampling(max_new_tokens=5, temperature=1.0, seed=7)
-    written, scored = scheduler.submit(Prompts(prompts, how)), scheduler.submit(Choices("", "the cat", CHOICES))
+    written, scored = scheduler.submit(Prompts(prompts, [how, how])), scheduler.submit(Choices("", "the cat", CHOICES))
     assert written.result().results == generate(llama, prompts, how)
     assert len(scored.result().results) == 3
     scheduler.close()

@@ -32,6 +32,11 @@ def add(commands: Commands) -> None:
     server.add_argument("--name", help="model name in the API (default: the last part of MODEL)")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on")
     server.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
+    help = "origins of web pages whose scripts may use the server, such as https://example.org, or * for all"
+    server.add_argument("--allow-origins", nargs="+", default=(), metavar="ORIGIN", help=help)
+    help = "what is logged: info has a line for each request, without its text"
+    levels = ("debug", "info", "warning", "error")
+    serving.group("display").add_argument("--log-level", choices=levels, default="info", help=help)
     help = f"file whose first line is the API key (default: the environment variable {KEY_VARIABLE})"
     server.add_argument("--key-file", type=Path, metavar="FILE", help=help)
     limits: dict[str, tuple[int, str, str]] = {

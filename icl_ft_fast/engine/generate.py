@@ -18,6 +18,7 @@ from tqdm import tqdm
 from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.allocator import RowAllocator
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
+from icl_ft_fast.engine.detokenize import Detokenizer, pieces
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.forward import footprint_of, in_chunks
 from icl_ft_fast.engine.kv_cache import KVCache
@@ -80,10 +81,10 @@ class Generation:
     """A continuation.
 
     Attributes:
-        text: what was generated, up to the first stop string.
+        text: what was generated, up to the first stop string, as it stands behind the prompt.
         ids: its tokens: EOS left out, those of a stop string included.
         logp: natural-log probability of each under the model itself, whatever the sampling.
-        finish: "eos", "stop" (a stop string) or "length".
+        finish: "eos", "stop" (a stop string), "length", or "dropped" (on_token asked for it).
     """
 
     text: str
@@ -99,6 +100,8 @@ class _Sequence:
     prompt: tuple[int, ...]
     sampling: Sampling
     random: random.Random
+    reader: Detokenizer
+    text: str = ""
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
 
@@ -150,7 +153,7 @@ def iter_generations(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     names: Sequence[str] | None = None,
-    on_token: Callable[[int, int, float], None] | None = None,
+    on_token: Callable[[int, int, float], bool | None] | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[int, Generation]]:
@@ -161,7 +164,8 @@ def iter_generations(
         prompts: see generate().
         sampling: see generate().
         names: what errors call each prompt.
-        on_token: called with (index of the prompt, token id, its logp) as each token is generated; EOS is not.
+        on_token: called with (index of the prompt, token id, its logp) as each token is generated; EOS is not. Where it
+            returns False the continuation ends.
         ledger: counts of this call are added to it.
         progress: show a bar of finished prompts.
 
@@ -184,11 +188,14 @@ def iter_generations(
         equal.setdefault((ids, how if how.temperature else replace(how, seed=0)), []).append(p)
     owners = {}
     for (ids, how), indices in sorted(equal.items(), key=lambda item: item[0][0]):  # neighbours share prefixes
-        owners[_Sequence(ids, how, random.Random(f"{how.seed} {ids}"))] = indices
+        draws = random.Random(f"{how.seed} {ids}")
+        owners[_Sequence(ids, how, draws, Detokenizer(model.tokenizer, ids))] = indices
 
-    def on_written(sequence: _Sequence) -> None:
-        for p in owners[sequence] if on_token else ():
-            on_token(p, sequence.ids[-1], sequence.logp[-1])  # type: ignore[misc]
+    def on_written(sequence: _Sequence) -> bool:
+        if on_token is None:
+            return True
+        wanted = [on_token(p, sequence.ids[-1], sequence.logp[-1]) is not False for p in owners[sequence]]
+        return any(wanted)
 
     with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
         for sequence, generation in _Decoder(model, list(owners), ledger or Ledger(), on_written).run():
@@ -244,7 +251,7 @@ class _Decoder:
     """Sequences, ascending by prompt, on their way through one cache."""
 
     def __init__(
-        self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], None]
+        self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], bool]
     ) -> None:
         self.model, self.ledger, self.on_written = model, ledger, on_written
         self.queue, self.running = deque(sequences), list[_Sequence]()
@@ -365,19 +372,23 @@ class _Decoder:
         running, ended = self.running, []
         self.running = []
         for sequence, token, token_logp in zip(running, chosen.tolist(), logp, strict=True):
-            finish = "eos" if token in self.ends_text else ""
+            finish, is_wanted = "eos" if token in self.ends_text else "", True
             if not finish:
                 sequence.ids.append(token)
                 sequence.logp.append(token_logp)
-                self.on_written(sequence)
+                is_wanted = self.on_written(sequence)
             stop = sequence.sampling.stop
-            text = self.model.tokenizer.decode(sequence.ids) if stop else ""
+            if stop and not finish:
+                sequence.text += sequence.reader.push(token)
+            text = sequence.text + sequence.reader.rest if stop else ""
             if any(mark in text for mark in stop):
                 finish = "stop"
+            elif not finish and not is_wanted:
+                finish = "dropped"
             elif not finish and len(sequence.ids) == sequence.sampling.max_new_tokens:
                 finish = "length"
             if finish:
-                text = text or self.model.tokenizer.decode(sequence.ids)
+                text = text if stop else "".join(pieces(self.model.tokenizer, sequence.ids, sequence.prompt))
                 text = min((text.split(mark)[0] for mark in stop), key=len, default=text)
                 ended.append((sequence, Generation(text, tuple(sequence.ids), tuple(sequence.logp), finish)))
                 self.rows.release(sequence)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
+import time
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from icl_ft_fast.integrations.protocol import RefusedError, error_response
+from icl_ft_fast.runtime.printable import printable
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Limits:
 
 
 class Guard:
-    """Before any route: the key, how large a body may be and how long it may take."""
+    """Before any route: the key, how large a body may be and how long it may take. Logs a line for each request."""
 
     def __init__(self, app: ASGIApp, key: str | None, limits: Limits) -> None:
         self.app, self.key, self.limits = app, None if key is None else key.encode(), limits
@@ -39,6 +44,20 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        began, status = time.perf_counter(), 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, noted)
+        finally:  # neither the text of a request nor its key
+            client, ms = (scope.get("client") or ("?",))[0], 1e3 * (time.perf_counter() - began)
+            _log.info("%s %s %s %s %.0f ms", client, scope["method"], printable(scope["path"]), status, ms)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         right = self.key is None or (hmac.compare_digest(given.strip(), self.key) and scheme.lower() == b"bearer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,14 +16,24 @@ from icl_ft_fast.engine.generate import Sampling
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(max_length=2**24)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(max_length=1000)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None  # a list that asks for nothing
 TopK = Annotated[int, Field(ge=0, le=20)]
+
+
+ALMOST_GREEDY = 1e-5  # a temperature below is greedy, as in vLLM: logits divided by it would overflow
 
 
 class Body(BaseModel):
     """What all requests have in common: unknown fields, other types, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """What a stream says besides its text."""
+
+    include_usage: bool | None = None
 
 
 class GenerationBody(Body):
@@ -33,11 +44,14 @@ class GenerationBody(Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="no effect on greedy decoding")
     seed: int | None = Field(None, description="of the draws; a new one each time by default")
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="choices for each prompt")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="not read")
-    n: Literal[1] | None = None
-    stream: Literal[False] | None = None
+    metadata: dict[str, Any] | None = Field(None, description="not read")
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class CompletionRequest(GenerationBody):
@@ -54,7 +68,8 @@ class CompletionRequest(GenerationBody):
     logprobs: TopK | None = None
     prompt_logprobs: TopK | None = None
     add_special_tokens: bool = Field(True, description="whether a text begins as the tokenizer begins one (BOS)")
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="drawn for each prompt, n returned")
+    suffix: Literal[""] | None = None
 
 
 class TextPart(Body):
@@ -68,7 +83,18 @@ class ChatMessage(Body):
     """One turn."""
 
     role: Annotated[str, Field(min_length=1, max_length=100)]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
+    refusal: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Text | None = None
+
+
+class TextFormat(Body):
+    """The only form of a reply."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(GenerationBody):
@@ -77,8 +103,17 @@ class ChatRequest(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopK | None = None
+    chat_template_kwargs: dict[str, bool | int | str | None] | None = Field(
+        None, description="arguments of the chat template, such as enable_thinking"
+    )
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+    modalities: list[Literal["text"]] | None = None
 
 
 class ChoicesRequest(Body):
@@ -98,13 +133,26 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
 
 
-def sampling(body: CompletionRequest | ChatRequest, new_tokens: int) -> Sampling:
-    """How to write what is asked; whoever leaves out the temperature gets OpenAI's default of 1."""
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+def samplings(
+    body: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], new_tokens: Sequence[int]
+) -> list[Sampling]:
+    """How to continue each prompt; whoever leaves out the temperature gets OpenAI's default of 1.
+
+    A prompt that comes again is drawn again, under the next seed.
+    """
+    given = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     temperature = 1.0 if body.temperature is None else body.temperature
+    temperature = temperature if temperature >= ALMOST_GREEDY else 0.0
     top_p = body.top_p if body.top_p and temperature else 1.0
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    return Sampling(max_new_tokens=new_tokens, temperature=temperature, top_p=top_p, stop=stop, seed=seed)
+    seed = secrets.randbits(62) if body.seed is None else body.seed
+    before: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt, most in zip(prompts, new_tokens, strict=True):
+        repeats = before[tuple(prompt)]
+        before[tuple(prompt)] += 1
+        stop = tuple(mark for mark in given if mark)
+        found.append(Sampling(most, temperature, top_p=top_p, stop=stop, seed=seed + repeats))
+    return found
 
 
 class Fault(BaseModel):
@@ -147,28 +195,47 @@ class ScoredToken(NamedTuple):
     top: Sequence[tuple[int, float]] = ()
 
 
-def logprobs(tokens: Sequence[ScoredToken], top: int, offset: int, piece: Callable[[int], str]) -> dict[str, Any]:
-    """OpenAI's lists; of tokens that read alike the likeliest is named.
+def logprobs(
+    tokens: Sequence[ScoredToken], texts: Sequence[str], top: int, offset: int, name: Callable[[int], str]
+) -> dict[str, Any]:
+    """OpenAI's lists.
 
     Args:
         tokens: to be listed.
+        texts: the text of each, which joined are the whole text.
         top: how many of the likeliest tokens are named beside each.
         offset: characters before the first.
-        piece: the text of a token id.
+        name: what a token that was not generated is called.
     """
-    pieces = [piece(token.id) for token in tokens]
     likeliest: list[dict[str, float | None] | None] = []
-    for token in tokens:
-        named: dict[str, float | None] = {}
-        for token_id, logp in (*token.top[:top], (token.id, token.logp)):
-            named.setdefault(piece(token_id), logp)
+    for token, text in zip(tokens, texts, strict=True):
+        named: dict[str, float | None] = {text: token.logp}
+        for token_id, logp in token.top[:top]:
+            if token_id != token.id:
+                called = name(token_id)
+                named[f"token_id:{token_id}" if called in named else called] = logp  # some read alike
         likeliest.append(None if token.logp is None else named)
     return {
-        "tokens": pieces,
+        "tokens": list(texts),
         "token_logprobs": [token.logp for token in tokens],
         "top_logprobs": likeliest,
-        "text_offset": list(itertools.accumulate(map(len, pieces), initial=offset))[:-1],
+        "text_offset": list(itertools.accumulate(map(len, texts), initial=offset))[:-1],
     }
+
+
+def chat_logprobs(
+    tokens: Sequence[ScoredToken], texts: Sequence[str], top: int, name: Callable[[int], str]
+) -> dict[str, Any]:
+    """The same in the form of chat."""
+
+    def entry(text: str, logp: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logp, "bytes": list(text.encode())}
+
+    content = []
+    for token, text in zip(tokens, texts, strict=True):
+        best = [entry(text if i == token.id else name(i), logp) for i, logp in token.top[:top]]
+        content.append(entry(text, token.logp) | {"top_logprobs": best})
+    return {"content": content, "refusal": None}
 
 
 def prompt_logprobs(token: ScoredToken, top: int, piece: Callable[[int], str]) -> dict[str, Any] | None:
@@ -183,37 +250,20 @@ def prompt_logprobs(token: ScoredToken, top: int, piece: Callable[[int], str]) -
 
 
 class Completion(NamedTuple):
-    """A continuation; `tokens` are the prompt's and its own, those that were scored with log-probabilities."""
+    """A continuation of a prompt.
+
+    Attributes:
+        text, finish_reason: as the client gets them.
+        num_tokens: generated.
+        tokens: the prompt's and its own, those that were scored with log-probabilities.
+        logp: natural-log probability of the generated tokens.
+    """
 
     text: str
     finish_reason: str
     num_tokens: int
     tokens: list[ScoredToken]
-
-
-def completion_choice(
-    body: CompletionRequest, index: int, before: str, num_prompt: int, written: Completion, piece: Callable[[int], str]
-) -> dict[str, Any]:
-    """An entry of /v1/completions' choices.
-
-    Args:
-        body: what was asked.
-        index: the prompt's place among those asked.
-        before: the prompt's text.
-        num_prompt: its tokens, the first of written.tokens.
-        written: what follows it.
-        piece: the text of a token id.
-    """
-    text = before + written.text if body.echo else written.text
-    choice = {"index": index, "text": text, "finish_reason": written.finish_reason, "logprobs": None}
-    if body.logprobs is not None:
-        tokens, offset = (written.tokens, 0) if body.echo else (written.tokens[num_prompt:], len(before))
-        choice["logprobs"] = logprobs(tokens, body.logprobs, offset, piece)
-    if body.prompt_logprobs is not None:
-        choice["prompt_logprobs"] = [
-            prompt_logprobs(token, body.prompt_logprobs, piece) for token in written.tokens[:num_prompt]
-        ]
-    return choice
+    logp: float
 
 
 def usage(prompt_tokens: int, completion_tokens: int, reused: int) -> dict[str, Any]:

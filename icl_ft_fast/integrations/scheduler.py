@@ -62,17 +62,26 @@ class Choices(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Asks for the TokenLogprobs, with `top` likeliest tokens, of each pair's continuation."""
+    """Asks for the TokenLogprobs of each pair's continuation, with the `top` likeliest tokens at each place.
+
+    With `with_after`, also for the likeliest tokens behind each pair, whose continuation may then be empty.
+    """
 
     pairs: Sequence[Pair]
     top: int
+    with_after: bool = False
 
 
 class Prompts(NamedTuple):
-    """Asks for a Generation after each prompt."""
+    """Asks for a Generation after each prompt, under a sampling each.
+
+    `on_token` is called in the scheduler's thread with (index of the prompt, token id); where it returns False, that
+    continuation ends.
+    """
 
     prompts: Sequence[list[int]]
-    sampling: Sampling
+    samplings: Sequence[Sampling]
+    on_token: Callable[[int, int], bool] | None = None
 
 
 @dataclass
@@ -237,7 +246,7 @@ class Scheduler:
         units.sort(key=lambda unit: (unit.kind, unit.token.byteswap().tobytes()))  # what begins alike is together
         for (start, _), group in itertools.groupby(units, lambda unit: (self._start(unit), unit.kind)):
             members = [(unit.request, r) for unit in group for r in unit.members]
-            for i, result in self._results(members[0][0].asked, start, [request.pairs[r] for request, r in members]):
+            for i, result in self._results(members, start):
                 request, r = members[i]
                 request.done(r, result)
         for unit in units:
@@ -247,11 +256,11 @@ class Scheduler:
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
 
-    def _results(
-        self, asked: Choices | Sequences | Prompts, start: Context | None, pairs: list[Pair]
-    ) -> Iterator[tuple[int, Any]]:
+    def _results(self, members: list[tuple[_PendingRequest, int]], start: Context | None) -> Iterator[tuple[int, Any]]:
+        """Yield (place among members, result) of sequences of one kind that begin with `start`."""
         model, ledger, count_start = self.model, self.ledger, start not in self._counted
         self._counted.discard(start)
+        asked, pairs = members[0][0].asked, [request.pairs[r] for request, r in members]
         if isinstance(asked, Choices):
             return iter_loglikelihood(
                 model, pairs, chunk_tokens=self.chunk_tokens, ledger=ledger, start=start, count_start=count_start
@@ -259,9 +268,23 @@ class Scheduler:
         if isinstance(asked, Sequences):
             options = ScoringOptions(self.chunk_tokens)
             return iter_token_logprobs(
-                model, pairs, top=asked.top, options=options, ledger=ledger, start=start, count_start=count_start
+                model,
+                pairs,
+                top=asked.top,
+                with_after=asked.with_after,
+                options=options,
+                ledger=ledger,
+                start=start,
+                count_start=count_start,
             )
-        return iter_generations(model, [prompt for prompt, _ in pairs], asked.sampling, ledger=ledger)
+        prompts: list[tuple[Prompts, int]] = [(request.asked, r) for request, r in members]  # type: ignore[misc]
+
+        def on_token(i: int, token: int, _: float) -> bool:
+            asked, r = prompts[i]
+            return asked.on_token is None or asked.on_token(r, token)
+
+        samplings = [asked.samplings[r] for asked, r in prompts]
+        return iter_generations(model, [prompt for prompt, _ in pairs], samplings, on_token=on_token, ledger=ledger)
 
     def _encode(self, pending: list[_PendingRequest]) -> list[_PendingRequest]:
         """The requests that can be served, with their token ids; the others get their error."""
@@ -286,17 +309,23 @@ class Scheduler:
     def _check(self, request: _PendingRequest) -> None:
         """Raise ScoreError unless the model can serve the request."""
         what = "choices" if isinstance(request.asked, Choices) else "prompt"
-        pairs, names = request.pairs, [f"{what}[{r}]" for r in range(len(request.pairs))]
-        if isinstance(request.asked, Prompts):
-            pairs = [(context, [0] * request.asked.sampling.max_new_tokens) for context, _ in pairs]
+        asked, pairs, names = request.asked, request.pairs, [f"{what}[{r}]" for r in range(len(request.pairs))]
+        may_be_empty = isinstance(asked, Prompts) or (isinstance(asked, Sequences) and asked.with_after)
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context:
                 raise ScoreError(f"{name}: no token")
-            if not continuation:
+            if not continuation and not may_be_empty:
                 raise ScoreError(
                     f"{name}: no token of its own: empty, or merged into the end of the prompt by the tokenizer"
                 )
-        check_fit(self.model, pairs, names)
+        check_fit(self.model, pairs, names, whole=may_be_empty)
+        for (context, _), name, sampling in zip(pairs, names, getattr(asked, "samplings", ()), strict=False):
+            over = len(context) + sampling.max_new_tokens - 1 - self.model.max_positions
+            if over > 0:
+                raise ScoreError(
+                    f"{name}: {len(context)} tokens and {sampling.max_new_tokens} new ones are {over} tokens over the "
+                    f"model's {self.model.max_positions} positions"
+                )
 
     def _encode_context(self, text: str) -> NDArray[np.int32]:
         return np.asarray(encoding.encode(self.model.tokenizer, [text])[0], np.int32)
@@ -346,7 +375,7 @@ class Scheduler:
 def _units(request: _PendingRequest) -> list[_Unit]:
     if isinstance(request.asked, Choices):
         return [_Unit(request, range(len(request.pairs)), np.asarray(request.pairs[0][0], np.int32), "choices")]
-    kind = repr((type(request.asked).__name__, *request.asked[1:]))
+    kind = "prompts" if isinstance(request.asked, Prompts) else repr(request.asked[1:])
     return [
         _Unit(request, range(r, r + 1), np.asarray(a + b, np.int32), kind) for r, (a, b) in enumerate(request.pairs)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,10 +19,12 @@ from typing import Any, TypeVar
 import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.detokenize import pieces
 from icl_ft_fast.engine.generate import GenerateError, Generation, end_tokens
 from icl_ft_fast.engine.likelihood import ScoreError
 from icl_ft_fast.integrations.guard import Guard, Limits
@@ -35,9 +38,11 @@ from icl_ft_fast.integrations.protocol import (
     RefusedError,
     ScoredToken,
     TokenizeRequest,
-    completion_choice,
+    chat_logprobs,
     error_response,
-    sampling,
+    logprobs,
+    prompt_logprobs,
+    samplings,
     usage,
 )
 from icl_ft_fast.integrations.scheduler import (
@@ -49,9 +54,12 @@ from icl_ft_fast.integrations.scheduler import (
     SchedulerClosedError,
     Sequences,
 )
+from icl_ft_fast.integrations.streaming import DONE, StreamedText, event
+from icl_ft_fast.runtime.reasoning import opened, split_reasoning
 from icl_ft_fast.runtime.templates import render_chat
 
 STATUS = {SchedulerBusyError: 429, SchedulerClosedError: 503, ScoreError: 400, GenerateError: 400}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 async def _refusal(_: Request, error: Exception) -> JSONResponse:
@@ -68,14 +76,22 @@ async def _refusal(_: Request, error: Exception) -> JSONResponse:
     return error_response(status, "internal error; the server's log has more" if status == 500 else str(error))
 
 
-def make_app(scheduler: Scheduler, name: str, *, key: str | None = None, limits: Limits | None = None) -> FastAPI:
+def make_app(
+    scheduler: Scheduler,
+    name: str,
+    *,
+    key: str | None = None,
+    limits: Limits | None = None,
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
     """The application; it closes the scheduler when it shuts down.
 
     Args:
-        scheduler: answers the questions.
+        scheduler: serves the requests.
         name: the model's, as clients give it.
         key: what clients must give as bearer token; None lets everyone in.
         limits: of what one client may ask for.
+        allow_origins: of web pages whose scripts may use the server; "*" is all.
     """
 
     @asynccontextmanager
@@ -94,17 +110,27 @@ def make_app(scheduler: Scheduler, name: str, *, key: str | None = None, limits:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.add_middleware(Guard, key=key, limits=limits)
-    app.get("/health")(service.health)
-    app.get("/v1/models")(service.models)
-    app.get("/tokenizer_info")(service.tokenizer_info)
+    if allow_origins:  # added last, so it is met first: a preflight has no key
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+    gets = {"/health": service.health, "/v1/models": service.models, "/tokenizer_info": service.tokenizer_info}
+    for path, endpoint in gets.items():
+        app.get(path)(endpoint)
+        app.head(path, include_in_schema=False)(endpoint)
     app.post("/tokenize")(service.tokenize)
     app.post("/v1/score_choices")(service.score_choices)
-    app.post("/v1/completions")(service.completions)
-    app.post("/v1/chat/completions")(service.chat)
+    app.post("/v1/completions", response_model=None, responses=STREAM)(service.completions)
+    app.post("/v1/chat/completions", response_model=None, responses=STREAM)(service.chat)
+    for path in (*gets, "/tokenize", "/v1/score_choices", "/v1/completions", "/v1/chat/completions"):
+        methods = "GET, HEAD, OPTIONS" if path in gets else "POST, OPTIONS"
+        app.options(path, include_in_schema=False)(functools.partial(_options, methods))
 
     for kind in (RequestValidationError, HTTPException, RefusedError, *STATUS, Exception):
         app.add_exception_handler(kind, _refusal)
     return app
+
+
+async def _options(methods: str) -> Response:
+    return Response(status_code=204, headers={"allow": methods})
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -120,10 +146,12 @@ class _Service:
     def __init__(self, scheduler: Scheduler, name: str, limits: Limits) -> None:
         self.scheduler, self.name, self.limits = scheduler, name, limits
         self.tokenizer = copy.deepcopy(scheduler.model.tokenizer)  # a tokenizer belongs to one thread
+        self.reader = copy.deepcopy(scheduler.model.tokenizer)  # the event loop's
         self.tokenizing = ThreadPoolExecutor(1, "tokenizer")
         self.created = int(time.time())
         self.ends_text = end_tokens(scheduler.model)
-        self._piece = functools.cache(lambda token: self.tokenizer.decode([token]))
+        self._anchor = self._encode(["a"], False)[0]  # a token behind a text, where it keeps its space
+        self._name = functools.cache(lambda token: pieces(self.tokenizer, [token], self._anchor)[0])
 
     async def health(self) -> dict[str, str]:
         """Whether the server is up; needs no key."""
@@ -147,113 +175,264 @@ class _Service:
         return {"count": len(tokens), "max_model_len": self.scheduler.model.max_positions, "tokens": tokens}
 
     async def score_choices(self, body: ChoicesRequest, request: Request) -> dict[str, Any]:
-        """Log-likelihood of each choice after context + prompt; the context stays prefilled."""
+        """Log-likelihood of each choice after context + prompt; the context stays cached."""
         self._check_model(body.model)
         self._check_number("choices", len(body.choices))
-        answer = await self._answer(request, Choices(body.context, body.prompt, tuple(body.choices)))
+        found = await self._result(request, Choices(body.context, body.prompt, tuple(body.choices)))
         scores = [
             {"index": c, "logprob": result.logp, "num_tokens": num_tokens, "is_greedy": result.is_greedy}
-            for c, (result, (_, num_tokens)) in enumerate(zip(answer.results, answer.num_tokens, strict=True))
+            for c, (result, (_, num_tokens)) in enumerate(zip(found.results, found.num_tokens, strict=True))
         ]
-        best = max(range(len(scores)), key=lambda c: answer.results[c].logp)
-        prompt_tokens = answer.num_tokens[0][0] + sum(num_tokens for _, num_tokens in answer.num_tokens)
-        counts = usage(prompt_tokens, 0, answer.cached_tokens)
+        best = max(range(len(scores)), key=lambda c: found.results[c].logp)
+        prompt_tokens = found.num_tokens[0][0] + sum(num_tokens for _, num_tokens in found.num_tokens)
+        counts = usage(prompt_tokens, 0, found.cached_tokens)
         return {"object": "score_choices", "model": self.name, "scores": scores, "predicted": best, "usage": counts}
 
-    async def completions(self, body: CompletionRequest, request: Request) -> dict[str, Any]:
+    async def completions(self, body: CompletionRequest, request: Request) -> dict[str, Any] | StreamingResponse:
         """Continuations of prompts, the prompts' and continuations' log-probabilities, or both."""
         self._check_model(body.model)
         given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or _is_ids(body.prompt) else list(body.prompt)
-        self._check_number("prompt", len(given))
+        n = body.n or 1
+        drawn = body.best_of or n
+        if drawn < n:
+            raise RefusedError(400, f"best_of: expected at least n = {n}, got {drawn}", "best_of")
+        self._check_number("prompt", len(given) * drawn)
         texts = [prompt for prompt in given if isinstance(prompt, str)]
         encoded = iter(await self._in_tokenizer(self._encode, texts, body.add_special_tokens))
         prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in given]
+        repeated = [prompt for prompt in prompts for _ in range(drawn)]
+        new_tokens = [self._check_new_tokens(body.max_tokens, 16)] * len(repeated)
         of_prompt = body.prompt_logprobs is not None or (bool(body.echo) and body.logprobs is not None)
         scored = of_prompt or body.logprobs is not None
-        top = max(1, body.logprobs or 0, body.prompt_logprobs or 0)
-        new_tokens = self._check_new_tokens(body.max_tokens, 16)
-        written, reused = await self._write(request, prompts, new_tokens, body, of_prompt, top if scored else None)
-        choices = await self._in_tokenizer(self._choices, body, given, prompts, written)
-        counts = usage(sum(map(len, prompts)), sum(one.num_tokens for one in written), reused)
-        return self._envelope("text_completion", "cmpl", choices, counts)
+        if body.stream:
+            if scored or drawn > n or not new_tokens[0]:
+                raise RefusedError(400, "stream: not with logprobs, best_of above n or max_tokens 0", "stream")
+            befores = await self._in_tokenizer(self._texts, given) if body.echo else [""] * len(given)
+            starts = [{"text": before} if before else {} for before in befores for _ in range(n)]
+            return await self._stream(request, body, repeated, new_tokens, starts)
+        top = max(1, body.logprobs or 0, body.prompt_logprobs or 0) if scored else None
+        completions, cached = await self._complete(request, repeated, new_tokens, body, of_prompt, top)
+        counts = usage(sum(map(len, prompts)), sum(one.num_tokens for one in completions), cached)
+        groups = [completions[first : first + drawn] for first in range(0, len(completions), drawn)]
+        if drawn > n:
+            groups = [sorted(one, key=lambda c: -c.logp / max(1, c.num_tokens))[:n] for one in groups]
+        choices = await self._in_tokenizer(self._choices, body, given, prompts, groups)
+        return self._envelope("text_completion", "cmpl") | {"choices": choices, "usage": counts}
 
-    async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any]:
+    async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any] | StreamingResponse:
         """The next turn of a conversation, put to the model through the tokenizer's chat template."""
         self._check_model(body.model)
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise RefusedError(400, "max_tokens: give either it or max_completion_tokens", "max_tokens")
-        prompt = await self._in_tokenizer(self._conversation, body.messages)
-        new_tokens = self._check_new_tokens(body.max_completion_tokens or body.max_tokens, 256)
-        (result,), reused = await self._write(request, [prompt], new_tokens, body, False, None)
-        message = {"role": "assistant", "content": result.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
-        return self._envelope("chat.completion", "chatcmpl", [choice], usage(len(prompt), result.num_tokens, reused))
+        if body.top_logprobs and not body.logprobs:
+            raise RefusedError(400, "top_logprobs: needs logprobs", "top_logprobs")
+        n = body.n or 1
+        self._check_number("n", n)
+        prompt, mark = await self._in_tokenizer(self._conversation, body)
+        room = self.scheduler.model.max_positions - len(prompt) + 1  # the last token needs no position
+        new_tokens = self._check_new_tokens(
+            body.max_completion_tokens or body.max_tokens, max(1, min(room, self.limits.new_tokens))
+        )
+        if body.stream:
+            if body.logprobs:
+                raise RefusedError(400, "stream: not with logprobs", "stream")
+            starts: list[dict[str, str]] = [{"role": "assistant", "content": ""}] * n
+            return await self._stream(request, body, [prompt] * n, [new_tokens] * n, starts, mark)
+        top = max(1, body.top_logprobs or 0) if body.logprobs else None
+        completions, cached = await self._complete(request, [prompt] * n, [new_tokens] * n, body, False, top)
+        choices = []
+        for index, one in enumerate(completions):
+            reasoning, answer = split_reasoning(mark + one.text)
+            message = {"role": "assistant", "content": one.text, "refusal": None}
+            if reasoning:
+                message |= {"content": answer.lstrip("\n"), "reasoning_content": reasoning}
+            choice = {"index": index, "message": message, "logprobs": None, "finish_reason": one.finish_reason}
+            if body.logprobs:
+                tokens = one.tokens[len(prompt) :]
+                texts = await self._in_tokenizer(pieces, self.tokenizer, [token.id for token in tokens], prompt)
+                listed = self._in_tokenizer(chat_logprobs, tokens, texts, body.top_logprobs or 0, self._name)
+                choice["logprobs"] = await listed
+            choices.append(choice)
+        counts = usage(len(prompt), sum(one.num_tokens for one in completions), cached)
+        return self._envelope("chat.completion", "chatcmpl") | {"choices": choices, "usage": counts}
 
-    async def _write(
+    async def _complete(
         self,
         request: Request,
         prompts: Sequence[list[int]],
-        new_tokens: int,
+        new_tokens: Sequence[int],
         body: CompletionRequest | ChatRequest,
         of_prompt: bool,
         top: int | None,
     ) -> tuple[list[Completion], int]:
-        """Continue prompts, and score what is written with `top`, the prompts too with `of_prompt`; tokens reused."""
-        read_off = new_tokens == 1 and top is not None and body.temperature == 0  # the likeliest token: no decoding
-        written = [Generation("", (), (), "length")] * len(prompts)
-        reused, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
-        if new_tokens and not read_off:
-            answer = await self._answer(request, Prompts(prompts, sampling(body, new_tokens)))
-            written, reused = answer.results, answer.cached_tokens
+        """Continue prompts; with `top`, score what is generated, with `of_prompt` the prompts too; cached tokens."""
+        # One greedy token is the likeliest behind the prompt: nothing is decoded.
+        read_off = top is not None and body.temperature == 0 and max(new_tokens) == 1
+        generated = [Generation("", (), (), "length")] * len(prompts)
+        cached, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
+        if max(new_tokens) and not read_off:
+            found = await self._generated(request, prompts, body, new_tokens)
+            generated, cached = found.results, found.cached_tokens
         if top is not None:
-            pairs = []
-            for prompt, generation in zip(prompts, written, strict=True):
-                first = 1 if of_prompt else len(prompt)
-                rest = [*prompt[first:], *generation.ids]
-                pairs.append((prompt[:first], rest if rest and not read_off else [*rest, 0]))  # 0: a placeholder
-            answer = await self._answer(request, Sequences(pairs, top))
-            reused += answer.cached_tokens
-            for p, ((context, rest), result) in enumerate(zip(pairs, answer.results, strict=True)):
+            first = [1 if of_prompt else len(prompt) for prompt in prompts]
+            pairs = [(p[:f], [*p[f:], *one.ids]) for p, f, one in zip(prompts, first, generated, strict=True)]
+            with_after = read_off or not all(rest for _, rest in pairs)
+            found = await self._result(request, Sequences(pairs, top, with_after))
+            cached += found.cached_tokens
+            for p, ((context, rest), result) in enumerate(zip(pairs, found.results, strict=True)):
                 scored = [ScoredToken(*one) for one in zip(rest, result.logp, result.rank, result.top, strict=True)]
                 if read_off:
-                    likeliest, logp = result.top[-1][0]
-                    scored[-1] = ScoredToken(likeliest, logp, 1, result.top[-1])
-                    text = await self._in_tokenizer(self._decode, [likeliest])
+                    likeliest, logp = result.after[0]
+                    scored.append(ScoredToken(likeliest, logp, 1, result.after))
+                    (text,) = await self._in_tokenizer(pieces, self.tokenizer, [likeliest], prompts[p])
                     ended = Generation("", (), (), "eos")
-                    written[p] = ended if likeliest in self.ends_text else Generation(text, (likeliest,), (), "length")
-                elif len(context) + len(rest) > len(prompts[p]) + len(written[p].ids):
-                    scored.pop()
+                    is_end = likeliest in self.ends_text
+                    generated[p] = ended if is_end else Generation(text, (likeliest,), (logp,), "length")
                 lists[p] = [*(ScoredToken(token) for token in context), *scored]
         return [
-            Completion(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens)
-            for one, tokens in zip(written, lists, strict=True)
-        ], reused
+            Completion(one.text, "length" if one.finish == "length" else "stop", len(one.ids), tokens, sum(one.logp))
+            for one, tokens in zip(generated, lists, strict=True)
+        ], cached
+
+    async def _generated(
+        self,
+        request: Request,
+        prompts: Sequence[list[int]],
+        body: CompletionRequest | ChatRequest,
+        new_tokens: Sequence[int],
+    ) -> RequestResult:
+        """Generations; none goes on when the client has gone."""
+        gone = threading.Event()
+        asked = Prompts(prompts, samplings(body, prompts, new_tokens), lambda *_: not gone.is_set())
+        try:
+            return await self._result(request, asked)
+        finally:
+            gone.set()
+
+    async def _stream(
+        self,
+        request: Request,
+        body: CompletionRequest | ChatRequest,
+        prompts: Sequence[list[int]],
+        new_tokens: Sequence[int],
+        starts: Sequence[dict[str, str]],
+        mark: str | None = None,
+    ) -> StreamingResponse:
+        """Server-sent events: `starts`, what each token adds, and at last why each choice ended."""
+        loop, events, gone = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None](), threading.Event()
+        is_chat = isinstance(body, ChatRequest)
+        made = samplings(body, prompts, new_tokens)
+        streams = [StreamedText(self.reader, p, how.stop, mark) for p, how in zip(prompts, made, strict=True)]
+
+        def on_token(r: int, token: int) -> bool:
+            loop.call_soon_threadsafe(events.put_nowait, (r, token))
+            return not gone.is_set()
+
+        future = self.scheduler.submit(Prompts(prompts, made, on_token))
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
+        try:
+            first = await self._unless_gone(request, asyncio.ensure_future(events.get()))
+        except BaseException:
+            gone.set()
+            future.cancel()
+            raise
+        if first is None and future.exception() is not None:
+            future.result()  # refused like any request: nothing was sent
+        kind = ("chat.completion.chunk", "chatcmpl") if is_chat else ("text_completion", "cmpl")
+        envelope = self._envelope(*kind)
+
+        def chunk(index: int, new: dict[str, str], finish: str | None = None) -> str:
+            told: dict[str, Any] = {"delta": new} if is_chat else {"text": new.get("content", new.get("text", ""))}
+            return event(envelope | {"choices": [{"index": index, **told, "logprobs": None, "finish_reason": finish}]})
+
+        async def chunks() -> AsyncIterator[str]:
+            try:
+                for index, start in enumerate(starts):
+                    if start:
+                        yield chunk(index, start)
+                one = first
+                while one is not None:
+                    if new := streams[one[0]].push(one[1]):
+                        yield chunk(one[0], new)
+                    one = await events.get()
+                try:
+                    result = future.result()
+                except Exception as error:
+                    status = STATUS.get(type(error), 500)
+                    message = str(error) if status < 500 else "internal error; the server's log has more"
+                    yield event({"error": {"message": message, "code": status}})
+                    return
+                for index, generation in enumerate(result.results):
+                    if new := streams[index].finish(generation.text):
+                        yield chunk(index, new)
+                    yield chunk(index, {}, "length" if generation.finish == "length" else "stop")
+                if body.stream_options is not None and body.stream_options.include_usage:
+                    written = sum(len(generation.ids) for generation in result.results)
+                    num_prompt = sum(map(len, prompts)) // (body.n or 1)
+                    yield event(envelope | {"choices": [], "usage": usage(num_prompt, written, result.cached_tokens)})
+                yield DONE
+            finally:
+                gone.set()
+                future.cancel()
+
+        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     def _choices(
         self,
         body: CompletionRequest,
         given: Sequence[str | list[int]],
         prompts: Sequence[list[int]],
-        written: list[Completion],
+        groups: Sequence[Sequence[Completion]],
     ) -> list[dict[str, Any]]:
-        befores = [prompt if isinstance(prompt, str) else self._decode(prompt) for prompt in given]
-        asked = zip(befores, map(len, prompts), written, strict=True)
-        return [completion_choice(body, index, *one, self._piece) for index, one in enumerate(asked)]
+        """The entries of /v1/completions' choices."""
+        choices: list[dict[str, Any]] = []
+        for before, prompt, group in zip(self._texts(given), prompts, groups, strict=True):
+            for one in group:
+                choice: dict[str, Any] = {"index": len(choices), "text": before + one.text if body.echo else one.text}
+                choice |= {"finish_reason": one.finish_reason, "logprobs": None}
+                if body.logprobs is not None:
+                    tokens = one.tokens if body.echo else one.tokens[len(prompt) :]
+                    ids = [token.id for token in tokens]
+                    texts = self._echoed(ids, before) if body.echo else pieces(self.tokenizer, ids, prompt)
+                    outside = body.echo and len(texts) > 1 and not before.startswith(texts[0])
+                    offset = (-len(texts[0]) if outside else 0) if body.echo else len(before)
+                    choice["logprobs"] = logprobs(tokens, texts, body.logprobs, offset, self._name)
+                if body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = [
+                        prompt_logprobs(token, body.prompt_logprobs, self._name) for token in one.tokens[: len(prompt)]
+                    ]
+                choices.append(choice)
+        return choices
 
-    async def _answer(self, request: Request, asked: Choices | Sequences | Prompts) -> RequestResult:
-        """The scheduler's answer; what a client that has gone asked is dropped."""
-        answer: asyncio.Future[Any] = asyncio.wrap_future(self.scheduler.submit(asked))
+    def _echoed(self, ids: list[int], before: str) -> list[str]:
+        """The text of each token of an echoed prompt and what follows it, without a space that the tokenizer added."""
+        texts = pieces(self.tokenizer, ids)
+        first = next((i for i, text in enumerate(texts) if i or before.startswith(text)), 0)
+        if texts and texts[first][:1] == " " and not before.startswith(" "):
+            texts[first] = texts[first][1:]
+        return texts
+
+    def _texts(self, given: Sequence[str | list[int]]) -> list[str]:
+        return [prompt if isinstance(prompt, str) else str(self.tokenizer.decode(prompt)) for prompt in given]
+
+    async def _result(self, request: Request, asked: Choices | Sequences | Prompts) -> RequestResult:
+        """The scheduler's result; what a client that has gone asked is dropped."""
+        future: asyncio.Future[Any] = asyncio.wrap_future(self.scheduler.submit(asked))
+        result: RequestResult = await self._unless_gone(request, future)
+        return result
+
+    async def _unless_gone(self, request: Request, future: asyncio.Future[Any]) -> Any:
+        """What a future gives; it is cancelled if the client leaves before."""
         # The body is read, so only a disconnection can come.
         gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
+            await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
                 raise RefusedError(499, "the client has gone")
-            result: RequestResult = answer.result()
-            return result
+            return future.result()
         finally:
             gone.cancel()
-            answer.cancel()
+            future.cancel()
 
     async def _in_tokenizer(self, call: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, call, *arguments)
@@ -261,23 +440,21 @@ class _Service:
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return encoding.encode(self.tokenizer, texts, bos=None if add_special_tokens else False)
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens)
-        return text
-
-    def _conversation(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if not self.tokenizer.chat_template:
+    def _conversation(self, body: ChatRequest) -> tuple[list[int], str]:
+        """Token ids of a conversation, and the mark of reasoning that it ends in."""
+        template = self.tokenizer.chat_template
+        if not template:
             raise RefusedError(400, "messages: this model's tokenizer has no chat template; use /v1/completions")
-        turns = []
-        for message in messages:
-            content = message.content
-            text = content if isinstance(content, str) else "".join(part.text for part in content)
-            turns.append({"role": message.role, "content": text})
+        turns = [_turn(message, "developer" in str(template)) for message in body.messages]
+        options = dict(body.chat_template_kwargs or {})
+        if taken := options.keys() & {"tokenize", "messages", "conversation", "chat_template", "return_dict"}:
+            name = "chat_template_kwargs"
+            raise RefusedError(400, f"{name}: {', '.join(sorted(taken))} cannot be set", name)
         try:
-            prompt = render_chat(self.tokenizer, turns)
+            prompt = render_chat(self.tokenizer, turns, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RefusedError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
-        return self._encode([prompt], True)[0]
+        return self._encode([prompt], True)[0], opened(prompt)
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -292,6 +469,14 @@ class _Service:
             raise RefusedError(400, f"max_tokens: at most {self.limits.new_tokens:,}, got {asked:,}", "max_tokens")
         return default if asked is None else asked
 
-    def _envelope(self, kind: str, prefix: str, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        made = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
-        return {**made, "choices": choices, "usage": usage}
+    def _envelope(self, kind: str, prefix: str) -> dict[str, Any]:
+        return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+
+
+def _turn(message: ChatMessage, knows_developer: bool) -> dict[str, Any]:
+    """A message as templates take it: one text, and of the rest what is there."""
+    content = message.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    role = "system" if message.role == "developer" and not knows_developer else message.role
+    names = ("name", "reasoning_content", "tool_calls", "tool_call_id")
+    return {"role": role, "content": text} | {name: value for name in names if (value := getattr(message, name))}

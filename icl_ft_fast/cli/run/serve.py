@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,9 @@ def run_serve(options: argparse.Namespace) -> None:
         store=open_store(options, model),
     )
     limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
-    app = make_app(scheduler, name, key=key, limits=limits)
+    app = make_app(scheduler, name, key=key, limits=limits, allow_origins=options.allow_origins)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("icl_ft_fast").setLevel(options.log_level.upper())
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
     uvicorn.run(
         app,
@@ -46,7 +49,7 @@ def run_serve(options: argparse.Namespace) -> None:
         limit_concurrency=options.max_connections,
         server_header=False,
         timeout_graceful_shutdown=options.shutdown_timeout,
-        log_level="warning",
+        log_level="debug" if options.log_level == "debug" else "warning",
         access_log=False,
     )
 
