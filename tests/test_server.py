@@ -26,6 +26,7 @@ from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
+from icl_ft_fast.integrations import scheduler as scheduler_module
 from icl_ft_fast.integrations.guard import Limits
 from icl_ft_fast.integrations.scheduler import (
     Choices,
@@ -36,6 +37,7 @@ from icl_ft_fast.integrations.scheduler import (
     Sequences,
 )
 from icl_ft_fast.integrations.server import make_app
+from icl_ft_fast.integrations.streaming import StreamedText
 
 KEY = "a key that nobody guesses"
 CONTEXT = " ".join(["the cat sat on that mat, who knows why?"] * 6)
@@ -48,11 +50,11 @@ ASKED = {"model": "tiny", "prompt": "the cat", "temperature": 0}
 
 
 @contextmanager
-def serving(model, *, key=None, limits=None, context_bytes=2**26, **options):
+def serving(model, *, key=None, limits=None, allow_origins=(), context_bytes=2**26, **options):
     """Port and scheduler of a live server."""
     scheduler = Scheduler(model, context_bytes=context_bytes, **options)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = make_app(scheduler, "tiny", key=key, limits=limits)
+    app = make_app(scheduler, "tiny", key=key, limits=limits, allow_origins=allow_origins)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -302,6 +304,188 @@ def test_chat_through_the_client(client, llama):
     assert again.choices[0].message.content == expected.text
     with pytest.raises(openai.BadRequestError, match="the model's chat template refuses them: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": ""}], temperature=0)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_streamed_completion_is_the_whole_one(echo, client):
+    asked = {"model": "tiny", "prompt": ["the cat", "who knows"], "max_tokens": 9, "temperature": 0, "echo": echo}
+    whole = client.completions.create(**asked)
+    stop = whole.choices[0].text[-4:-2]
+    for more in ({}, {"stop": stop}, {"n": 2}):
+        expected = client.completions.create(**asked, **more)
+        streamed = list(client.completions.create(**asked, **more, stream=True, stream_options={"include_usage": True}))
+        assert streamed[-1].choices == []
+        assert streamed[-1].usage == expected.usage
+        texts, ends = [""] * len(expected.choices), {}
+        for chunk in streamed[:-1]:
+            (choice,) = chunk.choices
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+        assert texts == [choice.text for choice in expected.choices]
+        assert ends == {choice.index: choice.finish_reason for choice in expected.choices}
+
+
+def test_a_streamed_chat_is_the_whole_one(client):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "temperature": 0, "max_tokens": 9}
+    whole = client.chat.completions.create(**asked).choices[0]
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+    assert len(chunks) > 3
+
+
+def test_what_a_stream_cannot_begin_is_an_error_with_a_status(client):
+    with pytest.raises(openai.BadRequestError, match=r"prompt\[0\]: 300 tokens"):
+        client.completions.create(model="tiny", prompt=[[5] * 300], stream=True)
+
+
+def test_a_stream_that_nobody_reads_ends(llama, monkeypatch):
+    gone, written = threading.Event(), []
+
+    class Watched(threading.Event):
+        def set(self):
+            super().set()
+            gone.set()
+
+    def iter_generations(*arguments, on_token, **options):
+        def waits(*one):
+            written.append(one)
+            if len(written) == 3:
+                assert gone.wait(60)
+            return on_token(*one)
+
+        return original(*arguments, on_token=waits, **options)
+
+    original = scheduler_module.iter_generations
+    monkeypatch.setattr(scheduler_module, "iter_generations", iter_generations)
+    monkeypatch.setattr("icl_ft_fast.integrations.server.Event", Watched)
+    monkeypatch.setattr("icl_ft_fast.engine.generate.end_tokens", lambda model: set())
+    with serving(llama) as (port, _):
+        asked = {"model": "tiny", "prompt": "the", "max_tokens": 200, "temperature": 0, "stream": True, "echo": True}
+        body = json.dumps(asked).encode()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+            connection.sendall(head.encode() + b"%d\r\n\r\n" % len(body) + body)
+            received = b""
+            while b"data: " not in received:
+                received += connection.recv(10_000)
+        assert_scores(llama, ask(port)[1], " who")
+    assert len(written) <= 3
+
+
+def test_repeated_prompts_are_drawn_again_and_a_seed_repeats_them(client):
+    asked = {"model": "tiny", "max_tokens": 12, "temperature": 1}
+    texts = [choice.text for choice in client.completions.create(**asked, prompt=["the cat"] * 3).choices]
+    assert len(set(texts)) == 3
+    several = [client.completions.create(**asked, prompt="the cat", n=3, seed=7) for _ in range(2)]
+    drawn = [[choice.text for choice in one.choices] for one in several]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 3
+    assert drawn[0][0] == client.completions.create(**asked, prompt="the cat", seed=7).choices[0].text
+    scored = client.completions.create(**asked, prompt="the cat", n=3, seed=7, logprobs=0)
+    mean = {choice.text: sum(choice.logprobs.token_logprobs) / 12 for choice in scored.choices}
+    best = client.completions.create(**asked, prompt="the cat", n=1, best_of=3, seed=7).choices
+    assert [choice.text for choice in best] == [max(mean, key=mean.get)]
+
+
+def test_log_probabilities_of_chat(client):
+    turns = [{"role": "user", "content": "the cat"}]
+    asked = {"model": "tiny", "messages": turns, "temperature": 0, "max_tokens": 5, "logprobs": True}
+    choice = client.chat.completions.create(**asked, top_logprobs=2).choices[0]
+    listed = choice.logprobs.content
+    assert "".join(token.token for token in listed) == choice.message.content
+    for token in listed:
+        assert [token.top_logprobs[0].token, len(token.top_logprobs)] == [token.token, 2]
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs: needs logprobs"):
+        client.chat.completions.create(**asked | {"logprobs": False}, top_logprobs=2)
+
+
+def test_a_chat_without_max_tokens_has_all_that_is_left(llama, monkeypatch):
+    monkeypatch.setattr("icl_ft_fast.engine.generate.end_tokens", lambda model: set())
+    before, llama.tokenizer.chat_template = llama.tokenizer.chat_template, TEMPLATE
+    try:
+        with serving(llama) as (port, _):
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": "the cat " * 30}], "temperature": 0}
+            counts = call(port, "POST", "/v1/chat/completions", asked)[1]["usage"]
+            assert counts["total_tokens"] == llama.max_positions + 1
+    finally:
+        llama.tokenizer.chat_template = before
+
+
+def test_reasoning_is_told_from_the_answer(llama, monkeypatch):
+    before, llama.tokenizer.chat_template = llama.tokenizer.chat_template, TEMPLATE + "{{ '<think>' if deep }}"
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "who"}], "temperature": 0, "max_tokens": 6}
+    try:
+        with serving(llama) as (port, _):
+            plain = call(port, "POST", "/v1/chat/completions", asked)[1]["choices"][0]["message"]
+            assert "reasoning_content" not in plain
+            deep = asked | {"chat_template_kwargs": {"deep": True}}
+            message = call(port, "POST", "/v1/chat/completions", deep)[1]["choices"][0]["message"]
+            assert message["content"] == ""
+            assert message["reasoning_content"]
+            refused = call(port, "POST", "/v1/chat/completions", asked | {"chat_template_kwargs": {"tokenize": True}})
+            assert refused[0] == 400
+    finally:
+        llama.tokenizer.chat_template = before
+
+
+def test_streamed_reasoning_is_told_from_the_answer(tokenizer):
+    text = "<think>Is it the cat? <no>.</think>\n\nThe cat</think"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream, told = StreamedText(tokenizer, [0], (), ""), {"content": "", "reasoning_content": ""}
+    for token in ids:
+        for name, new in stream.push(token).items():
+            told[name] += new
+    for name, new in stream.finish(text).items():
+        told[name] += new
+    assert told == {"reasoning_content": "Is it the cat? <no>.", "content": "The cat</think"}
+
+
+def test_fields_that_ask_for_nothing_are_taken(client, llama):
+    turns = [
+        {"role": "developer", "content": "the "},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
+        {"role": "tool", "content": [], "tool_call_id": "x"},
+        {"role": "user", "content": "cat", "name": None},
+    ]
+    nothing = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "tool_choice": "none"}
+    nothing |= {"seed": None, "n": None, "stream_options": None, "metadata": {}, "store": False, "functions": []}
+    asked = {"model": "tiny", "messages": turns, "temperature": 0, "max_tokens": 4}
+    got = client.chat.completions.create(**asked, extra_body=nothing)
+    prompt = "<system>the <assistant> <tool> <user>cat <assistant>"
+    (expected,) = generate(llama, [prompt], Sampling(max_new_tokens=4))
+    assert got.choices[0].message.content == expected.text
+    for field in ({"stop": ""}, {"suffix": ""}, {"temperature": 1e-300}):
+        assert client.completions.create(**ASKED | {"max_tokens": 3}, extra_body=field).choices[0].text
+
+
+def test_methods_and_origins(llama, live, caplog):
+    with (
+        caplog.at_level("INFO", "icl_ft_fast"),
+        serving(llama, key=KEY, allow_origins=["https://a.example"]) as (port, _),
+    ):
+        for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            headers = {"origin": origin, "access-control-request-method": "POST"}
+            connection.request("OPTIONS", "/v1/completions", headers=headers)
+            assert connection.getresponse().headers["access-control-allow-origin"] == allowed
+            connection.close()
+        assert call(port, "POST", "/v1/completions", ASKED | {"max_tokens": 1})[0] == 200
+    assert any("POST /v1/completions 200" in record.getMessage() for record in caplog.records)
+    assert KEY not in caplog.text
+    for method, path, status, allow in (
+        ("HEAD", "/v1/models", 200, None),
+        ("OPTIONS", "/v1/models", 204, "GET, HEAD, OPTIONS"),
+        ("OPTIONS", "/v1/completions", 204, "POST, OPTIONS"),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", live[0], timeout=60)
+        connection.request(method, path, headers={"authorization": f"Bearer {KEY}"})
+        response = connection.getresponse()
+        assert (response.status, response.headers["allow"], response.read()) == (status, allow, b"")
+        connection.close()
 
 
 def test_models_and_tokens(client, live, llama):

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from threading import Event
 from typing import Any, TypeVar
 
 import jinja2
@@ -302,7 +302,7 @@ class _Service:
         new_tokens: Sequence[int],
     ) -> RequestResult:
         """Generations; none goes on when the client has gone."""
-        gone = threading.Event()
+        gone = Event()
         asked = Prompts(prompts, samplings(body, prompts, new_tokens), lambda *_: not gone.is_set())
         try:
             return await self._result(request, asked)
@@ -319,7 +319,7 @@ class _Service:
         mark: str | None = None,
     ) -> StreamingResponse:
         """Server-sent events: `starts`, what each token adds, and at last why each choice ended."""
-        loop, events, gone = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None](), threading.Event()
+        loop, events, gone = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None](), Event()
         is_chat = isinstance(body, ChatRequest)
         made = samplings(body, prompts, new_tokens)
         streams = [StreamedText(self.reader, p, how.stop, mark) for p, how in zip(prompts, made, strict=True)]
