@@ -41,7 +41,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 19_100
+BUDGET = 19_400
 
 
 def room(module):
