@@ -88,8 +88,11 @@ bench: setup
 	@$(BIN)/python -m benchmarks
 
 # Compiles the Triton kernels for every target, or those in TARGETS, all cases or those that ONLY matches; needs no GPU.
+# With another version of Triton if TRITON says which, as TRITON=3.6.0; it is downloaded once.
+kernels: OTHER := $(if $(TRITON),$(CURDIR)/build/triton-$(TRITON))
 kernels: setup
-	@$(BIN)/python -m benchmarks.kernels $(TARGETS) --only "$(ONLY)"
+	@test -z "$(OTHER)" || test -d "$(OTHER)" || $(BIN)/python -m pip install --quiet --no-deps --target "$(OTHER)" triton==$(TRITON)
+	@PYTHONPATH="$(OTHER)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m benchmarks.kernels $(TARGETS) --only "$(ONLY)"
 
 # Rewrites the demo's output in README.md.
 readme: setup

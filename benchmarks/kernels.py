@@ -1,10 +1,19 @@
 """`python -m benchmarks.kernels`: compiles, without a GPU, every Triton kernel as its launcher would call it.
 
-Prints registers, shared memory, bytes of stack, matrix instructions and 16-byte loads for each target. Fails on any
-spill, on more registers or shared memory than the target has, and on a kernel of matrix products that loads nothing 16
-bytes at a time or does not multiply on the matrix units: in 16 bits by wgmma alone on sm_90 and by tcgen05 alone on
-sm_100; in float32 by wgmma alone on sm_90 to head sizes of 128, by mma.sync beyond, as LOG.md explains. The launchers
-themselves choose what is compiled: they are run on empty tensors with the launch replaced, so there is no second list.
+Prints registers, shared memory, bytes of stack, matrix instructions, 16-byte loads and the instructions of the
+shortest loop with a product, for each target. Fails on any spill, on more registers or shared memory than the target
+has, and on a kernel of matrix products that loads nothing 16 bytes at a time or does not multiply on the matrix units:
+in 16 bits by wgmma alone on sm_90 and by tcgen05 alone on sm_100; in float32 by wgmma alone on sm_90 to head sizes of
+128, by mma.sync beyond, as LOG.md explains.
+
+In 16 bits on sm_90 it fails also
+
+- on a loop with a matrix product that waits for the copies it has just issued, or divides 64-bit integers,
+- on more than MOST_INSTRUCTIONS a tile in the attention's forward at head size 128,
+- if a load and two scoring runs compile more than MOST_COMPILATIONS kernels.
+
+The launchers themselves choose what is compiled: they run on empty tensors with the launch replaced, so there is no
+second list.
 """
 
 import argparse
@@ -25,7 +34,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.kernel_code import product_loops, sass_loops
 from benchmarks.kernel_costs import Cost, attention_costs, head_costs
+from benchmarks.kernel_jit import compilations
 from benchmarks.trie_attention import questions
 from icl_ft_fast.ops.triton import target_logprob, trie_attention
 from icl_ft_fast.ops.triton.gpu import described
@@ -39,6 +50,8 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536, 304),
 }
 SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK_R", "BLOCK_V")
+MOST_INSTRUCTIONS = 420  # that a warp issues for a tile of 128 queries and 64 keys seen whole, head size 128
+MOST_COMPILATIONS = 6
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -64,6 +77,9 @@ class Built(NamedTuple):
     matrix: int  # instructions of the matrix units: of sm_90 wgmma, of sm_100 tcgen05
     older_matrix: int  # of these two the others, mma.sync
     wide_loads: int  # of 16 bytes, from global memory
+    waits_at_once: bool = False  # whether a loop with a product waits for the copies it has just issued
+    divisions: int = 0  # of 64-bit integers in loops with a product
+    instructions: int = 0  # of the shortest such loop
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -179,13 +195,18 @@ def build(launch: Launch) -> Built:
         len(re.findall(rf"\b{x}", code.stdout)) for x in (instruction, "HMMA", r"(?:LDG|LDGSTS)\.E\S*\.128\b")
     )
     older = hmma if instruction != "HMMA" else 0
-    return Built(registers, compiled.metadata.shared, stack, matrix, older, wide)
+    loops = product_loops(compiled.asm["ttgir"])
+    waits = any(0 in loop.waits for loop in loops)
+    lengths = [loop.instructions for loop in sass_loops(code.stdout, instruction)]
+    facts = waits, sum(loop.divisions for loop in loops), min(lengths, default=0)
+    return Built(registers, compiled.metadata.shared, stack, matrix, older, wide, *facts)
 
 
 def main() -> int:
     """Compile, print the table, name what is not as it should be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("--processes", type=int, default=2, help="that compile at the same time; 2 by default")
     parser.add_argument("--only", default="", help="a regular expression of cases and kernels")
     parser.add_argument(
         "--costs", action="store_true", help="print what the cost models say instead, and compile nothing"
@@ -196,23 +217,28 @@ def main() -> int:
         return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
-    print(f"{'registers':>10}{'shared':>9}{'offloaded':>8}{'matrix':>7}{'older':>6}{'16 bytes':>9}")
-    faults = 0
-    with ProcessPoolExecutor(2) as pool:
+    print(f"{'registers':>10}{'shared':>9}{'spilled':>8}{'matrix':>7}{'older':>6}{'16 bytes':>9}{'loop':>6}")
+    num_faulty = 0
+    with ProcessPoolExecutor(args.processes) as pool:
         for launch, built in zip(chosen, pool.map(build, chosen), strict=True):
             shape = "x".join(str(x) for name, x in launch.constexprs.items() if name in SHAPE)
             warps, stages = (launch.options.get(name, "") for name in ("num_warps", "num_stages"))
-            fault = faulty(launch, built)
-            faults += fault
+            found = faults(launch, built)
+            num_faulty += bool(found)
             print(
                 f"{launch.target:8}{launch.op + launch.kernel:29}{launch.case:24}{shape:>12}{warps:>6}{stages:>7}",
                 end="",
             )
             print(f"{built.registers:10}{built.shared_bytes:9}{built.offloaded_bytes:8}{built.matrix:7}", end="")
-            print(f"{built.older_matrix:6}{built.wide_loads:9}", end="")
-            print("  <--" if fault else "", flush=True)
-    print(f"{len(chosen)} compiled, {faults} not as they should be")
-    return int(faults > 0)
+            print(f"{built.older_matrix:6}{built.wide_loads:9}{built.instructions:6}", end="")
+            print(f"  <-- {', '.join(found)}" if found else "", flush=True)
+    print(f"Triton {triton.__version__}: {len(chosen)} compiled, {num_faulty} not as they should be")
+    made = compilations() if "sm_90" in args.targets and not args.only else []
+    if made:
+        print(
+            f"{len(made)} compilations for a load and two scoring runs (at most {MOST_COMPILATIONS}): {' '.join(made)}"
+        )
+    return int(num_faulty > 0 or len(made) > MOST_COMPILATIONS)
 
 
 def print_costs() -> None:
@@ -251,16 +277,35 @@ def print_costs() -> None:
             show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
 
 
-def faulty(launch: Launch, built: Built) -> bool:
-    """Whether a build breaks a limit."""
+def faults(launch: Launch, built: Built) -> list[str]:
+    """What limits a build breaks, in words."""
     threads = launch.options.get("num_warps", 4) * TARGETS[launch.target][0].warp_size
     registers = 65_536 if TARGETS[launch.target][0].backend == "cuda" else 131_072
-    over = built.shared_bytes > TARGETS[launch.target][1] or built.registers * threads > registers
-    if over or built.offloaded_bytes or "PRECISION" not in launch.constexprs:  # the last: no product
-        return over or built.offloaded_bytes > 0
+    found = []
+    if built.shared_bytes > TARGETS[launch.target][1]:
+        found.append("shared memory")
+    if built.registers * threads > registers:
+        found.append("registers")
+    if built.offloaded_bytes:
+        found.append("spills")
+    if not {"BLOCK_M", "BLOCK_E"} & launch.constexprs.keys() or launch.kernel == "_plan":
+        return found  # a kernel without products
     largest = max(launch.constexprs.get(name, 0) for name in ("BLOCK_D", "BLOCK_DV"))
-    older = "float32" in launch.case and (launch.target != "sm_90" or largest > 128)  # mma.sync is allowed
-    return not built.wide_loads or not built.matrix + built.older_matrix or (built.older_matrix > 0 and not older)
+    is_float32 = "float32" in launch.case
+    older = is_float32 and (launch.target != "sm_90" or largest > 128)  # mma.sync is allowed
+    if not built.wide_loads:
+        found.append("no load of 16 bytes")
+    if not built.matrix + built.older_matrix or (built.older_matrix > 0 and not older):
+        found.append("not on the matrix units")
+    if launch.target == "sm_90" and not is_float32:
+        if built.waits_at_once:
+            found.append("waits for copies just issued")
+        if built.divisions:
+            found.append("64-bit divisions in a loop")
+        plain = launch.op == "trie_attention" and launch.kernel == "_forward" and not launch.constexprs["SOFTCAP"]
+        if plain and largest == 128 and built.instructions > MOST_INSTRUCTIONS:
+            found.append("too many instructions a tile")
+    return found
 
 
 if __name__ == "__main__":

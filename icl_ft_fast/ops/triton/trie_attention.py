@@ -198,6 +198,7 @@ def _forward(
     start_out,
     start_lse,
     out,
+    parts,
     lse,
     q_stride_t,
     q_stride_h,
@@ -229,8 +230,9 @@ def _forward(
     SINKS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """One tile of queries, one key/value head, one share of the tiles of keys; out [shares, T, H, DV].
+    """One tile of queries, one key/value head, one share of the tiles of keys; lse [shares, T, H].
 
+    Values go to out [T, H, DV] or, if there are several shares, to parts [shares, T, H, DV].
     HIDDEN: without keys [hidden_first, hidden_last), whose log-sum-exp and values are start_lse and start_out.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows tend to see more: longest first
@@ -296,7 +298,11 @@ def _forward(
             top = new_top
     divisor = tl.where(total > 0, total, 1.0)
     at = (share.to(tl.int64) * T + t) * H + h
-    _store_rows(out, at * DV, inside, values / divisor[:, None], DV, BLOCK_DV)
+    values /= divisor[:, None]
+    if tl.num_programs(2) == 1:  # asked here, not by the launcher, so that there is one kernel to compile
+        _store_rows(out, at * DV, inside, values, DV, BLOCK_DV)
+    else:
+        _store_rows(parts, at * DV, inside, values, DV, BLOCK_DV)
     row_lse = (top * unit if BASE2 else top) + tl.log(divisor)
     tl.store(lse + at, tl.where(total > 0, row_lse, float("-inf")), mask=inside)
 
@@ -611,15 +617,19 @@ _OTHERS = {
 _SLACK_BYTES = 2048  # of shared memory, for what is not lines of heads
 
 
-def blocks(kernel: str, head_size: int, itemsize: int, folded_rows: int, found: Gpu) -> AttentionBlocks:
-    """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU; head_size is padded to a power of two."""
+def blocks(kernel: str, head_size: int, itemsize: int, found: Gpu, *, filled: bool = True) -> AttentionBlocks:
+    """The blocks of `forward`, `backward_q` or `backward_kv` on a GPU.
+
+    head_size is padded to a power of two; filled: whether heads fill it. If not, their loads take masks, and registers
+    hold fewer queries in the largest kernel.
+    """
     row = kernel, min(4, itemsize)
     sizes = _BLOCKS[row] | _OTHERS.get((found.matrix, *row), {})
     queries, keys, warps, stages = sizes[max(64, head_size)]
+    if kernel == "backward_kv" and head_size > 128 and itemsize == 2 and not filled:
+        queries = 16
     if found.matrix == "mfma":
         warps = 4  # one a SIMD, which may then have all of its registers
-    if folded_rows <= 64:
-        queries = min(queries, 64)
     if itemsize > 2 and found.precision != "ieee":
         return AttentionBlocks(queries, keys, warps, 2, _STEP)
     while True:
@@ -698,7 +708,8 @@ def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The tiles a kernel has a program for, and what it is compiled for, by name."""
     q, T, S, group = (common[name] for name in ("q", "T", "S", "GROUP"))
     found = gpu(q.device)
-    block = blocks(kernel, max(common["BLOCK_D"], common["BLOCK_DV"]), q.itemsize, T * group, found)
+    size = max(common["BLOCK_D"], common["BLOCK_DV"])
+    block = blocks(kernel, size, q.itemsize, found, filled=common["D"] == common["DV"] == size)
     own, many = triton.cdiv(T * group, block.queries), triton.cdiv(S, block.keys)
     if kernel == "backward_kv":
         own, many = many, own
@@ -772,9 +783,9 @@ def trie_attention(
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
         tiles, planned = _planned("forward", common, plan)
         shares = num_shares(tiles * G, planned["many"], gpu(q.device))
-        parts, part_lse = (
-            (out, lse) if shares == 1 else (lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H))
-        )
+        parts, part_lse = lse, lse  # not written to where there is one share
+        if shares > 1:
+            parts, part_lse = lse.new_empty(shares, *out.shape), lse.new_empty(shares, T, H)
         sinks = None if sinks is None else sinks.contiguous()
         _forward[(tiles, G, shares)](
             **common,
@@ -782,7 +793,8 @@ def trie_attention(
             sinks=sinks,
             start_out=None,
             start_lse=None,
-            out=parts,
+            out=out,
+            parts=parts,
             lse=part_lse,
             hidden_first=0,
             hidden_last=0,
