@@ -13,6 +13,6 @@ Knows nothing of models, tries or KV caches.
 
 from icl_ft_fast.ops import dispatch  # registers the ops
 from icl_ft_fast.ops.target_logprob import target_logprob
-from icl_ft_fast.ops.trie_attention import AttentionOptions, TreeIndex, trie_attention
+from icl_ft_fast.ops.trie_attention import AttentionOptions, TreeIndex, shared_keys, trie_attention
 
-__all__ = ["AttentionOptions", "TreeIndex", "dispatch", "target_logprob", "trie_attention"]
+__all__ = ["AttentionOptions", "TreeIndex", "dispatch", "shared_keys", "target_logprob", "trie_attention"]

@@ -54,6 +54,7 @@ def trie_attention(
     softcap: float,
     _no_plan: None = None,
     batch_invariant: bool = False,
+    *_shared: int,
 ) -> tuple[Tensor, Tensor]:
     """The C++ kernel, which knows the two dtypes networks run in on a CPU; the others stay with the reference."""
     index, options = (row_q, end_k, depth_q, depth_k), (scale, window, softcap)

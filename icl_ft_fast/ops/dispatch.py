@@ -43,7 +43,8 @@ _TRIE = "Tensor row_q, Tensor end_k, Tensor depth_q, Tensor depth_k"
 _register(
     "trie_attention",
     f"(Tensor q, Tensor k, Tensor v, {_TRIE}, Tensor? sinks, float scale, int window, float softcap,"
-    " Tensor? plan=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)",
+    " Tensor? plan=None, bool batch_invariant=False, int shared_first=0, int shared_last=0)"
+    " -> (Tensor out, Tensor lse)",
     fake_trie_attention,
     cpu=cpu.trie_attention,
     cuda=_triton("trie_attention", "trie_attention"),
@@ -59,7 +60,8 @@ _register(
 )
 _register(
     "trie_attention_plan",
-    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, int window, str kernel) -> Tensor",
+    f"(Tensor q, Tensor k, Tensor v, {_TRIE}, int window, str kernel, float softcap=0.0, int shared_first=0,"
+    " int shared_last=0) -> Tensor",
     fake_trie_attention_plan,
     cuda=_triton("trie_attention", "trie_attention_plan"),
 )

@@ -110,6 +110,13 @@ def trie_attention(
 
 
 @_literal
+def rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key: out [T, H, Dv], natural lse [T, H]; what a dense engine must return."""
+    row, end = (torch.zeros(n, dtype=torch.int32, device=q.device) for n in (len(q), len(k)))
+    return trie_attention(q, k, v, row + len(k), end + len(k) + 1, row, end, None, scale, 0, softcap)
+
+
+@_literal
 def trie_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,

@@ -26,16 +26,36 @@ class TreeIndex:
         end_k: first cache row after each key's subtree, int32 [S]; 0 in a row not filled yet, which nobody sees.
         depth_q: position of each query in its sequence in tokens, int32 [T]; read only with a window.
         depth_k: position of each key in its sequence in tokens, int32 [S]; read only if window or batch_invariant.
+        num_shared: so many first keys, a path from the root, are seen by every query but for a window (see
+            shared_keys); 0 if that is not known. Known on the host, it lets a GPU serve them by a dense kernel.
+        max_depth: the greatest of depth_q; read only with num_shared and a window.
     """
 
     row_q: Tensor
     end_k: Tensor
     depth_q: Tensor
     depth_k: Tensor
+    num_shared: int = 0
+    max_depth: int = 0
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four in the order of the ops' schemas."""
         return self.row_q, self.end_k, self.depth_q, self.depth_k
+
+    def shared(self, window: int) -> tuple[int, int]:
+        """The keys, from the first to before the last, that every query sees; window 0 for none."""
+        first = max(0, self.max_depth - window + 1) if window else 0
+        return (first, self.num_shared) if first < self.num_shared else (0, 0)
+
+
+def shared_keys(end_k: Tensor, num_cached: int) -> int:
+    """How many of the first keys every query of a chunk sees: its open ancestors that no row of it has left.
+
+    Args:
+        end_k: as in TreeIndex, of a chunk whose rows follow `num_cached` retained ancestors; on the host.
+        num_cached: the rows before the chunk's.
+    """
+    return int((end_k[:num_cached] >= len(end_k)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +188,7 @@ def trie_attention(
         check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
     flat = (sinks, scale, window or 0, check_softcap(op, options.softcap), options.batch_invariant)
-    out, lse = _TrieAttention.apply(q, k, v, *over, *flat, plans)
+    out, lse = _TrieAttention.apply(q, k, v, *over, *flat, tree.shared(window or 0), plans)
     return (out, lse) if return_lse else out
 
 
@@ -191,15 +211,21 @@ def fake_trie_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_lse.new_empty(grad_lse.shape)
 
 
+def _is_planned(q: Tensor) -> bool:
+    """Whether the kernels of a device and dtype walk over lists of tiles."""
+    return q.device.type in checks.PLANNED and q.dtype != torch.float64
+
+
 def _plan(
-    plans: dict[Any, Any] | None, kernel: str, q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], window: int
+    plans: dict[Any, Any] | None, kernel: str, q: Tensor, k: Tensor, v: Tensor, index: list[Tensor], *options: Any
 ) -> Tensor | None:
     """The plan of one kernel, made if `plans` has none yet; None where kernels have no use for one."""
-    if plans is None or q.device.type not in checks.PLANNED or q.dtype == torch.float64:
+    if plans is None or not _is_planned(q):
         return None
-    key = (kernel, *q.shape[1:], *v.shape[1:], q.dtype, window)
+    window, *rest = options
+    key = (kernel, *q.shape[1:], *v.shape[1:], q.dtype, *options)
     if key not in plans:
-        plans[key] = torch.ops.icl_ft_fast.trie_attention_plan(q, k, v, *index, window, kernel)
+        plans[key] = torch.ops.icl_ft_fast.trie_attention_plan(q, k, v, *index, window, kernel, *rest)
     plan: Tensor = plans[key]
     return plan
 
@@ -207,10 +233,11 @@ def _plan(
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap, batch_invariant, plans = rest
-        plan = _plan(plans, "forward", q, k, v, index, window)
+        *index, sinks, scale, window, softcap, batch_invariant, shared, plans = rest
+        plan = _plan(plans, "forward", q, k, v, index, window, softcap, *shared)
+        hints = shared if _is_planned(q) else ()
         out, lse = torch.ops.icl_ft_fast.trie_attention(
-            q, k, v, *index, sinks, scale, window, softcap, plan, batch_invariant
+            q, k, v, *index, sinks, scale, window, softcap, plan, batch_invariant, *hints
         )
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
         ctx.options, ctx.plans = (scale, window, softcap), plans
@@ -226,4 +253,4 @@ class _TrieAttention(torch.autograd.Function):
             grad_out, grad_lse, q, k, v, out, lse, *index, sinks, *ctx.options, *plans
         )
         grad_sinks = None if sinks is None else -((sinks - lse).exp() * (delta - grad_lse)).sum(0)
-        return *grads, None, None, None, None, grad_sinks, None, None, None, None, None
+        return *grads, None, None, None, None, grad_sinks, None, None, None, None, None, None

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from icl_ft_fast.ops.triton import rectangle
 from icl_ft_fast.ops.triton.gpu import Gpu, accumulator, gpu
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -720,8 +721,13 @@ def _chosen(kernel: str, common: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return own, {**shape, **run, "PRECISION": found.precision}
 
 
-def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[int, dict[str, Any]]:
-    """What a kernel is launched with beside the common arguments; makes the plan if there is none."""
+def _planned(
+    kernel: str, common: dict[str, Any], plan: Tensor | None, hidden: tuple[int, int] = (0, 0)
+) -> tuple[int, dict[str, Any]]:
+    """What a kernel is launched with beside the common arguments; makes the plan if there is none.
+
+    hidden: the keys, from the first to before the last, which the rectangle engine serves.
+    """
     own, chosen = _chosen(kernel, common)
     if plan is None:
         plan = torch.empty(own, chosen["many"] + 2, dtype=torch.int32, device=common["q"].device)
@@ -731,9 +737,9 @@ def _planned(kernel: str, common: dict[str, Any], plan: Tensor | None) -> tuple[
             **{name: common[name] for name in names},
             **shape,
             plan=plan,
-            hidden_first=0,
-            hidden_last=0,
-            HIDDEN=False,
+            hidden_first=hidden[0],
+            hidden_last=hidden[1],
+            HIDDEN=hidden[1] > hidden[0],
             BY_KEY=kernel == "backward_kv",
             TILES=_PLAN_TILES,
         )
@@ -750,11 +756,16 @@ def trie_attention_plan(
     depth_k: Tensor,
     window: int,
     kernel: str,
+    softcap: float = 0.0,
+    shared_first: int = 0,
+    shared_last: int = 0,
 ) -> Tensor:
     """Which tiles each program of `forward`, `backward_q` or `backward_kv` meets; of q, k, v only shapes count."""
+    shared = shared_first, shared_last
+    hidden = shared if kernel == "forward" and rectangle.chosen(q, v, softcap, shared) else (0, 0)
     with torch.cuda.device_of(q):
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, 1.0, window, 0.0)
-        plan: Tensor = _planned(kernel, common, None)[1]["plan"]
+        plan: Tensor = _planned(kernel, common, None, hidden)[1]["plan"]
     return plan
 
 
@@ -771,17 +782,24 @@ def trie_attention(
     window: int,
     softcap: float,
     plan: Tensor | None = None,
+    batch_invariant: bool = False,
+    shared_first: int = 0,
+    shared_last: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """ops.trie_attention: out [T, H, Dv], lse [T, H]."""
+    """ops.trie_attention: out [T, H, Dv], lse [T, H]; never batch-invariant, which the contract sees to."""
     (T, H, _), (_, G, DV) = q.shape, v.shape
     out, lse = q.new_empty(T, H, DV), q.new_empty(T, H, dtype=accumulator(q.dtype))
     if not lse.numel():
         return out, lse
     if scale <= 0 and not softcap:  # the kernel takes the greatest product for the greatest score
         q, scale = q * (-1 if scale else 0), -scale or 1.0
+    hidden, start_out, start_lse = (0, 0), None, None
     with torch.cuda.device_of(q):
+        if engine := rectangle.chosen(q, v, softcap, (shared_first, shared_last)):
+            hidden, keys = (shared_first, shared_last), slice(shared_first, shared_last)
+            start_out, start_lse = rectangle.rectangle(engine, q, k[keys], v[keys], scale, softcap)
         common = _common(q, k, v, row_q, end_k, depth_q, depth_k, scale, window, softcap)
-        tiles, planned = _planned("forward", common, plan)
+        tiles, planned = _planned("forward", common, plan, hidden)
         shares = num_shares(tiles * G, planned["many"], gpu(q.device))
         parts, part_lse = lse, lse  # not written to where there is one share
         if shares > 1:
@@ -791,15 +809,15 @@ def trie_attention(
             **common,
             **planned,
             sinks=sinks,
-            start_out=None,
-            start_lse=None,
+            start_out=start_out,
+            start_lse=start_lse,
             out=out,
             parts=parts,
             lse=part_lse,
-            hidden_first=0,
-            hidden_last=0,
+            hidden_first=hidden[0],
+            hidden_last=hidden[1],
             SINKS=sinks is not None,
-            HIDDEN=False,
+            HIDDEN=start_out is not None,
         )
         if shares > 1:
             _merge[(triton.cdiv(T * H, _MERGE_ROWS),)](

@@ -1,0 +1,90 @@
+"""The keys that every query of a call sees, given to the best dense attention that the machine has.
+
+Such keys and all queries are a rectangle without a mask, for which there are faster kernels than a tree's. The tree
+kernel then starts from their state, so the two are joined exactly, by their log-sum-exps. Which engine serves a device
+and dtype is decided once; if a chosen engine fails, its error is raised. Knows torch, and an engine when asked for one.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from icl_ft_fast.ops.triton.gpu import Gpu, gpu
+
+LEAST_PAIRS = 512 * 1024  # of a query and a key; with fewer, another launch and joining cost more than they spare
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's, which torch brings along; no soft-cap."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, False, False, scale=scale
+    )
+    return out[0].transpose(0, 1), lse[0, ..., 0].T
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention 2, the extra `flash2`."""
+    attention = import_module("flash_attn").flash_attn_func
+    q, k, v = q[None], k[None], v[None]
+    out, lse, _ = attention(q, k, v, softmax_scale=scale, softcap=softcap, return_attn_probs=True)
+    return out[0], lse[0].T
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention 4, the extra `flash`."""
+    attention = import_module("flash_attn.cute").flash_attn_func
+    out, lse, *_ = attention(q[None], k[None], v[None], softmax_scale=scale, softcap=softcap, return_lse=True)
+    return out[0], lse[0].T
+
+
+ENGINES: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]] = {
+    "flash-attn-4": _flash4,
+    "flash-attn": _flash2,
+    "cuDNN": _cudnn,
+}
+
+
+def _has(module: str) -> bool:
+    """Whether a module can be found; flash-attn and flash-attn-4 share the name of their package."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def engine_of(found: Gpu, dtype: torch.dtype) -> str | None:
+    """The engine of a GPU and a dtype, None for none: the tree kernel then serves all."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if found.matrix in ("wgmma", "tcgen05") and _has("flash_attn.cute"):
+        return "flash-attn-4"
+    if found.matrix == "wgmma":
+        return "cuDNN"
+    return "flash-attn" if found.matrix == "mma" and _has("flash_attn.flash_attn_interface") else None
+
+
+@cache
+def engine(device: torch.device, dtype: torch.dtype) -> str | None:
+    """engine_of a device, looked for once."""
+    return engine_of(gpu(device), dtype) if device.type == "cuda" else None
+
+
+def chosen(q: Tensor, v: Tensor, softcap: float, shared: tuple[int, int]) -> str | None:
+    """The engine that takes q [T, H, D] over keys [first, last), if one can and it is worth it."""
+    name, size, num_keys = engine(q.device, q.dtype), q.shape[2], shared[1] - shared[0]
+    if name is None or len(q) * num_keys < LEAST_PAIRS or size != v.shape[2] or size % 8:
+        return None
+    if name == "cuDNN" and (softcap or size > 128):
+        return None
+    return name
+
+
+def rectangle(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key: out [T, H, Dv] in q's dtype, natural lse [T, H] in float32."""
+    out, lse = ENGINES[name](q, k, v, scale, softcap)
+    return out.contiguous(), lse.float().contiguous()
