@@ -256,6 +256,47 @@ def test_nothing_read_can_run_code(name):
             assert {alias.name for alias in node.names}.isdisjoint({"load", "save"}), f"{MODULES[name].name}"
 
 
+# Writers that need no replacing(): what they write to, and why a reader never finds half of it.
+WRITES_OTHERWISE = {
+    ("engine.meters", "write_text"): "/proc/self/clear_refs, which is no file",
+    ("finetuning.checkpoint", "write_text"): "a folder that gets its name when it is whole",
+    ("finetuning.checkpoint", "save_file"): "the same folder",
+}
+
+
+def writes(tree):
+    """(name of the call, line) of every call that writes a file outside of a `with replacing(...)` block."""
+    inside = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With)
+        and any(getattr(getattr(item.context_expr, "func", None), "id", "") == "replacing" for item in block.items)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and id(node) not in inside:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            said = [part for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)]
+            is_open = name == "open" and any(re.fullmatch(r"[wx]\+?[bt]?", str(part.value)) for part in said)
+            if is_open or name in ("write_text", "write_bytes", "save_file"):
+                yield name, node.lineno
+
+
+def test_the_finder_of_writers():
+    tree = ast.parse(
+        "p.write_text('a')\nwith replacing(p) as q:\n    q.write_bytes(b'')\np.open('wb')\np.open('a')\nopen(p)"
+    )
+    assert list(writes(tree)) == [("write_text", 1), ("open", 4)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_file_is_replaced_whole_or_left_alone(name):
+    for call, line in writes(TREES[name]):
+        assert (name, call) in WRITES_OTHERWISE, (
+            f"{MODULES[name]}:{line}: {call}() may leave half a file; see replacing()"
+        )
+
+
 def test_public_names_are_the_same_for_type_checkers():
     checked = {
         (f"{node.module.removeprefix('icl_ft_fast.')}", alias.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.study.evaluate import Accuracy
 from icl_ft_fast.study.results import Results
 
@@ -78,7 +81,7 @@ class Study:
         )
 
     def export(self, folder: Path, queries: float | None = None, *, overwrite: bool = False) -> list[Path]:
-        """Write each chart as .svg and .png; needs matplotlib.
+        """Write each chart as .svg and .png, each file whole or not at all; needs matplotlib.
 
         Args:
             folder: made when missing.
@@ -95,8 +98,10 @@ class Study:
         for chart in charts.draw(self.derived, queries):
             for ending, data in (("svg", charts.svg(chart).encode()), ("png", charts.png(chart))):
                 written.append(folder / f"{name}-{chart.name}.{ending}")
-                with written[-1].open("wb" if overwrite else "xb") as file:
-                    file.write(data)
+                if written[-1].exists() and not overwrite:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(written[-1]))
+                with replacing(written[-1]) as partial:
+                    partial.write_bytes(data)
         return written
 
     def _repr_html_(self) -> str:

@@ -11,6 +11,7 @@ from icl_ft_fast.cli.run.compare import cache_lifetime_of, prices_of, print_deci
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.verdict import summary
+from icl_ft_fast.runtime.durable import replacing
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -56,5 +57,6 @@ def run_report(options: argparse.Namespace) -> None:
         print(f"Charts written to {options.charts}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page.render(studies, queries, options.tolerance), encoding="utf-8")
+        with replacing(options.out) as partial:
+            partial.write_text(page.render(studies, queries, options.tolerance), encoding="utf-8")
         print(f"Written to {options.out}")
