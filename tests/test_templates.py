@@ -23,7 +23,7 @@ from icl_ft_fast.finetuning import run as finetune_run
 from icl_ft_fast.finetuning.data import Example, encode
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
-from icl_ft_fast.integrations.protocol import ChatMessage
+from icl_ft_fast.integrations.protocol import ChatMessage, ChatRequest
 from icl_ft_fast.integrations.server import _Service
 from icl_ft_fast.runtime import templates
 from icl_ft_fast.runtime.templates import ChatText, fix_date, render_chat
@@ -59,7 +59,8 @@ def test_training_scoring_serving_and_augmentation_have_the_same_ids(kind):
     prompted = ids_of(tokenizer, TURNS[:1], add_generation_prompt=True)
     service = SimpleNamespace(tokenizer=tokenizer)
     service._encode = partial(_Service._encode, service)
-    assert _Service._conversation(service, [ChatMessage(role=r, content=c) for r, c in TURNS[:1]]) == prompted
+    asked = ChatRequest(model="m", messages=[ChatMessage(role=r, content=c) for r, c in TURNS[:1]])
+    assert _Service._conversation(service, asked)[0] == prompted
     generator = LocalGenerator(SimpleNamespace(tokenizer=tokenizer), is_chat=True)
     assert encoding.encode(tokenizer, [generator._whole(TURNS[0][1])]) == [prompted]
 
