@@ -129,7 +129,7 @@ def head_costs(
     """What the launches of the forward, or of the backward, cost, by kernel; a target for each of the first rows."""
     (R, E), V, item, total = hidden.shape, len(weight), hidden.itemsize, accumulator(hidden.dtype).itemsize
     M, found = num_targets, gpu(hidden.device)
-    block, narrow = (target_logprob.blocks(item, R, found, full=full) for full in (False, True))
+    block, narrow = (target_logprob.blocks(item, R, found, holding=what) for what in ("logits", "gradients"))
     if not backward:
         row_blocks, tiles = triton.cdiv(R, block.rows), triton.cdiv(V, block.columns)
         shares = target_logprob.num_shares(row_blocks, tiles, found)

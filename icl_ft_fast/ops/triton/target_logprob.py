@@ -190,8 +190,12 @@ def _forward(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SKIPS: tl.constexpr,
 ):
-    """One block of rows, one share of the tiles; tops, totals, bests [shares, R]."""
+    """One block of rows, one share of the tiles; tops, totals, bests [shares, R].
+
+    SKIPS: not for tcgen05, where Triton 3.7.1 cannot compile a branch on what it reduces of a product's rows.
+    """
     block, share = _program(row_blocks, shares, GROUP)
     dtype: tl.constexpr = tops.dtype.element_ty
     top = tl.full([BLOCK_R], _LOWEST, dtype)
@@ -226,7 +230,10 @@ def _forward(
         columns = tl.arange(0, BLOCK_V)[None, :]
         logits = tl.where(columns < V - tile * BLOCK_V, logits, float("-inf"))
         tile_top = tl.max(logits, 1)
-        if tl.max((tile_top > top).to(tl.int32), 0) > 0:  # maxima rise ever more rarely
+        rises = 1
+        if SKIPS:  # maxima rise ever more rarely
+            rises = tl.max((tile_top > top).to(tl.int32), 0)
+        if rises > 0:
             first_best = tl.min(tl.where(logits == tile_top[:, None], columns, BLOCK_V), 1)
             best = tl.where(tile_top > top, tile * BLOCK_V + first_best, best)
         new_top = tl.maximum(top, tile_top)
@@ -446,15 +453,19 @@ class HeadBlocks(NamedTuple):
     num_stages: int
 
 
-# Columns of a tile and elements of E in 16 bits, by matrix unit: the most that registers hold.
-_BLOCKS = {"wgmma": (256, 64), "tcgen05": (128, 32), "mma": (64, 64), "mfma": (128, 64)}
-_FULL_COLUMNS = 128  # at most, where registers hold more than logits
+# Columns of a tile and elements of E in 16 bits, by matrix unit: the most that registers hold of logits alone, beside a
+# soft-cap, and beside gradients.
+_BLOCKS = {
+    "wgmma": {"logits": (256, 64), "softcap": (128, 64), "gradients": (128, 64)},
+    "tcgen05": {"logits": (128, 32), "softcap": (128, 32), "gradients": (64, 32)},
+    "mma": {"logits": (64, 64), "softcap": (64, 64), "gradients": (64, 32)},
+    "mfma": {"logits": (128, 64), "softcap": (128, 64), "gradients": (128, 64)},
+}
 
 
-def blocks(itemsize: int, rows: int, found: Gpu, *, full: bool = False) -> HeadBlocks:
-    """The blocks on a GPU; full: of a kernel whose registers hold more than logits, by a soft-cap or for gradients."""
-    columns, depth = _BLOCKS[found.matrix] if itemsize == 2 else (64, 32)
-    columns = min(columns, _FULL_COLUMNS) if full else columns
+def blocks(itemsize: int, rows: int, found: Gpu, *, holding: str = "logits") -> HeadBlocks:
+    """The blocks of a kernel on a GPU whose registers hold "logits", and with them a "softcap" or "gradients"."""
+    columns, depth = _BLOCKS[found.matrix][holding] if itemsize == 2 else (64, 32)
     block_rows = 128 if itemsize == 2 and rows > 64 else 64
     stage_bytes = (block_rows + columns) * depth * itemsize
     stages = max(1, min(4, (found.shared_bytes - 4096) // stage_bytes))
@@ -503,7 +514,7 @@ class _HeadProblem:
     ) -> None:
         (R, E), V, M = hidden.shape, len(weight), len(row)
         self.gpu = gpu(hidden.device)
-        self.blocks = blocks(hidden.itemsize, R, self.gpu, full=softcap > 0)
+        self.blocks = blocks(hidden.itemsize, R, self.gpu, holding="softcap" if softcap > 0 else "logits")
         self.row, self.target, self.num_targets = row.contiguous(), target.contiguous(), M
         hidden, weight = _near(hidden, self.blocks.rows), _near(weight, self.blocks.columns)
         self.arguments: dict[str, Any] = {
@@ -560,7 +571,8 @@ def target_logprob(
         shares = num_shares(tiled["row_blocks"], tiles, head.gpu)
         found: dict[str, Any] = {"tops": lse.new_empty(shares, R), "totals": lse.new_empty(shares, R)}
         found |= {"bests": head.row.new_empty(shares, R), "shares": shares}
-        shape = dict(zip(("BLOCK_R", "BLOCK_V", "BLOCK_E"), head.blocks, strict=False))
+        shape: dict[str, Any] = dict(zip(("BLOCK_R", "BLOCK_V", "BLOCK_E"), head.blocks, strict=False))
+        shape |= {"SKIPS": head.gpu.matrix != "tcgen05"}
         _forward[(tiled["row_blocks"] * shares,)](**head.arguments, **tiled, **shape, **found, tiles=tiles)
         _finish[(triton.cdiv(max(R, M), _FINISH_ROWS),)](
             **head.arguments,
@@ -572,7 +584,7 @@ def target_logprob(
             lse=lse,
             M=M,
             BLOCK=_FINISH_ROWS,
-            STEP=_FINISH_STEP,
+            STEP=_FINISH_STEP // 2 if head.gpu.matrix == "tcgen05" else _FINISH_STEP,  # whose registers hold half
         )
     return logp, is_argmax, lse
 
@@ -604,7 +616,7 @@ def target_logprob_backward(
             "grad_lse": grad_lse.contiguous(),
             "grad_logp": grad_logp.contiguous(),
         }
-        block = blocks(hidden.itemsize, R, head.gpu, full=True)
+        block = blocks(hidden.itemsize, R, head.gpu, holding="gradients")
         shape = dict(zip(("BLOCK_R", "BLOCK_V", "BLOCK_E"), block, strict=False))
         for columns in _steps(R, V, hidden.itemsize, block):
             weight_block = head.arguments["weight"][columns]
