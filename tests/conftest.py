@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, thread
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -22,6 +23,10 @@ from transformers.utils import logging
 
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
+
+# The same examples in every run; --hypothesis-profile=default draws new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 VOCABULARY = 300
 TINY = {

@@ -41,7 +41,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 19_400
+BUDGET = 24_000
 
 
 def room(module):

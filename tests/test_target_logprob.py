@@ -300,7 +300,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         _C.target_logprob_workspace_bytes(True, (1, 1, 1, 1), True, 5, 1)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     R=st.integers(1, 9),
     M=st.integers(0, 20),

@@ -236,7 +236,7 @@ def unaligned(x: Tensor) -> Tensor:
     return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x).detach()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(
     isa=st.sampled_from(list(ISAS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -273,7 +273,7 @@ def test_any_forest(
         )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(
     isa=st.sampled_from(list(ISAS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

@@ -136,7 +136,7 @@ def test_a_query_that_sees_nothing(sink: float | None, device: str) -> None:
     test_trie_attention.test_an_empty_stack(device)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     trie=forests(contexts=(0, 47, 200)),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),

@@ -47,7 +47,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return met
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(trie=forests(contexts=(0, 9, 47)), window=st.none() | st.integers(1, 60))
 def test_what_is_shared_is_what_every_query_sees(trie: Forest, window: int | None) -> None:
     if trie.row_q != list(range(len(trie.end_k) - len(trie.row_q), len(trie.end_k))):
