@@ -1,12 +1,18 @@
 """The verdict: what is not known comes first, the choice has its certainty, and it says why there is none."""
 
 import math
+import re
+from dataclasses import replace
+
+import pytest
 
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.verdict import summary, verdict_of, why_none
 from icl_ft_fast.study.evaluate import Answer, accuracies
+from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results
+from icl_ft_fast.study.service import Service, ServiceError, parse_weights, read_weights
 from icl_ft_fast.study.sweep import Point, Sweep
 
 QUERIES = (0.09, 0.1, 0.11)
@@ -82,3 +88,86 @@ def test_arms_are_compared_on_the_seeds_that_all_have():
     assert {way.name: way.accuracy for way in cut.decision_ways("seconds")}["ICL"] == 0.9
     assert cut.notes[0].startswith("Unfinished: 3 of 4 runs are there (missing: fine-tuned under seed 1).")
     assert whole.unfinished == ""
+
+
+def with_service(study, **settings):
+    return replace(study, service=Service(**settings))
+
+
+def test_changes_of_the_documents_turn_the_choice():
+    """A setup of 100 s is paid for each version; ICL's reading of 7 s too."""
+    study = study_of({"icl": 990, "ft": 990}, 1000)
+    never = verdict_of(study, 3000, 2.0)
+    assert never.decision.chosen.name == "fine-tuned"
+    (_, first), (rate, second) = never.by_changes
+    assert (first, second) == ("fine-tuned", "ICL cached")
+    for times, chosen in ((rate * 0.99, first), (rate * 1.01, second)):
+        assert verdict_of(with_service(study, changes_per_month=times), 3000, 2.0).decision.chosen.name == chosen
+    # 3000 * .1 + v * 100 and 3000 * .5 + v * 7.1: they meet at v = 12.9 versions
+    assert math.isclose(rate, 3000 * 0.4 / (100 - 7.1) - 1, rel_tol=0.01)
+    often = verdict_of(with_service(study, changes_per_month=9, days=60), 3000, 2.0)
+    assert "19.0 versions in 60 days, each asked about 158 queries" in often.text
+
+
+def test_a_wrong_answer_has_a_price():
+    prices = Prices(currency="EUR", machine_per_hour=3.6)  # 0.001 a second
+    study = replace(study_of({"base": 500, "icl": 990}, 1000), prices=prices)
+    assert verdict_of(study, 100, 60.0).decision.chosen.name == "base"
+    verdict = verdict_of(with_service(study, cost_of_wrong=0.02), 100, 60.0)
+    assert verdict.decision.chosen.name == "ICL cached"
+    assert "0.02 EUR" in verdict.text
+    assert "no tolerance" in verdict.text
+    assert 0 <= verdict.regret < 1e-3
+    chosen = verdict.decision.chosen
+    assert math.isclose(chosen.total(100), chosen.line.cost(100) + 100 * 0.01 * 0.02)
+
+
+def test_a_mix_of_queries_turns_the_order():
+    """Simpson's trap: 90 easy questions and 10 hard ones, and users who ask the hard ones."""
+
+    def mixed(arm, easy, hard):
+        run = run_of(arm, easy + hard, 100)
+        split = tuple(
+            replace(a, split="easy" if i < 90 else "hard", correct=(0,) if i < easy or 90 <= i < 90 + hard else (1,))
+            for i, a in enumerate(run.answers)
+        )
+        return replace(run, answers=split, accuracy=accuracies(split))
+
+    runs = (mixed("icl", 88, 1), mixed("ft", 70, 10))
+    study = Derived(Results(4, "model", 1, "task", {}, {}, COSTS, runs), "study")
+    plain = verdict_of(study, 1000, 2.0)
+    assert "Over all questions ICL is the most accurate, but fine-tuned on hard: --weights" in plain.text
+    verdict = verdict_of(with_service(study, weights={"easy": 0.2, "hard": 0.8}), 1000, 2.0)
+    assert verdict.decision.best.name == "fine-tuned"
+    assert math.isclose(verdict.decision.best.accuracy, 0.2 * 70 / 90 + 0.8)
+    assert "(easy 20%, hard 80%) the most accurate arm is fine-tuned. Over all questions alike it would be ICL" in (
+        verdict.text
+    )
+    weighted = with_service(study, weights={"easy": 0.2, "hard": 0.8})
+    low, high = weighted.interval("icl")
+    assert low < 0.2 * 88 / 90 + 0.8 * 0.1 < high < study.interval("icl")[0]
+    assert math.isclose(weighted.gap("ft", "icl").difference, 0.2 * -18 / 90 + 0.8 * 0.9)
+    same = with_service(study, weights={"easy": 0.9, "hard": 0.1})  # the questions' own mix
+    assert same.gap("ft", "icl").low == pytest.approx(study.gap("ft", "icl").low)
+    assert same.interval("icl") == pytest.approx(study.interval("icl"))
+
+
+def test_weights_are_checked(tmp_path):
+    assert parse_weights("a=1, b=3") == {"a": 0.25, "b": 0.75}
+    for text, message in (
+        ("a", "--weights: expected SPLIT=WEIGHT,..., got 'a'"),
+        ("a=-1", "--weights: a: expected a weight from 0 on, got '-1'"),
+        ("a=nan", "--weights: a: expected a weight from 0 on, got 'nan'"),
+        ("a=1,a=2", "--weights: a is given twice"),
+        ("a=0", "--weights: expected a weight above 0, got none"),
+    ):
+        with pytest.raises(ServiceError, match=re.escape(message)):
+            parse_weights(text)
+    path = tmp_path / "mix.json"
+    path.write_text('{"test": 2}')
+    assert read_weights(path) == {"test": 1.0}
+    path.write_text('{"test": "x"}')
+    with pytest.raises(ServiceError, match=r"mix\.json: test: expected a weight"):
+        read_weights(path)
+    with pytest.raises(ServiceError, match="'x' is no split of this study; it has test"):
+        Service(weights={"x": 1.0}).check_splits(["test"])

@@ -16,6 +16,7 @@ from icl_ft_fast.cli.options import (
     add_output_options,
     add_store_options,
     amount,
+    amount_or_0,
     command,
     later,
     positive,
@@ -148,6 +149,14 @@ def add_decision_options(parser: Parser) -> None:
     cost = parser.group("cost and decision")
     cost.add_argument("--queries-per-day", type=amount, metavar="N", help="recommend an arm for this volume")
     cost.add_argument("--days", type=amount, default=30.0, help="duration of the service")
+    help = "times a month that the documents change, after each of which every setup and reading is paid anew"
+    cost.add_argument("--changes-per-month", type=amount_or_0, default=0.0, metavar="N", help=help)
+    help = "cost of one wrong answer in the currency of --prices; accuracy then has its price, and no tolerance is used"
+    cost.add_argument("--cost-of-wrong", type=amount_or_0, metavar="COST", help=f"{help} (default: none)")
+    help = "fraction of queries of each split, such as reversal=0.5,trained=0.5"
+    cost.add_argument("--weights", metavar="SPLIT=WEIGHT,...", help=f"{help} (default: as many as questions)")
+    help = "the same as --weights, from a JSON file with an object of splits and weights"
+    cost.add_argument("--weights-file", type=Path, metavar="FILE", help=help)
     help = "price file for a decision by cost, see docs/cost.md (default: decide by seconds)"
     cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
     help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
@@ -155,7 +164,7 @@ def add_decision_options(parser: Parser) -> None:
     help = "pairs of arms that are tested together: trained arms against ICL and plain fine-tuning, or every two arms"
     cost.add_argument("--family", choices=FAMILIES, default="trained", help=help)
     help = "accuracy on the general task (see --general) that a recommended arm may lose, in percentage points"
-    cost.add_argument("--max-harm", type=float, metavar="POINTS", help=f"{help} (default: any)")
+    cost.add_argument("--max-harm", type=amount_or_0, metavar="POINTS", help=f"{help} (default: any)")
     help = "queries answered before a cached context expires (default: --queries-per-day, or no limit)"
     cost.add_argument("--queries-per-cache-lifetime", type=amount, metavar="N", help=help)
     help = "queries scored in one batch"

@@ -318,12 +318,26 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+MOST = 1e15  # of any amount: beyond it sums lose their digits
+
+
 def amount(text: str) -> float:
     """An argument's type: a finite number above 0."""
+    return _number(text, above_0=True)
+
+
+def amount_or_0(text: str) -> float:
+    """An argument's type: a finite number of at least 0."""
+    return _number(text, above_0=False)
+
+
+def _number(text: str, *, above_0: bool) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 <= value < math.inf or (above_0 and not value):
+        raise argparse.ArgumentTypeError(f"expected a number {'above 0' if above_0 else 'from 0 on'}, got {text!r}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST:.0e}, got {text!r}")
     return value

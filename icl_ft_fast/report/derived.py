@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -16,10 +16,11 @@ from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
-from icl_ft_fast.study.paired import Paired, pair, paired_tests
+from icl_ft_fast.study.paired import Paired, mix_of, pair, paired_tests
 from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Harm, Run
 from icl_ft_fast.study.results import Results, read_results
+from icl_ft_fast.study.service import Service
 from icl_ft_fast.study.statistics import SEEDS_AS_UNIT, accuracy_interval
 from icl_ft_fast.study.sweep import Point
 
@@ -42,6 +43,7 @@ class Derived:
         batch: queries scored in one batch; the nearest measured number is taken.
         family: the pairs of arms that are tested together, see paired.family_of().
         max_harm: accuracy on the general task that a chosen way may lose, in percentage points; None for any.
+        service: what the decision is for.
     """
 
     results: Results
@@ -51,6 +53,7 @@ class Derived:
     batch: int = 1
     family: str = "trained"
     max_harm: float | None = None
+    service: Service = field(default_factory=Service)
 
     @classmethod
     def read(cls, path: str | Path, **settings: Any) -> Derived:
@@ -58,10 +61,13 @@ class Derived:
 
         Raises:
             ResultsError, OSError: see read_results().
+            ServiceError: weights for a split that the study lacks.
         """
         path = Path(path)
         path = path / "results.json" if path.is_dir() else path
-        return cls(read_results(path), path.parent.name or path.stem, **settings)
+        study = cls(read_results(path), path.parent.name or path.stem, **settings)
+        study.service.check_splits(study.splits)
+        return study
 
     @cached_property
     def arms(self) -> list[str]:
@@ -136,7 +142,8 @@ class Derived:
             if rows:
                 names = [self.clusters[seed, a.topic] for a, seed in rows]
                 seeds = [seed for _, seed in rows] if recorded_arm(arm).training is not None else None
-                found = accuracy_interval([a.is_correct for a, _ in rows], names, seeds)
+                mix = mix_of([a.split for a, _ in rows], None if split else self.service.weights)
+                found = accuracy_interval([a.is_correct for a, _ in rows], names, seeds, mix) if any(mix) else None
             self._intervals[arm, split] = found or (known.interval if known else None)
         return self._intervals[arm, split]
 
@@ -150,13 +157,14 @@ class Derived:
         return paired_tests(self.results.runs, self.clusters, self.family)
 
     def gap(self, first: str, second: str) -> Paired | None:
-        """Two arms over all splits; the p-value is of this test alone."""
-        return pair(self.results.runs, self.clusters, first, second)
+        """Two arms over all splits, by the service's weights if it has some; the p-value is of this test alone."""
+        return pair(self.results.runs, self.clusters, first, second, weights=self.service.weights)
 
     def chance(self, split: str | None) -> float | None:
         """Accuracy of blind guesses, over all splits if none is given."""
-        chances = [a.chance for run in self.results.runs for a in run.answers if split in (None, a.split)]
-        return fmean(chances) if chances else None
+        asked = [a for run in self.results.runs for a in run.answers if split in (None, a.split)]
+        mix = mix_of([a.split for a in asked], None if split else self.service.weights)
+        return fmean([a.chance for a in asked], mix) if any(mix) else None
 
     @cached_property
     def batches(self) -> list[int]:
@@ -222,21 +230,48 @@ class Derived:
             return True
         return (harm := self.harm(arm)) is not None and harm.points_lost <= self.max_harm + 1e-9
 
+    def mixed_accuracy(self, arm: str, seeds: Collection[int] | None = None) -> float | None:
+        """Accuracy over all splits, by the service's weights if it has some; None without answers of a weighed split.
+
+        Args:
+            arm: whose.
+            seeds: runs that count; None for all.
+        """
+        runs = [run for run in self.of(arm) if seeds is None or run.seed in seeds]
+        counts: dict[str, list[int]] = {}
+        for run in runs:
+            for split, accuracy in run.accuracy.items():
+                some = counts.setdefault(split, [0, 0])
+                some[0], some[1] = some[0] + accuracy.correct, some[1] + accuracy.total
+        weights = self.service.weights
+        if weights is None:
+            total = sum(n for _, n in counts.values())
+            return sum(right for right, _ in counts.values()) / total if total else None
+        if any(weight and not counts.get(split, (0, 0))[1] for split, weight in weights.items()):
+            return None
+        return math.fsum(weight * counts[s][0] / counts[s][1] for s, weight in weights.items() if weight)
+
+    @property
+    def common_seeds(self) -> set[int] | None:
+        """The seeds that all arms have; None where there are none such."""
+        return set.intersection(*({run.seed for run in self.of(arm)} for arm in self.arms)) or None
+
     def decision_ways(self, resource: str) -> list[Way]:
         """The ways with their accuracies over all splits and the seeds that all arms have.
 
-        Without controls, and without arms that `max_harm` excludes.
+        Each is paid for every version of the documents. Without controls, and without arms that `max_harm` excludes.
         """
-        seeds = set.intersection(*({run.seed for run in self.of(arm)} for arm in self.arms))
-        found = []
-        for name, samples in self.ways(resource).items():
+        found, price = [], self.service.cost_of_wrong if resource == "money" else None
+        for name, samples in self.decision_costs(resource).items():
             arm = self.arm_of(name)
-            runs = [run for run in self.of(arm) if run.seed in seeds or not seeds]
-            counts = [accuracy for run in runs for accuracy in run.accuracy.values()]
-            if counts and not recorded_arm(arm).asking.is_control and self.is_harmless(arm):
-                value = sum(a.correct for a in counts) / sum(a.total for a in counts)
-                found.append(Way(name, value, samples.line))
+            accuracy = self.mixed_accuracy(arm, self.common_seeds)
+            if accuracy is not None and not recorded_arm(arm).asking.is_control and self.is_harmless(arm):
+                found.append(Way(name, accuracy, samples.line, (1 - accuracy) * (price or 0.0)))
         return found
+
+    def decision_costs(self, resource: str) -> dict[str, Samples]:
+        """What ways cost over every version of the documents."""
+        return {name: samples.repeated(self.service.versions) for name, samples in self.ways(resource).items()}
 
     @cached_property
     def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:

@@ -110,7 +110,7 @@ def print_decision(verdict: Verdict, console: Console) -> None:
     columns = ("accuracy", f"{verdict.resource}\n{unit}", f"{unit}\n/1,000", f"{unit}\n/1,000 right", "chosen in")
     table = _new_table("cheapest first", columns)
     for way in decision.ways:
-        cost = way.line.cost(decision.queries)
+        cost = way.total(decision.queries)
         each = 1e3 * cost / decision.queries
         right = f"{each / way.accuracy:,.4g}" if way.accuracy else "-"
         accurate = "" if decision.is_accurate(way) else " (less accurate)"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,11 @@ from numpy.typing import NDArray
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study.amortise import Decision, Way, decide
 from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.paired import pair
 
 DRAWS = 2000
+MOST_SWITCHES = 6  # that a paragraph names
+MOST_CHANGES = 1000.0  # a month, up to which the choice is followed
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,10 @@ class Verdict:
         resource, unit: what costs are told in.
         unknown: what the data does not show, in sentences; empty where nothing is open.
         shares: how often each way is chosen when facts, timings and setups are drawn again, the most frequent first.
+        served: what the decision counts beside queries, in sentences: changes, a mix, a price of wrong answers.
+        by_changes: (changes a month, way) from which on it is the chosen one, at the same number of queries.
+        regret: what the choice costs more than the best one of each resample, on average; None without a price of wrong
+            answers, since only then one number says which is the best.
     """
 
     decision: Decision
@@ -32,6 +42,9 @@ class Verdict:
     unit: str
     unknown: tuple[str, ...]
     shares: dict[str, float]
+    served: tuple[str, ...] = ()
+    by_changes: tuple[tuple[float, str], ...] = ()
+    regret: float | None = None
 
     @property
     def certainty(self) -> str:
@@ -39,28 +52,128 @@ class Verdict:
         chosen = self.decision.chosen.name
         others = [(name, share) for name, share in self.shares.items() if name != chosen]
         text = f"{chosen} is chosen in {self.shares.get(chosen, 0.0):.0%} of resamples of facts, timings and setups"
-        return text + (f"; {others[0][0]} in {others[0][1]:.0%}." if others else ".")
+        text += f"; {others[0][0]} in {others[0][1]:.0%}." if others else "."
+        if self.regret is not None:
+            text += f" It costs {self.regret:,.3g} {self.unit} more, on average, than the best choice of each resample."
+        return text
 
     @property
     def text(self) -> str:
         """The whole verdict in a paragraph, what is not known first."""
-        return " ".join([*self.unknown, self.told, self.certainty])
+        return " ".join([*self.unknown, self.told, *self.served, self.certainty])
 
     @property
     def told(self) -> str:
         """The choice, and what would change it."""
-        return decision_text(self.decision, self.unit)
+        text = decision_text(self.decision, self.unit)
+        if len(self.by_changes) > 1:
+            ranges = ", ".join(f"{name} (from {rate:.3g})" for rate, name in self.by_changes)
+            text += f" By changes of the documents a month it would be {ranges}."
+        return text
 
 
 def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
-    """The verdict on so many queries, by money under a price file, else by seconds; None where it cannot be given."""
+    """The verdict on so many queries, by money under a price file, else by seconds; None where it cannot be given.
+
+    Where wrong answers have a price, all ways are compared by it, and `points` play no part.
+    """
     resource = "seconds" if study.prices is None else "money"
     if not (ways := study.decision_ways(resource)):
         return None
-    decision = decide(ways, queries, points)
+    counted = points if study.service.cost_of_wrong is None else 100.0
+    decision = decide(ways, queries, counted)
     unknown = (*_not_above_chance(study), *_not_told_apart(study, decision, points))
-    shares = _shares(study, resource, ways, queries, points)
-    return Verdict(decision, resource, study.resources[resource], unknown, shares)
+    shares, regret = _resampled(study, resource, ways, decision)
+    return Verdict(
+        decision,
+        resource,
+        study.resources[resource],
+        unknown,
+        shares,
+        (*_changes(study, queries), *_mix(study), *_wrong(study, decision)),
+        _by_changes(study, resource, queries, counted),
+        regret if study.service.cost_of_wrong is not None else None,
+    )
+
+
+def _changes(study: Derived, queries: float) -> list[str]:
+    """A sentence on documents that change."""
+    if not (rate := study.service.changes_per_month):
+        return []
+    versions = study.service.versions
+    return [
+        f"The documents change {rate:g} times a month: {versions:,.1f} versions in {study.service.days:g} days, each "
+        f"asked about {queries / versions:,.0f} queries, are set up, trained and read anew."
+    ]
+
+
+def _by_changes(study: Derived, resource: str, queries: float, points: float) -> tuple[tuple[float, str], ...]:
+    """The chosen way by the rate of changes, from none to MOST_CHANGES a month; found by search."""
+    samples, ways = study.ways(resource), study.decision_ways(resource)
+    most = max(way.accuracy for way in ways) - points / 100 - 1e-12
+
+    def chosen(rate: float) -> str:
+        times = study.service.versions_at(rate)
+        at = (replace(w, line=samples[w.name].repeated(times).line) for w in ways if w.accuracy >= most)
+        return min(at, key=lambda way: way.total(queries)).name
+
+    grid = [0.0, *np.geomspace(0.01, MOST_CHANGES, 15).tolist()]
+    found = [(0.0, chosen(0.0))]
+    for left, right in itertools.pairwise(grid):
+        if (after := chosen(right)) == found[-1][1]:
+            continue
+        while right - left > 1e-3 * right:
+            middle = (left + right) / 2
+            left, right = (middle, right) if chosen(middle) == found[-1][1] else (left, middle)
+        found.append((right, after))
+    return tuple(found)
+
+
+def _mix(study: Derived) -> list[str]:
+    """Sentences on the mix of queries: whether it, or a look at single splits, turns the order of arms."""
+    arms = [arm for arm in study.arms if not recorded_arm(arm).asking.is_control]
+    plain = replace(study, service=replace(study.service, weights=None))
+
+    def best(value: Callable[[str], float | None]) -> str:
+        found = {arm: v for arm in arms if (v := value(arm)) is not None}
+        return recorded_arm(max(found, key=found.__getitem__)).title if found else ""
+
+    pooled = best(lambda arm: plain.mixed_accuracy(arm, study.common_seeds))
+    if (weights := study.service.weights) is not None:
+        mixed = best(lambda arm: study.mixed_accuracy(arm, study.common_seeds))
+        told = ", ".join(f"{split} {weight:.0%}" for split, weight in weights.items() if weight)
+        turned = f" Over all questions alike it would be {pooled}: the mix decides." if pooled != mixed else ""
+        return [f"By the mix of queries ({told}) the most accurate arm is {mixed}.{turned}"]
+    leads = {split: best(partial(_value, study, split)) for split in study.splits}
+    others = {split: name for split, name in leads.items() if name != pooled and _leads(study, name, pooled, split)}
+    if not others:
+        return []
+    told = ", ".join(f"{name} on {split}" for split, name in others.items())
+    return [f"Over all questions {pooled} is the most accurate, but {told}: --weights says which questions count."]
+
+
+def _value(study: Derived, split: str, arm: str) -> float | None:
+    found = study.accuracy(arm, split)
+    return None if found is None else found.value
+
+
+def _leads(study: Derived, name: str, other: str, split: str) -> bool:
+    """Whether the data shows that an arm is more accurate than another on a split."""
+    titles = {recorded_arm(arm).title: arm for arm in study.arms}
+    gap = pair(study.results.runs, study.clusters, titles[name], titles[other], split)
+    return gap is not None and gap.low > 0
+
+
+def _wrong(study: Derived, decision: Decision) -> list[str]:
+    """A sentence on the price of wrong answers."""
+    if (price := study.service.cost_of_wrong) is None:
+        return []
+    n, chosen, unit = decision.queries, decision.chosen, study.resources["money"]
+    computing, wrong = chosen.line.cost(n), chosen.wrong * n
+    return [
+        f"A wrong answer costs {price:g} {unit}, so accuracy has its price and no tolerance is used: of "
+        f"{computing + wrong:,.4g} {unit}, {wrong:,.4g} are for wrong answers."
+    ]
 
 
 def why_none(study: Derived) -> str:
@@ -77,14 +190,19 @@ def decision_text(decision: Decision, unit: str) -> str:
     n, chosen, best = decision.queries, decision.chosen, decision.best
 
     def named(way: Way) -> str:
-        return f"{way.name} (accuracy {way.accuracy:.3f}, {way.line.cost(n):,.4g} {unit})"
+        return f"{way.name} (accuracy {way.accuracy:.3f}, {way.total(n):,.4g} {unit})"
 
-    text = f"For {n:,.0f} queries the cheapest way within {decision.points:g} points of the best accuracy is "
+    among = "" if decision.points >= 100 else f" within {decision.points:g} points of the best accuracy"
+    text = f"For {n:,.0f} queries the cheapest way{among} is "
     text += f"{named(chosen)}."
     if chosen.accuracy < best.accuracy:
         text += f" The most accurate is {named(best)}."
     if len(decision.switches) > 1:
-        ranges = ", ".join(f"{way.name} (from {m:,.0f})" for m, way in decision.switches)
+        shown = decision.switches[:MOST_SWITCHES]
+        ranges = ", ".join(f"{way.name} (from {m:,.0f})" for m, way in shown)
+        last, way = decision.switches[-1]
+        more = len(decision.switches) - len(shown)
+        ranges += f", and {more:,} more changes up to {way.name} (from {last:,.0f})" if more else ""
         text += f" By number of queries it would be {ranges}."
     else:
         text += " No other number of queries changes that."
@@ -132,35 +250,50 @@ def _rounded(n: float) -> float:
     return max(10.0, float(f"{n:.1e}"))
 
 
-def _shares(
-    study: Derived, resource: str, ways: list[Way], queries: float, points: float, seed: int = 0
-) -> dict[str, float]:
-    """How often each way is chosen when facts, timings and setups are drawn again, with replacement."""
-    accuracies, samples = _resampled_accuracies(study, seed), study.ways(resource)
+def _resampled(
+    study: Derived, resource: str, ways: list[Way], decision: Decision, seed: int = 0
+) -> tuple[dict[str, float], float]:
+    """How often each way is chosen when facts, timings and setups are drawn again, and the choice's mean regret."""
+    queries, price = decision.queries, study.service.cost_of_wrong or 0.0
+    accuracies, samples = _resampled_accuracies(study, seed), study.decision_costs(resource)
     accuracy = np.stack([accuracies[study.arm_of(way.name)] for way in ways])
     cost = np.stack([samples[way.name].resampled_costs(queries, DRAWS, seed) for way in ways])
-    is_accurate = accuracy >= accuracy.max(0) - points / 100 - 1e-12
+    cost = cost + price * queries * (1 - accuracy)
+    is_accurate = accuracy >= accuracy.max(0) - decision.points / 100 - 1e-12
     chosen = np.where(is_accurate, cost, np.inf).argmin(0)
     counts = Counter(ways[int(i)].name for i in chosen)
-    return {name: count / DRAWS for name, count in counts.most_common()}
+    mine = [way.name for way in ways].index(decision.chosen.name)
+    shares = {name: count / DRAWS for name, count in counts.most_common()}
+    return shares, float((cost[mine] - cost.min(0)).mean())
 
 
 def _resampled_accuracies(study: Derived, seed: int) -> dict[str, NDArray[np.float64]]:
     """[draws] of each arm, over the same draws of clusters, as many as there are."""
     names: dict[Any, int] = {}
-    right: dict[str, Counter[int]] = {}
-    total: dict[str, Counter[int]] = {}
+    counted: dict[tuple[str, str], Counter[tuple[int, bool]]] = {}
     for run in study.results.runs:
         for answer in run.answers:
             c = names.setdefault(study.clusters[run.seed, answer.topic], len(names))
-            right.setdefault(run.arm, Counter())[c] += answer.is_correct
-            total.setdefault(run.arm, Counter())[c] += 1
-    n = len(names)
-    weight = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+            counted.setdefault((run.arm, answer.split), Counter())[c, answer.is_correct] += 1
+    n, weights = len(names), study.service.weights
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+
+    def sums(counts: Counter[tuple[int, bool]], *kinds: bool) -> NDArray[np.float64]:
+        """How many answers of these kinds each draw has."""
+        total: NDArray[np.float64] = drawn @ np.array([sum(counts[c, k] for k in kinds) for c in range(n)], float)
+        return total
+
     found = {}
-    for arm in right:
-        hits, answers = (weight @ np.array([some[arm][c] for c in range(n)], float) for some in (right, total))
-        found[arm] = hits / np.maximum(answers, 1e-9)
+    for arm in {arm: None for arm, _ in counted}:
+        splits = {split: some for (whose, split), some in counted.items() if whose == arm}
+        if weights is None:
+            splits = {"": sum(splits.values(), Counter())}
+        parts = {split: (sums(some, True), sums(some, True, False)) for split, some in splits.items() if some}
+        share = {"": 1.0} if weights is None else weights
+        found[arm] = sum(
+            (share.get(split, 0.0) * right / np.maximum(total, 1e-9) for split, (right, total) in parts.items()),
+            np.zeros(DRAWS),
+        )
     return found
 
 
@@ -174,14 +307,17 @@ def summary(study: Derived, queries: float | None = None, points: float = 2.0) -
         "points": points,
         "best": verdict.decision.best.name,
         "chosen": verdict.decision.chosen.name,
-        "cost": verdict.decision.chosen.line.cost(verdict.decision.queries),
+        "cost": verdict.decision.chosen.total(verdict.decision.queries),
         "ways": [
-            {"name": way.name, "accuracy": way.accuracy, "cost": way.line.cost(verdict.decision.queries)}
+            {"name": way.name, "accuracy": way.accuracy, "cost": way.total(verdict.decision.queries)}
             for way in verdict.decision.ways
         ],
         "switches": [{"queries": n, "chosen": way.name} for n, way in verdict.decision.switches],
         "tolerances": [{"points": gap, "chosen": way.name} for gap, way in verdict.decision.tolerances],
         "unknown": list(verdict.unknown),
         "chosen_in": verdict.shares,
+        "served": list(verdict.served),
+        "by_changes": [{"changes_per_month": rate, "chosen": name} for rate, name in verdict.by_changes],
+        "regret": verdict.regret,
     }
     return study.summary(points) | {"decision": told}

@@ -5,9 +5,11 @@ Pure arithmetic over measured costs; docs/cost.md derives it. Any resource will 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Line:
-    """The cost of n >= 0 queries: setup + reading * max(1, n / cache_lifetime) + query * n.
+    """The cost of n whole queries: setup + reading * max(1, ceil(n / cache_lifetime)) + query * n.
 
     Attributes:
         setup: paid once: augmentation and training, or saving a prefix cache.
         reading: paid for the context, from text or from disk, once every `cache_lifetime` queries.
         query: paid for one query after that.
-        cache_lifetime: queries that share a reading, from 1 (no cache) to infinity (a cache that is never lost).
+        cache_lifetime: whole queries that share a reading, from 1 (no cache) to infinity (a cache that is never lost);
+            a fraction of a query is dropped.
     """
 
     setup: float
@@ -31,34 +34,103 @@ class Line:
 
     def cost(self, n: float) -> float:
         """The cost of n queries."""
-        return self.setup + self.reading * max(1.0, n / self.cache_lifetime) + self.query * n
+        return self.setup + self.reading * max(1, math.ceil(n / self.lifetime)) + self.query * n
+
+    def costs(self, n: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The costs of several numbers of queries."""
+        return self.setup + self.reading * np.maximum(1.0, np.ceil(n / self.lifetime)) + self.query * n
+
+    @property
+    def lifetime(self) -> float:
+        """The cache lifetime in whole queries."""
+        return self.cache_lifetime if math.isinf(self.cache_lifetime) else max(1.0, math.floor(self.cache_lifetime))
 
     @property
     def slope(self) -> float:
         """The cost of one more query, after many."""
-        return self.query + self.reading / self.cache_lifetime
+        return self.query + self.reading / self.lifetime
+
+
+LOOKED_AT = 20_000  # readings of the context around the break-even that are gone through one by one
+
+
+def turns(line: Line, rival: Line) -> tuple[bool, list[int], bool]:
+    """Where a line costs less than its rival, over all whole numbers of queries from 1 on.
+
+    Each reading that falls due is a step, so the order of two lines may turn several times. All of them lie where the
+    lines without steps differ by less than a reading.
+
+    Returns:
+        Whether the line costs less at 1 query; the numbers at which that turns, in order; and whether the turns go on
+        for ever, where both lines have the same slope. Where more than LOOKED_AT readings lie in question, readings
+        count pro rata.
+    """
+    steps = [each for each in (line, rival) if each.reading and 1 < each.lifetime < math.inf]
+    slope = line.slope - rival.slope
+    start = sum(
+        sign * (each.setup + each.reading * (math.isinf(each.lifetime))) for sign, each in ((1, line), (-1, rival))
+    )
+    up = line.reading if line in steps else 0.0
+    down = rival.reading if rival in steps else 0.0
+    is_cheaper = line.cost(1) < rival.cost(1)
+    if not steps:
+        return is_cheaper, _turns_of_straight_lines(line, rival, is_cheaper), False
+    if abs(slope) <= 1e-15 * (abs(line.slope) + abs(rival.slope)):
+        if start + up < 0 or start - down >= 0:
+            return is_cheaper, [], False
+        first, last, repeats = 1.0, 1.0 + math.lcm(*(int(each.lifetime) for each in steps)), True
+    else:
+        ends = sorted(((-start - up) / slope, (-start + down) / slope))
+        first, last, repeats = max(1.0, math.floor(ends[0]) - 1), math.ceil(ends[1]) + 1.0, False
+    if last <= 1:
+        return is_cheaper, [], False
+    if sum((last - first) / each.lifetime for each in steps) > LOOKED_AT:
+        middle = math.floor((-start - (up - down) / 2) / slope) + 1 if slope else 1
+        return is_cheaper, [middle] * (middle > 1), False
+    found = _turns_between(line, rival, first, last, [each.lifetime for each in steps])
+    return is_cheaper, found, repeats and bool(found)
+
+
+def _turns_of_straight_lines(line: Line, rival: Line, is_cheaper: bool) -> list[int]:
+    """The one whole number at which the order of lines without steps turns, if there is one."""
+    slope, ahead = line.slope - rival.slope, line.cost(1) - rival.cost(1)
+    if not slope or (slope < 0) == is_cheaper:
+        return []
+    near = 1 + math.floor(min(-ahead / slope, 1e300))
+    for n in range(max(2, near - 1), near + 3):
+        if (line.cost(n) < rival.cost(n)) != is_cheaper:
+            return [n]
+    return [near + 3]  # so far away that the costs' last digits decide
+
+
+def _turns_between(line: Line, rival: Line, first: float, last: float, lifetimes: Sequence[float]) -> list[int]:
+    """The whole numbers in (first, last] at which the order turns; between readings the difference is linear."""
+    after = [np.arange(math.floor((first - 1) / n) + 1, math.ceil(last / n)) * n + 1 for n in lifetimes]
+    left = np.unique(np.concatenate([[first], *after]))
+    left = left[left <= last]
+    right = np.append(left[1:] - 1, last)
+
+    def ahead(n: NDArray[np.float64]) -> NDArray[np.float64]:
+        return line.costs(n) - rival.costs(n)
+
+    at_left, at_right = ahead(left), ahead(right)
+    found = [int(n) for n, was, now in zip(left[1:], at_right[:-1] < 0, at_left[1:] < 0, strict=True) if was != now]
+    for i in np.nonzero((at_left < 0) != (at_right < 0))[0]:
+        n = left[i] + (right[i] - left[i]) * at_left[i] / (at_left[i] - at_right[i])
+        near = np.clip(np.floor(n) + np.arange(-1, 3), left[i], right[i])
+        found.append(int(near[(ahead(near) < 0) == (at_right[i] < 0)][0]))
+    return sorted(found)
 
 
 def break_even(line: Line, rival: Line) -> float | None:
-    """The number of queries from which on a line costs less than its rival; 0 if always, None if never.
+    """The last whole number of queries at which a line costs no less than its rival; 0 if there is none, None for ever.
 
     What starts cheaper and ends dearer has no such number either.
     """
-
-    def ahead(n: float) -> float:
-        return line.cost(n) - rival.cost(n)
-
-    # The difference is linear between the numbers where a second reading falls due: go through them from the right.
-    knots = sorted({0.0, *(n for n in (line.cache_lifetime, rival.cache_lifetime) if n < math.inf)})
-    slope, last = line.slope - rival.slope, knots[-1]
-    if slope > 0 or (slope == 0 and ahead(last) >= 0):
+    is_cheaper, found, is_endless = turns(line, rival)
+    if is_endless or is_cheaper == bool(len(found) % 2):
         return None
-    if ahead(last) >= 0:
-        return last - ahead(last) / slope
-    for left, right in zip(knots[-2::-1], knots[:0:-1], strict=True):
-        if ahead(left) >= 0:
-            return left + (right - left) * ahead(left) / (ahead(left) - ahead(right))
-    return 0.0
+    return float(found[-1] - 1) if found else 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +152,13 @@ class Samples:
         setup = math.fsum(self.setup) / len(self.setup) if self.setup else 0.0
         return Line(setup, _median(self.reading), _median(self.query), self.cache_lifetime)
 
+    def repeated(self, times: float) -> Samples:
+        """The cost of queries over so many versions of the documents, each of which is set up and read anew."""
+        if times == 1:
+            return self
+        setup, reading = (tuple(times * cost for cost in costs) for costs in (self.setup, self.reading))
+        return Samples(setup, reading, self.query, times * self.cache_lifetime)
+
     def resampled(self, rng: np.random.Generator, draws: int) -> list[Line]:
         """Lines of as many measurements drawn with replacement."""
         setups = _resample(rng, self.setup, draws, np.mean)
@@ -97,7 +176,7 @@ class Samples:
             return np.array(_resample(rng, values, draws, statistic))
 
         setup, reading, query = drawn(self.setup, np.mean), drawn(self.reading, np.median), drawn(self.query, np.median)
-        return setup + reading * max(1.0, n / self.cache_lifetime) + query * n
+        return setup + reading * max(1.0, math.ceil(n / self.line.lifetime)) + query * n
 
 
 def _median(values: Sequence[float]) -> float:
@@ -180,13 +259,33 @@ def fit(context_tokens: Sequence[float], costs: Sequence[float], degree: int) ->
     return Fit(coefficients, tuple(float(r) for r in (powers @ solved) / y - 1))
 
 
+class Costs(Protocol):
+    """What so many queries cost, all in all."""
+
+    def cost(self, n: float) -> float:
+        """The cost of n queries."""
+        ...
+
+
 @dataclass(frozen=True)
 class Way:
-    """A way of answering as the decision sees it: its name, its fraction of right answers and its line."""
+    """A way of answering as the decision sees it.
+
+    Attributes:
+        name: in tables.
+        accuracy: fraction of right answers.
+        line: what queries cost.
+        wrong: what the wrong answers cost, a query; 0 where they have no price.
+    """
 
     name: str
     accuracy: float
-    line: Line
+    line: Costs
+    wrong: float = 0.0
+
+    def total(self, n: float) -> float:
+        """The cost of n queries with that of their wrong answers."""
+        return self.line.cost(n) + self.wrong * n
 
 
 @dataclass(frozen=True)
@@ -195,7 +294,8 @@ class Decision:
 
     Attributes:
         queries: n.
-        points: how far below the best accuracy, in percentage points, still counts as accurate.
+        points: how far below the best accuracy, in percentage points, still counts as accurate; 100 where wrong answers
+            have a price.
         best: the most accurate way.
         chosen: the cheapest of the accurate.
         ways: all, cheapest first.
@@ -216,38 +316,55 @@ class Decision:
         return self.best.accuracy - way.accuracy <= self.points / 100 + 1e-12
 
 
-def crossings(line: Line, rival: Line) -> list[float]:
-    """Every number of queries, from 0 on, at which two lines cost the same and one becomes the cheaper."""
-    knots = sorted({0.0, *(n for n in (line.cache_lifetime, rival.cache_lifetime) if n < math.inf)})
-    ends = [*knots[1:], max(1.0, 2 * knots[-1])]
-    found = []
-    for left, right in zip(knots, ends, strict=True):
-        before, after = (line.cost(n) - rival.cost(n) for n in (left, right))
-        slope = (after - before) / (right - left)
-        at = left - before / slope if slope else math.nan
-        if left <= at and (at < right or left == knots[-1]):
-            found.append(at)
-    return found
-
-
 def decide(ways: Sequence[Way], queries: float, points: float) -> Decision:
     """Choose the cheapest way for so many queries among those within `points` of the best accuracy.
 
     Of several that are the most accurate, the cheapest counts as the best.
     """
-    order = tuple(sorted(ways, key=lambda way: way.line.cost(queries)))
+    order = tuple(sorted(ways, key=lambda way: way.total(queries)))
     best = max(order, key=lambda way: way.accuracy)  # the first of equals
     decision = Decision(queries, points, best, best, order, (), ())
     accurate = [way for way in order if decision.is_accurate(way)]
-    found = {n for i, a in enumerate(accurate) for b in accurate[:i] for n in crossings(a.line, b.line)}
-    switches: list[tuple[float, Way]] = []
-    for n in sorted({1.0, *(n for n in found if n > 1)}):
-        cheapest = min(accurate, key=lambda way: way.line.cost(n * (1 + 1e-6)))
-        if not switches or cheapest is not switches[-1][1]:
-            switches.append((n, cheapest))
     cheaper = order[: order.index(accurate[0])]
     tolerances: list[tuple[float, Way]] = []
     for way in sorted(cheaper, key=lambda way: -way.accuracy):
-        if not tolerances or way.line.cost(queries) < tolerances[-1][1].line.cost(queries):
+        if not tolerances or way.total(queries) < tolerances[-1][1].total(queries):
             tolerances.append((100 * (best.accuracy - way.accuracy), way))
-    return Decision(queries, points, best, accurate[0], order, tuple(switches), tuple(tolerances))
+    return Decision(queries, points, best, accurate[0], order, _switches(accurate, queries), tuple(tolerances))
+
+
+def _switches(ways: Sequence[Way], queries: float) -> tuple[tuple[float, Way], ...]:
+    """The cheapest way from each number of queries on at which it is another."""
+    lines = [replace(way.line, query=way.line.query + way.wrong) for way in ways if isinstance(way.line, Line)]
+    at = {1}
+    if len(lines) == len(ways):
+        at |= {n for i, a in enumerate(lines) for b in lines[:i] for n in turns(a, b)[1]}
+    else:
+        at |= set(_found_by_search(ways, queries))
+    found: list[tuple[float, Way]] = []
+    for n in sorted(at):
+        cheapest = min(ways, key=lambda way: way.total(n))
+        if not found or cheapest is not found[-1][1]:
+            found.append((n, cheapest))
+    return tuple(found)
+
+
+SEARCHED = 600  # numbers of queries at which ways that are billed in steps are compared
+
+
+def _found_by_search(ways: Sequence[Way], queries: float) -> list[int]:
+    """Where the cheapest way changes between SEARCHED numbers of queries, up to 1,000 times as many as asked."""
+
+    def cheapest(n: int) -> int:
+        return min(range(len(ways)), key=lambda i: ways[i].total(n))
+
+    grid = sorted({round(n) for n in np.geomspace(1, max(1e6, 1e3 * queries), SEARCHED)})
+    found = []
+    for left, right in itertools.pairwise(grid):
+        before, after = cheapest(left), cheapest(right)
+        while right - left > 1 and before != after:
+            middle = (left + right) // 2
+            left, right = (middle, right) if cheapest(middle) == before else (left, middle)
+        if before != after:
+            found.append(right)
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -46,6 +48,12 @@ class Paired:
         return "worse" if self.high < -tolerance / 100 else "not shown"
 
 
+def mix_of(splits: Sequence[str], weights: Mapping[str, float] | None) -> list[float]:
+    """What each answer counts, from the splits of the answers: alike, or so that each split has its weight."""
+    counts = Counter(splits)
+    return [1.0 if weights is None else weights.get(split, 0.0) / counts[split] for split in splits]
+
+
 def family_of(arms: Sequence[str], family: str = "trained") -> list[tuple[str, str]]:
     """The pairs of arms that are tested together.
 
@@ -77,12 +85,20 @@ def paired_tests(
 
 
 def pair(
-    runs: Sequence[Run], clusters: Mapping[tuple[int, str], Cluster], first: str, second: str, split: str | None = None
+    runs: Sequence[Run],
+    clusters: Mapping[tuple[int, str], Cluster],
+    first: str,
+    second: str,
+    split: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Paired | None:
-    """Two arms on the questions and seeds that both have, in a split or in all; None where they have none."""
+    """Two arms on the questions and seeds that both have, in a split or in all; None where they have none.
+
+    With `weights` of splits, the difference and its interval are those of that mix; the p-value is not.
+    """
     mine, theirs = _answers(runs, first), _answers(runs, second)
     keys = [key for key in mine if key in theirs and split in (None, mine[key].split)]
-    if not keys:
+    if not any(mix_of([mine[key].split for key in keys], weights)):
         return None
     differences = [mine[key].is_correct - theirs[key].is_correct for key in keys]
     names = [clusters[seed, mine[seed, question].topic] for seed, question in keys]
@@ -97,8 +113,9 @@ def pair(
     has_seeds = len(by_seed) >= statistics.SEEDS_AS_UNIT
     if trains and has_seeds:
         p = max(p, statistics.t_test([sum(some) / len(some) for some in by_seed.values()]))
-    low, high = statistics.gap_interval(differences, names, seeds if trains else None)
-    mean = sum(differences) / len(differences)
+    counts = mix_of([mine[key].split for key in keys], weights)
+    low, high = statistics.gap_interval(differences, names, seeds if trains else None, counts)
+    mean = sum(map(operator.mul, counts, differences)) / sum(counts)
     return Paired(first, second, split, mean, low, high, p, len(by_cluster), trains and not has_seeds)
 
 

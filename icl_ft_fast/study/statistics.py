@@ -17,7 +17,10 @@ SEEDS_AS_UNIT = 4  # with fewer seeds nothing is said about other training runs:
 
 
 def accuracy_interval(
-    right: Sequence[bool], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None = None
+    right: Sequence[bool],
+    clusters: Sequence[Hashable],
+    seeds: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Interval at 95% of an accuracy whose answers come in clusters: Wilson's at the effective number of answers.
 
@@ -25,19 +28,25 @@ def accuracy_interval(
         right: whether each answer is right; at least one.
         clusters: for each answer what it rests on: answers of one cluster may be right or wrong together.
         seeds: for each answer its training run, where the interval is to hold for other runs too; needs SEEDS_AS_UNIT.
+        weights: what each answer counts, where the accuracy is that of a mix of kinds; None for all alike.
 
     Answers are divided by the design effect, the variance of the mean over clusters by that of independent answers
     (Kish 1965); it is no less than 1, and the effective number no less than the clusters. The normal quantile becomes
     Student's, with the clusters' degrees of freedom. Where all answers are equal there is no variance to estimate, and
     each cluster counts as one answer. `python -m benchmarks statistics` has the coverage.
     """
-    effective, df = _effective(right, clusters, seeds)
-    p, is_constant = sum(right) / len(right), len(set(right)) == 1
+    share = _shares_of(weights, len(right))
+    effective, df = _effective(right, clusters, seeds, share)
+    is_constant = len(set(right)) == 1
+    p = float(right[0]) if is_constant else float(share @ np.asarray(right, dtype=np.float64))
     return _wilson(p, effective, Z95 if is_constant else t_quantile(df))
 
 
 def gap_interval(
-    differences: Sequence[int], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None = None
+    differences: Sequence[int],
+    clusters: Sequence[Hashable],
+    seeds: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Interval at 95% of the difference of two accuracies on the same questions, which come in clusters.
 
@@ -45,13 +54,14 @@ def gap_interval(
         differences: 1, 0 or -1 a question: right in the first alone, in both or neither, in the second alone.
         clusters: as in accuracy_interval().
         seeds: as in accuracy_interval().
+        weights: as in accuracy_interval().
 
     Bonett and Price's (2012) adjusted Wald interval, at the effective number of questions and with Student's quantile.
     It has a width where no answer differs, too.
     """
-    effective, df = _effective(differences, clusters, seeds)
-    share = effective / len(differences)
-    first, second = (share * sum(d == sign for d in differences) for sign in (1, -1))
+    share = _shares_of(weights, len(differences))
+    effective, df = _effective(differences, clusters, seeds, share)
+    first, second = (effective * float(share @ (np.asarray(differences) == sign)) for sign in (1, -1))
     p, q = (first + 1) / (effective + 2), (second + 1) / (effective + 2)
     half = t_quantile(df) * math.sqrt((p + q - (p - q) ** 2) / (effective + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)
@@ -68,17 +78,24 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def _shares_of(weights: Sequence[float] | None, n: int) -> Any:
+    """What each of n answers counts of 1."""
+    share = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+    return share / share.sum() if n else share
+
+
 def _effective(
-    values: Sequence[float], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None
+    values: Sequence[float], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None, share: Any
 ) -> tuple[float, int]:
     """How many independent values would tell as much about the mean, and the degrees of freedom of that estimate."""
     value = np.asarray(values, dtype=np.float64)
     if not len(value) or len(clusters) != len(value):
         raise ValueError(f"clusters: expected one for each of {len(value)} values, at least one, got {len(clusters)}")
-    spread = value - value.mean()
+    spread = (value - share @ value) * share
     of_cluster = _numbered(clusters)
     num_clusters, variance = _clustered_variance(spread, of_cluster)
-    units = df = num_clusters
+    df, counted = num_clusters, bool(np.ptp(share) > 1e-12 * share.max())
+    units = 1 / float((np.bincount(of_cluster, weights=share) ** 2).sum()) if counted else float(num_clusters)
     if seeds is not None and len(set(seeds)) >= SEEDS_AS_UNIT:
         of_seed = _numbered(seeds)
         num_seeds, between = _clustered_variance(spread, of_seed)
@@ -86,18 +103,19 @@ def _effective(
         num_cells, within = _clustered_variance(spread, cells)
         crossed = num_cells > num_clusters  # two-way (Cameron, Gelbach and Miller 2011), where topics recur under seeds
         variance = max(variance, between, variance + between - within if crossed else 0.0)
-        units = df = min(num_clusters, num_seeds)
-    alone = float((spread**2).mean())
+        df = min(num_clusters, num_seeds)
+        units = min(units, float(num_seeds))
+    alone = float(share @ (value - share @ value) ** 2)
     if not alone or not variance:
-        return float(num_clusters), max(1, df - 1)
-    return float(min(max(alone / variance, units), len(value))), max(1, df - 1)
+        return units if counted else float(num_clusters), max(1, df - 1)
+    return float(min(max(alone / variance, units), 1 / float((share**2).sum()))), max(1, df - 1)
 
 
 def _clustered_variance(spread: Any, names: Any) -> tuple[int, float]:
     """The number of clusters, and the variance of the mean that they show."""
     sums = np.bincount(names, weights=spread)
     n = len(sums)
-    return n, float((sums**2).sum()) / len(spread) ** 2 * n / max(1, n - 1)
+    return n, float((sums**2).sum()) * n / max(1, n - 1)
 
 
 def _numbered(names: Sequence[Hashable]) -> Any:

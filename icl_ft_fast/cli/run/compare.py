@@ -40,6 +40,7 @@ from icl_ft_fast.study.arms import expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.retrieval import EmbeddingEndpoint
+from icl_ft_fast.study.service import Service, parse_weights, read_weights
 from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -52,7 +53,21 @@ def prices_of(options: argparse.Namespace) -> Prices | None:
         raise UsageError("--max-harm: needs --general, the task that harm is measured on")
     if not 0 <= options.tolerance <= 100:
         raise UsageError(f"--tolerance: expected 0 to 100 points, got {options.tolerance:g}")
+    if options.queries_per_day is not None and options.queries_per_day * options.days < 1:
+        raise UsageError("--queries-per-day: expected at least one query in all --days")
     return None if options.prices is None else read_prices(options.prices)
+
+
+def service_of(options: argparse.Namespace) -> Service:
+    """What the decision is for, read before any work."""
+    if options.cost_of_wrong is not None and options.prices is None:
+        raise UsageError("--cost-of-wrong: needs --prices, in whose currency it is")
+    if options.weights is not None and options.weights_file is not None:
+        raise UsageError("--weights: give it or --weights-file, not both")
+    weights = None if options.weights is None else parse_weights(options.weights)
+    if options.weights_file is not None:
+        weights = read_weights(options.weights_file)
+    return Service(options.days, options.changes_per_month, options.cost_of_wrong, weights)
 
 
 def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
@@ -143,7 +158,9 @@ def _compared(
 ) -> Derived | None:
     """The study of one task; None in processes of other rank than 0."""
     make_task, preset = task_of_seed(options)
-    settings, prices = _settings(options, preset), prices_of(options)
+    settings, prices, service = _settings(options, preset), prices_of(options), service_of(options)
+    if service.weights is not None:
+        service.check_splits(list(dict.fromkeys(q.split for q in make_task(settings.seeds[0]).questions)))
     if not options.checkpoint_minutes >= 0:
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
     if options.out is not None and not executor.rank:
@@ -164,9 +181,19 @@ def _compared(
     if results is None:
         return None
     name = options.task if options.out is None else options.out.name
-    return Derived(
-        results, name, prices, cache_lifetime_of(options), options.batch_size, options.family, options.max_harm
-    )
+    return Derived(results, name, **derived_settings(options, prices, service))
+
+
+def derived_settings(options: argparse.Namespace, prices: Prices | None, service: Service) -> dict[str, Any]:
+    """What the options say of how results are read."""
+    return {
+        "prices": prices,
+        "cache_lifetime": cache_lifetime_of(options),
+        "batch": options.batch_size,
+        "family": options.family,
+        "max_harm": options.max_harm,
+        "service": service,
+    }
 
 
 def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 
 from icl_ft_fast.cli.options import Terminal, UsageError, check_new
-from icl_ft_fast.cli.run.compare import cache_lifetime_of, prices_of, print_decision
+from icl_ft_fast.cli.run.compare import derived_settings, prices_of, print_decision, service_of
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.verdict import summary
@@ -19,18 +19,8 @@ def run_report(options: argparse.Namespace) -> None:
     prices = prices_of(options)
     if options.out is not None:
         check_new(options.out, options.overwrite)
-    lifetime = cache_lifetime_of(options)
-    studies = [
-        Derived.read(
-            path,
-            prices=prices,
-            cache_lifetime=lifetime,
-            batch=options.batch_size,
-            family=options.family,
-            max_harm=options.max_harm,
-        )
-        for path in options.results
-    ]
+    settings = derived_settings(options, prices, service_of(options))
+    studies = [Derived.read(path, **settings) for path in options.results]
     names = [study.name for study in studies]
     studies = [
         replace(s, name=str(p)) if names.count(s.name) > 1 else s for s, p in zip(studies, options.results, strict=True)
