@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
     resource = "seconds" if study.prices is None else "money"
     if not (ways := study.decision_ways(resource)):
         return None
-    counted = points if study.service.cost_of_wrong is None else 100.0
+    counted = points if study.service.cost_of_wrong is None else math.inf
     decision = decide(ways, queries, counted)
     unknown = (*_not_above_chance(study), *_not_told_apart(study, decision, points))
     shares, regret = _resampled(study, resource, ways, decision)
@@ -192,7 +193,7 @@ def decision_text(decision: Decision, unit: str) -> str:
     def named(way: Way) -> str:
         return f"{way.name} (accuracy {way.accuracy:.3f}, {way.total(n):,.4g} {unit})"
 
-    among = "" if decision.points >= 100 else f" within {decision.points:g} points of the best accuracy"
+    among = "" if math.isinf(decision.points) else f" within {decision.points:g} points of the best accuracy"
     text = f"For {n:,.0f} queries the cheapest way{among} is "
     text += f"{named(chosen)}."
     if chosen.accuracy < best.accuracy:

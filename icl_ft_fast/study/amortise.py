@@ -294,8 +294,8 @@ class Decision:
 
     Attributes:
         queries: n.
-        points: how far below the best accuracy, in percentage points, still counts as accurate; 100 where wrong answers
-            have a price.
+        points: how far below the best accuracy, in percentage points, still counts as accurate; infinity where
+            wrong answers have a price.
         best: the most accurate way.
         chosen: the cheapest of the accurate.
         ways: all, cheapest first.
