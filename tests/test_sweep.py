@@ -14,6 +14,18 @@ def task_of_seed(seed):
     return simple_reversals(seed, num_facts=2, num_articles=2)
 
 
+def test_without_time_what_is_needed_is_measured_once_and_nothing_else(llama):
+    task = task_of_seed(0)
+    context = prompt_context(llama, task.documents[:2])
+    found = sweep.sweep(llama, task.questions, context, lengths=(64,), needed=(5,), seconds=1e-9)
+    assert [(p.context_tokens, p.batch) for p in found.points] == [(n, 1) for n in sorted((0, 5, found.context_tokens))]
+    assert {len(p.query_s) for p in found.points} == {1}
+    assert [len(p.prefill_s) for p in found.points] == [0, 1, 1]
+    settled = sweep.sweep(llama, task.questions, context, lengths=(64,), batches=(1, 2), rounds=2, seconds=1e9)
+    assert {(p.context_tokens, p.batch) for p in settled.points} >= {(64, 1), (64, 2)}
+    assert {len(p.query_s) for p in settled.points} == {2}
+
+
 def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
     task, loaded = task_of_seed(0), []
     context = prompt_context(llama, task.documents[:2])
@@ -26,7 +38,7 @@ def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
     monkeypatch.setattr(sweep, "load_context", noted)
     found = sweep.sweep(llama, task.questions, context, lengths=(), batches=(1,), rounds=2)
     (own,) = encoding.encode(llama.tokenizer, [context.rstrip()])
-    assert [(p.context_tokens, len(p.save_s), len(p.load_s)) for p in found.points] == [(0, 0, 0), (len(own), 2, 2)]
+    assert [(p.context_tokens, len(p.save_s), len(p.load_s)) for p in found.points] == [(0, 0, 0), (len(own), 1, 2)]
     assert [c.token.tolist() for c in loaded] == [own] * 3  # the warm-up too
     expected = prefill(llama, own)
     assert torch.equal(loaded[-1].hidden, expected.hidden)

@@ -201,6 +201,7 @@ class BreakEven:
         low, high: the interval.
         never: fraction of resamples without a number: beyond 0.025 the interval's upper end is infinity.
         below: number of queries below which the line costs less, where it starts cheaper and ends dearer.
+        has_interval: whether what it rests on was measured more than once; otherwise low and high mean nothing.
     """
 
     queries: float
@@ -208,6 +209,7 @@ class BreakEven:
     high: float
     never: float
     below: float | None = None
+    has_interval: bool = True
 
     @property
     def is_resolved(self) -> bool:

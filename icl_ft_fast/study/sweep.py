@@ -1,7 +1,8 @@
 """What a query costs, measured: context lengths x queries scored together, several times each, in turn.
 
 One forward for each request is what a user without any cache pays: the prefill and then the query. A user who keeps the
-context pays the query only. Both are read off the same forwards, so neither is a difference of two times.
+context pays the query only. A round reads each context once, and the queries of every batch size stand behind that
+reading, so neither is a difference of two times.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -85,10 +87,11 @@ def sweep(
         lengths: of contexts, in tokens, beside 0 and the context's own; those that leave no room for a question are
             left out.
         needed: lengths of other arms' contexts, which are always measured.
-        batches: queries scored together; more than there are questions are left out.
+        batches: queries scored together; more than there are questions are left out, and so are those that would take
+            a third of the time.
         rounds: measurements of each point, after one that warms up.
-        seconds: longer contexts that would go beyond it are left out, and no round
-            after the third is begun beyond it.
+        seconds: nothing is begun that, by what it took before, would end later; but 0, the context's own length and
+            those needed are measured once in any case. What could not be repeated has one measurement, the warm-up.
         progress: show a bar of measurements.
 
     Returns:
@@ -97,6 +100,7 @@ def sweep(
     Raises:
         ScoreError: as loglikelihood() does.
     """
+    begun = time.perf_counter()
     own = encoding.encode(model.tokenizer, [context.rstrip()])[0] if context else []
     start = encoding.prefix_token_id(model.tokenizer)
     words = own or [start, *(t for q in questions for t in encoding.encode(model.tokenizer, [q.prompt], bos=False)[0])]
@@ -104,75 +108,136 @@ def sweep(
     encoded = iter(encoding.encode_pairs(model.tokenizer, pairs))
     asked = [[next(encoded) for _ in question.choices] for question in questions]
     longest = max(len(before) + len(after) for choices in asked for before, after in choices)
-    room = model.max_positions - longest
     always = {0, len(own), *needed}
-    grid = [*sorted(always), *(n for n in sorted({*lengths} - always) if n <= room)]
-    sizes = sorted({min(batch, len(asked)) for batch in batches})
-    meter, fingerprint, begun = Meter(model.device), model.fingerprint(), time.perf_counter()
-    measured: dict[tuple[int, int], list[Ledger]] = {}
-    files: dict[int, list[Ledger]] = {}
+    grid = [*sorted(always), *(n for n in sorted({*lengths} - always) if n <= model.max_positions - longest)]
 
-    def elapsed() -> float:
+    def left_s() -> float:
+        return seconds - (time.perf_counter() - begun)
+
+    with tempfile.TemporaryDirectory() as folder, tqdm(desc="measuring", unit="run", disable=not progress) as bar:
+        measuring = _Measuring(model, asked, words, longest, Path(folder), bar)
+        one_s = measuring.seconds_of_a_query()
+        sizes = sorted({min(batch, len(asked)) for batch in batches})
+        measuring.sizes = [n for n in sizes if n == sizes[0] or n * one_s * len(always) < left_s() / 3]
+        places: list[_Place] = []
+        for length in grid:  # the warm-up also finds how far the time reaches
+            if length not in always and (seconds - left_s()) * rounds > seconds:
+                break
+            places.append(measuring.place(length))
+        bar.reset(total=len(places) * len(measuring.sizes) * (rounds + 1))
+        for i in range(1, rounds + 1):
+            fitting = [place for place in places if place.took_s < left_s()]
+            for place in fitting:
+                if place.took_s < left_s():
+                    measuring.measure(place, i)
+            if not fitting:
+                break
+    points = [point for place in places for point in place.points()]
+    return Sweep(len(own), tuple(sorted(points, key=lambda p: (p.context_tokens, p.batch))))
+
+
+@dataclass
+class _Place:
+    """A context length and what was measured there.
+
+    Attributes:
+        context_tokens: the length.
+        readings, files: a ledger for each round.
+        queries: by batch size, a ledger for each round.
+        save_s: seconds of writing the file, once.
+        took_s: seconds of the last round.
+    """
+
+    context_tokens: int
+    readings: list[Ledger] = field(default_factory=list)
+    queries: dict[int, list[Ledger]] = field(default_factory=dict)
+    files: list[Ledger] = field(default_factory=list)
+    save_s: tuple[float, ...] = ()
+    took_s: float = 0.0
+
+    def points(self) -> list[Point]:
+        """The measurements without those that warmed up, unless there are no others."""
+        length, readings = self.context_tokens, [ledger.phases["prefill"] for ledger in _repeated(self.readings)]
+        found = []
+        for batch, ledgers in self.queries.items():
+            queries = [ledger.phases["query"] for ledger in _repeated(ledgers)]
+            joules = _median([p.joules for p in queries if p.joules is not None])
+            point = Point(
+                context_tokens=length,
+                batch=batch,
+                prefill_s=tuple(phase.wall_s for phase in readings),
+                query_s=tuple(phase.wall_s / batch for phase in queries),
+                prefill_flops=_median([phase.flops for phase in readings]) or 0.0,
+                query_flops=(_median([phase.flops for phase in queries]) or 0.0) / batch,
+                prefill_joules=_median([p.joules for p in readings if p.joules is not None]),
+                query_joules=None if joules is None else joules / batch,
+                save_s=self.save_s,
+                load_s=tuple(file.seconds["context"] for file in _repeated(self.files)),
+            )
+            found.append(point)
+        return found
+
+
+@dataclass
+class _Measuring:
+    """What every measurement needs: model, questions as token ids, the words of contexts, and a folder for files."""
+
+    model: Model
+    asked: Sequence[Sequence[TokenRequest]]
+    words: list[int]
+    longest: int
+    folder: Path
+    bar: Any
+    sizes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self._meter, self._fingerprint = Meter(self.model.device), self.model.fingerprint()
+
+    def seconds_of_a_query(self) -> float:
+        """One query without a context, after one that warms up."""
+        for _ in range(2):
+            begun = time.perf_counter()
+            loglikelihood(self.model, _behind([], self.asked[:1]))
         return time.perf_counter() - begun
 
-    def measure(length: int, i: int) -> None:
-        tokens = (words * (length // len(words) + 1))[:length]
-        for batch in sizes:
-            ledger, picked = Ledger(meter=meter), [asked[(i * batch + b) % len(asked)] for b in range(batch)]
-            loglikelihood(model, _behind(tokens, picked), shared_tokens=length, ledger=ledger)
-            measured.setdefault((length, batch), []).append(ledger)
-            bar.update()
-        files.setdefault(length, []).append(ledger := Ledger(meter=meter))
-        path = Path(folder) / f"{length}.safetensors"
-        if length and not path.exists():
-            save_context(path, model, prefill(model, tokens), fingerprint=fingerprint)
-        if length:
-            with ledger.phase("context"):
-                loaded = load_context(path, model, fingerprint=fingerprint)
-                loaded.open(model.new_cache(length + longest))
-            with ledger.phase("save"):
-                save_context(path, model, loaded, fingerprint=fingerprint)
+    def place(self, length: int) -> _Place:
+        """A place with its first measurement."""
+        self.measure(place := _Place(length), 0)
+        return place
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(desc="measuring", unit="run", disable=not progress) as bar,
-    ):
-        for length in grid:  # the warm-up also finds how far the time reaches
-            if length not in always and elapsed() * rounds > seconds:
-                break
-            measure(length, 0)
-        bar.reset(total=len(measured) * (rounds + 1))
-        bar.update(len(measured))
-        for i in range(1, rounds + 1):
-            if i > 3 and elapsed() > seconds:
-                break
-            for length in files:
-                measure(length, i)
-    points = [_point(*key, ledgers[1:], files[key[0]][1:]) for key, ledgers in measured.items()]
-    return Sweep(len(own), tuple(sorted(points, key=lambda p: (p.context_tokens, p.batch))))
+    def measure(self, place: _Place, i: int) -> None:
+        """Read the context once, ask behind it in batches of every size, and read its file, written the first time."""
+        model, length, begun = self.model, place.context_tokens, time.perf_counter()
+        tokens, context = (self.words * (length // len(self.words) + 1))[:length], None
+        if length:
+            place.readings.append(ledger := Ledger(meter=self._meter))
+            context = prefill(model, tokens, ledger=ledger)
+        for batch in self.sizes:
+            picked = [self.asked[(i * batch + b) % len(self.asked)] for b in range(batch)]
+            place.queries.setdefault(batch, []).append(ledger := Ledger(meter=self._meter))
+            loglikelihood(model, _behind(tokens, picked), start=context, ledger=ledger)
+            self.bar.update()
+        if context is not None:
+            path = self.folder / f"{length}.safetensors"
+            if not place.save_s:
+                saving = time.perf_counter()
+                save_context(path, model, context, fingerprint=self._fingerprint)
+                place.save_s = (time.perf_counter() - saving,)
+            place.files.append(ledger := Ledger(meter=self._meter))
+            with ledger.phase("context"):
+                loaded = load_context(path, model, fingerprint=self._fingerprint)
+                loaded.open(model.new_cache(length + self.longest))
+        place.took_s = time.perf_counter() - begun
+
+
+def _repeated(ledgers: list[Ledger]) -> list[Ledger]:
+    """All but the first, which warmed up; that one where there is no other."""
+    return ledgers[1:] or ledgers
 
 
 def _behind(context: list[int], questions: Sequence[Sequence[TokenRequest]]) -> list[TokenRequest]:
     """The questions' requests behind a context."""
     return [([*context, *before], after) for choices in questions for before, after in choices]
-
-
-def _point(length: int, batch: int, ledgers: list[Ledger], files: list[Ledger]) -> Point:
-    prefills = [ledger.phases["prefill"] for ledger in ledgers if "prefill" in ledger.phases]
-    queries = [ledger.phases["query"] for ledger in ledgers]
-    energy = [_median([p.joules for p in phases if p.joules is not None]) for phases in (prefills, queries)]
-    return Point(
-        context_tokens=length,
-        batch=batch,
-        prefill_s=tuple(phase.wall_s for phase in prefills),
-        query_s=tuple(phase.wall_s / batch for phase in queries),
-        prefill_flops=_median([phase.flops for phase in prefills]) or 0.0,
-        query_flops=(_median([phase.flops for phase in queries]) or 0.0) / batch,
-        prefill_joules=energy[0],
-        query_joules=None if energy[1] is None else energy[1] / batch,
-        save_s=tuple(file.seconds["save"] for file in files if length),
-        load_s=tuple(file.seconds["context"] for file in files if length),
-    )
 
 
 def _median(values: Sequence[float]) -> float | None:
