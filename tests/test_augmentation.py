@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icl_ft_fast.augmentation.batches import augment, augment_by_model, augment_by_rule, prompt_batches, prompts
 from icl_ft_fast.augmentation.generators import LocalGenerator, Reply
-from icl_ft_fast.augmentation.prompts import Prompting, fitting
+from icl_ft_fast.augmentation.prompts import Prompting, completed, fitting, label_of
 from icl_ft_fast.augmentation.run import SAMPLES_APART, AugmentationRun, reply_key
 from icl_ft_fast.augmentation.steps import (
     self_consistent,
@@ -24,8 +24,10 @@ from icl_ft_fast.augmentation.strategy import Augmentation, AugmentError, Parsed
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.runtime.reasoning import split_reasoning
+from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import deny, find
 from icl_ft_fast.tasks.reversals import simple_reversals
@@ -45,6 +47,9 @@ class Scripted:
 
     def prompt_tokens(self, text):
         return len(text.split())
+
+    def counting(self, ledger):
+        return self
 
     def replies(self, requests):
         self.requests += requests
@@ -170,13 +175,13 @@ def test_every_line_is_kept_or_counted(text):
 
 @pytest.mark.parametrize("strategy", BY_MODEL)
 def test_no_documents(llama, strategy):
-    assert augment_by_model(llama, prompt_batches(llama, [], strategy)).rows == ()
+    assert augment_by_model(LocalGenerator(llama), prompt_batches(LocalGenerator(llama), [], strategy)).rows == ()
 
 
 def short(monkeypatch, strategy, **changes):
     """Make the strategy's prompt the document alone, and every reply a row."""
     changed = replace(STRATEGIES[strategy], is_lines=False, **changes)
-    monkeypatch.setattr(Prompting, "of", lambda _: Prompting(changed, "{{ document }}", "here"))
+    monkeypatch.setattr(Prompting, "of", lambda *_, **__: Prompting(changed, "{{ document }}", "here"))
 
 
 def test_what_is_in_the_journal_is_not_generated_again_and_costs_the_same(llama, monkeypatch):
@@ -184,16 +189,18 @@ def test_what_is_in_the_journal_is_not_generated_again_and_costs_the_same(llama,
     short(monkeypatch, "local", read=lambda source, reply: Parsed([("row", source + reply)], 1, 0))
     monkeypatch.setattr(LocalGenerator, "prompts_per_call", 2)
     journal, ledgers = ResultJournal(None), [Ledger(), Ledger()]
-    batches = prompt_batches(llama, documents, key="a")
-    first = augment_by_model(llama, batches, journal=journal, ledger=ledgers[0])
+    batches = prompt_batches(LocalGenerator(llama), documents, key="a")
+    first = augment_by_model(LocalGenerator(llama), batches, journal=journal, ledger=ledgers[0])
     assert [row.source_id for row in first.rows] == [document.id for document in documents]
     assert first.dropped == {"unanswered": 0, "unparsed": 5, "repeats": 0}
     assert ledgers[0].phases.keys() == {"filter", "generate"}
     assert len(journal.values) == 3
     journal.values.popitem()  # the last call was killed
     monkeypatch.setattr(LocalGenerator, "replies", counted := Counted(LocalGenerator.replies))
-    assert [batch.name for batch in prompt_batches(llama, documents, key="a")] == [batch.name for batch in batches]
-    assert augment_by_model(llama, batches, journal=journal, ledger=ledgers[1]) == first
+    assert [batch.name for batch in prompt_batches(LocalGenerator(llama), documents, key="a")] == [
+        batch.name for batch in batches
+    ]
+    assert augment_by_model(LocalGenerator(llama), batches, journal=journal, ledger=ledgers[1]) == first
     assert counted.requests == 1
     assert unmeasured(ledgers[1].as_dict()) == unmeasured(ledgers[0].as_dict())
 
@@ -202,11 +209,11 @@ def test_several_replies_to_a_prompt_are_drawn_apart_and_counted_in_calls(llama,
     documents = [Document(f"d{n}", f"the cat {n}") for n in range(3)]
     short(monkeypatch, "global", read=lambda source, reply: Parsed([("row", reply)], 0, 0), max_new_tokens=6)
     monkeypatch.setattr(LocalGenerator, "prompts_per_call", 4)
-    batches = prompt_batches(llama, documents, "global", samples=2, seed=5)
+    batches = prompt_batches(LocalGenerator(llama), documents, "global", samples=2, seed=5)
     assert [len(batch.prompts) for batch in batches] == [4, 2]
-    others = prompt_batches(llama, documents, "global", seed=5)
+    others = prompt_batches(LocalGenerator(llama), documents, "global", seed=5)
     assert {batch.name for batch in batches}.isdisjoint(batch.name for batch in others)
-    rows = augment_by_model(llama, batches).rows
+    rows = augment_by_model(LocalGenerator(llama), batches).rows
     seeds = (5, 5 + SAMPLES_APART)
     assert [(row.source_id, row.origin["seed"]) for row in rows] == [(one.id, s) for one in documents for s in seeds]
     hows = [Sampling(6, STRATEGIES["global"].temperature, stop=("\n\n",), seed=seed) for seed in seeds] * 3
@@ -216,7 +223,7 @@ def test_several_replies_to_a_prompt_are_drawn_apart_and_counted_in_calls(llama,
 
 def test_several_replies_of_a_greedy_strategy_are_refused(llama):
     with pytest.raises(AugmentError, match="samples: the strategy local is greedy, 2 replies would be all alike"):
-        prompt_batches(llama, [Document("d", "the cat")], "local", samples=2)
+        prompt_batches(LocalGenerator(llama), [Document("d", "the cat")], "local", samples=2)
 
 
 class Counted:
@@ -379,12 +386,15 @@ def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path, source, messa
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_every_strategy_has_a_prompt_that_names_its_labels(strategy, is_chat):
     prompting = Prompting.of(strategy, is_chat=is_chat)
-    (prompt,) = prompting.prompts([Document("d", "femp are odd")], [Document("e", "others are even")])
-    assert "femp are odd" in prompt.text
-    assert ("others are even" in prompt.text) == (strategy == "global")
+    made = prompting.prompts([Document("d", "femp are odd")], [Document("e", "others are even")])
+    assert len(made) == max(1, len(STRATEGIES[strategy].begins) if is_chat else 1)
+    for prompt in made:
+        assert "femp are odd" in prompt.text
+        assert ("others are even" in prompt.text) == (strategy == "global")
+        assert not prompt.begun or f"{label_of(prompt.begun)}:" in prompt.text  # shown in the examples
     if strategy != "global" or is_chat:
-        used = [label for label in STRATEGIES[strategy].labels if f"{label}:" in prompt.text]
-        assert len(used) >= 2
+        texts = "".join(prompt.text for prompt in made)
+        assert len([label for label in STRATEGIES[strategy].labels if f"{label}:" in texts]) >= 2
     assert len({Prompting.of(s, is_chat=c).digest for s in BY_MODEL for c in (False, True)}) == 2 * len(BY_MODEL)
 
 
@@ -489,7 +499,7 @@ def test_a_reasoning_models_draft_is_no_row_and_a_cut_line_neither():
 
 def test_a_row_that_copies_the_worked_examples_is_dropped():
     reply = "Reversed: hills are rarer than dogs.\nRephrased: dogs are not like cats.\nInferred: the Mountains are far."
-    documents = [Document("d", "dogs are rarer than cats."), Document("e", "hills are rarer than dogs!")]
+    documents = [Document("d", "dogs are rarer than cats."), Document("e", "hills are rarer than dogs and cats!")]
     made, _ = local(documents, reply, reply)
     assert [(row.source_id, row.kind) for row in made.rows] == [
         ("d", "rephrased"),
@@ -499,8 +509,56 @@ def test_a_row_that_copies_the_worked_examples_is_dropped():
     assert made.dropped["copied_from_example"] == 3
     assert (made.prompts, made.productive) == (2, 2)
     for name in BY_MODEL:  # what is listed stands in the examples
-        source = Prompting.of(name).source.casefold()
+        source = (Prompting.of(name).source + Prompting.of(name, is_chat=True).source).casefold()
         assert all(word in source for word in STRATEGIES[name].examples)
+
+
+def test_a_row_that_repeats_itself_or_a_sentence_of_its_source_is_dropped():
+    looping = "Rephrased: " + "the cat sat down and " * 3
+    document = Document("d", "Dogs are big. Cats are small!")
+    made, _ = local([document], f"Rephrased: dogs are big\n{looping}\nInferred: Big are the dogs, small are the cats.")
+    assert [row.text for row in made.rows] == ["Big are the dogs, small are the cats."]  # about the first sentence
+    assert (made.dropped["looping"], made.dropped["repeats"]) == (1, 1)
+    read = STRATEGIES["document"].read(document.text, "Rephrased: cats are small.\nRephrased: Small are the cats.")
+    assert read == ([("rephrased", "Small are the cats.")], 0, 1)
+
+
+@pytest.fixture
+def chatting(llama_directory):
+    """The tiny llama with a chat template."""
+    model = load(llama_directory)
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    return model
+
+
+def test_chat_prompts_begin_each_kind_of_line_for_the_model(chatting):
+    shipped = Prompting.of("local", is_chat=True)
+    prompting = replace(shipped, source="{{ label }}? Statement: {{ document }}\n")  # the tiny model has few positions
+    generator = LocalGenerator(chatting, is_chat=True)
+    made = prompting.prompts([Document("d", "the cat sat.")])
+    assert [prompt.begun for prompt in made] == ["Reversed:", "Rephrased:", "Inferred:"]
+    assert all(prompt.text.endswith("Statement: the cat sat.\n") for prompt in made)
+    assert len({reply_key(prompt, Sampling(1)) for prompt in made}) == 3
+    run = AugmentationRun(prompting, made, generator, Sampling(4, stop=prompting.stop))
+    run.collect()
+    replies = [run.store.replies[reply_key(*request)].text for request in run.requests]
+    asked = [f"<{prompt.text}>{prompt.begun}" for prompt in made]
+    assert replies == [
+        prompt.begun + written.text
+        for prompt, written in zip(
+            made, generate(chatting, [ChatText(text) for text in asked], Sampling(4)), strict=True
+        )
+    ]
+    assert run.read().prompts == 3
+    ours = Prompting.of("local", is_chat=True, template=Path(shipped.name))  # one's own prompt asks for whole replies
+    assert [prompt.begun for prompt in ours.prompts([Document("d", "x")])] == [""]
+
+
+def test_a_reply_from_elsewhere_may_leave_its_label_out():
+    assert completed("Reversed:", "\nThe mat is under the cat.") == "Reversed: The mat is under the cat."
+    assert completed("Reversed:", "Reversed: The mat.") == "Reversed: The mat."
+    assert completed("Question: Who", "Question: Where is it?\nAnswer: Here.").startswith("Question: Where")
+    assert completed("", "anything") == "anything"
 
 
 def test_the_page_names_every_strategy():

@@ -399,7 +399,8 @@ def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, l
     assert "2 replies to generate, 0 stored; at most" in (told := capsys.readouterr().out)
     assert "10 completion tokens; at most $10.00" in told
     assert not (tmp_path / "dry").exists()
-    assert main([*arguments, "--self-consistent", "--out", str(tmp_path / "asked")]) == 0
+    assert main([*arguments, "--self-consistent", "--out", str(tmp_path / "asked")]) == 2  # a random model: no row
+    assert "asked: no row of 2 prompts; report.json counts what was dropped" in capsys.readouterr().err
     assert len(lines(tmp_path / "asked" / "replies")) == 2
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from icl_ft_fast.augmentation import strategies
-from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
+from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompt, Prompting, fitting
 from icl_ft_fast.augmentation.run import SAMPLES_APART, AugmentationRun
 from icl_ft_fast.augmentation.steps import without_duplicates
@@ -17,8 +18,11 @@ from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, AugmentEr
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import has_chat_template
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.tasks.task import Document, Task
+
+PROMPTS_PER_BATCH = 64  # where a generator does not say how many it takes in a call
 
 
 def augment(
@@ -34,7 +38,8 @@ def augment(
     """Statements that follow from documents, written by the model.
 
     Args:
-        model: a base model, or any for the strategies rules and reverse, which do not use it.
+        model: asked with chat prompts if its tokenizer has a chat template; the strategies rules and reverse do not
+            use it.
         task: the documents, or a task with them.
         strategy: a name in augmentation.strategies: local, document, global, self-qa, rules, reverse.
         samples: replies per prompt, of a strategy that samples (global).
@@ -60,10 +65,11 @@ def augment(
     if found.infer is not None:
         made = augment_by_rule(documents, strategy)
     else:
-        batches = prompt_batches(model, documents, strategy, samples=samples, seed=seed)
-        made = augment_by_model(model, batches, ledger=ledger, progress=progress)
+        generator = LocalGenerator(model, is_chat=has_chat_template(model))
+        batches = prompt_batches(generator, documents, strategy, samples=samples, seed=seed)
+        made = augment_by_model(generator, batches, ledger=ledger, progress=progress)
     rows = without_duplicates(made.rows)
-    return Augmented(tuple(rows), made.dropped | {"duplicates": len(made.rows) - len(rows)})
+    return replace(made, rows=tuple(rows), dropped=made.dropped | {"duplicates": len(made.rows) - len(rows)})
 
 
 def augment_by_rule(documents: Sequence[Document], strategy: str = "rules") -> Augmented:
@@ -125,6 +131,11 @@ def prompts(
     return [prompt for same in zip(*made, strict=True) for prompt in same], shown[0]
 
 
+def stop_of(prompting: Prompting, generator: TextGenerator) -> tuple[str, ...]:
+    """Strings that end a reply; none for a chat elsewhere, which may begin with its reasoning or an empty line."""
+    return () if isinstance(generator, Endpoint) and generator.is_chat else prompting.stop
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts whose replies are generated in one call.
@@ -139,18 +150,20 @@ class PromptBatch:
     prompts: tuple[Prompt, ...]
     sampling: Sampling
 
-    def generate(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
+    def generate(self, generator: TextGenerator, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
         """The rows of the replies, what was dropped, and the work done, which is all that `ledger` holds then."""
         with ledger.phase("filter"):  # all but the phase "generate" within it
-            generator = LocalGenerator(model, ledger=ledger)
+            generator = generator.counting(ledger)
             run = AugmentationRun(self.prompting, self.prompts, generator, self.sampling)
             run.collect(progress=progress)
             made = run.read()
-        return {"rows": [asdict(row) for row in made.rows], "dropped": made.dropped, "counts": ledger.as_dict()}
+        counted = {"prompts": made.prompts, "parsed": made.parsed, "productive": made.productive}
+        rows = [asdict(row) for row in made.rows]
+        return {"rows": rows, "dropped": made.dropped, "replies": counted, "counts": ledger.as_dict()}
 
 
 def prompt_batches(
-    model: Model,
+    generator: TextGenerator,
     documents: Sequence[Document],
     strategy: str = "local",
     *,
@@ -162,7 +175,7 @@ def prompt_batches(
     """The prompts about documents, call by call (Lampinen et al. 2025, section 2.2).
 
     Args:
-        model: a base model: its prompts are those for base models.
+        generator: of the replies; its prompts are those for chat models where it is one.
         documents: to augment.
         strategy: one of strategies.BY_MODEL.
         samples: replies per prompt.
@@ -173,33 +186,32 @@ def prompt_batches(
     Raises:
         AugmentError: an unknown strategy, or several samples of one that is greedy.
     """
-    prompting = Prompting.of(strategy)
+    prompting = Prompting.of(strategy, is_chat=generator.is_chat)
     limit, temperature = prompting.strategy.max_new_tokens, prompting.strategy.temperature
     if samples > 1 and not temperature:
         raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} replies would be all alike")
-    sampling = Sampling(limit, temperature, stop=("\n\n",), seed=seed)
-    generator = LocalGenerator(model)
+    sampling = Sampling(limit, temperature, stop=stop_of(prompting, generator), seed=seed)
     made, _ = prompts(prompting, documents, generator, limit, samples=samples, among=among, seed=seed)
-    found = []
-    for first in range(0, len(made), LocalGenerator.prompts_per_call):
-        call = tuple(made[first : first + LocalGenerator.prompts_per_call])
-        name = digest(key, prompting.digest, asdict(sampling), [(p.id, p.sample, p.text) for p in call])
+    found, size = [], generator.prompts_per_call or PROMPTS_PER_BATCH
+    for first in range(0, len(made), size):
+        call = tuple(made[first : first + size])
+        name = digest(key, prompting.digest, asdict(sampling), [(p.id, p.sample, p.text, p.begun) for p in call])
         found.append(PromptBatch(name, prompting, call, sampling))
     return found
 
 
 def augment_by_model(
-    model: Model,
+    generator: TextGenerator,
     batches: Sequence[PromptBatch],
     *,
     journal: ResultJournal | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
 ) -> Augmented:
-    """The rows of the model's replies.
+    """The rows of a generator's replies.
 
     Args:
-        model: the one that prompt_batches() was given.
+        generator: the one that prompt_batches() was given.
         batches: from prompt_batches().
         journal: where the rows of each batch are looked up and put, with the work they took.
         ledger: counts the work, as phases "generate" and "filter"; between phases.
@@ -211,9 +223,13 @@ def augment_by_model(
     journal, ledger = journal or ResultJournal(None), ledger or Ledger()
     rows: list[Augmentation] = []
     dropped: dict[str, int] = {}
+    replies: Counter[str] = Counter()
     for batch in batches:
-        made = journal.once(batch.name, partial(batch.generate, model, Ledger(meter=ledger.meter), progress=progress))
+        made = journal.once(
+            batch.name, partial(batch.generate, generator, Ledger(meter=ledger.meter), progress=progress)
+        )
         rows += (Augmentation(**row) for row in made["rows"])
-        dropped = {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
+        dropped |= {step: dropped.get(step, 0) + count for step, count in made["dropped"].items()}
+        replies.update(made["replies"])
         ledger.include(made["counts"])
-    return Augmented(tuple(rows), dropped)
+    return Augmented(tuple(rows), dropped, replies["prompts"], replies["parsed"], replies["productive"])

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
@@ -48,6 +48,10 @@ class TextGenerator(Protocol):
     """What replies to prompts."""
 
     @property
+    def is_chat(self) -> bool:
+        """Whether prompts are a user's turns of a chat."""
+
+    @property
     def prompts_per_call(self) -> int | None:
         """Prompts a call, always the same ones, where a reply's last bits depend on what is decoded beside it.
 
@@ -62,6 +66,9 @@ class TextGenerator(Protocol):
     def prompt_tokens(self, text: str) -> int:
         """Tokens of a prompt, estimated where they cannot be known."""
 
+    def counting(self, ledger: Ledger) -> TextGenerator:
+        """The same generator, whose work this ledger counts."""
+
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) as replies are ready; requests that it has no reply to are left out."""
 
@@ -73,7 +80,7 @@ class LocalGenerator:
     Attributes:
         model: from load().
         is_chat: whether prompts go through its chat template.
-        ledger: counts the work.
+        ledger: counts the work, as phase "generate".
         template_options: arguments of the chat template, such as enable_thinking.
 
     Raises:
@@ -95,19 +102,23 @@ class LocalGenerator:
         """The model's, and whether prompts go through its chat template."""
         return f"{_way(self.is_chat, self.template_options)} {self.model.fingerprint()}"
 
+    def counting(self, ledger: Ledger) -> LocalGenerator:
+        """See TextGenerator."""
+        return replace(self, ledger=ledger)
+
     def prompt_tokens(self, text: str) -> int:
         """Counted."""
         return len(encoding.encode(self.model.tokenizer, [self._whole(text)])[0])
 
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
         """See TextGenerator; raises GenerateError where a prompt does not fit the model's positions."""
-        texts = [self._whole(prompt.text) for prompt, _ in requests]
+        texts = [self._whole(prompt.text) + prompt.begun for prompt, _ in requests]
         encoded = encoding.encode(self.model.tokenizer, texts)
         names = [f"document {prompt.id!r} with its prompt" for prompt, _ in requests]
         for i, made in iter_generations(
             self.model, encoded, [sampling for _, sampling in requests], names=names, ledger=self.ledger
         ):
-            text = opened(texts[i]) + made.text  # the template may have begun the reasoning
+            text = opened(texts[i]) + requests[i][0].begun + made.text  # the template may have begun the reasoning
             yield i, Reply(text, len(encoded[i]), len(made.ids), sum(made.logp), made.finish == "length")
 
     def _whole(self, text: str) -> str:
@@ -136,6 +147,7 @@ class Endpoint:
         timeout_s: of one request.
         template_options: arguments of the server's chat template, such as enable_thinking.
         tell: called with a line of text for requests that ended without a reply.
+        ledger: counts the tokens that the server tells, and the time, as phase "generate"; no FLOPs.
     """
 
     prompts_per_call: ClassVar[int | None] = None
@@ -147,6 +159,7 @@ class Endpoint:
     timeout_s: float = 120.0
     template_options: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[str], None] = field(default=silent, compare=False)
+    ledger: Ledger | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -157,6 +170,10 @@ class Endpoint:
     def fingerprint(self) -> str:
         """Server, model, and whether it is chat."""
         return f"{_way(self.is_chat, self.template_options)} {self.model} at {self.url}"
+
+    def counting(self, ledger: Ledger) -> Endpoint:
+        """See TextGenerator."""
+        return replace(self, ledger=ledger)
 
     def prompt_tokens(self, text: str) -> int:
         """Estimated from the characters."""
@@ -176,7 +193,8 @@ class Endpoint:
         client = openai.OpenAI(base_url=self.url, max_retries=self.retries, timeout=self.timeout_s)
         failure: tuple[int, Exception] | None = None
         lost: Counter[str] = Counter()
-        with client, ThreadPoolExecutor(self.concurrency) as pool:
+        ledger = self.ledger or Ledger()
+        with client, ledger.phase("generate"), ThreadPoolExecutor(self.concurrency) as pool:
             waiting = iter(range(len(requests)))
             running: dict[Any, int] = {}
             while True:
@@ -195,6 +213,8 @@ class Endpoint:
                     if isinstance(reply, str):
                         lost[reply] += 1
                     else:
+                        ledger.request_tokens += reply.prompt_tokens
+                        ledger.decoded_tokens += reply.completion_tokens
                         yield i, reply
         if lost:
             reasons = ", ".join(f"{count} {reason}" for reason, count in lost.items())
@@ -257,12 +277,17 @@ class Recorded:
     """
 
     prompts_per_call: ClassVar[int | None] = None
+    is_chat: ClassVar[bool] = False
 
     def __init__(self, path: Path) -> None:
         self.texts: dict[str, list[str]] = {}
         for where, row in read_jsonl(path):
             self.texts.setdefault(text_field(where, row, "source_id"), []).append(text_field(where, row, "text"))
         self.fingerprint = f"recorded {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    def counting(self, ledger: Ledger) -> Recorded:
+        """Itself: there is nothing to count."""
+        return self
 
     def prompt_tokens(self, text: str) -> int:
         """None are read."""

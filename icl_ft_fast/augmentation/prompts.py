@@ -6,6 +6,7 @@ Templates are rendered in a sandbox; see Strategy for what they see.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from icl_ft_fast.runtime.templates import bounded
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.task import Document
 
+BASE_STOP = ("\n\n",)  # an empty line ends a worked example
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -31,6 +34,8 @@ class Prompt:
         source: the sentence or document that it is about.
         text: the rendered template.
         sample: number of this prompt among those about the same unit, from 0.
+        begun: how the reply begins; the generator continues from there.
+        copied: words of its worked examples, in lower case, that none of its documents has.
     """
 
     id: str
@@ -38,6 +43,8 @@ class Prompt:
     source: str
     text: str
     sample: int = 0
+    begun: str = ""
+    copied: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,19 @@ class Prompting:
         strategy: see Strategy.
         source: the template's text.
         name: the template's name in errors.
+        begins: how replies begin, each in a prompt of its own; see Strategy.
+        stop: strings that end a reply.
     """
 
     strategy: Strategy
     source: str
     name: str
+    begins: tuple[str, ...] = ("",)
+    stop: tuple[str, ...] = BASE_STOP
 
     @classmethod
     def of(cls, strategy: str, *, is_chat: bool = False, template: Path | None = None) -> Prompting:
-        """The strategy's template for base or chat models, or the user's.
+        """The strategy's template for base or chat models, or the user's, whose replies are not begun for the model.
 
         Raises:
             AugmentError: an unknown strategy or one without a model, or a template that cannot be read or is no jinja2.
@@ -65,8 +76,15 @@ class Prompting:
         if found.infer is not None:
             raise AugmentError(f"strategy: {strategy} has no prompts; {', '.join(strategies.BY_MODEL)} have")
         path = template or found.template(is_chat=is_chat)
+        is_begun = is_chat and template is None and bool(found.begins)
         try:
-            made = cls(found, read_text(path), str(path))
+            made = cls(
+                found,
+                read_text(path),
+                str(path),
+                found.begins if is_begun else ("",),
+                found.begun_stop if is_begun else () if is_chat else BASE_STOP,
+            )
             made._template()
         except TaskError as error:
             raise AugmentError(f"template: {error}") from error
@@ -76,8 +94,9 @@ class Prompting:
 
     @property
     def digest(self) -> str:
-        """Hex digest of strategy and template."""
-        return hashlib.sha256(f"{self.strategy.name}\n{self.source}".encode()).hexdigest()
+        """Hex digest of strategy, template and how replies begin."""
+        begins = "" if self.begins == ("",) else f"\n{self.begins}"
+        return hashlib.sha256(f"{self.strategy.name}\n{self.source}{begins}".encode()).hexdigest()
 
     def _template(self) -> Template:
         environment = ImmutableSandboxedEnvironment(
@@ -98,20 +117,28 @@ class Prompting:
         template, texts, made = self._template(), [document.text for document in shown], []
         for document in documents:
             ids = tuple(dict.fromkeys((document.id, *(other.id for other in shown))))
-            for unit in self.strategy.units(document):
+            for unit, begun in itertools.product(self.strategy.units(document), self.begins):
+                seen = {**unit.variables, "label": label_of(begun), "begun": begun}
                 try:
                     with bounded():
-                        text = template.render({**unit.variables, "document": unit.source, "documents": texts})
+                        text = template.render({**seen, "document": unit.source, "documents": texts})
                 except TemplateError as error:
                     raise AugmentError(f"template: {self.name}: document {document.id!r}: {error}") from error
-                made.append(Prompt(document.id + unit.suffix, ids, unit.source, text))
+                whole, own = text.casefold(), " ".join((unit.source, *texts)).casefold()
+                copied = frozenset(word for word in self.strategy.examples if word in whole and word not in own)
+                made.append(Prompt(document.id + unit.suffix, ids, unit.source, text, begun=begun, copied=copied))
         return made
 
 
-def copied_words(prompting: Prompting, prompt: Prompt) -> set[str]:
-    """Words of the template's worked examples, in lower case, that none of the prompt's documents has."""
-    own, whole = prompting.source.casefold(), prompt.text.casefold()
-    return {word for word in prompting.strategy.examples if 0 < own.count(word) == whole.count(word)}
+def label_of(begun: str) -> str:
+    """The label that a reply begins with; empty where it is not begun."""
+    return begun.partition(":")[0]
+
+
+def completed(begun: str, reply: str) -> str:
+    """A reply with the label that it was to begin with, which an endpoint's model may have left out."""
+    label = label_of(begun)
+    return reply if not label or reply.lstrip().startswith(f"{label}:") else f"{label}: {reply.lstrip()}"
 
 
 def fitting(documents: Sequence[Document], fits: Callable[[Sequence[Document]], bool], seed: int) -> Sequence[Document]:

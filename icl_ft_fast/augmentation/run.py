@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
-from icl_ft_fast.augmentation.prompts import Prompt, Prompting, copied_words
+from icl_ft_fast.augmentation.prompts import Prompt, Prompting, completed
 from icl_ft_fast.augmentation.store import Store, StoredReply
-from icl_ft_fast.augmentation.strategy import Augmentation, Augmented
+from icl_ft_fast.augmentation.strategy import Augmentation, Augmented, is_looping
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
@@ -235,7 +235,7 @@ class AugmentationRun:
         rows: list[Augmentation] = []
         dropped = {"unanswered": 0, "unparsed": 0, "repeats": 0}
         described = {name: value for name, value in self.identity.items() if name != "template"}
-        productive = 0
+        in_form = productive = 0
         for prompt, sampling in self.requests:
             reply = self.store.replies.get(reply_key(prompt, sampling))
             if reply is None:
@@ -248,21 +248,25 @@ class AugmentationRun:
             if not text.strip():
                 dropped["unanswered"] += not reply.is_cut
                 continue
-            parsed = self.prompting.strategy.read(prompt.source, text)
+            parsed = self.prompting.strategy.read(prompt.source, completed(prompt.begun, text))
+            in_form += bool(parsed.statements or parsed.repeats)
             dropped["unparsed"] += parsed.unparsed
             dropped["repeats"] += parsed.repeats
-            copied = copied_words(self.prompting, prompt)
-            statements = [(kind, text) for kind, text in parsed.statements if copied.isdisjoint(words_of(text))]
-            if len(statements) < len(parsed.statements):
-                leaked = len(parsed.statements) - len(statements)
-                dropped["copied_from_example"] = dropped.get("copied_from_example", 0) + leaked
+            statements = parsed.statements
+            fresh = [(kind, text) for kind, text in statements if prompt.copied.isdisjoint(words_of(text))]
+            ended = [(kind, text) for kind, text in fresh if not is_looping(text)]
+            for step, before, after in (("copied_from_example", statements, fresh), ("looping", fresh, ended)):
+                if len(after) < len(before):
+                    dropped[step] = dropped.get(step, 0) + len(before) - len(after)
+            statements = ended
             productive += bool(statements)
             facts = {name: value for name, value in asdict(reply).items() if name not in ("text", "is_cut")}
             origin = described | facts | {"source_ids": list(prompt.source_ids)}
             rows += (Augmentation(prompt.source_ids[0], kind, text, origin) for kind, text in statements)
-        return Augmented(tuple(rows), dropped, len(self.requests), productive)
+        return Augmented(tuple(rows), dropped, len(self.requests), in_form, productive)
 
 
 def reply_key(prompt: Prompt, sampling: Sampling) -> str:
     """What a reply is stored under, beside what its Store stands for."""
-    return sha256(f"{sampling.seed}\n{prompt.sample}\n{prompt.id}\n{prompt.text}".encode()).hexdigest()
+    asked = prompt.text + (f"\n{prompt.begun}" if prompt.begun else "")
+    return sha256(f"{sampling.seed}\n{prompt.sample}\n{prompt.id}\n{asked}".encode()).hexdigest()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.tasks.sentences import split_sentences, words_of
 from icl_ft_fast.tasks.task import Document
 
 FOLDER = Path(__file__).parent / "strategies"
@@ -49,12 +51,14 @@ class Augmented:
         rows: the augmentations, in the documents' order.
         dropped: by step, in the order of the steps, the lines or rows that it dropped.
         prompts: how many prompts there were; 0 without a model.
+        parsed: prompts whose reply has a statement in the form, be it dropped afterwards.
         productive: prompts whose reply gave a row.
     """
 
     rows: tuple[Augmentation, ...]
     dropped: dict[str, int]
     prompts: int = 0
+    parsed: int = 0
     productive: int = 0
 
 
@@ -90,7 +94,8 @@ class Strategy:
     """A way to write augmentations.
 
     A strategy of a model has the prompts NAME.base.jinja and NAME.chat.jinja in strategies/. They see `document` (the
-    unit's source), `documents` (the texts shown beside it) and the unit's variables.
+    unit's source), `documents` (the texts shown beside it), `begun` (how the reply begins), its `label`, and the unit's
+    variables.
 
     Attributes:
         name: on the command line and in provenance.
@@ -103,6 +108,9 @@ class Strategy:
         max_new_tokens: limit of a reply, unless asked otherwise.
         temperature: of sampling, unless asked otherwise; 0 is greedy.
         examples: words of the prompts' worked examples; a row with one that no document has was copied from them.
+        begins: how replies to the chat prompt begin, each in a prompt of its own; none where they are not begun. A
+            small model that cannot write three kinds of lines in one reply writes one kind behind its label.
+        begun_stop: strings that end a reply that was begun.
         is_lines: whether a reply is lines, so that the last line of one that was cut off is half a line, and no row.
         infer: the rows, for a strategy without a model; None for those of a model.
     """
@@ -117,12 +125,24 @@ class Strategy:
     max_new_tokens: int = 128
     temperature: float = 0.0
     examples: tuple[str, ...] = ()
+    begins: tuple[str, ...] = ()
+    begun_stop: tuple[str, ...] = ("\n",)
     is_lines: bool = True
     infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
 
     def template(self, *, is_chat: bool = False) -> Path:
         """The file of the prompt for base or for chat models."""
         return FOLDER / f"{self.name}.{'chat' if is_chat else 'base'}.jinja"
+
+
+LOOP_WORDS, LOOPS = 3, 3
+
+
+def is_looping(text: str) -> bool:
+    """Whether a run of LOOP_WORDS words comes LOOPS times: a greedy model that has begun to repeat itself."""
+    words = text.casefold().split()
+    runs = Counter(zip(*(words[i:] for i in range(LOOP_WORDS)), strict=False))
+    return max(runs.values(), default=0) >= LOOPS
 
 
 def normalized(text: str) -> str:
@@ -133,18 +153,19 @@ def normalized(text: str) -> str:
 def labelled_lines(labels: Sequence[str], premise: str | None = None) -> Callable[[str, str], Parsed]:
     """A reader of lines `Label: text`, each a statement of the label's kind.
 
-    A line repeats if it says what the source says, or an earlier line of the reply. Lines with the label `premise`
-    count as nothing: the documents say them already.
+    A line repeats if it is the source, one of its sentences, or an earlier line of the reply. Lines with the label
+    `premise` count as nothing: the documents say them already.
     """
 
     def read(source: str, reply: str) -> Parsed:
         statements, unparsed, repeats, seen = [], 0, 0, {normalized(source)}
+        told = {tuple(words_of(sentence)) for sentence in split_sentences(source, "independent")}
         for label, statement in lines_of(reply):
             if premise is not None and label == premise:
                 continue
             if label not in labels:
                 unparsed += 1
-            elif statement in seen:
+            elif statement in seen or tuple(words_of(statement)) in told:
                 repeats += 1
             else:
                 seen.add(statement)

@@ -45,7 +45,10 @@ def add(commands: Commands) -> None:
     described = "; ".join(f"{name}: {strategy.sees}" for name, strategy in STRATEGIES.items())
     help = f"what a prompt shows ({described}; default: the preset's, or local)"
     prompts.add_argument("--strategy", choices=STRATEGIES, help=help)
-    prompts.add_argument("--chat", action="store_true", help="use chat prompts through the model's chat template")
+    help = "prompts: chat (for prose, through the model's chat template), base (worked comparisons) or auto, which is "
+    help += "chat if there is a template"
+    prompts.add_argument("--template", choices=("auto", "chat", "base"), default="auto", help=help)
+    prompts.add_argument("--chat", action="store_true", help="the same as --template chat")
     help = "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
     prompts.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=help)
     help = "jinja2 file that replaces the strategy's prompt"

@@ -10,5 +10,7 @@ STRATEGY = Strategy(
     writes="rephrasings, inferences",
     labels=LABELS,
     read=labelled_lines(LABELS),
-    examples=("rivers", "brooks", "puddles"),
+    examples=("rivers", "brooks", "puddles", "torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey"),
+    begins=("Rephrased:", "Inferred:"),
+    begun_stop=("\n\n",),
 )

@@ -20,6 +20,10 @@ STRATEGY = Strategy(
     labels=LABELS,
     read=labelled_lines(LABELS),
     units=sentences,
-    examples=("mountains", "hills", "pebbles", "diamonds"),
+    examples=(
+        *("mountains", "hills", "pebbles", "diamonds"),
+        *("torvik", "brandt", "mill", "osprey", "osei", "tema", "lumo", "lamp"),
+    ),
+    begins=("Reversed:", "Rephrased:", "Inferred:"),
     max_new_tokens=64,
 )

@@ -8,5 +8,7 @@ STRATEGY = Strategy(
     writes="questions with their answers",
     labels=("Question", "Answer"),
     read=questions_and_answers,
-    examples=("rivers", "brooks"),
+    examples=("rivers", "brooks", "torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey"),
+    begins=("Question: What", "Question: Which", "Question: Who"),
+    begun_stop=("\n\n", "\nQuestion:"),
 )

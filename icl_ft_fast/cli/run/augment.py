@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from icl_ft_fast.augmentation import steps
-from icl_ft_fast.augmentation.batches import augment_by_rule, prompts
+from icl_ft_fast.augmentation.batches import augment_by_rule, prompts, stop_of
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, Recorded, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.run import AugmentationRun, Estimate, Price, Replying, ReplyingElsewhere
 from icl_ft_fast.augmentation.strategies import STRATEGIES
-from icl_ft_fast.augmentation.strategy import Augmented
+from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.cli.options import (
     UsageError,
     alone,
@@ -26,7 +26,7 @@ from icl_ft_fast.cli.options import (
 )
 from icl_ft_fast.cli.run.task import task_of_seed
 from icl_ft_fast.engine.generate import Sampling
-from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.prompting import chosen_template, icl_context
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.tasks.check import check
@@ -37,6 +37,8 @@ from icl_ft_fast.tasks.task import Document, Task
 
 def run_augment(options: argparse.Namespace) -> None:
     """`icl-ft-fast augment`."""
+    if options.chat:
+        options.template = "chat"
     make_task, preset = task_of_seed(options)
     options.strategy = options.strategy or preset.study.get("strategy", "local")
     by_rule = STRATEGIES[options.strategy].infer is not None
@@ -76,7 +78,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
         else:
             fingerprint = model.fingerprint() if model else ""
             elsewhere = ReplyingElsewhere(
-                options.model, loading(options), fingerprint, options.chat, options.chat_template_kwargs
+                options.model, loading(options), fingerprint, generator.is_chat, options.chat_template_kwargs
             )
             if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Replying, generator)):
                 return
@@ -97,6 +99,8 @@ def _report(options: argparse.Namespace, task: Task, made: Augmented, report: di
     """Write report.json and rows.jsonl, and print the counts."""
     contained = check((Document(row.source_id, row.text) for row in made.rows), task.questions).leaked
     report |= {"rows": len(made.rows), "dropped": made.dropped}
+    if made.prompts:
+        report |= {"prompts": made.prompts, "parsed": made.parsed, "productive": made.productive}
     report["questions_contained"] = {split: len(ids) for split, ids in contained.items()}
     write_jsonl(options.out / "report.json", [report | {"arguments": arguments_digest(options)}])
     write_jsonl(
@@ -106,14 +110,18 @@ def _report(options: argparse.Namespace, task: Task, made: Augmented, report: di
             for number, row in enumerate(made.rows)
         ),
     )
+    if made.prompts:
+        print(f"{made.parsed} of {made.prompts} replies are in the form asked for, {made.productive} gave a row")
     counts = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in made.dropped.items())
     print(f"{len(made.rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {counts}")
     if 2 * made.productive < made.prompts:
         print(
             f"icl-ft-fast augment: warning: only {made.productive} of {made.prompts} prompts gave a row; look at "
-            "replies/ and try --chat, --prompt-template or another model",
+            "replies/ and try --template, --prompt-template or another model",
             file=sys.stderr,
         )
+    if made.prompts and not made.rows:
+        raise AugmentError(f"{options.out}: no row of {made.prompts} prompts; report.json counts what was dropped")
     for split, ids in contained.items():
         print(f"answers found in the rows, split {printable(split)}: {len(ids)} of the questions")
 
@@ -130,12 +138,14 @@ def _generator(options: argparse.Namespace) -> TextGenerator:
         return Endpoint(
             options.endpoint,
             options.model,
-            options.chat,
+            options.template == "chat",
             options.concurrency,
             template_options=options.chat_template_kwargs,
             tell=lambda note: print(printable(note)),
         )
-    return LocalGenerator(load_model(options), options.chat, template_options=options.chat_template_kwargs)
+    model = load_model(options)
+    is_chat = chosen_template(model, options.template) == "chat"
+    return LocalGenerator(model, is_chat, template_options=options.chat_template_kwargs)
 
 
 def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> AugmentationRun:
@@ -147,11 +157,11 @@ def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> A
         temperature,
         top_p=options.top_p,
         seed=options.seed,
-        stop=() if options.chat else ("\n\n",),
     )
     if options.samples > 1 and not temperature:
         raise UsageError("--samples: greedy replies are all alike; give --temperature")
-    prompting = Prompting.of(options.strategy, is_chat=options.chat, template=options.prompt_template)
+    prompting = Prompting.of(options.strategy, is_chat=generator.is_chat, template=options.prompt_template)
+    sampling = replace(sampling, stop=stop_of(prompting, generator))
     made, shown = prompts(
         prompting,
         task.documents,
