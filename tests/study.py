@@ -33,7 +33,7 @@ def prepare(patch):
     patch(sweep, "sweep", partial(sweep.sweep, rounds=1, batches=(1,)))
     patch(LocalGenerator, "prompts_per_call", 2)  # two calls for three documents
     strategy = replace(STRATEGIES["document"], max_new_tokens=6, read=any_text, is_lines=False)
-    patch(Prompting, "of", lambda _: Prompting(strategy, "{{ document }}\nReversed:", "short"))
+    patch(Prompting, "of", lambda *_, **__: Prompting(strategy, "{{ document }}\nReversed:", "short"))
 
 
 def any_text(source, reply):

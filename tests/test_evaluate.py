@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.finetuning.settings import FinetuneSettings
@@ -162,6 +163,17 @@ def test_choices_are_normalised(normalization, llama):
     assert answer.is_correct == (answer.predicted in (1, 2))
     assert answer.chance == pytest.approx(2 / 3)
     assert answers(llama, [replace(LENGTHS, answer=None, also_correct=())], normalization=normalization) == []
+
+
+def test_one_pass_serves_every_normalization(llama):
+    questions, ledger = task_of_seed(0).questions, Ledger()
+    told = answers(llama, questions, ledger=ledger)
+    scored = Ledger()
+    score(llama, questions, ledger=scored)
+    assert ledger.request_tokens == scored.request_tokens  # what "pmi" needs beside is nobody's cost
+    for name in NORMALIZATIONS:
+        asked = answers(llama, questions, normalization=name)
+        assert [answer.predicted for answer in asked] == [answer.predicted_by[name] for answer in told]
 
 
 def test_an_unknown_normalization(llama):

@@ -33,5 +33,7 @@ def test_templates(llama):
     "text", ["", "{prompt}", "{documents}", "{documents}{prompt}.", "{documents}" * 2 + "{prompt}"]
 )
 def test_bad_templates(text, llama):
-    with pytest.raises(ProtocolError, match=r"^template: expected base, chat or a text with one \{documents\} that"):
+    with pytest.raises(
+        ProtocolError, match=r"^template: expected auto, base, chat or a text with one \{documents\} that"
+    ):
         prompt_context(llama, [], text)

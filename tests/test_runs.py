@@ -99,6 +99,8 @@ def test_the_tuned_arms_are_finetune_and_evaluate(llama, runs):
         assert run.accuracy == evaluate(tuned.model, task.questions)
         assert run.notes == {
             "augmentations": len(written.rows),
+            "augmentation_prompts": written.prompts,
+            "augmentation_productive": written.productive,
             "dropped_unparsed": 0,
             "dropped_repeats": 0,
             "final_loss": tuned.losses[-1],
@@ -255,7 +257,11 @@ def test_results_json(llama, runs, tmp_path):
         "icl_subsample": 1,
         "icl_tokens": None,
         "normalization": "sum",
-        "template": "base",
+        "template": "auto",
+        "generator": "",
+        "generator_url": "",
+        "use_peft": None,
+        "eval_steps": None,
         "template_date": None,
         "special_tokens": "text",
         "strategy": "local",

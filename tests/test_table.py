@@ -83,10 +83,10 @@ TRAINED = {arm.name for arm in arms.ARMS if arm.training is not None}
 COSTS = sweep.Sweep(
     500,
     (
-        sweep.Point(0, 1, (), (0.1,)),
-        sweep.Point(0, 64, (), (0.02,)),
-        sweep.Point(500, 1, (7.1,), (0.5,), save_s=(0.9,), load_s=(0.1,)),
-        sweep.Point(500, 64, (7.1,), (0.03,), save_s=(0.9,), load_s=(0.1,)),
+        sweep.Point(0, 1, (), (0.1, 0.1)),
+        sweep.Point(0, 64, (), (0.02, 0.02)),
+        sweep.Point(500, 1, (7.1, 7.1), (0.5, 0.5), save_s=(0.9,), load_s=(0.1,)),
+        sweep.Point(500, 64, (7.1, 7.1), (0.03, 0.03), save_s=(0.9,), load_s=(0.1,)),
     ),
 )
 
@@ -154,7 +154,11 @@ def test_the_table_counts_queries_to_break_even():
         "-",
     ]  # no answers
     upper.pop()
-    assert lower == [word for n in upper for word in (n, "to", n)]  # one measurement of each: the interval is a point
+    assert lower == [word for n in upper for word in (n, "to", n)]  # equal measurements: the interval is a point
+    once = replace(COSTS, points=(replace(COSTS.points[0], query_s=(0.1,)), *COSTS.points[1:]))
+    told = printed([icl, tuned], costs=once)
+    assert cells(told, "ft")[1][1] == ["no", "interval"] * 3
+    assert "Queries behind 0 tokens were measured once: break-even numbers have no interval." in " ".join(told.split())
     for alone, arm in ((icl, "icl"), (tuned, "ft")):
         assert len(cells(printed([alone]), arm)) == 1
     together = derived([icl, tuned], batch=64).break_evens["seconds"]

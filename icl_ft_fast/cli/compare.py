@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from icl_ft_fast.augmentation.strategies import BY_MODEL
+from icl_ft_fast.cli.finetune import add_training_options
 from icl_ft_fast.cli.options import (
     OUTPUT,
     Commands,
@@ -29,6 +30,7 @@ from icl_ft_fast.study.settings import (
     CHECKPOINT_S,
     DEFAULT_ARMS,
     FAMILIES,
+    LORA_FROM,
     MEASURE_S,
     NORMALIZATIONS,
     RETRIEVERS,
@@ -36,6 +38,11 @@ from icl_ft_fast.study.settings import (
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
 ALL = "all"
+# Of `finetune`'s options, those that a study takes under the same names.
+IN_A_STUDY = (
+    *("warmup_steps", "weight_decay", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
+    *("bf16", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+)
 
 
 DEMO_FACTS = 40
@@ -90,8 +97,9 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
-    help = "prompt: base, chat (the model's chat template) or a file with {documents} and {prompt}"
-    study.add_argument("--template", default="base", help=help)
+    help = "prompts: chat (the model's chat template), base, auto (chat if there is a template) or a file with "
+    help += "{documents} and {prompt}"
+    study.add_argument("--template", default="auto", help=help)
     help = "day that a chat template writes as today's (default: the day the study began)"
     study.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
     context = parser.group("in-context learning")
@@ -120,12 +128,21 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     training.add_argument("--lr-scheduler-type", choices=SCHEDULES, help=help)
     help = "how documents are split into training examples (default: the preset's, or none)"
     training.add_argument("--splitting", choices=SPLITTINGS, help=help)
+    help = f"train LoRA adapters instead of all weights (default: true from {LORA_FROM:,} parameters on)"
+    training.add_argument("--use_peft", nargs="?", const="true", choices=("true", "false"), metavar="BOOL", help=help)
+    add_training_options(training, IN_A_STUDY)
+    help = "training steps after which the questions are answered, for accuracy by step (default: at the end only)"
+    training.add_argument("--eval-steps", type=positive, metavar="N", help=help)
     help = "time between checkpoints in --out"
     minutes = CHECKPOINT_S / 60
     training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
     augmentation = parser.group("augmentation")
     help = "how statements are generated (default: the preset's, or local)"
     augmentation.add_argument("--strategy", choices=BY_MODEL, help=help)
+    help = "model that writes the statements: a checkpoint folder or hub id, or its name at --generator-url (default: "
+    augmentation.add_argument("--generator", default="", metavar="NAME", help=f"{help}the model itself)")
+    help = "OpenAI-compatible chat server of --generator; OPENAI_API_KEY holds its key"
+    augmentation.add_argument("--generator-url", default="", metavar="URL", help=help)
     help = "replies per document in the global strategy (default: the preset's, or 1)"
     augmentation.add_argument("--samples", type=positive, metavar="N", help=help)
     parser.group(OUTPUT).add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ GROUPS: dict[str, dict[str, _Option]] = {
     },
 }
 
-
+OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 _METAVARS = {_boolean: "BOOL", int: "N", float: "X", str: "NAME", Path: "PATH", _names: "NAMES"}
 
 
@@ -137,15 +137,20 @@ def add(commands: Commands) -> None:
     help = "YAML file with any of the options below; the command line wins"
     parser.group("configuration").add_argument("--config", type=Path, metavar="FILE", help=help)
     for title, group in GROUPS.items():
-        for name, option in group.items():
-            default = None if option.sets is None else getattr(option.sets(), option.field or name)
-            has_default = default not in (None, False, ())
-            is_flag = option.parse is _boolean
-            text = f"{option.help} (default: {default})" if has_default else option.help
-            parser.group(title).add_argument(
-                f"--{name}",
-                nargs="?" if is_flag else None,
-                const="true" if is_flag else None,
-                metavar=_METAVARS[option.parse],
-                help=text,
-            )
+        add_training_options(parser.group(title), tuple(group))
+
+
+def add_training_options(group: Any, names: Sequence[str]) -> None:
+    """The options of these names; their values are texts, which OPTIONS has the parsers of."""
+    for name in names:
+        option = OPTIONS[name]
+        default = None if option.sets is None else getattr(option.sets(), option.field or name)
+        has_default = default not in (None, False, ())
+        is_flag = option.parse is _boolean
+        group.add_argument(
+            f"--{name}",
+            nargs="?" if is_flag else None,
+            const="true" if is_flag else None,
+            metavar=_METAVARS[option.parse],
+            help=f"{option.help} (default: {default})" if has_default else option.help,
+        )

@@ -72,6 +72,8 @@ def add(commands: Commands) -> None:
     prompts = asked.group("prompts")
     help = "file that replaces the built-in prompt; contains {statement}"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
+    help = "prompts: chat (through the model's chat template), base, or auto, which is chat if there is a template"
+    prompts.add_argument("--template", choices=("auto", "chat", "base"), default="auto", help=help)
     help = "sentences to ask about per document (default: all)"
     prompts.add_argument("--per-document", type=positive, metavar="N", help=help)
     prompts.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens per question")
@@ -82,11 +84,15 @@ def add(commands: Commands) -> None:
         names,
         "check",
         later("task", "run_check"),
-        "find duplicates, leaked answers and choices that give themselves away",
+        "find duplicates, leaked answers and choices that give themselves away; with --model, show the prompts",
+        "icl-ft-fast task check tasks/mine\nicl-ft-fast task check tasks/mine --model DIR",
     )
     data = checked.group("data")
     data.add_argument("folder", type=Path, metavar="DIR", help="task folder to read")
     data.add_argument("--ngram", type=positive, default=8, metavar="N", help="words per compared n-gram")
+    add_model_options(checked, required=False)
+    help = "prompt file with {documents} and {prompt} to show too (default: base, and chat if the model has a template)"
+    checked.group("prompts").add_argument("--template", metavar="FILE", help=help)
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -52,6 +52,7 @@ class NetworkInTraining:
 
     Attributes:
         network: what transformers made, adapters injected.
+        student: the model around it, as it is now.
         adapters: peft's wrapper around it, or None where all weights are trained.
         objective: the loss of a batch, see Objective; with several processes, wrapped by DDP or FSDP.
     """
@@ -71,8 +72,8 @@ class NetworkInTraining:
         self.adapters = None if settings.lora is None else lora.inject(self.network, settings.lora, seed)
         if checkpoint is not None:
             self._load(checkpoint)
-        student = from_network(self.network, model.tokenizer, model.name, self_check=False, memory=model.memory)
-        self.objective = distributed.wrap(Objective(student, teacher), self.network, fsdp=settings.fsdp)
+        self.student = from_network(self.network, model.tokenizer, model.name, self_check=False, memory=model.memory)
+        self.objective = distributed.wrap(Objective(self.student, teacher), self.network, fsdp=settings.fsdp)
 
     @property
     def device(self) -> torch.device:

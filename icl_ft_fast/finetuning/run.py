@@ -32,6 +32,9 @@ from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, Run
 from icl_ft_fast.finetuning.trackers import Trackers
 from icl_ft_fast.runtime.templates import fix_date
 
+TIMED_STEP = 2  # whose seconds tell how long a run will take: the first one also warms up
+WATCHED = "watched/"  # begins the names of watched figures in the log
+
 
 class InterruptedRunError(FinetuneError):
     """SIGINT or SIGTERM ended the run; its last step is in a checkpoint."""
@@ -41,10 +44,17 @@ class InterruptedRunError(FinetuneError):
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A fine-tuned model, adapters merged, and the mean loss per target token (nats) of each step."""
+    """A fine-tuned model, adapters merged.
+
+    Attributes:
+        model: with the best weights, or the last.
+        losses: mean loss per target token (nats) of each step.
+        watched: figures of RunOptions.watch by step, those of a run that this one resumed included.
+    """
 
     model: Model
     losses: tuple[float, ...]
+    watched: tuple[tuple[int, dict[str, float]], ...] = ()
 
 
 @dataclass(eq=False)
@@ -259,6 +269,7 @@ def train(state: RunState) -> None:
         while not state.is_over:
             loss, is_stopping = _advance(state, list(itertools.islice(upcoming, state.examples_per_step)), request)
             is_best = _evaluate_if_due(state)
+            _watch_if_due(state)
             if state.options.output_dir is not None and (is_stopping or _is_checkpoint_due(state, is_best)):
                 with state.ledger.phase(None):
                     save(state)
@@ -272,8 +283,9 @@ def train(state: RunState) -> None:
 def _advance(state: RunState, indices: list[int], request: threading.Event) -> tuple[float, bool]:
     """Take a step on these examples and log it; returns its loss, and whether any process is asked to stop."""
     progress, start = state.progress, time.perf_counter()
+    settings = state.settings
     loss, norm, num_targets = train_step(state, indices)
-    rate = state.settings.rate(progress.step)
+    rate = settings.rate(progress.step)
     loss, stop = distributed.totals([loss, request.is_set()], state.network.device)
     if not math.isfinite(loss + norm):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
@@ -282,8 +294,12 @@ def _advance(state: RunState, indices: list[int], request: threading.Event) -> t
     progress.step += 1
     progress.losses.append(loss)
     entry = {"step": progress.step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": state.epoch}
-    state.folder.append_metrics(entry | {"target_tokens": num_targets, "seconds": time.perf_counter() - start})
-    if progress.step % state.settings.logging_steps == 0:
+    took_s = time.perf_counter() - start
+    state.folder.append_metrics(entry | {"target_tokens": num_targets, "seconds": took_s})
+    if progress.step == TIMED_STEP and settings.steps > 10:
+        all_s = took_s * settings.steps
+        state.options.tell(f"fine-tuning: {settings.steps} steps of {took_s:.2f} s take about {all_s:,.0f} s here")
+    if progress.step % settings.logging_steps == 0:
         _log(state, entry)
     return loss, bool(stop)
 
@@ -316,6 +332,16 @@ def _evaluate_if_due(state: RunState) -> bool:
     loss = _validation_loss(state)
     _log(state, {"step": progress.step, "eval_loss": loss})
     return progress.best == (loss, progress.step)
+
+
+def _watch_if_due(state: RunState) -> None:
+    """Measure what the caller watches, outside of the run's costs."""
+    watch, step = state.options.watch, state.progress.step
+    if watch is None or (step % watch.every and step < state.settings.steps):
+        return
+    with state.ledger.phase(None):
+        figures = watch.measure(state.network.student)
+    _log(state, {"step": step} | {WATCHED + name: value for name, value in figures.items()})
 
 
 @torch.no_grad()
@@ -370,7 +396,10 @@ def finish(state: RunState) -> Finetuned:
     if state.options.checkpoint_s is None:
         state.folder.finish(chosen)
     is_read = state.settings.fsdp or chosen != progress.step
-    return Finetuned(state.network.finished(state.folder.folder(chosen) if is_read else None), tuple(progress.losses))
+    named = [(int(e["step"]), {k.removeprefix(WATCHED): v for k, v in e.items() if WATCHED in k}) for e in progress.log]
+    watched = tuple((step, figures) for step, figures in named if figures)
+    model = state.network.finished(state.folder.folder(chosen) if is_read else None)
+    return Finetuned(model, tuple(progress.losses), watched)
 
 
 def _digest(examples: Sequence[EncodedExample]) -> str:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.sentences import SPLITTINGS
+from icl_ft_fast.tasks.tables import silent
+
+if TYPE_CHECKING:
+    from icl_ft_fast.engine.model import Model
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -139,6 +146,19 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """What is measured of a model while it is trained, apart from the training's cost.
+
+    Attributes:
+        every: steps between measurements; the last step is measured too.
+        measure: figures by name, of the model as it is then.
+    """
+
+    every: int
+    measure: Callable[[Model], dict[str, float]]
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Where a run saves, whether it resumes and what it shows; none of it changes what is learned.
 
@@ -149,6 +169,8 @@ class RunOptions:
             the end: for callers who resume from output_dir but use the returned model. One process, no validation.
         in_place: train the given model itself, which saves the memory of a copy.
         progress: show a progress bar with the loss.
+        tell: called with a line of text: once the second step is done, how long all will take here.
+        watch: see Watch; its figures are in Finetuned.watched. One process.
     """
 
     output_dir: str | Path | None = None
@@ -156,6 +178,31 @@ class RunOptions:
     checkpoint_s: float | None = None
     in_place: bool = False
     progress: bool = False
+    tell: Callable[[str], None] = silent
+    watch: Watch | None = None
+
+
+UNSETTLED = 0.9  # of the mean loss of the steps before: below it the last steps still learned
+UNSETTLED_NATS = 0.02
+
+
+def training_concerns(settings: FinetuneSettings, losses: Sequence[float]) -> list[str]:
+    """What says that a finished training was too short, in sentences."""
+    found, steps = [], len(losses)
+    if steps <= settings.warmup_steps:
+        found.append(
+            f"{steps} steps are no more than the {settings.warmup_steps} of the warm-up: the learning rate was never "
+            "at its height; take more steps or lower warmup_steps"
+        )
+    width = max(5, steps // 10)
+    if steps >= 3 * width:
+        before, last = (fmean(part) for part in (losses[-2 * width : -width], losses[-width:]))
+        if last < min(UNSETTLED * before, before - UNSETTLED_NATS):
+            found.append(
+                f"the loss has not settled: {before:.3f} over steps {steps - 2 * width + 1} to {steps - width}, "
+                f"{last:.3f} over the last {width}; take more steps"
+            )
+    return found
 
 
 def _at_least_one(settings: object, name: str) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.table import count
+from icl_ft_fast.report.table import count, interval_words
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.settings import ARM_NAMES
@@ -73,7 +73,7 @@ class Chart:
 def draw(study: Derived, queries: float | None = None) -> list[Chart]:
     """Every chart that the study's results have data for; `queries` is marked where costs grow with them."""
     with mpl.rc_context(STYLE):
-        made = [_accuracy(study), _paired(study), _curves(study), _sweep(study)]
+        made = [_accuracy(study), _paired(study), _curves(study), _by_step(study), _sweep(study)]
         made += [_amortisation(study, resource, queries) for resource in study.resources]
         priced = [resource for resource in study.resources if resource in ("seconds", "money")]
         made += [_pareto(study, resource, queries or 1e6) for resource in priced]
@@ -194,7 +194,7 @@ def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart
         axes.plot(n, [samples.line.cost(x) for x in n], color=colour, label=way, dashes=dashes)
     shown = []
     for (way, rival), even in found.items():
-        shown.append(f"{way} against {rival}: {count(even.queries)} ({count(even.low)} to {count(even.high)})")
+        shown.append(f"{way} against {rival}: {count(even.queries)} ({interval_words(even)})")
         if 1 <= even.queries <= top:
             colour, mark = _look(study, way)
             axes.plot([even.queries], [ways[way].line.cost(even.queries)], mark, color=colour, markersize=5)
@@ -252,6 +252,31 @@ def _curves(study: Derived) -> Chart | None:
     _plain(axes.yaxis)
     _legend(figure, axes)
     return Chart("curves", "Training loss", "; ".join(shown), figure)
+
+
+def _by_step(study: Derived) -> Chart | None:
+    """Accuracy over all splits by training step, each split counting as often as it has questions."""
+    if not any(run.curve for run in study.results.runs):
+        return None
+    figure, axes = _axes()
+    shown, named = [], set()
+    for run in study.results.runs:
+        if not run.curve:
+            continue
+        total = sum(accuracy.total for accuracy in run.accuracy.values())
+        values = [
+            sum(point.accuracy[split] * accuracy.total for split, accuracy in run.accuracy.items()) / total
+            for point in run.curve
+        ]
+        (colour, mark), title = _looks(study)[run.arm], recorded_arm(run.arm).title
+        label = None if title in named else title
+        axes.plot([point.step for point in run.curve], values, color=colour, marker=mark, markersize=4, label=label)
+        named.add(title)
+        listed = ", ".join(f"step {point.step} {value:.2f}" for point, value in zip(run.curve, values, strict=True))
+        shown.append(f"{title}, seed {run.seed}: {listed}")
+    axes.set(ylim=(-0.02, 1.02), xlabel="training step", ylabel="accuracy without documents")
+    _legend(figure, axes)
+    return Chart("by_step", "Accuracy by training step", "; ".join(shown), figure)
 
 
 def _sweep(study: Derived) -> Chart | None:

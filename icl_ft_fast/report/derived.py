@@ -14,6 +14,7 @@ from typing import Any
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, fit
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.clusters import Cluster, clusters_of
+from icl_ft_fast.study.compare import context_lengths
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
 from icl_ft_fast.study.paired import Paired, mix_of, pair, paired_tests
@@ -21,6 +22,7 @@ from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Harm, Run
 from icl_ft_fast.study.results import Results, read_results
 from icl_ft_fast.study.service import Service
+from icl_ft_fast.study.settings import NORMALIZATIONS
 from icl_ft_fast.study.statistics import SEEDS_AS_UNIT, accuracy_interval
 from icl_ft_fast.study.sweep import Point
 
@@ -88,6 +90,33 @@ class Derived:
         found = [a for run in self.of(arm) for name, a in run.accuracy.items() if split in (None, name)]
         return Accuracy(sum(a.correct for a in found), sum(a.total for a in found)) if found else None
 
+    def accuracy_by(self, arm: str, normalization: str) -> float | None:
+        """Over seeds and splits under another normalization of the same scores; None where the file does not tell."""
+        answers = [a for run in self.of(arm) for a in run.answers]
+        if not answers or any(normalization not in a.predicted_by for a in answers):
+            return None
+        return fmean(a.predicted_by[normalization] in a.correct for a in answers)
+
+    @property
+    def concerns(self) -> list[str]:
+        """What to know before any ranking: augmentation that gave little, training that was too short."""
+        found = []
+        for arm in self.arms:
+            title, notes = recorded_arm(arm).title, [run.notes for run in self.of(arm)]
+            prompts, productive = (
+                sum(its.get(name, 0) for its in notes) for name in ("augmentation_prompts", "augmentation_productive")
+            )
+            if 2 * productive < prompts:
+                rows = sum(its.get("augmentations", 0) for its in notes)
+                found.append(
+                    f"{title}: only {productive:,} of {prompts:,} prompts gave a row ({rows:,} rows): its augmentation "
+                    "failed for most documents, so it says little about augmentation."
+                )
+            found += dict.fromkeys(
+                f"{title}: {concern}." for its in notes for concern in its.get("training_concerns", ())
+            )
+        return found
+
     @property
     def beside(self) -> str:
         """What to know of figures that were measured while other runs were made; empty where none were."""
@@ -108,7 +137,12 @@ class Derived:
             batch = (
                 f"Costs of batches of {self.batch} were not measured; shown are those of {self._nearest(self.batch)}."
             )
-        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "", batch) if note]
+        once = ""
+        if self.measured_once:
+            lengths = ", ".join(f"{length:,}" for length in self.measured_once)
+            once = f"Queries behind {lengths} tokens were measured once: break-even numbers have no interval. "
+            once += "A longer --measure-seconds repeats them."
+        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "", batch, once) if note]
 
     @property
     def unfinished(self) -> str:
@@ -273,6 +307,13 @@ class Derived:
         """What ways cost over every version of the documents."""
         return {name: samples.repeated(self.service.versions) for name, samples in self.ways(resource).items()}
 
+    @property
+    def measured_once(self) -> list[int]:
+        """The context lengths of this study's arms at which the time allowed one measurement only."""
+        used = {0, self.results.sweep.context_tokens, *context_lengths(self.results.runs)}
+        once = {p.context_tokens for p in self.results.sweep.points if len(p.query_s) == 1}
+        return sorted(used & once)
+
     @cached_property
     def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:
         """By resource: (trained way, way that reads a context) -> from how many queries on the first is cheaper."""
@@ -283,7 +324,10 @@ class Derived:
         for resource in self.resources:
             ways = self.ways(resource)
             pairs = itertools.product(trained, (rival for rival in rivals if rival in ways))
-            found[resource] = {(a, b): break_even_interval(ways[a], ways[b]) for a, b in pairs}
+            is_repeated = resource == "FLOPs" or not self.measured_once
+            found[resource] = {
+                (a, b): replace(break_even_interval(ways[a], ways[b]), has_interval=is_repeated) for a, b in pairs
+            }
         return found
 
     @property
@@ -382,6 +426,9 @@ class Derived:
                 arm: {split: asdict(a) for split in self.splits if (a := self.accuracy(arm, split))}
                 for arm in self.arms
             },
+            "accuracy_by_normalization": {
+                arm: {name: self.accuracy_by(arm, name) for name in NORMALIZATIONS} for arm in self.arms
+            },
             "costs": {
                 resource: {name: _finite(asdict(samples.line)) for name, samples in self.ways(resource).items()}
                 for resource in self.resources
@@ -397,6 +444,7 @@ class Derived:
                 for arm in self.arms
                 if (harm := self.harm(arm)) is not None
             },
+            "concerns": self.concerns,
             "notes": self.notes,
         }
 

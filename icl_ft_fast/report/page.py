@@ -14,10 +14,11 @@ import markupsafe
 from icl_ft_fast.engine.ledger import HOW
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.table import break_even_words, count
+from icl_ft_fast.report.table import break_even_words, count, interval_words
 from icl_ft_fast.report.verdict import verdict_of
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.settings import NORMALIZATIONS
 
 FIGURES = {
     "wall_s": "wall s",
@@ -56,7 +57,8 @@ def _environment() -> jinja2.Environment:
         finalize=_shown,
     )
     environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_shown(value), **options)
-    environment.filters |= {"count": count, "break_even_words": break_even_words, "title_of": _title, "figure": _figure}
+    environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
+    environment.filters |= {"break_even_words": break_even_words, "interval_words": interval_words}
     return environment
 
 
@@ -79,6 +81,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
     pairs = study.break_evens.get("seconds", ())
     trained, rivals = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
     phases = _phases(study)
+    by_normalization = [(arm, [study.accuracy_by(arm, name) for name in NORMALIZATIONS]) for arm in study.arms]
     known = [name for name in FIGURES if any(phase[name] is not None for *_, phase in phases)]
     return {
         "key": key,
@@ -91,6 +94,8 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "unavailable": [title for name, title in FIGURES.items() if name not in known],
         "how": HOW,
         "paired": study.paired,
+        "normalizations": NORMALIZATIONS,
+        "by_normalization": [(arm, its) for arm, its in by_normalization if None not in its],
         "rivals": rivals,
         "break_evens": [
             (resource, way, study.against_icl(way, points), [found.get((way, rival)) for rival in rivals])

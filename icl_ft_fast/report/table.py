@@ -57,6 +57,8 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
 
     `points` of accuracy below ICL still match it.
     """
+    for concern in study.concerns:
+        console.print(f"! {concern}", highlight=False, markup=False)
     splits = study.splits
     if len(splits) > SPLITS_BESIDE_COSTS:
         for some in _groups_of(splits, SPLITS_ALONE):
@@ -181,7 +183,12 @@ def _break_even_table(study: Derived, points: float) -> Iterator[Table]:
 
 def break_even_cell(found: BreakEven) -> str:
     """The number of queries, or why there is none; below it the interval."""
-    return f"{break_even_words(found)}\n{count(found.low)} to {count(found.high)}"
+    return f"{break_even_words(found)}\n{interval_words(found)}"
+
+
+def interval_words(found: BreakEven) -> str:
+    """The interval of a break-even number."""
+    return f"{count(found.low)} to {count(found.high)}" if found.has_interval else "no interval"
 
 
 def break_even_words(found: BreakEven) -> str:

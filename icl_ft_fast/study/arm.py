@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch, prompt_batches
-from icl_ft_fast.augmentation.strategy import Augmented
+from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, TextGenerator
+from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.control_tokens import as_text, behind
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.engine.prompting import has_chat_template, prompt_context
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import RunOptions
+from icl_ft_fast.finetuning.settings import RunOptions, Watch, training_concerns
 from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.costs import ArmCosts
-from icl_ft_fast.study.records import Sample
+from icl_ft_fast.study.records import CurvePoint, Sample
 from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import Document, Task
 
 SAMPLES = 40  # augmentations in a run's record, for the report
@@ -41,6 +45,8 @@ class Workspace:
         checkpoints: a folder for arms that are being trained; None to start over after a kill.
         checkpoint_s: seconds between checkpoints.
         store: contexts that were read before.
+        writer: what writes augmentations; None where no arm needs any.
+        tell: called with lines of text on what takes long.
         trained: the arm that was trained last, under ArmJob.training_key, with its ledger: an arm with the same
             training does not repeat it, and books what it took.
     """
@@ -49,6 +55,8 @@ class Workspace:
     checkpoints: Path | None = None
     checkpoint_s: float = 600.0
     store: ContextStore | None = None
+    writer: TextGenerator | None = None
+    tell: Callable[[str], None] = silent
     trained: dict[str, tuple[Prepared, dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -106,6 +114,7 @@ class Prepared:
         store: where the context's keys and values are looked up and left.
         notes: counts for the record.
         losses: mean loss of each training step.
+        curve: accuracy by training step.
         samples: some augmentations.
         folder: a temporary one that `store` lies in, until close().
     """
@@ -117,6 +126,7 @@ class Prepared:
     store: ContextStore | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     samples: tuple[Sample, ...] = ()
     folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -220,12 +230,14 @@ class Arm:
         store = None if self.training is not None else _store_as_begun(job, read.text)
         return replace(ready, context=read.text, store=store, notes=notes)
 
-    def batches(self, model: Model, task: Task, seed: int, settings: StudySettings, key: str) -> list[PromptBatch]:
-        """What the model is asked to write for the arm; nothing for most."""
+    def batches(
+        self, writer: TextGenerator, task: Task, seed: int, settings: StudySettings, key: str
+    ) -> list[PromptBatch]:
+        """What the generator is asked to write for the arm; nothing for most."""
         if self.training is None or not self.training.generates:
             return []
         return prompt_batches(
-            model,
+            writer,
             task.documents,
             settings.strategy,
             samples=settings.samples,
@@ -233,6 +245,21 @@ class Arm:
             seed=seed,
             key=key,
         )
+
+
+def writer_of(model: Model, settings: StudySettings) -> TextGenerator:
+    """What writes augmentations: the model of the study, or the generator that the settings name, which is loaded here.
+
+    Raises:
+        UserError: a generator that cannot be loaded, or an address that is none.
+    """
+    if settings.generator_url:
+        return Endpoint(settings.generator_url, settings.generator)
+    if settings.generator:
+        dtype = str(model.network.dtype).removeprefix("torch.")
+        model = load(settings.generator, dtype=dtype, device=str(model.device), special_tokens=settings.special_tokens)
+        fix_date(model.tokenizer, settings.template_date)
+    return LocalGenerator(model, is_chat=settings.template != "base" and has_chat_template(model))
 
 
 def _trained(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
@@ -253,12 +280,22 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     samples: tuple[Sample, ...] = ()
     if training.augment is not None:
         augmented = training.augment(job)
+        if not augmented.rows:
+            lost = "".join(f", {count} {step.replace('_', ' ')}" for step, count in augmented.dropped.items() if count)
+            raise AugmentError(
+                f"strategy: {job.settings.strategy}: {augmented.prompts} prompts gave no row{lost}; try another "
+                "strategy or a stronger generator, or leave the arm out"
+            )
         texts += [row.text for row in augmented.rows]
         sources = {document.id: document.text for document in job.task.documents}
         shown = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
         samples = tuple(Sample(sources[row.source_id], row.kind, row.text) for row in shown)
         notes["augmentations"] = len(augmented.rows)
+        notes |= {"augmentation_prompts": augmented.prompts, "augmentation_productive": augmented.productive}
         notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
+    watch = None
+    if job.settings.eval_steps is not None:
+        watch = Watch(job.settings.eval_steps, lambda model: _accuracy_of(job, model, ready.context))
     teacher = all_documents(job.model, job.task, job.seed, job.settings).text if training.has_teacher else None
     checkpoints = job.workspace.checkpoints
     tuned = finetune(
@@ -273,10 +310,23 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
             resume=checkpoints is not None,
             checkpoint_s=None if checkpoints is None else job.workspace.checkpoint_s,
             progress=job.progress,
+            tell=job.workspace.tell,
+            watch=watch,
         ),
     )
     notes["final_loss"] = tuned.losses[-1]
-    return replace(ready, model=tuned.model, notes=notes, losses=tuned.losses, samples=samples)
+    if concerns := training_concerns(job.settings.finetune, tuned.losses):
+        notes["training_concerns"] = concerns
+    curve = tuple(CurvePoint(step, figures) for step, figures in tuned.watched)
+    return replace(ready, model=tuned.model, notes=notes, losses=tuned.losses, curve=curve, samples=samples)
+
+
+def _accuracy_of(job: ArmJob, model: Model, context: str) -> dict[str, float]:
+    """Accuracy by split of a model in training, without documents; in nobody's ledger."""
+    given = evaluate.answers(
+        model, job.task.questions, context=context, normalization=job.settings.normalization, ledger=Ledger()
+    )
+    return {split: accuracy.value for split, accuracy in evaluate.accuracies(given).items()}
 
 
 def _store_as_begun(job: ArmJob, context: str) -> ContextStore | None:

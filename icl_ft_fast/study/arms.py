@@ -17,7 +17,7 @@ from icl_ft_fast.augmentation.batches import augment_by_model, augment_by_rule
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import Arm, ArmJob, Asking, Training, all_documents
+from icl_ft_fast.study.arm import Arm, ArmJob, Asking, Training, all_documents, writer_of
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.passages import ORACLE, retrieved
 from icl_ft_fast.study.settings import ARM_NAMES
@@ -61,8 +61,9 @@ IN_CONTEXT = Asking(ways_behind_context, context=all_documents)
 
 
 def _by_model(job: ArmJob) -> Augmented:
+    writer = job.workspace.writer or writer_of(job.model, job.settings)
     return augment_by_model(
-        job.model, job.batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
+        writer, job.batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
     )
 
 

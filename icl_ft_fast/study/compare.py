@@ -18,23 +18,27 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import Ceilings, ceilings
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import ProtocolError, check_prompts, chosen_template, shown_prompt
+from icl_ft_fast.finetuning.settings import LoraSettings
 from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
-from icl_ft_fast.runtime.executors import Executor, InProcess, follow
+from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
 from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import sweep, workers
-from icl_ft_fast.study.arm import Workspace
+from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
 from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
-from icl_ft_fast.study.settings import CHECKPOINT_S, MEASURE_S, StudySettings
+from icl_ft_fast.study.settings import CHECKPOINT_S, LORA_FROM, MEASURE_S, StudySettings
 from icl_ft_fast.study.slotted import SLOTS
+from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import Task
 
 RESULTS, JOURNAL, CHECKPOINTS = "results.json", "journal.jsonl", "checkpoints"  # in a study's folder
@@ -56,6 +60,7 @@ class StudyOptions:
         arguments: a digest of all that the caller was asked for, by which a rerun is told from another study.
         overwrite: replace the results of another study.
         on_run: called with each run as it ends.
+        tell: called with lines of text on what takes long and what the settings leave to the model.
     """
 
     executor: Executor = field(default_factory=InProcess)
@@ -68,6 +73,7 @@ class StudyOptions:
     arguments: str = ""
     overwrite: bool = False
     on_run: Callable[[Run], None] | None = None
+    tell: Callable[[str], None] = silent
 
 
 def compare(
@@ -129,13 +135,38 @@ def compare(
         loaded, load = (model, None) if isinstance(model, Model) else model()
         set_mode(loaded.tokenizer, settings.special_tokens)
         date = fix_date(loaded.tokenizer, settings.template_date or journal.values.get(_begun(options)))
-        settings = replace(settings, template_date=date)
+        asked, settings = settings, settled(loaded, replace(settings, template_date=date))
         if not options.arguments:
             options = replace(options, arguments=digest(study_key(loaded, settings), settings.arms, settings.seeds))
         if folder is not None:
             _check_folder(folder, options)
+        for line in _left_to_model(loaded, settings, asked):
+            options.tell(line)
         study = _Study(loaded, load, settings, options, folder, journal, progress)
         return study.run(task if callable(task) else lambda _: task)
+
+
+def settled(model: Model, settings: StudySettings) -> StudySettings:
+    """The settings with what they leave to the model: the template, and whether adapters are trained."""
+    trained = settings.finetune
+    wants_lora = settings.use_peft if settings.use_peft is not None else model.num_parameters >= LORA_FROM
+    if settings.use_peft is False or (wants_lora and trained.lora is None):
+        trained = replace(trained, lora=LoraSettings() if wants_lora else None)
+    return replace(settings, template=chosen_template(model, settings.template), finetune=trained)
+
+
+def _left_to_model(model: Model, settings: StudySettings, asked: StudySettings) -> list[str]:
+    """What settled() chose, in sentences."""
+    found = []
+    if asked.template == "auto" and settings.template == "chat":
+        found.append(f"template: chat, as {model.name} has a chat template; base asks without it")
+    lora, trains = settings.finetune.lora, any(arm_named(name).training is not None for name in settings.arms)
+    if trains and lora is not None and asked.use_peft is None and asked.finetune.lora is None:
+        found.append(
+            f"fine-tuning: LoRA adapters of rank {lora.r}, the default from {LORA_FROM:,} parameters on; "
+            "use_peft false trains all weights"
+        )
+    return found
 
 
 def _begun(options: StudyOptions) -> str:
@@ -173,12 +204,17 @@ class _Study:
         """Make what is not in the journal yet; rank 0 returns the results."""
         model, settings, options, journal = self.model, self.settings, self.options, self.journal
         before = len(journal.values)
-        planned = plan(model, task_of_seed, settings, journal, has_store=options.store is not None)
-        if not isinstance(options.executor, InProcess) and not self._make_elsewhere(planned):
+        generates = any(t.generates for name in settings.arms if (t := arm_named(name).training) is not None)
+        writer = writer_of(model, settings) if generates else None
+        planned = plan(model, task_of_seed, settings, journal, writer=writer, has_store=options.store is not None)
+        _check_room(model, planned[0].task, settings)
+        if not isinstance(options.executor, InProcess) and not self._make_elsewhere(planned, writer):
             return None
         if self.folder is not None:
             workers.take_in(journal, self.folder)
-        setting, runs = Setting(model, options.task_name, settings, options.arguments), list[Run]()
+        runs, first = list[Run](), planned[0].task
+        shown = shown_prompt(model, first.documents, first.questions[0], settings.template) if first.questions else None
+        setting = Setting(model, options.task_name, settings, options.arguments, shown)
 
         def keep(run: Run) -> None:
             runs.append(run)
@@ -189,7 +225,7 @@ class _Study:
 
         checkpoints = None if self.folder is None else self.folder / CHECKPOINTS
         store = None if options.store is None else ContextStore(options.store, model, options.store_bytes)
-        workspace = Workspace(journal, checkpoints, options.checkpoint_s, store)
+        workspace = Workspace(journal, checkpoints, options.checkpoint_s, store, writer, options.tell)
         make_runs(model, planned, settings, workspace, progress=self.progress, on_run=keep)
         key, costs, best, load = study_key(model, settings), sweep.Sweep(), None, self.load
         if options.measure_s:
@@ -205,7 +241,7 @@ class _Study:
         self._write(found)
         return parse_results(found)
 
-    def _make_elsewhere(self, planned: Sequence[PlannedRun]) -> bool:
+    def _make_elsewhere(self, planned: Sequence[PlannedRun], writer: TextGenerator | None) -> bool:
         """Have the executor's workers make the runs; whether this process is the one that goes on."""
         if self.folder is None:
             raise ValueError("out: an executor's workers leave their runs in a folder; give one")
@@ -218,6 +254,7 @@ class _Study:
             options.executor.workers,
             self.folder.absolute(),
             options.checkpoint_s,
+            None if isinstance(options.executor, Ray) else writer,
         )
         # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
         shared = [one for one in planned if options.store is None or not one.reads_context]
@@ -226,6 +263,21 @@ class _Study:
     def _write(self, found: dict[str, Any]) -> None:
         if self.folder is not None:
             write_results(self.folder / RESULTS, found)
+
+
+def _check_room(model: Model, task: Task, settings: StudySettings) -> None:
+    """Refuse, before anything runs, documents that leave the longest question no positions."""
+    for arm in map(arm_named, settings.arms):
+        if arm.asking.context is None or not task.questions:
+            continue
+        read = arm.asking.context(model, task, settings.seeds[0], settings)
+        found = check_prompts(model, read.documents, task.questions, settings.template)
+        if found.longest_tokens > model.max_positions + 1:
+            raise ProtocolError(
+                f"icl_tokens: documents and the longest question take {found.longest_tokens:,} tokens of the model's "
+                f"{model.max_positions:,} positions; {max(found.room, 0)} leave room for it"
+            )
+        return
 
 
 def context_lengths(runs: Sequence[Run]) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
@@ -54,6 +54,7 @@ class Answer:
         predicted: index of the choice with the best score (the first of equals).
         probability: of each choice, the softmax of the choices' scores.
         correct: indices of the correct choices.
+        predicted_by: the same as `predicted`, under each of NORMALIZATIONS.
     """
 
     question_id: str
@@ -63,6 +64,7 @@ class Answer:
     predicted: int
     probability: tuple[float, ...]
     correct: tuple[int, ...]
+    predicted_by: dict[str, int] = field(default_factory=dict)
 
     @property
     def confidence(self) -> float:
@@ -115,23 +117,35 @@ def answers(
 ) -> list[Answer]:
     """Score the questions after `context`, from the store if there is one; those without a known answer are left out.
 
+    One pass serves every normalization: what "pmi" needs beside it, the choices after nothing, is in the ledger only
+    where `normalization` is that.
+
     Raises:
         ProtocolError: an unknown normalization.
         ScoreError: as score() does.
     """
+    if normalization not in NORMALIZATIONS:
+        raise ProtocolError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     results = score(model, questions, context=context, store=store, ledger=ledger, progress=progress)
-    alone: Sequence[Score | None] = [None] * len(results)
-    if normalization == "pmi":
-        alone = score(model, [replace(question, prompt="") for question in questions], ledger=ledger, progress=progress)
+    apart = ledger if normalization == "pmi" else None
+    alone = score(model, [replace(question, prompt="") for question in questions], ledger=apart, progress=progress)
     given = []
     for question, result, unconditional in zip(questions, results, alone, strict=True):
-        scores = choice_scores(question, result, normalization, unconditional)
-        if question.answer is not None:
-            topic, predicted = question.topic or question.id, max(range(len(scores)), key=scores.__getitem__)
-            probability = _softmax(scores)
-            given.append(
-                Answer(question.id, question.split, question.form, topic, predicted, probability, question.correct)
-            )
+        if question.answer is None:
+            continue
+        scores = {name: choice_scores(question, result, name, unconditional) for name in NORMALIZATIONS}
+        best = {name: max(range(len(its)), key=its.__getitem__) for name, its in scores.items()}
+        answer = Answer(
+            question_id=question.id,
+            split=question.split,
+            form=question.form,
+            topic=question.topic or question.id,
+            predicted=best[normalization],
+            probability=_softmax(scores[normalization]),
+            correct=question.correct,
+            predicted_by=best,
+        )
+        given.append(answer)
     return given
 
 

@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.control_tokens import as_text, behind
 from icl_ft_fast.engine.generate import RUNNING, Sampling, generate
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import icl_context
+from icl_ft_fast.engine.prompting import chosen_template, prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.runtime.reasoning import split_reasoning
+from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.sentences import count_words, split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -37,6 +39,7 @@ TEMPLATE = (
     "Answer: at the market in Lund\n\n"
     "Statement: {statement}\n"
 )
+BEGUN = "Question:"  # begins a chat model's reply
 MIN_WORDS = 4  # of a sentence that is asked about: not headings
 CHOICES = 4
 POOL = 200  # answers among which wrong choices are looked for
@@ -61,6 +64,8 @@ class QuestionSettings:
         per_document: at most so many sentences of a document, at random; None for all.
         max_new_tokens: limit of a question with its answer.
         seed: decides which sentences are taken, and the order of choices.
+        wrapping: "chat" puts the prompt, and the documents when questions are checked, into the model's chat template;
+            "base" does not; "auto" does where there is one.
 
     Raises:
         ValueError: a template without its one {statement}.
@@ -70,6 +75,7 @@ class QuestionSettings:
     per_document: int | None = None
     max_new_tokens: int = 64
     seed: int = 0
+    wrapping: str = "auto"
 
     def __post_init__(self) -> None:
         if self.template.count("{statement}") != 1:
@@ -140,16 +146,21 @@ def write_questions(
     """
     settings = settings or QuestionSettings()
     known, fingerprint = ResultJournal(journal), model.fingerprint()
+    wrapping = chosen_template(model, settings.wrapping)
+    begun = BEGUN if wrapping == "chat" else ""
     statements = list(_statements(documents, settings))
     dropped = dict.fromkeys(REASONS, 0)
 
     prompts = [settings.template.replace("{statement}", draft.sentence) for draft in statements]
+    if begun:
+        turns = (as_text(model.tokenizer, prompt) for prompt in prompts)
+        prompts = [render_chat(model.tokenizer, [{"role": "user", "content": turn}]) + begun for turn in turns]
     keys = [digest(fingerprint, settings.max_new_tokens, prompt) for prompt in prompts]
     fit = _fitting(model, prompts, settings.max_new_tokens - 1)
 
     def write(texts: list[str]) -> list[str]:
         sampling = Sampling(max_new_tokens=settings.max_new_tokens, stop=("\n\n", "\nStatement:"))
-        return [written.text for written in generate(model, texts, sampling)]
+        return [begun + written.text for written in generate(model, texts, sampling)]
 
     _fill(known, {k: p for k, p, fits in zip(keys, prompts, fit, strict=True) if fits}, write, "writing", progress)
     drafts: dict[tuple[str, str], _Draft] = {}
@@ -164,7 +175,10 @@ def write_questions(
 
     made = _with_wrong_choices(list(drafts.values()), settings.seed)
     dropped[NO_WRONG] = len(drafts) - len(made)
-    asked = [replace(question, prompt=icl_context([draft.document]) + question.prompt) for draft, question in made]
+    asked = [
+        replace(q, prompt=behind(model.tokenizer, prompt_context(model, [draft.document], wrapping), q.prompt))
+        for draft, q in made
+    ]
     keys = [digest(fingerprint, question.prompt, question.choices) for question in asked]
     fit = _fitting(model, [question.prompt + choice for question in asked for choice in question.choices], -1)
     fit = [all(fit[first : first + CHOICES]) for first in range(0, len(fit), CHOICES)]

@@ -19,6 +19,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """Accuracy after a training step, by split, without documents in the context."""
+
+    step: int
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Harm:
     """What an arm changes elsewhere.
 
@@ -55,6 +63,7 @@ class Run:
         counts: the ledger of the whole run.
         notes: augmentation counts and the like.
         losses: mean loss per target token (nats) of each training step.
+        curve: accuracy by training step, where it was asked for.
         samples: some augmentations, each with the text it was written from.
         workers: runs that were made at once when this one was timed, itself included; None for as many as a cluster had
             room for.
@@ -76,4 +85,5 @@ class Run:
     samples: tuple[Sample, ...] = ()
     workers: int | None = 1
     harm: Harm | None = None
+    curve: tuple[CurvePoint, ...] = ()
     questions: tuple[Question, ...] = field(default=(), repr=False)

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.machine import Ceilings, fingerprint
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.engine.prompting import ShownPrompt, prompt_context
 from icl_ft_fast.runtime.durable import digest, replacing
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.study.prices import first_error
@@ -84,12 +84,19 @@ class Results:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a study's results are about; `arguments` is a digest of the caller's, by which it finds them again."""
+    """What a study's results are about.
+
+    Attributes:
+        model, task_name, settings: of the study.
+        arguments: a digest of the caller's, by which it finds the results again.
+        prompt: one question as the model reads it.
+    """
 
     model: Model
     task_name: str
     settings: StudySettings
     arguments: str = ""
+    prompt: ShownPrompt | None = None
 
 
 def as_json(
@@ -119,7 +126,7 @@ def as_json(
         "parameters": model.num_parameters,
         "weight_bytes": work_of(model).weight_bytes,
         "task": _public(setting.task_name),
-        "settings": asdict(setting.settings) | _chat_prompt(setting),
+        "settings": asdict(setting.settings) | _prompts(setting),
         "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},
         "load": load,
         "arguments": setting.arguments,
@@ -132,11 +139,15 @@ def as_json(
     }
 
 
-def _chat_prompt(setting: Setting) -> dict[str, str]:
-    """What the chat template makes of a request without documents: what it writes by itself, such as the date."""
-    if setting.settings.template != "chat":
-        return {}
-    return {"chat_prompt": prompt_context(setting.model, [], "chat")}
+def _prompts(setting: Setting) -> dict[str, str]:
+    """What the chat template makes of a request without documents, such as the date; and a prompt with its choice."""
+    found = {}
+    if setting.settings.template == "chat":
+        found["chat_prompt"] = prompt_context(setting.model, [], "chat")
+    if setting.prompt is not None:
+        found["prompt"] = f"{setting.prompt.text}[{setting.prompt.choice}]"
+        found["boundary"] = setting.prompt.boundary
+    return found
 
 
 def _public(name: str) -> str:

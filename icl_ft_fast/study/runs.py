@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from icl_ft_fast.augmentation.batches import PromptBatch
+from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.study import evaluate
-from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, ask
+from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, ask, writer_of
 from icl_ft_fast.study.arms import arm_named
 from icl_ft_fast.study.costs import ANSWERING
 from icl_ft_fast.study.harm import general_questions, measure_harm
@@ -74,6 +75,7 @@ def plan(
     settings: StudySettings,
     journal: ResultJournal,
     *,
+    writer: TextGenerator | None = None,
     has_store: bool = False,
 ) -> list[PlannedRun]:
     """Every arm under every seed, seeds outermost.
@@ -83,6 +85,7 @@ def plan(
         task_of_seed: the task for a seed.
         settings: of the study.
         journal: runs that were made before; their prompts are not needed any more.
+        writer: of augmentations, for arms that need some; None for the model itself.
         has_store: whether contexts are looked up in a store, which changes what reading them costs.
 
     Raises:
@@ -91,7 +94,9 @@ def plan(
     """
     arms = [arm_named(name) for name in settings.arms]
     general = [asdict(question) for question in general_questions(settings.general)]
-    identity, planned = digest(study_key(model, settings), general), []
+    if writer is None and any(arm.training is not None and arm.training.generates for arm in arms):
+        writer = writer_of(model, settings)
+    identity, planned = digest(study_key(model, settings), general, _elsewhere(writer, model)), []
     for seed in settings.seeds:
         task = task_of_seed(seed)
         content = digest(identity, asdict(task))
@@ -99,14 +104,19 @@ def plan(
         for arm in arms:
             arm.check(task)
             key = digest(content, arm.name, seed, arm.reads_context and has_store)
-            generates = arm.training is not None and arm.training.generates
-            if key in journal.values:
-                generates = False
-            if generates and generates not in batches:  # the same prompts for every arm of the seed
-                batches[generates] = tuple(arm.batches(model, task, seed, settings, batch_key))
+            generates = arm.training is not None and arm.training.generates and key not in journal.values
+            if generates and generates not in batches and writer is not None:  # the same prompts for every arm
+                batches[generates] = tuple(arm.batches(writer, task, seed, settings, batch_key))
             training_key = digest(content, arm.name.partition("+")[0], seed)
             planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(generates, ())))
     return planned
+
+
+def _elsewhere(writer: TextGenerator | None, model: Model) -> str:
+    """The fingerprint of a generator that is not the study's own model."""
+    if writer is None:
+        return ""
+    return "" if isinstance(writer, LocalGenerator) and writer.model is model else writer.fingerprint
 
 
 def make_run(
@@ -137,6 +147,7 @@ def make_run(
         counts=ledger.as_dict(),
         notes=ready.notes,
         losses=ready.losses,
+        curve=ready.curve,
         samples=ready.samples,
         harm=harm,
     )

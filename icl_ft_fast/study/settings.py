@@ -17,6 +17,7 @@ NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 RETRIEVERS = ("bm25", "dense")
 CHECKPOINT_S = 600.0  # between checkpoints of an arm in training
 MEASURE_S = 30.0  # of measuring what a query costs
+LORA_FROM = 100_000_000  # parameters from which on adapters are trained unless all weights are asked for
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,20 @@ class StudySettings:
         icl_subsample: of those, one in this many.
         icl_tokens: of those, the ones that fit into so many tokens; None if all must fit.
         normalization: what the choices' log-likelihoods are divided by, one of NORMALIZATIONS.
-        template: the prompt around documents and question, see prompt_context().
+        template: the prompt around documents and question, see prompt_context(); augmentation asks with chat prompts
+            unless it is "base" or the tokenizer has no chat template.
         template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the study began.
         special_tokens: "text" or "keep", what control tokens are that documents or questions spell, see load().
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
+        generator: model that writes the augmentations, as load() takes it; "" for the model itself.
+        generator_url: OpenAI-compatible chat server where `generator` is the model's name; "" to load it here.
         general: a general task to measure harm on, "shipped" or a folder with questions.jsonl; "" measures no harm.
         retriever: how passages are found, "bm25" or "dense" (embeddings).
         embedding_url, embedding_model: the OpenAI-compatible server of "dense", and the model's name there.
         finetune: steps, batch size, learning rate and the rest of the training.
+        use_peft: train LoRA adapters; False trains all weights, None does so below LORA_FROM parameters.
+        eval_steps: training steps after which the questions are answered, for accuracy by step; None for the end alone.
     """
 
     arms: tuple[str, ...] = DEFAULT_ARMS
@@ -47,13 +53,17 @@ class StudySettings:
     icl_subsample: int = 1
     icl_tokens: int | None = None
     normalization: str = "sum"
-    template: str = "base"
+    template: str = "auto"
     template_date: str | None = None
     special_tokens: str = "text"
     strategy: str = "local"
     samples: int = 1
+    generator: str = ""
+    generator_url: str = ""
     general: str = ""
     retriever: str = "bm25"
     embedding_url: str = ""
     embedding_model: str = ""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    use_peft: bool | None = None
+    eval_steps: int | None = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch
+from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.loading import load
@@ -32,7 +33,7 @@ from icl_ft_fast.runtime.executors import (
     run_journaled,
 )
 from icl_ft_fast.runtime.templates import fix_date
-from icl_ft_fast.study.arm import Workspace
+from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
 
@@ -50,6 +51,7 @@ class StudyWorkers:
         workers: see records.Run.
         folder: of the study; checkpoints are written there where it is seen.
         checkpoint_s: seconds between them.
+        writer: of augmentations; None where each worker makes its own.
     """
 
     name: str
@@ -59,6 +61,7 @@ class StudyWorkers:
     workers: int | None
     folder: Path
     checkpoint_s: float
+    writer: TextGenerator | None = None
 
     def __call__(self) -> Worker:
         """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
@@ -70,17 +73,17 @@ class StudyWorkers:
                 f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "
                 "of where the command was started"
             )
-        return partial(self.do, model)
+        return partial(replace(self, writer=writer_of(model, self.settings)).do, model)
 
     def do(self, model: Model, job: PromptBatch | tuple[PlannedRun, dict[str, Any]]) -> dict[str, Any]:
         """What a batch of augmentation gave, or a run, which comes with what its batches gave by name."""
         if isinstance(job, PromptBatch):
-            return job.generate(model, Ledger(meter=Meter(model.device)))
+            return job.generate(self.writer or writer_of(model, self.settings), Ledger(meter=Meter(model.device)))
         planned, written = job
         journal = ResultJournal(None)
         journal.add(written)
         checkpoints = self.folder / "checkpoints" if self.folder.is_dir() else None
-        workspace = Workspace(journal, checkpoints, self.checkpoint_s)
+        workspace = Workspace(journal, checkpoints, self.checkpoint_s, writer=self.writer)
         return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
 
 

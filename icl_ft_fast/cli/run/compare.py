@@ -8,12 +8,13 @@ import math
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from icl_ft_fast.cli.compare import ALL
+from icl_ft_fast.augmentation.generators import Endpoint
+from icl_ft_fast.cli.compare import ALL, IN_A_STUDY
+from icl_ft_fast.cli.finetune import GROUPS
 from icl_ft_fast.cli.options import (
     Terminal,
     UsageError,
@@ -24,12 +25,12 @@ from icl_ft_fast.cli.options import (
     loading,
     show_progress,
 )
-from icl_ft_fast.cli.run.task import check_task_options, task_of_seed
+from icl_ft_fast.cli.run.finetune import fields_of, parsed, tell
+from icl_ft_fast.cli.run.task import check_task_options, read_template, task_of_seed
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.engine.prompting import ProtocolError, check_template
-from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -42,9 +43,9 @@ from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.retrieval import EmbeddingEndpoint
 from icl_ft_fast.study.service import Service, parse_weights, read_weights
 from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
-from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
+from icl_ft_fast.tasks.tables import silent
 
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
@@ -102,6 +103,8 @@ def _describe_demo(options: argparse.Namespace) -> None:
 def run_compare(options: argparse.Namespace) -> None:
     """`icl-ft-fast compare`."""
     executor = executor_of(options)
+    if options.bf16 is not None and parsed("bf16", "--bf16", options.bf16):
+        options.dtype = "bfloat16"  # as `finetune` holds them: every arm answers with the weights that are trained
     if options.task == ALL:
         _compare_all(options, executor)
     elif (study := _compared(options, executor, lambda: _load(options))) is not None:
@@ -115,7 +118,7 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
     console = Terminal()
     table.print_study(study, console, options.tolerance)
     print_decision(study, options, console)
-    if (date := study.results.settings.get("template_date")) and options.template == "chat":
+    if (date := study.results.settings.get("template_date")) and study.results.settings.get("template") == "chat":
         print(f"\nThe chat template wrote the date {date}; --template-date sets it.")
     if options.out is not None:
         print(f"\nWritten to {options.out / 'results.json'}")
@@ -175,6 +178,7 @@ def _compared(
         task_name=options.task,
         arguments=arguments_digest(options),
         overwrite=options.overwrite,
+        tell=silent if options.quiet or executor.rank else tell,
     )
     progress = show_progress(options) and executor.rank == 0
     results = compare(loaded, make_task, settings, out=options.out, options=how, progress=progress)
@@ -205,6 +209,12 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     names = ("steps", "learning_rate", "lr_scheduler_type", "splitting")
     given = {name: getattr(options, name) for name in names}
     training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
+    use_peft, more = _training(options)
+    training |= more
+    if options.generator_url and not options.generator:
+        raise UsageError("--generator-url: needs --generator, the model's name there")
+    if options.generator_url:  # a bad address is refused before the model is loaded
+        Endpoint(options.generator_url, options.generator)
     arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
     if options.retriever == "dense":  # a bad address is refused before the model is loaded
         EmbeddingEndpoint(options.embedding_url, options.embedding_model)
@@ -215,30 +225,34 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "seeds": _seeds(options.seeds),
             "icl_tokens": options.icl_tokens,
             "normalization": options.normalization,
-            "template": _template(options.template),
+            "template": read_template(options.template),
             "general": options.general,
             "retriever": options.retriever,
             "embedding_url": options.embedding_url,
             "embedding_model": options.embedding_model,
             "template_date": options.template_date,
             "special_tokens": vars(options).get("special_tokens", "text"),
+            "generator": options.generator,
+            "generator_url": options.generator_url,
+            "use_peft": use_peft,
+            "eval_steps": options.eval_steps,
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
         }
     )
 
 
-def _template(name: str) -> str:
-    """base, chat, or the text of a file, less the line break that ends it."""
-    if name in ("base", "chat"):
-        return name
-    if not Path(name).exists():
-        raise UsageError(f"--template: {name}: neither base, chat nor a file: No such file or directory")
-    try:
-        return check_template(read_text(name).removesuffix("\n"))
-    except TaskError as error:
-        raise UsageError(f"--template: {error}") from error
-    except ProtocolError as error:
-        raise UsageError(f"--template: {name}: {error}") from error
+def _training(options: argparse.Namespace) -> tuple[bool | None, dict[str, Any]]:
+    """Whether adapters are trained (None: the default), and fields of FinetuneSettings, under `finetune`'s names."""
+    given = {
+        name: parsed(name, f"--{name}", getattr(options, name))
+        for name in IN_A_STUDY
+        if getattr(options, name) is not None
+    }
+    use_peft = None if options.use_peft is None else options.use_peft == "true"
+    found, lora = fields_of(given, FinetuneSettings), fields_of(given, LoraSettings)
+    if lora and use_peft is False:
+        raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: excludes --use_peft false")
+    return (True if lora else use_peft), found | ({"lora": LoraSettings(**lora)} if lora or use_peft else {})
 
 
 def _arms(text: str) -> tuple[str, ...]:

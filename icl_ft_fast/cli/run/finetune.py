@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.cli.finetune import GROUPS
+from icl_ft_fast.cli.finetune import GROUPS, OPTIONS
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.data import read_examples, split_validation
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, RunOptions
+from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, RunOptions, training_concerns
 from icl_ft_fast.runtime.durable import locked
 from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import read_documents
-
-OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -36,12 +36,17 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     for name, (where, value) in given.items():
         if name not in OPTIONS:
             raise UsageError(f"{where}: no such option; `icl-ft-fast finetune --help` lists them")
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        try:
-            values[name] = OPTIONS[name].parse(text)
-        except ValueError as error:
-            raise UsageError(f"{where}: expected {OPTIONS[name].parse.__name__.strip('_')}, got {value!r}") from error
+        values[name] = parsed(name, where, value)
     return values
+
+
+def parsed(name: str, where: str, value: Any) -> Any:
+    """The value of one of OPTIONS, of its type; `where` it stands is told in the error."""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        return OPTIONS[name].parse(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: expected {OPTIONS[name].parse.__name__.strip('_')}, got {value!r}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -101,23 +106,36 @@ def run_finetune(options: argparse.Namespace) -> None:
                 resume=given.get("resume_from_checkpoint", True),
                 in_place=context is None,
                 progress=not given.get("quiet", False),
+                tell=silent if given.get("quiet", False) else tell,
             ),
         )
         if distributed.place()[0] == 0:
             if any(example.turns for example in examples) and (date := fix_date(model.tokenizer)):
                 print(f"The chat template wrote the date {date}; --template_date sets it.")
+            for concern in training_concerns(settings, tuned.losses):
+                tell(f"icl-ft-fast finetune: warning: {concern}")
             print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
 
 
+def tell(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fields_of(given: dict[str, Any], kind: type[FinetuneSettings] | type[LoraSettings]) -> dict[str, Any]:
+    """The fields of these settings that options set, by their names there."""
+    found = {
+        option.field or name: given[name] for name, option in OPTIONS.items() if option.sets is kind and name in given
+    }
+    if found.get("target_modules") == ("all-linear",):
+        found["target_modules"] = "all-linear"
+    return found
+
+
 def _settings(given: dict[str, Any], num_examples: int) -> FinetuneSettings:
-    ours, lora = (
-        {option.field or name: given[name] for name, option in OPTIONS.items() if option.sets is kind and name in given}
-        for kind in (FinetuneSettings, LoraSettings)
-    )
+    ours, lora = fields_of(given, FinetuneSettings), fields_of(given, LoraSettings)
     if lora and not given.get("use_peft"):
         raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: needs --use_peft")
-    if lora.get("target_modules") == ("all-linear",):
-        lora["target_modules"] = "all-linear"
     settings = FinetuneSettings(**ours, lora=LoraSettings(**lora) if given.get("use_peft") else None)
     if "num_train_epochs" not in given:
         return settings

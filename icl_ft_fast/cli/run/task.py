@@ -18,6 +18,13 @@ from icl_ft_fast.cli.options import (
 from icl_ft_fast.cli.task import _OPTIONS
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.defaults import SHIPPED, SHIPPED_FOLDER
+from icl_ft_fast.engine.prompting import (
+    ProtocolError,
+    check_prompts,
+    check_template,
+    chosen_template,
+    shown_prompt,
+)
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
@@ -26,7 +33,7 @@ from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset, TaskOption
 from icl_ft_fast.tasks.near import NearRepeats
 from icl_ft_fast.tasks.tables import Format
-from icl_ft_fast.tasks.task import Question, Task, read_documents, read_questions
+from icl_ft_fast.tasks.task import Document, Question, Task, read_documents, read_questions
 from icl_ft_fast.tasks.words import ENGLISH
 
 
@@ -123,7 +130,10 @@ def run_questions(options: argparse.Namespace) -> None:
     out, documents = options.folder / "questions.jsonl", options.folder / "documents.jsonl"
     check_new(out, options.overwrite)
     settings = questions.QuestionSettings(
-        per_document=options.per_document, max_new_tokens=options.max_new_tokens, seed=options.seed
+        per_document=options.per_document,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        wrapping=options.template,
     )
     if options.prompt_template is not None:
         try:
@@ -166,6 +176,49 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"accuracy of always picking the longest choice: {found.longest_is_right:.3f}; chance: {found.chance:.3f}")
     for number, counts in found.positions.items():
         print(f"correct choices by position among {number} choices: {', '.join(map(str, counts))}")
+    if options.model is not None:
+        _show_prompts(options, read_documents(options.folder / "documents.jsonl"), questions)
+    elif options.template is not None:
+        raise UsageError("--template: needs --model, whose prompt it is")
+
+
+def _show_prompts(options: argparse.Namespace, documents: Sequence[Document], questions: Sequence[Question]) -> None:
+    """One whole prompt under each template, its tokens around the choice, and whether all fits the positions."""
+    model = load_model(options)
+    usual = chosen_template(model, "auto")
+    templates = {"base": "base"} | ({"chat": "chat"} if usual == "chat" else {})
+    if options.template is not None:
+        templates[options.template] = read_template(options.template)
+    for name, template in templates.items():
+        found = check_prompts(model, documents, questions, template)
+        default = ", the default for this model" if name == usual else ""
+        print(
+            f"\n== template {printable(name)}{default}: with documents at most {found.longest_tokens:,} tokens of ",
+            end="",
+        )
+        print(f"{model.max_positions:,} positions, {found.context_tokens:,} of them before the question ==")
+        if found.longest_tokens > model.max_positions + 1:
+            print(f"does not fit: give compare --icl-tokens {max(found.room, 0)} or a model with more positions")
+        print(f"questions whose prompt swallows the beginning of a choice: {_named(found.merged)}")
+        for shown_documents in ((), documents):
+            shown = shown_prompt(model, shown_documents, questions[0], template)
+            print(f"-- question {printable(questions[0].id)}, {'all' if shown_documents else 'no'} documents --")
+            print(f"{printable(shown.text)}[{printable(shown.choice)}]")
+            print(f"-- its last tokens | those of the choice: {printable(shown.boundary)}")
+
+
+def read_template(name: str) -> str:
+    """auto, base, chat, or the text of a file, less the line break that ends it."""
+    if name in ("auto", "base", "chat"):
+        return name
+    if not Path(name).exists():
+        raise UsageError(f"--template: {name}: neither auto, base, chat nor a file: No such file or directory")
+    try:
+        return check_template(read_text(name).removesuffix("\n"))
+    except TaskError as error:
+        raise UsageError(f"--template: {error}") from error
+    except ProtocolError as error:
+        raise UsageError(f"--template: {name}: {error}") from error
 
 
 def _named(ids: Sequence[str]) -> str:
