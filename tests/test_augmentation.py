@@ -531,7 +531,7 @@ def chatting(llama_directory):
     return model
 
 
-def test_chat_prompts_begin_each_kind_of_line_for_the_model(chatting):
+def test_chat_prompts_begin_each_kind_of_line_for_the_model(chatting, tmp_path):
     shipped = Prompting.of("local", is_chat=True)
     prompting = replace(shipped, source="{{ label }}? Statement: {{ document }}\n")  # the tiny model has few positions
     generator = LocalGenerator(chatting, is_chat=True)
@@ -550,8 +550,13 @@ def test_chat_prompts_begin_each_kind_of_line_for_the_model(chatting):
         )
     ]
     assert run.read().prompts == 3
-    ours = Prompting.of("local", is_chat=True, template=Path(shipped.name))  # one's own prompt asks for whole replies
-    assert [prompt.begun for prompt in ours.prompts([Document("d", "x")])] == [""]
+    for source, begins in (
+        ("{{ document }}", [""]),
+        ("{{ label }}: {{ document }}", ["Reversed:", "Rephrased:", "Inferred:"]),
+    ):
+        (tmp_path / "mine.jinja").write_text(source)
+        mine = Prompting.of("local", is_chat=True, template=tmp_path / "mine.jinja")
+        assert [prompt.begun for prompt in mine.prompts([Document("d", "x")])] == begins
 
 
 def test_a_reply_from_elsewhere_may_leave_its_label_out():

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,29 @@ from icl_ft_fast.tasks.task import Document, Question, Task, read_documents, rea
 
 ROOT = Path(__file__).parents[1]
 SQUAD = ROOT.parent / "shared" / "data" / "squad"
+
+
+def test_the_check_shows_prompts_counts_tokens_and_warns_of_merged_choices(tmp_path, capsys, llama_directory):
+    folder, model = tmp_path / "t", tmp_path / "model"
+    shutil.copytree(llama_directory, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    documents = [Document(f"d{n}", f"the cat {n} sat on that mat") for n in range(9)]
+    rows = [Question("q", "the cat sat on", (" that mat", " the cat"), answer=0), Question("m", "the c", ("at", "ow"))]
+    Task(tuple(documents), tuple(rows)).write(folder)
+    code, out, _ = call(capsys, "check", folder, "--model", model)
+    assert code == 0
+    assert "== template chat, the default for this model: with documents at most " in out
+    assert "<Complete the statement.>the cat sat on[ that mat]" in out
+    assert "- the cat 0 sat on that mat\n- [... 7 more documents ...]\n- the cat 8 sat on that mat\n" in out
+    assert re.search(r"tokens \| those of the choice: \.\.\. .* \| ' that' ' mat'", out)
+    assert "questions whose prompt swallows the beginning of a choice: 1 (m)" in out
+    assert "does not fit" not in out
+    Task(tuple(documents) + tuple(Document(f"e{n}", documents[0].text) for n in range(60)), tuple(rows)).write(folder)
+    found = re.findall(
+        r"does not fit: give compare --icl-tokens (\d+)", call(capsys, "check", folder, "--model", model)[1]
+    )
+    assert len(found) == 2
+    assert all(0 < int(tokens) < 256 for tokens in found)
 
 
 def test_every_kind_of_file(tmp_path):

@@ -30,7 +30,7 @@ from icl_ft_fast.study.settings import ARM_NAMES, StudySettings
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document
 
-TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
+TRAINING = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2, warmup_steps=1)
 
 
 SETTINGS = StudySettings(arms=("icl", "rules-ft"), seeds=(0, 7), icl_per_topic=1, finetune=TRAINING)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from icl_ft_fast.runtime.templates import bounded
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.task import Document
 
+_NAMES_BEGINNING = re.compile(r"\b(label|begun)\b")
 BASE_STOP = ("\n\n",)  # an empty line ends a worked example
 
 
@@ -67,7 +69,9 @@ class Prompting:
 
     @classmethod
     def of(cls, strategy: str, *, is_chat: bool = False, template: Path | None = None) -> Prompting:
-        """The strategy's template for base or chat models, or the user's, whose replies are not begun for the model.
+        """The strategy's template for base or chat models, or the user's.
+
+        Replies are begun where a template for chat models names `label` or `begun`.
 
         Raises:
             AugmentError: an unknown strategy or one without a model, or a template that cannot be read or is no jinja2.
@@ -76,11 +80,12 @@ class Prompting:
         if found.infer is not None:
             raise AugmentError(f"strategy: {strategy} has no prompts; {', '.join(strategies.BY_MODEL)} have")
         path = template or found.template(is_chat=is_chat)
-        is_begun = is_chat and template is None and bool(found.begins)
         try:
+            source = read_text(path)
+            is_begun = is_chat and bool(found.begins) and _NAMES_BEGINNING.search(source) is not None
             made = cls(
                 found,
-                read_text(path),
+                source,
                 str(path),
                 found.begins if is_begun else ("",),
                 found.begun_stop if is_begun else () if is_chat else BASE_STOP,

@@ -176,10 +176,13 @@ def labelled_lines(labels: Sequence[str], premise: str | None = None) -> Callabl
 
 
 def questions_and_answers(source: str, reply: str) -> Parsed:
-    """A reader of lines `Question: text` and `Answer: text`, each pair a statement of the kind "answer"."""
+    """A reader of lines `Question: text` and `Answer: text`, each pair a statement of the kind "answer".
+
+    Empty lines between them count as nothing.
+    """
     statements: list[tuple[str, str]] = []
     unparsed, repeats, seen, question = 0, 0, {normalized(source)}, None
-    for label, text in lines_of(reply):
+    for label, text in lines_of("\n".join(line for line in reply.splitlines() if line.strip())):
         if label == "Question":
             unparsed += question is not None
             question = text

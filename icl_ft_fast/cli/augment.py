@@ -14,6 +14,7 @@ from icl_ft_fast.cli.options import (
     add_executor_options,
     add_model_options,
     add_output_options,
+    add_template_option,
     command,
     later,
     positive,
@@ -45,9 +46,7 @@ def add(commands: Commands) -> None:
     described = "; ".join(f"{name}: {strategy.sees}" for name, strategy in STRATEGIES.items())
     help = f"what a prompt shows ({described}; default: the preset's, or local)"
     prompts.add_argument("--strategy", choices=STRATEGIES, help=help)
-    help = "prompts: chat (for prose, through the model's chat template), base (worked comparisons) or auto, which is "
-    help += "chat if there is a template"
-    prompts.add_argument("--template", choices=("auto", "chat", "base"), default="auto", help=help)
+    add_template_option(prompts)
     prompts.add_argument("--chat", action="store_true", help="the same as --template chat")
     help = "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
     prompts.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=help)

@@ -16,6 +16,7 @@ from icl_ft_fast.cli.options import (
     add_model_options,
     add_output_options,
     add_store_options,
+    add_template_option,
     amount,
     amount_or_0,
     command,
@@ -97,9 +98,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     study.add_argument("--seeds", default=seeds, help="comma-separated random seeds")
     help = "how choices' log-likelihoods are compared"
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
-    help = "prompts: chat (the model's chat template), base, auto (chat if there is a template) or a file with "
-    help += "{documents} and {prompt}"
-    study.add_argument("--template", default="auto", help=help)
+    add_template_option(study, files=True)
     help = "day that a chat template writes as today's (default: the day the study began)"
     study.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
     context = parser.group("in-context learning")

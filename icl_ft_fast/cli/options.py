@@ -115,6 +115,14 @@ def add_model_options(parser: Parser, *, positional: bool = False, required: boo
     )
 
 
+def add_template_option(group: Any, *, files: bool = False) -> None:
+    """--template; `files`: a text of one's own is taken too."""
+    names = ("auto", "chat", "base")
+    how: dict[str, Any] = {"metavar": "auto|chat|base|FILE"} if files else {"choices": names}
+    help = "prompts: chat (through the model's chat template), base (plain text), or auto, which is chat if there is a "
+    group.add_argument("--template", default="auto", help=f"{help}template", **how)
+
+
 def add_device_option(parser: Parser) -> None:
     """--device: what device_of() reads."""
     parser.group("model").add_argument(

@@ -12,6 +12,7 @@ from icl_ft_fast.cli.options import (
     Parser,
     add_model_options,
     add_output_options,
+    add_template_option,
     command,
     later,
     positive,
@@ -72,8 +73,7 @@ def add(commands: Commands) -> None:
     prompts = asked.group("prompts")
     help = "file that replaces the built-in prompt; contains {statement}"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
-    help = "prompts: chat (through the model's chat template), base, or auto, which is chat if there is a template"
-    prompts.add_argument("--template", choices=("auto", "chat", "base"), default="auto", help=help)
+    add_template_option(prompts)
     help = "sentences to ask about per document (default: all)"
     prompts.add_argument("--per-document", type=positive, metavar="N", help=help)
     prompts.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens per question")
@@ -91,8 +91,7 @@ def add(commands: Commands) -> None:
     data.add_argument("folder", type=Path, metavar="DIR", help="task folder to read")
     data.add_argument("--ngram", type=positive, default=8, metavar="N", help="words per compared n-gram")
     add_model_options(checked, required=False)
-    help = "prompt file with {documents} and {prompt} to show too (default: base, and chat if the model has a template)"
-    checked.group("prompts").add_argument("--template", metavar="FILE", help=help)
+    add_template_option(checked.group("prompts"), files=True)
 
 
 def _columns(text: str) -> dict[str, str]:

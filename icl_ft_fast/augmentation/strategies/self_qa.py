@@ -10,5 +10,5 @@ STRATEGY = Strategy(
     read=questions_and_answers,
     examples=("rivers", "brooks", "torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey"),
     begins=("Question: What", "Question: Which", "Question: Who"),
-    begun_stop=("\n\n", "\nQuestion:"),
+    begun_stop=("\nQuestion:", "\nDocument:"),
 )

@@ -178,17 +178,15 @@ def run_check(options: argparse.Namespace) -> None:
         print(f"correct choices by position among {number} choices: {', '.join(map(str, counts))}")
     if options.model is not None:
         _show_prompts(options, read_documents(options.folder / "documents.jsonl"), questions)
-    elif options.template is not None:
-        raise UsageError("--template: needs --model, whose prompt it is")
 
 
 def _show_prompts(options: argparse.Namespace, documents: Sequence[Document], questions: Sequence[Question]) -> None:
     """One whole prompt under each template, its tokens around the choice, and whether all fits the positions."""
     model = load_model(options)
     usual = chosen_template(model, "auto")
-    templates = {"base": "base"} | ({"chat": "chat"} if usual == "chat" else {})
-    if options.template is not None:
-        templates[options.template] = read_template(options.template)
+    templates = {options.template: read_template(options.template)}
+    if options.template == "auto":
+        templates = {name: name for name in ("base", usual)}
     for name, template in templates.items():
         found = check_prompts(model, documents, questions, template)
         default = ", the default for this model" if name == usual else ""
