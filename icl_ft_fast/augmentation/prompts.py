@@ -71,7 +71,7 @@ class Prompting:
     def of(cls, strategy: str, *, is_chat: bool = False, template: Path | None = None) -> Prompting:
         """The strategy's template for base or chat models, or the user's.
 
-        Replies are begun where a template for chat models names `label` or `begun`.
+        Replies to the strategy's template for chat models are begun, and to the user's if it names `label` or `begun`.
 
         Raises:
             AugmentError: an unknown strategy or one without a model, or a template that cannot be read or is no jinja2.
@@ -82,7 +82,8 @@ class Prompting:
         path = template or found.template(is_chat=is_chat)
         try:
             source = read_text(path)
-            is_begun = is_chat and bool(found.begins) and _NAMES_BEGINNING.search(source) is not None
+            names_it = template is None or _NAMES_BEGINNING.search(source) is not None
+            is_begun = is_chat and bool(found.begins) and names_it
             made = cls(
                 found,
                 source,
