@@ -632,7 +632,7 @@ def test_unknown_dtype(dtype, llama_directory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_auto_is_the_checkpoint_s(dtype, llama_directory, tmp_path):
+def test_dtype_auto_is_the_checkpoint_s(dtype, llama_directory, tmp_path, caplog):
     folder = shutil.copytree(llama_directory, tmp_path / "checkpoint")
     weights = load_file(folder / "model.safetensors")
     save_file({name: w.to(dtype) for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -645,6 +645,15 @@ def test_dtype_auto_is_the_checkpoint_s(dtype, llama_directory, tmp_path):
             load(folder, dtype="auto")
     else:
         assert load(folder, dtype="auto").network.dtype == dtype
+    assert load(folder).network.dtype == torch.float32
+    assert not caplog.messages
+    network, _ = loading._read(folder, folder, None, "meta", {})  # what a GPU gets, without one
+    served = torch.bfloat16 if dtype == torch.float16 else dtype
+    assert {p.dtype for p in network.parameters()} == {served}
+    (line,) = caplog.messages
+    own = "instead of the checkpoint's float16" if dtype == torch.float16 else "the checkpoint's own dtype"
+    other = "bfloat16" if dtype == torch.float32 else "float32"
+    assert line == f"{folder}: on meta in {str(served)[6:]}, {own}; dtype= (--dtype) {other} for another"
 
 
 def test_the_tokenizer_may_come_from_elsewhere(llama_directory, tokenizer_without_bos, tmp_path):

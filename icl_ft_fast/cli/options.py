@@ -105,7 +105,8 @@ def add_model_options(parser: Parser, *, positional: bool = False, required: boo
         group.add_argument("--model", required=required, help=help)
         help = "read control tokens spelled in documents, questions and choices as text, or keep them in force"
         group.add_argument("--special-tokens", choices=["text", "keep"], default="text", help=help)
-    group.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="dtype of the weights")
+    help = "dtype of the weights, auto for the checkpoint's own (default: float32 on the CPU, auto on a GPU)"
+    group.add_argument("--dtype", choices=(*DTYPE_NAMES, "auto"), help=help)
     add_device_option(parser)
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code of the checkpoint")
     group.add_argument(

@@ -50,7 +50,7 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 def load(
     name: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     revision: str = "main",
     tokenizer: str | Path | None = None,
@@ -67,7 +67,8 @@ def load(
 
     Args:
         name: directory, hub id, or "shipped" for the small model that comes with the package.
-        dtype: "float32", "bfloat16", or "auto" for the checkpoint's own if it is one of them.
+        dtype: "float32", "bfloat16", or "auto" for the checkpoint's own if it is one of them. None: float32 on a CPU;
+            on a GPU, where float32 is many times slower, the checkpoint's own, or bfloat16 if that is neither.
         device: a torch device.
         revision: branch, tag or commit of a hub id.
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
@@ -97,7 +98,7 @@ def load(
         >>> model.max_positions
         4096
     """
-    if dtype not in (*DTYPES, "auto"):
+    if dtype not in (*DTYPES, "auto", None):
         raise ModelError(f"dtype: one of {', '.join(DTYPES)} or auto, got {dtype!r}")
     if special_tokens not in control_tokens.MODES:
         raise ModelError(f"special_tokens: one of {', '.join(control_tokens.MODES)}, got {special_tokens!r}")
@@ -119,7 +120,7 @@ def load(
         _check_files(Path(place or name))
     register_attention()
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    network, words = _read(name, tokenizer or name, DTYPES.get(dtype, dtype), device, origin)
+    network, words = _read(name, tokenizer or name, dtype, device, origin)
     control_tokens.set_mode(words, special_tokens)
     if adapter is not None:
         network = _merged(network, adapter)
@@ -129,10 +130,13 @@ def load(
     return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
 
 
-def _read(name: str | Path, tokenizer: str | Path, dtype: Any, device: str, origin: dict[str, Any]) -> tuple[Any, Any]:
+def _read(
+    name: str | Path, tokenizer: str | Path, dtype: str | None, device: str, origin: dict[str, Any]
+) -> tuple[Any, Any]:
     """A checkpoint's network and tokenizer, as transformers reads them; raises ModelError."""
     import transformers
 
+    wanted = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     try:
         config = transformers.AutoConfig.from_pretrained(name, **origin)
         for count in COUNTS:
@@ -149,7 +153,7 @@ def _read(name: str | Path, tokenizer: str | Path, dtype: Any, device: str, orig
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=dtype,
+            dtype=DTYPES.get(wanted, wanted),
             attn_implementation=ATTENTION,
             use_safetensors=True,
             output_loading_info=True,
@@ -162,6 +166,8 @@ def _read(name: str | Path, tokenizer: str | Path, dtype: Any, device: str, orig
         raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
+    if dtype is None and wanted == "auto":
+        network = _in_served_dtype(network, name, device)
     if network.dtype not in DTYPES.values():
         raise ModelError(f"{name}: its dtype {network.dtype} is not served; give dtype as one of {', '.join(DTYPES)}")
     known = network.get_input_embeddings().num_embeddings
@@ -176,6 +182,19 @@ def _read(name: str | Path, tokenizer: str | Path, dtype: Any, device: str, orig
             over[0][1],
         )
     return network, words
+
+
+def _in_served_dtype(network: Any, name: str | Path, device: str) -> Any:
+    """The network in the checkpoint's own dtype if it is served, else in bfloat16; says which, in a line."""
+    own = str(network.dtype).removeprefix("torch.")
+    if own in DTYPES:
+        said = "the checkpoint's own dtype"
+    else:
+        said, network = f"instead of the checkpoint's {own}", network.to(torch.bfloat16)
+    served = str(network.dtype).removeprefix("torch.")
+    others = " or ".join(sorted(set(DTYPES) - {served}))
+    _log.warning("%s: on %s in %s, %s; dtype= (--dtype) %s for another", name, device, served, said, others)
+    return network
 
 
 def load_same(name: str, loading: dict[str, Any], fingerprint: str) -> Model:
