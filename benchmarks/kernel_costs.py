@@ -10,8 +10,38 @@ import torch
 import triton
 from torch import Tensor
 
-from icl_ft_fast.ops.triton import target_logprob, trie_attention
+from icl_ft_fast.engine import trie
+from icl_ft_fast.ops import shared_keys
+from icl_ft_fast.ops.triton import rectangle, target_logprob, trie_attention
 from icl_ft_fast.ops.triton.gpu import accumulator, gpu
+
+
+class Shared(NamedTuple):
+    """Of a run's attention, what rectangles are: pairs of a query and a key that it sees, over all chunks.
+
+    pairs, in_rectangles, served: all, those whose key every query of the chunk sees, and of these the ones that an
+    engine gains something by.
+    chunks, shapes: how many there are, and distinct rectangles among them.
+    """
+
+    pairs: int
+    in_rectangles: int
+    served: int
+    chunks: int
+    shapes: int
+
+
+def shared_pairs(tree: trie.Trie, rows: int, engine: str, heads: int, size: int) -> Shared:
+    """What rectangles are of a tree, forwarded so many rows at a time, cut behind what all requests share."""
+    common = int((tree.end == len(tree.token)).int().cumprod(0).sum())
+    found = []
+    for chunk in trie.plan(tree, rows, cut=common).chunks:
+        num_rows, keys = len(chunk.token), shared_keys(chunk.end_k, chunk.cached_rows)
+        is_served = keys > 0 and rectangle.gain_s(engine, num_rows, keys, heads, size, 2) > 0
+        found.append((num_rows, keys, num_rows * keys * is_served))
+    pairs = int((tree.depth.long() + 1).sum())
+    shapes = {(num_rows, keys) for num_rows, keys, served in found if served}
+    return Shared(pairs, sum(t * p for t, p, _ in found), sum(served for *_, served in found), len(found), len(shapes))
 
 
 class Cost(NamedTuple):

@@ -17,6 +17,7 @@ second list.
 """
 
 import argparse
+import random
 import re
 import subprocess
 import sys
@@ -35,10 +36,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernel_code import product_loops, sass_loops
-from benchmarks.kernel_costs import Cost, attention_costs, head_costs
+from benchmarks.kernel_costs import Cost, attention_costs, head_costs, shared_pairs
 from benchmarks.kernel_jit import compilations
 from benchmarks.trie_attention import questions
-from icl_ft_fast.ops.triton import target_logprob, trie_attention
+from icl_ft_fast.engine import trie
+from icl_ft_fast.ops.triton import rectangle, target_logprob, trie_attention
 from icl_ft_fast.ops.triton.gpu import described
 
 # Target, the bytes of shared memory that a program may have there, and multiprocessors.
@@ -214,6 +216,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.costs:
         print_costs()
+        print_shared()
         return 0
     chosen = [x for t in args.targets for x in launches(t) if re.search(args.only, f"{x.op}{x.kernel} {x.case}")]
     print(f"{'':8}{'kernel':29}{'case':24}{'blocks':>12}{'warps':>6}{'stages':>7}", end="")
@@ -275,6 +278,39 @@ def print_costs() -> None:
         head = head_costs(hidden, weight, 512) | head_costs(hidden, weight, 512, backward=True)
         for kernel, cost in head.items():
             show("head, 512 rows, 128,000 x 4,096", [cost], kernel)
+
+
+def workloads() -> Iterator[tuple[str, trie.Trie]]:
+    """The trees of `python -m benchmarks gpu`: random tokens, a context, a question and its choices."""
+    rng = random.Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(2, 128_256) for _ in range(length)]
+
+    shots = [ids(700) for _ in range(10)]
+    questions = [shots[i // 100] + ids(60 + 7919 * i % 81) for i in range(1000)]
+    yield "MMLU-like: 10 x 100 behind 700", trie.build_from_lists([(q, [c]) for q in questions for c in range(4)])
+    for name, length, number in (("220 x 4 x 5 over 7,000", 7000, 220), ("1,000 x 4 x 5 over 32,768", 32_768, 1000)):
+        context = ids(length)
+        prompts = [context + ids(20) for _ in range(number)]
+        yield name, trie.build_from_lists([(prompt, ids(5)) for prompt in prompts for _ in range(4)])
+
+
+def print_shared(engine: str = "cuDNN") -> None:
+    """The share of visible pairs in rectangles, and of those that the engine serves, 32 heads of 128 in bfloat16."""
+    print(
+        f"\n{'share of visible pairs in rectangles':38}{'rows':>7}{'share':>8}{'served':>8}{'shapes':>8}{'chunks':>8}"
+    )
+    for name, tree in workloads():
+        for rows in (512, 4096, 8192):
+            found = shared_pairs(tree, rows, engine, 32, 128)
+            shares = f"{found.in_rectangles / found.pairs:8.0%}{found.served / found.pairs:8.0%}"
+            print(f"{name:38}{rows:7,}{shares}{found.shapes:8}{found.chunks:8}")
+    print(f"\n{'least keys that ' + engine + ' is given (estimated)':38}", end="")
+    for rows in (512, 1024, 2048, 4096, 8192):
+        least = next(keys for keys in range(1, 10**6) if rectangle.gain_s(engine, rows, keys, 32, 128, 2) > 0)
+        print(f"  {rows:,} rows: {least:,}", end="")
+    print()
 
 
 def faults(launch: Launch, built: Built) -> list[str]:

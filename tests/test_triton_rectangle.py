@@ -2,24 +2,27 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import test_trie_attention
 import torch
+from close import assert_close
 from forests import Forest, forest, forests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from icl_ft_fast.ops import TreeIndex, reference, shared_keys
+from icl_ft_fast.engine.memory import live_bytes
+from icl_ft_fast.ops import TreeIndex, reference, served_by, shared_keys
 
 pytest.importorskip("triton")
 from test_triton import device  # noqa: F401  # the fixture that puts the interpreted kernels in the CPU's place
 from triton.backends.compiler import GPUTarget
 
-from icl_ft_fast.ops.triton import rectangle, trie_attention
+from icl_ft_fast.ops.triton import rectangle, target_logprob, trie_attention
 from icl_ft_fast.ops.triton.gpu import described
 
 DEPTHS = [0] * 150 + [0, 0, 1, 0, 2, 0, 3] * 20  # pops: a context, then questions that branch
@@ -114,16 +117,20 @@ def test_the_engine_of_a_gpu(arch, dtype, installed, expected, monkeypatch) -> N
 
 
 def test_small_rectangles_and_what_an_engine_lacks_stay_with_the_tree(monkeypatch) -> None:
-    q, v, wide = (torch.empty(512, 4, size, dtype=torch.bfloat16, device="meta") for size in (128, 128, 256))
-    assert rectangle.chosen(q, v, 0.0, (0, 4096)) is None  # no GPU
+    q, v, wide = (torch.empty(512, 32, size, dtype=torch.bfloat16, device="meta") for size in (128, 128, 256))
+    assert rectangle.chosen(q, v, 0.0, (0, 9000)) is None  # no GPU
     monkeypatch.setattr(rectangle, "engine", lambda *_: "cuDNN")
-    assert rectangle.chosen(q, v, 0.0, (10, 1034)) == "cuDNN"
-    assert rectangle.chosen(q, v, 0.0, (10, 1033)) is None
-    assert rectangle.chosen(q, v, 2.0, (0, 4096)) is None
-    assert rectangle.chosen(wide, wide, 0.0, (0, 4096)) is None
-    assert rectangle.chosen(q, wide, 0.0, (0, 4096)) is None
+    gains = [rectangle.gain_s("cuDNN", 512, keys, 32, 128, 2) for keys in range(4000)]
+    least = next(keys for keys, gain in enumerate(gains) if gain > 0)
+    assert 1500 < least < 3000
+    assert rectangle.chosen(q, v, 0.0, (10, 10 + least)) == "cuDNN"
+    assert rectangle.chosen(q, v, 0.0, (10, 9 + least)) is None
+    assert rectangle.chosen(q, v, 0.0, (0, 0)) is None
+    assert rectangle.chosen(q, v, 2.0, (0, 9000)) is None
+    assert rectangle.chosen(wide, wide, 0.0, (0, 9000)) is None
+    assert rectangle.chosen(q, wide, 0.0, (0, 9000)) is None
     monkeypatch.setattr(rectangle, "engine", lambda *_: "flash-attn")
-    assert rectangle.chosen(wide, wide, 2.0, (0, 4096)) == "flash-attn"
+    assert rectangle.chosen(wide, wide, 2.0, (0, 9000)) == "flash-attn"
 
 
 def test_engines_are_called_as_they_are_declared(monkeypatch) -> None:
@@ -151,3 +158,98 @@ def test_engines_are_called_as_they_are_declared(monkeypatch) -> None:
         {"softmax_scale": 0.1, "softcap": 2.0, "return_attn_probs": True},
         {"softmax_scale": 0.1, "softcap": 2.0, "return_lse": True},
     ]
+
+
+class _Nothing:
+    """A kernel whose launch does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **__: None
+
+
+def test_what_a_forward_allocates_is_told_before(monkeypatch, oracle) -> None:
+    """Memory is planned with it; counted here while launches do nothing, for few and for many rows and keys."""
+    for module, kernels in (
+        (trie_attention, ("_plan", "_forward", "_merge")),
+        (target_logprob, ("_forward", "_finish")),
+    ):
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, _Nothing())
+    cpu, tightest = torch.device("cpu"), 0.0
+
+    def told(results: int, call: Any, most: int) -> float:
+        taken = live_bytes(call) - results
+        assert taken <= most
+        return taken / most
+
+    for T, S, H, G, size, num_shared in (
+        (1, 9000, 8, 2, 64, 0),
+        (70, 9000, 8, 8, 128, 0),
+        (300, 40_000, 16, 2, 80, 0),
+        (2000, 3000, 8, 2, 64, 1000),
+        (4000, 5000, 4, 4, 64, 0),
+    ):
+        q, k = torch.empty(T, H, size, dtype=torch.bfloat16), torch.empty(S, G, size, dtype=torch.bfloat16)
+        index = [torch.zeros(n, dtype=torch.int32) for n in (T, S, T, S)]
+        monkeypatch.setattr(rectangle, "engine", lambda *_, on=num_shared: "oracle" if on else None)
+        monkeypatch.setitem(
+            rectangle.ENGINES, "oracle", lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:2]).float())
+        )
+        options = (None, 0.1, 0, 0.0, None, False, 0, num_shared)
+        call = partial(trie_attention.trie_attention, q, k, k, *index, *options)
+        for most in (T, 4 * T):  # a plan holds for fewer rows too
+            bound = trie_attention.temporary_bytes(most, S, (H, G), (size, size), q.dtype, cpu)
+            share = told(q.nbytes + 4 * T * H, call, bound)
+            tightest = max(tightest, share if most == T else 0)
+    assert tightest > 0.5
+    for R, V in ((1, 50_000), (64, 50_000), (500, 128_000), (8192, 32_000)):
+        hidden, weight = torch.empty(R, 64, dtype=torch.bfloat16), torch.empty(V, 64, dtype=torch.bfloat16)
+        row = torch.zeros(R, dtype=torch.int32)
+        call = partial(target_logprob.target_logprob, hidden, weight, row, row, None, 1.0, 0.0)
+        told(9 * R, call, target_logprob.temporary_bytes(2 * R, 2, cpu))
+
+
+def test_what_serves_a_device_has_a_name(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    assert [served_by(torch.device("cpu"), x) for x in (torch.bfloat16, torch.float64)] == ["C++", "PyTorch"]
+    for engine, name in ((None, "Triton"), ("cuDNN", "Triton with cuDNN")):
+        monkeypatch.setattr(rectangle, "engine", lambda *_, engine=engine: engine)
+        assert served_by(gpu, torch.bfloat16) == name
+    assert served_by(gpu, torch.float64) == "PyTorch"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 511, 4096])
+@pytest.mark.parametrize(("size", "group"), [(64, 1), (128, 4), (256, 8)])
+@pytest.mark.parametrize(("name", "package"), [("flash-attn-4", "flash_attn.cute"), ("flash-attn", "flash_attn")])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_an_installed_package_is_the_definition(name, package, size, group, rows, softcap) -> None:
+    if not rectangle._has(package):
+        pytest.skip(f"{package} is not installed")
+    _check_engine(name, size, group, rows, softcap)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 511, 4096])
+@pytest.mark.parametrize(("size", "group"), [(64, 1), (128, 4), (128, 8)])
+def test_cudnn_is_the_definition(size, group, rows) -> None:
+    if rectangle.gpu(torch.device("cuda", 0)).matrix != "wgmma":
+        pytest.skip("cuDNN is an engine of sm_90 alone")
+    _check_engine("cuDNN", size, group, rows, 0.0)
+
+
+def _check_engine(name: str, size: int, group: int, rows: int, softcap: float) -> None:
+    """Within the budget, the lse to 1e-3, and the same bits twice."""
+    torch.manual_seed(0)
+    shapes = (rows, 8, size), (777, 8 // group, size), (777, 8 // group, size)
+    q, k, v = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+    out, lse = rectangle.rectangle(name, q, k, v, size**-0.5, softcap)
+    exact, exact_lse = reference.rectangle(q.double(), k.double(), v.double(), size**-0.5, softcap)
+    same, _ = reference.rectangle(q, k, v, size**-0.5, softcap)
+    assert_close(out, same, exact, name)
+    assert (lse - exact_lse).abs().max() <= 1e-3
+    again, lse_again = rectangle.rectangle(name, q, k, v, size**-0.5, softcap)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)

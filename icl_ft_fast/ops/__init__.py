@@ -7,12 +7,23 @@ One op has one name at every layer:
     ops/cpu.py, csrc/                              the kernels for CPUs, in C++
     ops/triton/                                    the kernels for GPUs, imported with the first CUDA tensor
     ops/dispatch.py                                the torch.library ops, and which kernel serves which device
+    ops/serving.py                                 the name of what serves a device, and what it allocates
 
 Knows nothing of models, tries or KV caches.
 """
 
 from icl_ft_fast.ops import dispatch  # registers the ops
+from icl_ft_fast.ops.serving import served_by, temporary_bytes
 from icl_ft_fast.ops.target_logprob import target_logprob
 from icl_ft_fast.ops.trie_attention import AttentionOptions, TreeIndex, shared_keys, trie_attention
 
-__all__ = ["AttentionOptions", "TreeIndex", "dispatch", "shared_keys", "target_logprob", "trie_attention"]
+__all__ = [
+    "AttentionOptions",
+    "TreeIndex",
+    "dispatch",
+    "served_by",
+    "shared_keys",
+    "target_logprob",
+    "temporary_bytes",
+    "trie_attention",
+]

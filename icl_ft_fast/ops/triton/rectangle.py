@@ -15,7 +15,10 @@ from torch import Tensor
 
 from icl_ft_fast.ops.triton.gpu import Gpu, gpu
 
-LEAST_PAIRS = 512 * 1024  # of a query and a key; with fewer, another launch and joining cost more than they spare
+# Estimated, none of it measured: FLOP/s of the tree kernel and of an engine on a rectangle, by engine; seconds that
+# another kernel takes to start and to end; bytes a second of the state that it hands over.
+RATES = {"flash-attn-4": (480e12, 600e12), "cuDNN": (480e12, 600e12), "flash-attn": (170e12, 200e12)}
+START_S, BYTES_PER_S = 5e-6, 4e12
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -74,14 +77,22 @@ def engine(device: torch.device, dtype: torch.dtype) -> str | None:
     return engine_of(gpu(device), dtype) if device.type == "cuda" else None
 
 
+def gain_s(name: str, num_queries: int, num_keys: int, num_heads: int, size: int, itemsize: int) -> float:
+    """Seconds that an engine spares on a rectangle, by the cost model; below 0 the tree kernel had better serve it."""
+    tree, dense = RATES[name]
+    spared = 4 * num_queries * num_keys * num_heads * size * (1 / tree - 1 / dense)
+    state_bytes = 2 * num_queries * num_heads * (size * itemsize + 4)  # out and lse, written and read
+    return spared - START_S - state_bytes / BYTES_PER_S
+
+
 def chosen(q: Tensor, v: Tensor, softcap: float, shared: tuple[int, int]) -> str | None:
     """The engine that takes q [T, H, D] over keys [first, last), if one can and it is worth it."""
     name, size, num_keys = engine(q.device, q.dtype), q.shape[2], shared[1] - shared[0]
-    if name is None or len(q) * num_keys < LEAST_PAIRS or size != v.shape[2] or size % 8:
+    if name is None or num_keys < 1 or size != v.shape[2] or size % 8:
         return None
     if name == "cuDNN" and (softcap or size > 128):
         return None
-    return name
+    return name if gain_s(name, *q.shape[:1], num_keys, *q.shape[1:], q.itemsize) > 0 else None
 
 
 def rectangle(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:

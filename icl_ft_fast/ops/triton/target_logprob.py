@@ -488,6 +488,13 @@ def num_shares(row_blocks: int, tiles: int, found: Gpu) -> int:
     return next(shares for shares in choices if time(shares) <= 1.1 * shortest)
 
 
+def temporary_bytes(num_rows: int, itemsize: int, device: torch.device) -> int:
+    """The most that a forward of so many rows or fewer allocates beside its results: what each share of V found."""
+    found = gpu(device)
+    shared = max(found.multiprocessors * blocks(itemsize, num_rows, found).rows, num_rows) * 4
+    return 12 * max(shared, 4 * num_rows * -(-found.multiprocessors // _GROUP_ROWS))
+
+
 def _steps(R: int, V: int, itemsize: int, block: HeadBlocks) -> Iterator[slice]:
     """The columns whose gradients of logits are held together."""
     step = block.columns * max(1, _GRAD_BYTES // (R * block.columns * itemsize))

@@ -7,6 +7,7 @@ without a mask, then those it sees in part. Sums are in float32, in an order
 fixed by the shapes, without atomics. Knows torch and triton and nothing else.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -666,6 +667,35 @@ def num_shares(programs: int, key_tiles: int, found: Gpu) -> int:
     # Beyond a wave a multiple of its programs is always at hand: no need to look at more shares than multiprocessors.
     times = [waves(shares) for shares in range(1, min(most, found.multiprocessors) + 1)]
     return next(shares for shares, time in enumerate(times, 1) if time <= 1.1 * min(times))
+
+
+def temporary_bytes(
+    num_queries: int,
+    num_keys: int,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """The most that a forward of so many queries or fewer allocates beside its results.
+
+    That is a plan, the parts of split keys, and what the rectangle engine returns; heads: of queries and of keys;
+    sizes: of a key's and of a value's head.
+    """
+    (H, G), (D, DV), found = heads, sizes, gpu(device)
+    size = max(16, triton.next_power_of_2(max(D, DV)))
+    block = blocks("forward", size, dtype.itemsize, found, filled=D == DV == size)
+    tiles, many = triton.cdiv(num_queries * (H // G), block.queries), triton.cdiv(num_keys, block.keys)
+    parts = _most_parts(tiles, many, G, found) * block.queries * G * (DV + 1) * 4
+    state = num_queries * H * (DV * dtype.itemsize + 4) if rectangle.engine(device, dtype) else 0
+    return tiles * (many + 2) * 4 + parts + 2 * state  # as the engine lays it out, and as the kernel reads it
+
+
+@cache
+def _most_parts(tiles: int, key_tiles: int, groups: int, found: Gpu) -> int:
+    """The most query tiles times shares of split keys, over all numbers of query tiles up to `tiles`."""
+    shares = {n: num_shares(n * groups, key_tiles, found) for n in range(1, min(tiles, 20 * found.multiprocessors) + 1)}
+    return max((n * its for n, its in shares.items() if its > 1), default=0)
 
 
 def _lines(x: Tensor) -> Tensor:
