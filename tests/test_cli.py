@@ -734,6 +734,7 @@ def test_machines_get_json(files, run):
     }
     (told,) = run(files.score("--json"))[1]
     assert json.loads(told)["known"] == 2
+    assert json.loads(told)["served_by"] == "C++"
     assert json.loads(told)["phases"]["query"]["how"]["joules"] in ("unavailable", "measured")
 
 
@@ -744,6 +745,8 @@ def test_doctor(run, refused):
     assert max(map(len, printed)) <= 80
     (told,) = run(["doctor", "--json"])[1]
     assert [ceiling["dtype"] for ceiling in json.loads(told)["ceilings"]] == ["float32", "bfloat16"]
+    assert json.loads(told)["attention"] == {"float32": "C++", "bfloat16": "C++"}
+    assert {"FlashAttention 2", "FlashAttention 4"} <= json.loads(told)["extras"].keys()
     assert refused(["doctor", "--device", "nonsense"]) == "--device: 'nonsense' is no torch device"
     assert refused(["doctor", "--device", "meta"]) == "--device: meta: torch finds no such device here"
 

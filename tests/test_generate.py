@@ -10,8 +10,8 @@ import torch
 from conftest import sentences
 
 from icl_ft_fast import ops
+from icl_ft_fast.engine import decoding, memory
 from icl_ft_fast.engine import generate as generate_module
-from icl_ft_fast.engine import memory
 from icl_ft_fast.engine.encoding import encode
 from icl_ft_fast.engine.generate import GenerateError, Sampling, generate, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
@@ -64,9 +64,24 @@ def text_of(tokenizer, ids, stop=(), ends=(1,)):
     return text[: min([text.find(mark) for mark in stop if mark in text], default=len(text))]
 
 
+@pytest.fixture(params=["as rows come", "constant shapes"])
+def forwards(request, monkeypatch):
+    """Sizes of the batches of constant shapes, which a GPU would replay as graphs; none where rows go as they come."""
+    sizes, is_constant = [], request.param == "constant shapes"
+    logits = decoding._Batch.logits
+    monkeypatch.setattr(generate_module, "is_late", lambda device: is_constant)
+    monkeypatch.setattr(
+        decoding._Batch, "logits", lambda self, numbers: sizes.append(self._sizes[0]) or logits(self, numbers)
+    )
+    yield sizes
+    assert bool(sizes) == is_constant
+
+
 @pytest.mark.parametrize(("chunk_tokens", "running"), [(512, 64), (5, 64), (512, 3), (5, 1)])
-def test_continuations_are_those_of_each_prompt_alone(llama, alone, tokenizer, monkeypatch, chunk_tokens, running):
-    monkeypatch.setattr(generate_module, "CHUNK_TOKENS", chunk_tokens)
+def test_continuations_are_those_of_each_prompt_alone(
+    llama, alone, tokenizer, monkeypatch, chunk_tokens, running, forwards
+):
+    monkeypatch.setattr(generate_module, "chunk_tokens_of", lambda _: chunk_tokens)
     monkeypatch.setattr(generate_module, "RUNNING", running)
     expected = [text_of(tokenizer, alone(prompt)) for prompt in PROMPTS]
     assert texts(llama, PROMPTS, NEW_TOKENS) == expected
@@ -186,7 +201,7 @@ def test_continuations_are_yielded_as_they_end_and_free_places_are_refilled(llam
 
 
 @pytest.mark.parametrize("running", [1, 4, 64])
-def test_squeezing_the_stack_changes_nothing(llama, plain, plain_llama, monkeypatch, running):
+def test_squeezing_the_stack_changes_nothing(llama, plain, plain_llama, monkeypatch, running, forwards):
     rng = random.Random(running)
     alphabet = [5, 6, 7]
     prompts = [rng.choices(alphabet, k=rng.randint(1, 7)) for _ in range(24)]
@@ -363,7 +378,13 @@ def test_a_small_memory_takes_fewer_tokens_at_a_time_and_generates_the_same(llam
         generate(replace(llama, memory=memory.Memory(10**6)), PROMPTS)
 
 
-def test_a_step_that_memory_runs_out_on_is_halved_and_generates_the_same(llama, monkeypatch, caplog):
+def test_batches_of_constant_shapes_have_few_sizes():
+    sizes = [decoding.batch_size(rows, 48) for rows in range(1, 49)]
+    assert sizes == [8] * 8 + [16] * 8 + [32] * 16 + [48] * 16
+    assert decoding.batch_size(1, 3) == 3
+
+
+def test_a_step_that_memory_runs_out_on_is_halved_and_generates_the_same(llama, monkeypatch, caplog, forwards):
     expected, attention, failed = generate(llama, PROMPTS, Sampling(NEW_TOKENS)), ops.trie_attention, []
 
     def failing(q, *rest, **options):

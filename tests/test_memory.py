@@ -27,6 +27,7 @@ from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.defaults import parse_bytes
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.forward import footprint_of
+from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.kv_cache import KVCache, pack, unpack
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
 from icl_ft_fast.engine.loading import from_network, load
@@ -204,6 +205,30 @@ def test_a_stack_that_a_context_has_room_on_is_not_counted_again(monkeypatch):
     _, need = fit(tree, 16, Memory(10**10), FOOTPRINT, CPU)
     for room, expected in [(need.capacity - 1, need.kv_bytes), (need.capacity, 0)]:
         assert fit(tree, 16, Memory(10**10), FOOTPRINT, CPU, room=room)[1].kv_bytes == expected
+
+
+def test_a_gpu_s_plan_counts_its_workspace_and_what_the_ops_allocate(llama, monkeypatch):
+    tree, asked = trie.build_from_lists(ASKED), []
+    monkeypatch.setattr(budget, "held_bytes", lambda _: 0)
+    _, cpu = fit(tree, 16, Memory(10**10), FOOTPRINT, CPU)
+    _, gpu = fit(
+        tree,
+        16,
+        Memory(10**10),
+        FOOTPRINT,
+        torch.device("cuda"),
+        temporary_bytes=lambda rows, capacity: asked.append((rows, capacity)) or 1000,
+    )
+    assert asked == [(gpu.rows, gpu.capacity)]
+    assert gpu.other_bytes - cpu.other_bytes == budget.GPU_OTHER_BYTES - budget.OTHER_BYTES + 1000
+    config, told = llama.network.config, []
+    monkeypatch.setattr(ops, "temporary_bytes", lambda *_, **shapes: told.append(shapes) or 0)
+    loglikelihood(llama, ASKED, chunk_tokens=16)
+    generate(llama, ["the cat"], Sampling(2))
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    assert [shapes["heads"] for shapes in told] == [heads] * 2
+    assert told[0]["num_queries"] == 16 < told[0]["num_keys"]
+    assert {shapes["sizes"] for shapes in told} == {(config.head_dim, config.head_dim)}
 
 
 def test_a_disk_without_room_is_named(tmp_path, monkeypatch):

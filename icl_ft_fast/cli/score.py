@@ -17,7 +17,7 @@ from icl_ft_fast.cli.options import (
     later,
     positive,
 )
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS, SHARD_TOKENS
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS, GPU_CHUNK_TOKENS, SHARD_CHUNKS
 
 
 def add(commands: Commands) -> None:
@@ -46,14 +46,14 @@ def add(commands: Commands) -> None:
     add_output_options(scoring)
     add_store_options(scoring)
     add_memory_options(scoring)
-    help = "tokens per forward pass"
-    scoring.group("memory").add_argument("--chunk-tokens", type=positive, default=CHUNK_TOKENS, metavar="N", help=help)
+    help = f"tokens per forward pass (default: {CHUNK_TOKENS} on the CPU, {GPU_CHUNK_TOKENS:,} or more on a GPU)"
+    scoring.group("memory").add_argument("--chunk-tokens", type=positive, metavar="N", help=help)
     add_executor_options(scoring)
     scoring.group("workers").add_argument(
         "--shard-tokens",
         type=positive,
-        default=SHARD_TOKENS,
         metavar="N",
-        help="average tokens per shard, the unit of work that a killed worker loses",
+        help=f"average tokens per shard, the unit of work that a killed worker loses (default: {SHARD_CHUNKS} forward "
+        "passes of the device's default size)",
     )
     add_json_option(scoring)

@@ -22,7 +22,7 @@ class RowAllocator:
         capacity: rows of the cache.
 
     Attributes:
-        end_k, depth_k: int32 [capacity], of each row.
+        end_k, depth_k: int32 [capacity], of each row; a free row has end 0.
         top: rows in use, reserved ones included.
         path: int64, the rows of the prompt that entered last, in order.
     """
@@ -98,6 +98,7 @@ class RowAllocator:
             first = int(moved[its.start])
             self._reserved[sequence] = range(first, first + len(its))
         self.top, self._may_shrink = len(kept), False
+        self.end_k[self.top :] = 0
         return kept
 
     def _leave(self, shared: int) -> None:

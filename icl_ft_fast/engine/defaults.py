@@ -9,8 +9,10 @@ SHIPPED = "shipped"  # the name of the model that comes with the package
 SHIPPED_FOLDER = Path(__file__).parents[1] / "shipped" / "model"
 DTYPE_NAMES = ("float32", "bfloat16")
 KV_DTYPE_NAMES = ("bfloat16", "int8")
-CHUNK_TOKENS = 512  # tokens forwarded at a time
-SHARD_TOKENS = 2048  # tokens of an average shard: a few forwards, what a kill loses at most of each worker's work
+CHUNK_TOKENS = 512  # tokens forwarded at a time on a CPU
+GPU_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 8192, 65_536  # on a GPU, of a large model and of the smallest
+SHARD_CHUNKS = 4  # forwards in an average shard, what a kill loses at most of each worker's work
+SHARD_TOKENS = SHARD_CHUNKS * CHUNK_TOKENS
 
 
 def parse_bytes(size: int | str) -> int:

@@ -66,6 +66,12 @@ def work_of(model: Model) -> Work:
     )
 
 
+def heads_of(model: Model) -> tuple[int, set[tuple[int, int, int]]]:
+    """Query heads; and the sizes of a key's and of a value's head and key/value heads that its layers have."""
+    config = model.network.config.get_text_config()
+    return config.num_attention_heads, set(_head_sizes(model, len(_windows(config))))
+
+
 def _head_sizes(model: Model, num_layers: int) -> list[tuple[int, int, int]]:
     """For each layer with attention the size of a key and of a value, and how many of each there are."""
     config = model.network.config.get_text_config()

@@ -8,23 +8,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from icl_ft_fast import ops
 from icl_ft_fast.engine import memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
-from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.defaults import CHUNK_TOKENS, GPU_CHUNK_TOKENS, MOST_CHUNK_TOKENS
+from icl_ft_fast.engine.flops import Work, heads_of, work_of
 from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.memory import Footprint
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.transfer import Sent, send
 from icl_ft_fast.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
+
+LAYER_S, GPU_FLOPS_PER_S = 0.45e-3, 700e12  # of the host for a layer's 40 launches; of an H200's products
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,12 @@ class ScoringOptions:
     """How to score: what every layer passes on unchanged. Results do not depend on it beyond rounding.
 
     Attributes:
-        chunk_tokens: tokens forwarded at a time; fewer where the model's memory asks for it.
+        chunk_tokens: tokens forwarded at a time, None for chunk_tokens_of(model); fewer where its memory asks for it.
         progress: whether to show a progress bar.
         store: of saved contexts; a shared prefix is taken from it, or forwarded and saved there.
     """
 
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int | None = None
     progress: bool = False
     store: ContextStore | None = None
 
@@ -51,7 +55,7 @@ class Reader(Protocol):
 
     extra_bytes: int
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
         """Read a chunk's hidden states [rows, E]; called again with halves of the chunk if memory runs out."""
 
 
@@ -87,7 +91,8 @@ def forward_chunks(
         BudgetError: too little memory.
     """
     num_rows = len(tree.token)
-    shared_rows = int((tree.end[:shared_tokens] == num_rows).int().cumprod(0).sum())
+    shared_rows = _common_rows(tree, shared_tokens)
+    cut = shared_rows if model.device.type == "cpu" else _common_rows(tree, num_rows)
     known, room = 0, 0
     if start is not None:
         known, room = min(len(start.token), num_rows), start.room(model.memory.cache_dtype)
@@ -95,23 +100,25 @@ def forward_chunks(
         if not begins or not (tree.end[:known] == num_rows).all():
             raise StartError("start: not every request begins with its tokens")
     size, need = memory.fit(
-        partial(trie.extent, tree, known=known, cut=shared_rows),
-        options.chunk_tokens,
+        partial(trie.extent, tree, known=known, cut=cut),
+        options.chunk_tokens or chunk_tokens_of(model),
         model.memory,
         footprint_of(model),
         model.device,
         room=room,
         extra_bytes=reader.extra_bytes,
+        temporary_bytes=partial(temporary_bytes_of, model),
     )
-    plan = trie.plan(tree, size, known=known, cut=shared_rows)
+    plan = trie.plan(tree, size, known=known, cut=cut)
     cache = model.new_cache(plan.capacity, need.folder if need.offloaded_bytes else None)
     if start is not None:
         cache = start.open(cache)
-    work = work_of(model)
+    ledger.note_served_by(ops.served_by(model.device, model.head.weight.dtype))
+    work, sent_of = work_of(model), lru_cache(maxsize=1)(partial(send, device=model.device))
 
     def prepare(chunk: trie.Chunk) -> None:
         if chunk.first_row >= known:
-            cache.compact(chunk.keep)
+            cache.compact(chunk.keep, sent_of(chunk).moved)
 
     def undo(chunk: trie.Chunk) -> None:
         cache.truncate(chunk.cached_rows)
@@ -121,20 +128,50 @@ def forward_chunks(
             if start is not None and chunk.first_row < known:
                 hidden = start.hidden[chunk.first_row : chunk.last_row]
             else:
-                hidden = model.forward_chunk(chunk, cache)
+                hidden = model.forward_chunk(chunk, cache, sent_of(chunk))
                 if chunk.first_row == known:
                     ledger.kv_bytes += plan.capacity * footprint_of(model).kv_row_bytes
                 depth = tree.depth[chunk.first_row : chunk.last_row]
                 ledger.ran(work, depth, chunk.cached_rows, 0)
                 ledger.forwarded_tokens += len(chunk.token)
         with ledger.phase(phase):
-            reader(chunk, hidden)
+            reader(sent_of(chunk), hidden)
 
     bar = {"desc": "scoring", "unit": "token", "disable": not options.progress, "delay": 1}
     with tqdm(total=num_rows, initial=known, **bar) as shown:
         for chunk, _ in in_chunks(plan, run, prepare=prepare, undo=undo):
             shown.update(max(0, chunk.last_row - max(known, chunk.first_row)))
             yield chunk
+
+
+def _common_rows(tree: trie.Trie, most: int) -> int:
+    """How many of the first `most` rows all later ones are below: a beginning that all requests share."""
+    return int((tree.end[:most] == len(tree.token)).int().cumprod(0).sum())
+
+
+def chunk_tokens_of(model: Model) -> int:
+    """Tokens forwarded at a time unless asked otherwise: what suits the model's device, see suited_chunk_tokens()."""
+    return suited_chunk_tokens(model.device, work_of(model))
+
+
+def suited_chunk_tokens(device: torch.device, work: Work) -> int:
+    """CHUNK_TOKENS on a CPU; on a GPU so many that a layer's products take it longer than the host takes to start them.
+
+    That is estimated: about LAYER_S for the host, at GPU_FLOPS_PER_S for the GPU. A power of two.
+    """
+    if device.type == "cpu":
+        return CHUNK_TOKENS
+    rows, suited = LAYER_S * GPU_FLOPS_PER_S * len(work.attention) / work.row_flops, GPU_CHUNK_TOKENS
+    while suited < min(rows, MOST_CHUNK_TOKENS):
+        suited *= 2
+    return suited
+
+
+def temporary_bytes_of(model: Model, rows: int, capacity: int) -> int:
+    """The most that the ops allocate beside their results in a forward of so many rows, on such a KV cache."""
+    heads, sizes = heads_of(model)
+    of_ops = partial(ops.temporary_bytes, model.device, model.head.weight.dtype, num_queries=rows, num_keys=capacity)
+    return max(of_ops(heads=(heads, groups), sizes=(key, value)) for key, value, groups in sizes)
 
 
 def footprint_of(model: Model) -> Footprint:
@@ -170,10 +207,11 @@ def _measured_footprint(model: Model) -> Footprint:
 
 def hidden_states(model: Model, plan: trie.Plan, cache: KVCache) -> Iterator[tuple[trie.Chunk, torch.Tensor]]:
     """Each chunk of a plan with its hidden states [rows, E]; for trees that need no memory plan."""
+    sent_of = lru_cache(maxsize=1)(partial(send, device=model.device))
     yield from in_chunks(
         plan,
-        partial(model.forward_chunk, cache=cache),
-        prepare=lambda chunk: cache.compact(chunk.keep),
+        lambda chunk: model.forward_chunk(chunk, cache, sent_of(chunk)),
+        prepare=lambda chunk: cache.compact(chunk.keep, sent_of(chunk).moved),
         undo=lambda chunk: cache.truncate(chunk.cached_rows),
     )
 

@@ -6,25 +6,31 @@ forwards the newest token of every running sequence and the prompts that enter, 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from icl_ft_fast import ops
 from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.allocator import RowAllocator
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
+from icl_ft_fast.engine.decoding import NewestTokens
 from icl_ft_fast.engine.detokenize import Detokenizer, pieces
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.forward import footprint_of, in_chunks
+from icl_ft_fast.engine.forward import chunk_tokens_of, footprint_of, in_chunks, temporary_bytes_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows
+from icl_ft_fast.engine.transfer import copied, is_late
 from icl_ft_fast.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 RUNNING = 64  # sequences decoded together; bounds the cache, and on the CPU more at a time is not faster
 
@@ -257,10 +263,13 @@ class _Decoder:
         self.queue, self.running = deque(sequences), list[_Sequence]()
         self.prompts = _Prompts(list(dict.fromkeys(sequence.prompt for sequence in sequences)))
         self.ends_text, self.chooser, self.work = end_tokens(model), _Chooser(), work_of(model)
+        self.has_constant_shapes = is_late(model.device)
         self.chunk_tokens, self.most_running, self.cache = self._fit(sequences)
+        self.newest = NewestTokens(model, self.cache, self.most_running)
+        ledger.note_served_by(ops.served_by(model.device, model.head.weight.dtype))
         with ledger.phase("generate"):
             ledger.kv_bytes += self.cache.capacity * footprint_of(model).kv_row_bytes
-        self.rows = RowAllocator(self.cache.capacity)
+        self.rows = RowAllocator(self.cache.capacity - self.has_constant_shapes)
         self.entered: tuple[int, ...] = ()  # the prompt that entered last
         self.logits = torch.empty(0, 0)  # after it, [1, V], where the next sequence needs them
 
@@ -270,12 +279,18 @@ class _Decoder:
 
         def extent(size: int) -> tuple[int, int]:
             running = min(RUNNING, size)
-            return min(size, num_rows + running), self.prompts.capacity(sequences, running)
+            return min(size, num_rows + running), self.prompts.capacity(sequences, running) + self.has_constant_shapes
 
         logits = 24 * min(RUNNING, len(sequences)) * model.head.weight.shape[0]  # they, their softmax in float64, ...
         try:
             size, need = memory.fit(
-                extent, CHUNK_TOKENS, model.memory, footprint_of(model), model.device, extra_bytes=logits
+                extent,
+                chunk_tokens_of(model),
+                model.memory,
+                footprint_of(model),
+                model.device,
+                extra_bytes=logits,
+                temporary_bytes=partial(temporary_bytes_of, model),
             )
         except memory.BudgetError as error:
             raise GenerateError(str(error)) from error
@@ -297,13 +312,18 @@ class _Decoder:
         num_kept, step = len(self.logits), self._newest()
         while self.queue and len(self.running) < self.most_running and not self._waits_for_room():
             self._enter(self.queue.popleft(), step)
-        logits = self._forward(step)
+        logits = self._forward_newest(step) if len(step.rows) == 1 else None
+        logits = self._forward(step) if logits is None else logits
         logits = torch.cat([self.logits.to(logits), logits]) if num_kept else logits
         if not self.queue or self.queue[0].prompt != self.entered:
             self.logits = logits[:0]
         elif len(step.rows) > 1:
             self.logits = logits[-1:]
-        return self._write(logits[torch.tensor(step.place)])
+        first, num_places = step.place[0], len(step.place)
+        if step.place == [*range(first, first + num_places)]:
+            return self._write(logits[first : first + num_places])
+        (place,) = copied((torch.tensor(step.place, dtype=torch.int32),), logits.device)
+        return self._write(logits[place])
 
     def _newest(self) -> _Step:
         """The newest token of each running sequence."""
@@ -342,17 +362,15 @@ class _Decoder:
     def _forward(self, step: _Step) -> torch.Tensor:
         """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
         token, depth, slots = torch.cat(step.token), torch.cat(step.depth), torch.cat(step.rows)
-        needed, top, device = torch.tensor(step.needed), self.rows.top, self.model.device
+        needed, top, device = torch.tensor(step.needed, dtype=torch.int32), self.rows.top, self.model.device
 
         def run(chunk: trie.Slice) -> torch.Tensor:
             part = slice(chunk.first_row, chunk.last_row)
-            end_k, depth_k = self.rows.end_k[:top].to(device), self.rows.depth_k[:top].to(device)
-            row = slots[part].to(device)
-            rows = Rows(
-                token[part].long().to(device), depth[part].to(device), row.int(), end_k, depth_k, self.cache, row
-            )
             wanted = needed[(needed >= chunk.first_row) & (needed < chunk.last_row)] - chunk.first_row
-            hidden = self.model.forward(rows)[wanted.to(device)]
+            numbers = token[part], depth[part], slots[part].int(), self.rows.end_k[:top], self.rows.depth_k[:top]
+            its, depth_q, row_q, end_k, depth_k, wanted_rows = copied((*numbers, wanted), device)
+            rows = Rows(its.long(), depth_q, row_q, end_k, depth_k, self.cache, row_q.long())
+            hidden = self.model.forward(rows)[wanted_rows]
             self.ledger.ran(self.work, depth[part], top - len(depth[part]), len(wanted))
             return hidden
 
@@ -365,13 +383,32 @@ class _Decoder:
         self.ledger.head_tokens += len(needed)
         return self.model.head.logits(torch.cat(hidden)) if hidden else self.logits[:0]
 
+    def _forward_newest(self, step: _Step) -> torch.Tensor | None:
+        """Logits after the newest tokens alone, in constant shapes; None where the device gains nothing by that."""
+        (token,), (depth,), (rows,) = step.token, step.depth, step.rows
+        if not self.has_constant_shapes or not len(token):
+            return None
+        try:
+            logits = self.newest.logits(token, depth, rows, self.rows.end_k, self.rows.depth_k)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            _log.warning("memory: ran out; resuming with tokens generated in changing shapes (%s)", error)
+            self.has_constant_shapes = False
+            return None
+        self.ledger.ran(self.work, depth, self.rows.top - len(depth), len(depth))
+        self.ledger.forwarded_tokens += len(depth)
+        self.ledger.head_tokens += len(depth)
+        return logits
+
     def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:
         """Give each running sequence its next token; returns those that end with it and lets them go."""
         chosen = self.chooser.choose(logits, self.running)
-        logp = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+        taken = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens, logp = torch.stack([chosen.double(), taken.double()]).tolist()  # one copy; both are exact in float64
         running, ended = self.running, []
         self.running = []
-        for sequence, token, token_logp in zip(running, chosen.tolist(), logp, strict=True):
+        for sequence, token, token_logp in zip(running, map(int, tokens), logp, strict=True):
             finish, is_wanted = "eos" if token in self.ends_text else "", True
             if not finish:
                 sequence.ids.append(token)

@@ -92,17 +92,23 @@ class KVCache:
         """Forget all rows but the first `rows`, and what was appended and not committed."""
         self.rows = rows
 
-    def compact(self, keep: torch.Tensor) -> None:
+    def compact(self, keep: torch.Tensor, moved: torch.Tensor | None = None) -> None:
         """Keep only the positions `keep` (int64, ascending), in that order; what stays where it is costs nothing.
 
         If memory runs out meanwhile, only the rows that stay where they are can still be used: truncate to them.
+
+        Args:
+            keep: on the host.
+            moved: keep[num_staying(keep):] on the device of the cache, where it is there already.
         """
-        stay = int((keep == torch.arange(len(keep))).sum())  # keep ascends, so these come first
+        stay = num_staying(keep)
         if stay < len(keep):
+            moved = keep[stay:] if moved is None else moved
             for layer, parts in self._layers.items():
                 self._work_on(layer)
                 for part in parts:
-                    part[stay : len(keep)] = part[keep[stay:].to(part.device)]
+                    moved = moved.to(part.device)
+                    part[stay : len(keep)] = part[moved]
         self.rows = len(keep)
 
     def copy(self, rows: int, other: KVCache) -> KVCache:
@@ -157,6 +163,11 @@ class KVCache:
         if self._at_work != layer and self._at_work in self._files:
             self._files[self._at_work].madvise(mmap.MADV_DONTNEED)
         self._at_work = layer
+
+
+def num_staying(keep: torch.Tensor) -> int:
+    """How many of the positions `keep`, which ascend, stay where they are when a cache is compacted to them."""
+    return int((keep == torch.arange(len(keep))).sum())  # these come first
 
 
 _ALIGNED = 64  # bytes that a tensor's memory starts at a multiple of, as torch's own does

@@ -77,6 +77,7 @@ class Ledger(Counts):
 
     Attributes:
         flops, moved_bytes, kv_bytes: as in Phase.
+        served_by: what served attention, see ops.served_by(); where several did, their names, joined by " and ".
         phases: the same by phase, with seconds; what happens outside every phase is in the totals only.
         meter: reads the device's time, energy and memory; without one a phase has wall seconds only.
     """
@@ -84,6 +85,7 @@ class Ledger(Counts):
     flops: int = field(default=0, compare=False)
     moved_bytes: int = field(default=0, compare=False)
     kv_bytes: int = field(default=0, compare=False)
+    served_by: str = field(default="", compare=False)
     phases: dict[str, Phase] = field(default_factory=dict, compare=False)
     meter: Meter | None = field(default=None, compare=False)
     _open: str | None = field(default=None, repr=False, compare=False)
@@ -117,13 +119,20 @@ class Ledger(Counts):
         self.flops += passes * work.flops(depth_T, head_tokens)
         self.moved_bytes += passes * (work.weight_bytes + (cached_rows + len(depth_T)) * work.kv_row_bytes)
 
+    def note_served_by(self, names: str) -> None:
+        """Add what served attention, once each."""
+        known = [name for name in (*self.served_by.split(" and "), *names.split(" and ")) if name]
+        self.served_by = " and ".join(dict.fromkeys(known))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: totals, and each phase with how its figures came about."""
         totals = {name: getattr(self, name) for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes")}
-        return totals | {"phases": {name: asdict(phase) | {"how": phase.how()} for name, phase in self.phases.items()}}
+        phases = {name: asdict(phase) | {"how": phase.how()} for name, phase in self.phases.items()}
+        return totals | {"served_by": self.served_by, "phases": phases}
 
     def include(self, other: Mapping[str, Any]) -> None:
         """Add the as_dict() of another ledger, of another process perhaps; outside of every phase."""
+        self.note_served_by(other.get("served_by", ""))  # a checkpoint may be older than this
         for name in (*COUNTS, "flops", "moved_bytes", "kv_bytes"):
             setattr(self, name, getattr(self, name) + other[name])
         for name, its in other["phases"].items():

@@ -14,13 +14,13 @@ import torch
 
 from icl_ft_fast.engine import encoding, memory, trie
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.forward import ScoringOptions as ScoringOptions
 from icl_ft_fast.engine.forward import StartError, forward_chunks
 from icl_ft_fast.engine.kv_cache import Context, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.transfer import Fetched, Sent, is_late
 from icl_ft_fast.runtime.errors import UserError
 
 
@@ -43,7 +43,7 @@ def loglikelihood(
     model: Model,
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     shared_tokens: int = 0,
     ledger: Ledger | None = None,
     progress: bool = False,
@@ -55,8 +55,8 @@ def loglikelihood(
     Args:
         model: from load().
         requests: pairs; a continuation has at least one token, and so has a context of token ids.
-        chunk_tokens: tokens forwarded at a time, fewer where model.memory asks for it; results do not depend on it
-            beyond rounding.
+        chunk_tokens: tokens forwarded at a time, fewer where model.memory asks for it; None for what suits the model's
+            device. Results do not depend on it beyond rounding.
         shared_tokens: leading tokens that all requests have in common and that count as the ledger's phase "prefill";
             everything else forwarded is its phase "query".
         ledger: counts of this call are added to it.
@@ -88,7 +88,7 @@ def iter_loglikelihood(
     model: Model,
     requests: Sequence[TokenRequest | tuple[str, str]],
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
     start: Context | None = None,
@@ -127,7 +127,11 @@ def score_requests(
     chunks = forward_chunks(
         model, tree, targets, options=options, ledger=ledger, start=start, shared_tokens=shared_tokens
     )
-    for chunk in _with_score_errors(chunks):
+    done = _with_score_errors(chunks)
+    for chunk in _after_the_next(done) if targets.is_late else done:
+        if targets.is_late:
+            with ledger.phase("query"):
+                targets.read(chunk)
         for r in completed.by(chunk):
             path = tree.path[tree.path_offset[r] : tree.path_offset[r + 1]]
             yield r, LogLikelihood(targets.logp[path].sum().item(), bool(targets.is_argmax[path].all()))
@@ -192,7 +196,7 @@ def prefill(
     token: Sequence[int],
     *,
     reuse_from: Context | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ledger: Ledger | None = None,
 ) -> Context:
     """Forward a prefix that requests share, so that loglikelihood(start=...) forwards only the rest.
@@ -201,7 +205,7 @@ def prefill(
         model: from load().
         token: ids, at least one.
         reuse_from: another context of this model; the tokens that both begin with are copied from it, not forwarded.
-        chunk_tokens: tokens forwarded at a time.
+        chunk_tokens: tokens forwarded at a time; None for what suits the model's device.
         ledger: counts of this call are added to it.
 
     Raises:
@@ -240,7 +244,7 @@ def stored_context(
     store: ContextStore,
     *,
     label: str = "",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ledger: Ledger | None = None,
 ) -> Context:
     """The context of these tokens, from the store where it is there, else forwarded and saved there.
@@ -314,16 +318,26 @@ class _Targets:
         self.model, self.ledger, self.work = model, ledger, work_of(model)
         self.logp = torch.empty(len(tree.scored_token), dtype=torch.float64)
         self.is_argmax = torch.empty(len(tree.scored_token), dtype=torch.bool)
+        self.is_late = is_late(model.device)
+        self._fetched: dict[int, Fetched] = {}  # by the chunk's first row
         self.extra_bytes = _results_bytes(tree)
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
+        chunk = sent.chunk
         if not len(chunk.head_rows):
             return
-        needed = hidden[chunk.head_rows.to(hidden.device)]
-        values, flags = self.model.target_logprob(needed, chunk.target_row, chunk.target_token)
-        self.logp[chunk.target_index] = values.double().cpu()
-        self.is_argmax[chunk.target_index] = flags.cpu()
+        found = self.model.target_logprob(hidden[sent.head_rows], sent.target_row, sent.target_token)
+        self._fetched[chunk.first_row] = Fetched(*found)
+        if not self.is_late:
+            self.read(chunk)
         _count_head(self.ledger, self.work, chunk)
+
+    def read(self, chunk: trie.Chunk) -> None:
+        """Have the results of a chunk, unless they are there."""
+        if (fetched := self._fetched.pop(chunk.first_row, None)) is not None:
+            logp, is_argmax = fetched.read()
+            self.logp[chunk.target_index] = logp.double()
+            self.is_argmax[chunk.target_index] = is_argmax
 
 
 class _Likeliest:
@@ -344,7 +358,8 @@ class _Likeliest:
         """(token id, log-probability), likeliest first."""
         return list(zip(self.top_id[place].tolist(), self.top_logp[place].tolist(), strict=True))
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
+        chunk = sent.chunk
         target_row = chunk.head_rows.long()[chunk.target_row.long()]
         ended = (self.last_row >= chunk.first_row) & (self.last_row < chunk.last_row) & self.with_after
         ended = ended.nonzero()[:, 0]
@@ -371,8 +386,8 @@ class _Hidden:
         self.hidden = torch.empty(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         self.extra_bytes = 0  # it is there already
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
-        self.hidden[chunk.first_row : chunk.last_row] = hidden
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
+        self.hidden[sent.chunk.first_row : sent.chunk.last_row] = hidden
 
 
 def _results_bytes(tree: trie.Trie) -> int:
@@ -397,6 +412,17 @@ def _with_score_errors(chunks: Iterator[trie.Chunk]) -> Iterator[trie.Chunk]:
         yield from chunks
     except (StartError, memory.BudgetError) as error:
         raise ScoreError(str(error)) from error
+
+
+def _after_the_next(chunks: Iterator[trie.Chunk]) -> Iterator[trie.Chunk]:
+    """Each chunk when the next one is on its way."""
+    before = None
+    for chunk in chunks:
+        if before is not None:
+            yield before
+        before = chunk
+    if before is not None:
+        yield before
 
 
 class _Completed:

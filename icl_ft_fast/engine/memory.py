@@ -30,6 +30,7 @@ SHARE = 0.9  # of what is free, where no limit is given
 LEAST_ROWS = 32  # of a chunk; rather than go below, the cache is offloaded
 INDEX_BYTES = 64  # of a cache row's ends, depths and positions while a chunk is prepared
 OTHER_BYTES = 32 << 20  # workspaces of kernels and libraries, and what the allocator keeps, whatever the sizes
+GPU_OTHER_BYTES = 256 << 20  # the same on a GPU, where that of cuBLAS alone may be 32 MiB, and blocks are rounded up
 KV_DTYPES = {name: getattr(torch, name) for name in KV_DTYPE_NAMES}
 
 _log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def fit(
     *,
     room: int = 0,
     extra_bytes: int = 0,
+    temporary_bytes: Callable[[int, int], int] = lambda rows, capacity: 0,
 ) -> tuple[int, Need]:
     """How many tokens to forward at a time so that a run fits the memory, and what it takes then.
 
@@ -147,13 +149,14 @@ def fit(
         device: where it is. Only a CPU's cache can be offloaded.
         room: rows that there is a cache for already.
         extra_bytes: of what the caller allocates beside.
+        temporary_bytes: that the ops allocate beside their results, of the longest chunk and the rows of the KV cache.
 
     Raises:
         BudgetError: even a token at a time does not fit.
     """
     held = held_bytes(device)
     limit = memory.limit_bytes or held + int(SHARE * free_bytes(device))
-    folder = memory.offload or Path(tempfile.gettempdir())
+    folder, constant = memory.offload or Path(tempfile.gettempdir()), other_bytes(device)
     sizes = [chunk_tokens]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -172,7 +175,7 @@ def fit(
             activation_bytes=footprint.block_bytes
             + rows * footprint.row_bytes
             + capacity * (footprint.open_row_bytes + INDEX_BYTES),
-            other_bytes=extra_bytes + OTHER_BYTES,
+            other_bytes=extra_bytes + temporary_bytes(rows, capacity) + constant,
             offloaded_bytes=kv_bytes if is_offloaded else 0,
             folder=folder,
         )
@@ -192,6 +195,11 @@ def fit(
         )
     _log.log(logging.WARNING if need.offloaded_bytes or size < chunk_tokens else logging.INFO, "memory: %s", need)
     return size, need
+
+
+def other_bytes(device: torch.device) -> int:
+    """What a run takes whatever its sizes."""
+    return OTHER_BYTES if device.type == "cpu" else GPU_OTHER_BYTES
 
 
 def held_bytes(device: torch.device) -> int:

@@ -21,6 +21,7 @@ from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS as CHUNK_TOKENS
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.memory import Footprint, Memory
+from icl_ft_fast.engine.transfer import Sent, send
 from icl_ft_fast.runtime.errors import UserError
 
 ATTENTION = "icl_ft_fast"
@@ -44,6 +45,8 @@ class Rows:
         cache: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] cache positions to write to; None appends after the cache's rows.
         batch_invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
+        num_shared: see ops.TreeIndex.
+        max_depth: see ops.TreeIndex.
         plans: what the layers' attention shares, see ops.trie_attention.
     """
 
@@ -55,6 +58,8 @@ class Rows:
     cache: KVCache | None = None
     slots: torch.Tensor | None = None
     batch_invariant: bool = False
+    num_shared: int = 0
+    max_depth: int = 0
     plans: dict[Any, Any] = field(default_factory=dict, init=False)
 
 
@@ -88,7 +93,8 @@ def _trie_attention(
             k, v = icl_rows.cache.append(layer, k, v)  # type: ignore[arg-type]
         else:
             k, v = icl_rows.cache.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
-    tree = ops.TreeIndex(icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k)
+    index = icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k
+    tree = ops.TreeIndex(*index, icl_rows.num_shared, icl_rows.max_depth)
     options = ops.AttentionOptions(scaling, sliding_window, softcap, s_aux, icl_rows.batch_invariant)
     out = ops.trie_attention(q, k, v, tree, options, plans=icl_rows.plans)
     return _filled(out, query.shape[2])[None], None
@@ -243,13 +249,23 @@ class Model:
             hidden.append(output.last_hidden_state[0, :num_rows])
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def forward_chunk(self, chunk: trie.Chunk, cache: KVCache) -> torch.Tensor:
-        """Hidden states [T, E] of a planned chunk, whose ancestors are all that the cache holds; commits its rows."""
-        device, kept = self.device, chunk.cached_rows
-        end_k, depth_k = chunk.end_k.to(device), chunk.depth_k.to(device)
-        row_q = torch.arange(kept, len(chunk.end_k), dtype=torch.int32, device=device)
-        token = chunk.token.to(device, torch.int64)
-        hidden = self.forward(Rows(token, depth_k[kept:], row_q, end_k, depth_k, cache))
+    def forward_chunk(self, chunk: trie.Chunk, cache: KVCache, sent: Sent | None = None) -> torch.Tensor:
+        """Hidden states [T, E] of a planned chunk, whose ancestors are all that the cache holds; commits its rows.
+
+        `sent` is the chunk on the device, where it is there already.
+        """
+        its = sent or send(chunk, self.device)
+        rows = Rows(
+            its.token,
+            its.depth_k[chunk.cached_rows :],
+            its.row_q,
+            its.end_k,
+            its.depth_k,
+            cache,
+            num_shared=its.num_shared,
+            max_depth=its.max_depth,
+        )
+        hidden = self.forward(rows)
         cache.commit(chunk.last_row - chunk.first_row)
         return hidden
 

@@ -10,7 +10,6 @@ from functools import partial
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.control_tokens import as_text, plain
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import (
     Encoded,
@@ -59,7 +58,7 @@ def iter_scores(
     questions: Sequence[Question],
     *,
     context: str = "",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
     store: ContextStore | None = None,
@@ -162,7 +161,7 @@ def score(
     questions: Sequence[Question],
     *,
     context: str = "",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
     store: ContextStore | None = None,
@@ -174,8 +173,8 @@ def score(
         model: from load().
         questions: prompts and choices; choices are not shown to the model.
         context: text before every prompt, forwarded once.
-        chunk_tokens: tokens forwarded at a time, fewer where model.memory asks for it; results do not depend on it
-            beyond rounding.
+        chunk_tokens: tokens forwarded at a time, fewer where model.memory asks for it; None for what suits the model's
+            device. Results do not depend on it beyond rounding.
         ledger: counts of this call are added to it.
         progress: show a bar of forwarded tokens.
         store: of saved contexts; `context` is taken from it, or forwarded and saved there.

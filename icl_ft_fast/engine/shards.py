@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import trie
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS, SHARD_TOKENS
+from icl_ft_fast.engine.defaults import SHARD_CHUNKS, SHARD_TOKENS
 from icl_ft_fast.engine.flops import Work, work_of
+from icl_ft_fast.engine.forward import chunk_tokens_of
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, ScoringOptions, loglikelihood, prefill, stored_context
@@ -180,7 +181,7 @@ class Scorer:
         store: stems are taken from it, or forwarded and saved there.
     """
 
-    def __init__(self, model: Model, chunk_tokens: int = CHUNK_TOKENS, store: ContextStore | None = None) -> None:
+    def __init__(self, model: Model, chunk_tokens: int | None = None, store: ContextStore | None = None) -> None:
         self.model, self.chunk_tokens, self.store = model, chunk_tokens, store
         self._stem: tuple[tuple[int, ...], Context | None] = (), None
 
@@ -237,7 +238,7 @@ class ShardedRun:
         folder: of finished shards; a run that was killed resumes from it.
         name: the model as load() takes it, for workers in other processes.
         loading: keyword arguments of load(), for these too.
-        shard_tokens: see cut().
+        shard_tokens: see cut(); None for SHARD_CHUNKS chunks of the model's device.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class ShardedRun:
         name: str,
         loading: dict[str, Any],
         *,
-        shard_tokens: int = SHARD_TOKENS,
+        shard_tokens: int | None = None,
     ) -> None:
         self.executor, self.folder, self.name, self.loading = executor, folder, name, loading
         self.shard_tokens = shard_tokens
@@ -272,8 +273,9 @@ class ShardedRun:
             ledger: what all workers have counted is added to it.
         """
         work = work_of(model)
-        cuts = cut(requests, work, shard_tokens=self.shard_tokens, stem_tokens=shared_tokens)
-        fingerprint, chunk_tokens = model.fingerprint(), options.chunk_tokens
+        fingerprint, chunk_tokens = model.fingerprint(), options.chunk_tokens or chunk_tokens_of(model)
+        shard_tokens = self.shard_tokens or SHARD_CHUNKS * chunk_tokens_of(model)
+        cuts = cut(requests, work, shard_tokens=shard_tokens, stem_tokens=shared_tokens)
         identity = {"model": fingerprint, "chunk_tokens": chunk_tokens, "loading": repr(self.loading)}
         store = options.store if shared_tokens else None
         where = (None, 0) if store is None else (store.folder, store.max_bytes)

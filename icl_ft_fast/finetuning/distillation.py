@@ -19,6 +19,7 @@ from icl_ft_fast.engine.forward import ScoringOptions, forward_chunks
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.memory import BudgetError
 from icl_ft_fast.engine.model import Head, Model
+from icl_ft_fast.engine.transfer import Sent
 from icl_ft_fast.finetuning.data import EncodedExample
 from icl_ft_fast.finetuning.settings import FinetuneError
 
@@ -129,8 +130,8 @@ class _Predicting:
         self.extra_bytes = len(tree.scored_token) * weight.shape[1] * weight.element_size()
         self._rows = 0
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
-        needed = hidden[chunk.head_rows.long().to(hidden.device)]
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
+        chunk, needed = sent.chunk, hidden[sent.head_rows]
         self.place[chunk.target_index] = chunk.target_row.long() + self._rows
         self.hidden.append(needed)
         self._rows += len(needed)

@@ -24,7 +24,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.generate import iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood, stored_context
@@ -59,7 +58,7 @@ class IclFtFastLM(TemplateLM):
         memory: what scoring may take; with kv_dtype and spill as in load().
         batch_size: accepted and without effect, like max_batch_size: results do not depend on batches, and memory on
             chunk_tokens.
-        chunk_tokens: rows forwarded at a time.
+        chunk_tokens: rows forwarded at a time; what suits the device by default.
         max_length: tokens of context and continuation that the network sees; at most, and by default, its positions.
         overflow: what happens to a request beyond max_length, reported by number in a warning and in the results file:
             truncate_left, what hf does, drops the first tokens of its context; error names it; skip answers minus
@@ -100,7 +99,7 @@ class IclFtFastLM(TemplateLM):
         offload: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         max_length: int | None = None,
         overflow: str = OVERFLOW[0],
         boundary: str = BOUNDARIES[0],
@@ -319,7 +318,7 @@ class IclFtFastLM(TemplateLM):
     def _counts(self) -> Counter[str]:
         """Of this process, for the results file."""
         over = {f"over_length_{name}": count for name, count in self._window.over.items()}
-        return Counter(over | {name: count for name, count in self.ledger.as_dict().items() if name != "phases"})
+        return Counter(over | {name: count for name, count in self.ledger.as_dict().items() if isinstance(count, int)})
 
     def _scores(
         self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool

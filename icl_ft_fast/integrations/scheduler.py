@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextError, ContextStore
-from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.generate import Sampling, iter_generations
 from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
@@ -140,7 +139,7 @@ class Scheduler:
         max_waiting: requests that may wait.
         store: prefix caches on disk: contexts are read from it, or saved there.
         merge: whether waiting requests are scored as one batch; False is for comparison.
-        chunk_tokens: tokens per forward.
+        chunk_tokens: tokens per forward; None for what suits the model's device.
 
     `ledger` counts everything.
     """
@@ -153,7 +152,7 @@ class Scheduler:
         max_waiting: int = 256,
         store: ContextStore | None = None,
         merge: bool = True,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         self.model, self.max_waiting, self.merge, self.chunk_tokens = model, max_waiting, merge, chunk_tokens
         self.ledger, self.contexts = Ledger(), ContextCache(context_bytes)

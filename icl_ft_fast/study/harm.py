@@ -24,6 +24,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import check_fit
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.engine.transfer import Sent
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.study import evaluate
@@ -177,6 +178,5 @@ class _Reading:
         self.hidden = torch.empty(len(tree.scored_token), weight.shape[1], dtype=weight.dtype, device=weight.device)
         self.extra_bytes = self.hidden.nbytes
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
-        rows = chunk.head_rows.long()[chunk.target_row.long()].to(hidden.device)
-        self.hidden[chunk.target_index.to(hidden.device)] = hidden[rows]
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
+        self.hidden[sent.chunk.target_index.to(hidden.device)] = hidden[sent.head_rows[sent.target_row]]
