@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+HEAD_START_MS = 1.0  # that a GPU waits before a call is timed, while the host starts it
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, 20th and 80th percentile."""
+    """Milliseconds of one call: median, 20th and 80th percentile; and of what the host did meanwhile, on CUDA."""
 
     ms: float
     p20_ms: float
     p80_ms: float
+    host_ms: float | None = None
 
 
 def measure(
@@ -53,11 +57,11 @@ def measure(
     """Time each variant once a round, in turn, so that a slow spell of the machine falls on all of them.
 
     After a warm-up round, if asked for, at least `min_rounds` are run, then more until `seconds` have passed for each
-    variant. On CUDA a call is timed by events after the L2 cache has been overwritten; on the CPU, inputs should exceed
-    the cache.
+    variant. On CUDA a call is timed by events after the L2 cache has been overwritten, and the host has a head start:
+    calls that it starts within HEAD_START_MS are the device's time alone. On the CPU, inputs should exceed the cache.
     """
     clock = _cuda_clock() if torch.device(device).type == "cuda" else _cpu_clock
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for call in variants.values() if warm_up else ():
         call()
     deadline = time.perf_counter() + seconds * len(variants)
@@ -66,7 +70,13 @@ def measure(
             break
         for name, call in variants.items():
             samples[name].append(clock(call))
-    return {name: Timing(*np.percentile(ms, [50, 20, 80]).tolist()) for name, ms in samples.items()}
+    return {name: _timing(np.array(its), torch.device(device)) for name, its in samples.items()}
+
+
+def _timing(samples: NDArray[np.float64], device: torch.device) -> Timing:
+    """Of (ms, host ms) of each call."""
+    host_ms = float(np.median(samples[:, 1])) if device.type == "cuda" else None
+    return Timing(*np.percentile(samples[:, 0], [50, 20, 80]).tolist(), host_ms)
 
 
 def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
@@ -119,23 +129,27 @@ def record(row: Row) -> dict[str, object]:
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
 
 
-def _cpu_clock(call: Callable[[], object]) -> float:
+def _cpu_clock(call: Callable[[], object]) -> tuple[float, float]:
     start = time.perf_counter()
     call()
-    return (time.perf_counter() - start) * 1e3
+    ms = (time.perf_counter() - start) * 1e3
+    return ms, ms
 
 
-def _cuda_clock() -> Callable[[Callable[[], object]], float]:
+def _cuda_clock() -> Callable[[Callable[[], object]], tuple[float, float]]:
     scratch = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def clock(call: Callable[[], object]) -> float:
+    def clock(call: Callable[[], object]) -> tuple[float, float]:
         scratch.zero_()
+        torch.cuda._sleep(int(HEAD_START_MS * 2e6))  # of cycles, at about 2 GHz
         start.record()
+        began = time.perf_counter()
         call()
+        host_ms = (time.perf_counter() - began) * 1e3
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end))
+        return float(start.elapsed_time(end)), host_ms
 
     return clock
 
