@@ -453,7 +453,7 @@ def test_what_cannot_be_halved_or_is_no_want_of_memory_is_raised(llama, monkeypa
 def test_a_stack_that_was_lost_while_it_was_compacted_is_not_used(llama, monkeypatch):
     compact, work_on = KVCache.compact, KVCache._work_on
 
-    def compacting(cache, keep):
+    def compacting(cache, keep, moved=None):
         with monkeypatch.context() as patch:
             patch.setattr(KVCache, "_work_on", failing)
             compact(cache, keep)

@@ -92,7 +92,8 @@ def chosen(q: Tensor, v: Tensor, softcap: float, shared: tuple[int, int]) -> str
         return None
     if name == "cuDNN" and (softcap or size > 128):
         return None
-    return name if gain_s(name, *q.shape[:1], num_keys, *q.shape[1:], q.itemsize) > 0 else None
+    num_queries, num_heads, _ = q.shape
+    return name if gain_s(name, num_queries, num_keys, num_heads, size, q.itemsize) > 0 else None
 
 
 def rectangle(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:

@@ -688,7 +688,7 @@ def temporary_bytes(
     tiles, many = triton.cdiv(num_queries * (H // G), block.queries), triton.cdiv(num_keys, block.keys)
     parts = _most_parts(tiles, many, G, found) * block.queries * G * (DV + 1) * 4
     state = num_queries * H * (DV * dtype.itemsize + 4) if rectangle.engine(device, dtype) else 0
-    return tiles * (many + 2) * 4 + parts + 2 * state  # as the engine lays it out, and as the kernel reads it
+    return int(tiles * (many + 2) * 4 + parts + 2 * state)  # as the engine lays it out, and as the kernel reads it
 
 
 @cache
