@@ -550,7 +550,7 @@ def mmlu(bench: Bench) -> None:
     }
     name = f"MMLU-like: {subjects} x {each:,} questions x 4 behind {shots} tokens"
     share = dict.fromkeys(rivals, len(sample) / len(case.prompts))
-    bench.measure(name, variants, ledger.flops, "TFLOP/s", sample=share, rounds=2, seconds=0)
+    bench.measure(name, variants, ledger.flops, "TFLOP/s", sample=share, rounds=1, seconds=0)
     _profile(bench, case)
 
 

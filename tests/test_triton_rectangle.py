@@ -131,6 +131,13 @@ def test_small_rectangles_and_what_an_engine_lacks_stay_with_the_tree(monkeypatc
     assert rectangle.chosen(q, wide, 0.0, (0, 9000)) is None
     monkeypatch.setattr(rectangle, "engine", lambda *_: "flash-attn")
     assert rectangle.chosen(wide, wide, 2.0, (0, 9000)) == "flash-attn"
+    middle = torch.empty(512, 32, 192, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(rectangle, "engine", lambda *_: "flash-attn-4")
+    for arch, expected in ((90, "flash-attn-4"), (100, None)):
+        found = described(GPUTarget("cuda", arch, 32), 232_448, 132)
+        monkeypatch.setattr(rectangle, "gpu", lambda device, found=found: found)
+        assert rectangle.chosen(middle, middle, 0.0, (0, 9000)) == expected
+        assert rectangle.chosen(wide, wide, 0.0, (0, 9000)) == "flash-attn-4"
 
 
 def test_engines_are_called_as_they_are_declared(monkeypatch) -> None:

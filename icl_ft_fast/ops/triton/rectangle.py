@@ -92,6 +92,8 @@ def chosen(q: Tensor, v: Tensor, softcap: float, shared: tuple[int, int]) -> str
         return None
     if name == "cuDNN" and (softcap or size > 128):
         return None
+    if name == "flash-attn-4" and 128 < size < 256 and gpu(q.device).matrix == "tcgen05":  # sm_90 has them
+        return None
     num_queries, num_heads, _ = q.shape
     return name if gain_s(name, num_queries, num_keys, num_heads, size, q.itemsize) > 0 else None
 
