@@ -21,8 +21,8 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 
 # Options that pages name and that belong to other programs: torchrun, the harnesses, the benchmarks.
 OF_OTHERS = """--nnodes --nproc-per-node --max-restarts --max-samples --custom-tasks --num_fewshot --use_cache
-    --model_args
-    --tasks --batch_size --costs --parts --stage --minutes --small --only --kills --quick --hypothesis-profile""".split()
+    --model_args --stage
+    --tasks --batch_size --costs --parts --minutes --small --only --kills --quick --hypothesis-profile""".split()
 
 
 def figures():

@@ -135,7 +135,7 @@ def test_small_rectangles_and_what_an_engine_lacks_stay_with_the_tree(monkeypatc
     monkeypatch.setattr(rectangle, "engine", lambda *_: "flash-attn-4")
     for arch, expected in ((90, "flash-attn-4"), (100, None)):
         found = described(GPUTarget("cuda", arch, 32), 232_448, 132)
-        monkeypatch.setattr(rectangle, "gpu", lambda device, found=found: found)
+        monkeypatch.setattr(rectangle, "gpu", lambda _, found=found: found)
         assert rectangle.chosen(middle, middle, 0.0, (0, 9000)) == expected
         assert rectangle.chosen(wide, wide, 0.0, (0, 9000)) == "flash-attn-4"
 
