@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models clean
+.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs clean
 
 setup: .venv/installed
 
@@ -101,6 +101,16 @@ readme: setup
 # Redraws the figures of docs/architecture.md.
 figures: setup
 	@$(BIN)/python docs/figures.py
+
+# The documentation site in build/site; a broken link or an unknown reference is an error.
+docs: build/docs/installed
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/python docs/website.py
+
+build/docs/installed: Makefile
+	@test -x build/docs/bin/python || $(PYTHON) -m venv build/docs
+	@build/docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.6,<10" \
+		"mkdocstrings[python]>=1,<2"
+	@touch $@
 
 clean:
 	rm -rf .venv build *.egg-info icl_ft_fast/_C*.so

@@ -54,7 +54,7 @@ def augment(
         AugmentError: an unknown strategy, or several samples of a greedy one.
         GenerateError: a sentence or document that does not fit the model's positions with its prompt.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> made = iff.augment(model, [iff.Document("d", "zota are wider than blata.")])
         >>> [row.text for row in made.rows if row.kind == "rephrased"]

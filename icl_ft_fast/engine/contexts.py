@@ -87,7 +87,7 @@ def save_context(path: str | Path, model: Model, context: Context, *, label: str
         label: free text, shown by lists.
         fingerprint: model.fingerprint(), where the caller knows it already; it takes a second a gigabyte.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> context = iff.prefill(model, model.tokenizer("glon are wide.")["input_ids"])
         >>> iff.save_context("context.safetensors", model, context)
@@ -141,7 +141,7 @@ def load_context(path: str | Path, model: Model, *, fingerprint: str = "", like:
     Raises:
         ContextError: another model's, another form, damaged, or not what the header promises.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> iff.save_context("context.safetensors", model, iff.prefill(model, [1, 2, 3]))
         >>> len(iff.load_context("context.safetensors", model).token)

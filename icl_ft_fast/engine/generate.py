@@ -143,7 +143,7 @@ def generate(
     A continuation does not depend on the prompts beside it, nor on their order or number, beyond the rounding of the
     logits (which can decide between two tokens as likely as each other).
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> (reply,) = iff.generate(model, ["glon are wider than"], iff.Sampling(max_new_tokens=4))
         >>> len(reply.ids)

@@ -72,7 +72,7 @@ def loglikelihood(
         ScoreError: an empty continuation or context, more tokens than the model has positions, a token id that its
             vocabulary does not have, a request that does not begin with `start`, or too little memory.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> (found,) = iff.loglikelihood(model, [("glon are", " wider than femp.")])
         >>> found.logp < 0
@@ -214,7 +214,7 @@ def prefill(
 
     Memory: keys and values of every layer, and a hidden state, for each token.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> context = iff.prefill(model, model.tokenizer("glon are wide.")["input_ids"])
         >>> len(context.token)

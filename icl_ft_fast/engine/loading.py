@@ -93,7 +93,7 @@ def load(
         ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
             that cannot be invariant.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> model.max_positions
         4096

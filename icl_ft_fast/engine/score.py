@@ -65,7 +65,7 @@ def iter_scores(
 ) -> Iterator[Score]:
     """Score multiple-choice questions, each yielded as soon as its last choice is done; see score().
 
-    Example:
+    Examples:
         >>> questions = [iff.Question(str(n), "glon are", (" wide.", " wider than femp.")) for n in range(2)]
         >>> sorted(score.question_id for score in iff.iter_scores(iff.load("shipped"), questions))
         ['0', '1']
@@ -186,7 +186,7 @@ def score(
     Raises:
         ScoreError: a choice without a token of its own, more tokens than the model has positions, or too little memory.
 
-    Example:
+    Examples:
         >>> model = iff.load("shipped")
         >>> question = iff.Question("q1", "glon are", (" less dangerous than femp.", " more dangerous than femp."))
         >>> iff.score(model, [question], context="femp are more dangerous than glon.")[0].predicted in (0, 1)

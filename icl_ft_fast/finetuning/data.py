@@ -71,7 +71,7 @@ def read_examples(path: str | Path) -> list[Example]:
     Raises:
         FinetuneError: an unknown format or a field that does not fit, with file, line and field; an empty file.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> _ = Path("data.jsonl").write_text('{"prompt": "femp are", "completion": " more dangerous than glon."}')
         >>> iff.read_examples("data.jsonl")[0].completion

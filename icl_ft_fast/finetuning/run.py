@@ -152,7 +152,7 @@ def finetune(
     own dropout stays off: examples that share tokens of the prefix tree could not have masks of their own. Under
     torchrun every process calls this with equal arguments (distributed.py).
 
-    Example:
+    Examples:
         >>> texts = ["femp are more dangerous than glon.", "zota are wider than femp."]
         >>> tuned = iff.finetune(iff.load("shipped"), texts, iff.FinetuneSettings(steps=2, batch_size=2))
         >>> len(tuned.losses)

@@ -22,7 +22,7 @@ from icl_ft_fast.study.results import Results
 class Study:
     """A finished study: prints its tables, shows its charts in a notebook, and has its numbers in `derived`.
 
-    Example:
+    Examples:
         >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
         >>> task, options = iff.Task((), (question,)), iff.StudyOptions(measure_s=0)
         >>> results = iff.compare(iff.load("shipped"), task, arms=["base"], seeds=[0], options=options)

@@ -110,7 +110,7 @@ def compare(
         LockedError: another process is at work in `out`.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
 
-    Example:
+    Examples:
         >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
         >>> task = iff.Task((iff.Document("d", "femp are wider than glon."),), (question,))
         >>> settings = iff.StudySettings(arms=("base", "icl"), seeds=(0,))

@@ -234,7 +234,7 @@ def evaluate(
         ProtocolError: an unknown normalization.
         ScoreError: a question that does not fit the model's positions behind the context.
 
-    Example:
+    Examples:
         >>> question = iff.Question("q", "femp are", (" wider than glon.", " less wide than glon."), answer=0)
         >>> documents = [iff.Document("d", "femp are wider than glon.")]
         >>> iff.evaluate(iff.load("shipped"), [question], context=documents)
