@@ -849,3 +849,20 @@ def test_keys_that_are_compressed_from_a_length_on_are_refused():
 
     assert outcome("deepseek_v4")[0] == "refused"  # 28 tokens are too few for its rates of 128
     assert outcome("mistral") == ("equal", "")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash", "gemma3n_text", "ministral", "granitemoehybrid"])
+def test_latent_attention_shared_keys_and_layers_that_differ_are_served_at_every_length(family):
+    from benchmarks.families import outcome
+
+    assert outcome(family) == ("equal", "")
+
+
+def test_families_are_refused_by_name_and_in_one_line():
+    from benchmarks.families import OWN, families, outcome
+
+    assert outcome("hy_v4") == ("refused", "its attention sees only the tokens that an index of its own picks")
+    kind, why = outcome("deepseek_v4")
+    assert (kind, why.count("\n")) == ("refused", 0)
+    assert "its code fails here (RuntimeError: The size of tensor a" in why
+    assert OWN.keys() <= set(families())

@@ -33,6 +33,10 @@ UNSERVED = {
     "recurrent_gemma": "recurrent state",
     "stablelm": "its attention drops the keyword `icl_rows`, so prefix-shared scores would be wrong",
     "nemotron": "its attention drops the keyword `icl_rows`, so prefix-shared scores would be wrong",
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+        "its attention sees only the tokens that an index of its own picks",
+    ),
     "gptj": "its attention does not use transformers' attention interface",
 }
 
@@ -107,6 +111,7 @@ def load(
         limits = Memory(limit, kv_dtype, None if offload is None else Path(offload))
     except ValueError as error:
         raise ModelError(str(error)) from error
+    name, tokenizer, adapter = _at_home(name), tokenizer and _at_home(tokenizer), adapter and _at_home(adapter)
     given = str(name)
     if name == SHIPPED:
         name = SHIPPED_FOLDER
@@ -128,6 +133,11 @@ def load(
         if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
             raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
     return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
+
+
+def _at_home(place: str | Path) -> str | Path:
+    """The place, with the home folder where it begins with ~."""
+    return Path(place).expanduser() if str(place).startswith("~") else place
 
 
 def _read(
@@ -222,14 +232,20 @@ def _merged(network: Any, adapter: str | Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*Found missing adapter keys")  # peft would leave them random
             adapted = peft.PeftModel.from_pretrained(network, str(adapter)).eval()
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                kind = adapted.peft_config["default"].peft_type.value
+                raise ModelError(f"adapter: {adapter}: {kind} puts tokens before the text, which no weights can do")
             expected = selfcheck.plain_logits(adapted, network)
             merged = adapted.merge_and_unload(safe_merge=True)
             found = selfcheck.plain_logits(merged, merged)
         off, scale = (found - expected).abs().max().item(), expected.abs().max().item()
         if not off <= selfcheck.TOLERANCE[network.dtype] * scale:
+            why = "in the output head or the embeddings of a model that ties them, it changes both"
+            if network.dtype != torch.float32 and not network.config.get_text_config().tie_word_embeddings:
+                why = f"the sum is rounded to {network.dtype}; load it with dtype float32"
             raise ModelError(
                 f"adapter: {adapter}: cannot be merged into the weights: it would move logits by {off:.1e} of "
-                f"{scale:.1e}; in the output head or the embeddings of a model that ties them, it changes both"
+                f"{scale:.1e}; {why}"
             )
         return merged.requires_grad_(True)  # peft leaves the weights frozen
     except ModelError:

@@ -40,7 +40,7 @@ def check(model: Model) -> None:
             except (ModelError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # a length that cannot be cut short cannot be looked at
-                raise ModelError(f"{_refusal(model)}: {where} its own forward fails: {error}") from error
+                raise ModelError(f"{_refusal(model)}: {where} its own forward fails: {_first_line(error)}") from error
     rows = torch.arange(len(plain) - 1)
     with torch.inference_mode():
         logp, _ = model.target_logprob(plain, rows, token[1:])
@@ -75,7 +75,8 @@ def _check_tree(model: Model, where: str) -> tuple[torch.Tensor, torch.Tensor, t
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an attention that is not transformers' contract fails in its own way
-        raise ModelError(f"{_refusal(model)}: {where}: {error}") from error
+        what = str(error) if isinstance(error, ModelError) else f"its code fails here ({_first_line(error)})"
+        raise ModelError(f"{_refusal(model)}: {where}: {what}") from error
     exact = hidden.dtype == torch.float32
     errors, roundings = [], []
     network.set_attn_implementation("eager")
@@ -105,6 +106,10 @@ def _check_tree(model: Model, where: str) -> tuple[torch.Tensor, torch.Tensor, t
             f"({allowed:.1e} is rounding)"
         )
     return token, plain, logits
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager
