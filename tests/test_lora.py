@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.finetuning import lora
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
@@ -104,3 +105,21 @@ def test_what_cannot_be_adapted(target, llama):
     for wrong in ({"r": 0}, {"lora_dropout": 1.0}):
         with pytest.raises(FinetuneError, match=rf"^{next(iter(wrong))}: expected"):
             LoraSettings(**wrong)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_model_with_an_adapter_is_trained_further(llama, llama_directory, tmp_path):
+    settings = replace(SETTINGS, lora=KINDS["plain"])
+    finetune(llama, TEXTS, settings, options=RunOptions(output_dir=tmp_path / "lora"))
+    model = load(llama_directory, adapter=tmp_path / "lora")
+    tuned = finetune(model, TEXTS, replace(SETTINGS, save_steps=None))
+    assert all(after < before for before, after in zip(tuned.losses[:2], tuned.losses[3:], strict=True))
+    assert len(finetune(model, TEXTS, replace(settings, save_steps=None)).losses) == 5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads what transformers deprecates
+def test_an_adapter_that_is_no_change_of_weights_is_refused_by_name(llama_directory, plain_llama, tmp_path):
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(copy.deepcopy(plain_llama), config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="PROMPT_TUNING puts tokens before the text, which no weights can do"):
+        load(llama_directory, adapter=tmp_path)
