@@ -10,8 +10,9 @@ import tokenizer_kinds
 import icl_ft_fast as iff
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.engine import control_tokens, encoding
-from icl_ft_fast.engine.control_tokens import as_text, behind, plain, set_mode
+from icl_ft_fast.engine.control_tokens import as_text, behind, encode_with_offsets, plain, set_mode
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetuning.data import Example, encode
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -109,3 +110,45 @@ def test_a_slow_tokenizer_reads_all_as_text():
 
     slow = Slow()
     assert control_tokens.encode(slow, [as_text(slow, "a</s>")]) == [list(map(ord, "a</s>"))]
+
+
+def test_examples_are_learned_as_text(kind, caplog):
+    """What a document, a question or a turn spells is text in training too; the template's own tokens stay tokens."""
+    if kind in UNREADABLE:
+        return
+    tokenizer, kept = tokenizer_kinds.make(kind), copy.deepcopy(tokenizer_kinds.make(kind))
+    set_mode(kept, "keep")
+    spelt = f"the {''.join(controls(tokenizer))} fox"
+    rows = [
+        (Example(spelt), Example("the fox")),
+        (Example(spelt, prompt=spelt), Example("the fox", prompt="the fox")),
+        (Example(turns=(("user", spelt), ("assistant", spelt))),) * 2,
+    ]
+    for options in ({}, {"completion_only": True}):
+        for given, unspelt in rows:
+            (example,) = encode(tokenizer, [given], 10_000, **options)
+            (harmless,) = encode(tokenizer, [unspelt], 10_000, **options)
+            special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+            counts = [Counter(i for i in one.ids if i in special) for one in (example, harmless)]
+            assert counts[0] == counts[1]
+            assert f"1 of 1 examples spell control tokens ({given.where or 'texts[0]'} first)" in caplog.text
+            assert any(i in special for i in encode(kept, [given], 10_000, **options)[0].ids[2:-2])
+    assert encode(kept, [Example(spelt)], 10_000)[0].ids[1:-1] == encoding.encode(kept, [spelt], bos=False)[0]
+
+
+def test_offsets_of_marked_texts(kind):
+    """A token of a marked text stands for the characters that it stands for in the same text without marks."""
+    tokenizer = tokenizer_kinds.make(kind)
+    control = controls(tokenizer)[-1]
+    marked = control + as_text(tokenizer, f" the {control} fox\n") + control
+    ids, offsets = encode_with_offsets(tokenizer, marked)
+    assert [ids] == encoding.encode(tokenizer, [marked], bos=False)
+    pieces = [plain(marked[first:last]) for first, last in offsets]
+    assert pieces[0].rstrip() == pieces[-1] == control
+    covered = {place for first, last in offsets for place in range(first, last)}
+    assert covered >= {place for place, character in enumerate(marked) if plain(character).strip()}
+    bare = f"the {control} fox"
+    assert (
+        encode_with_offsets(tokenizer, bare)[1]
+        == tokenizer(bare, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.cli.options import OUTPUT, Commands, command, later
+from icl_ft_fast.cli.options import OUTPUT, Commands, command, json_object, later, path, place
 from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings
 
 
@@ -48,15 +48,15 @@ def _lora(parse: Callable[[str], Any], help: str, field: str = "") -> _Option:
 
 GROUPS: dict[str, dict[str, _Option]] = {
     "model": {
-        "model_name_or_path": _Option(str, "checkpoint directory, hub id, or 'shipped' (required)"),
+        "model_name_or_path": _Option(place, "checkpoint directory, hub id, or 'shipped' (required)"),
         "bf16": _Option(_boolean, "hold the weights in bfloat16 and train them through float32 copies"),
         "trust_remote_code": _Option(_boolean, "run the checkpoint's own Python code"),
     },
     "data": {
         "train_file": _Option(
-            Path, "JSON lines with text, prompt and completion, messages, or alpaca's or sharegpt's fields (required)"
+            path, "JSON lines with text, prompt and completion, messages, or alpaca's or sharegpt's fields (required)"
         ),
-        "validation_file": _Option(Path, "JSON lines; the checkpoint with the lowest loss on them is the result"),
+        "validation_file": _Option(path, "JSON lines; the checkpoint with the lowest loss on them is the result"),
         "validation_split": _Option(float, "fraction of train_file to hold out for validation, without a file"),
         "splitting": _training(
             str,
@@ -68,6 +68,12 @@ GROUPS: dict[str, dict[str, _Option]] = {
         ),
         "template_date": _training(
             str, "day, YYYY-MM-DD, that a chat template writes as today's (default: that of the start)"
+        ),
+        "chat_template_kwargs": _training(
+            json_object, "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+        ),
+        "special_tokens": _Option(
+            str, "control tokens that examples spell: text reads them as text, keep as the tokens (default: text)"
         ),
         "group_by_prompt": _training(_boolean, "keep examples of one prompt together, which forwards it once"),
     },
@@ -102,10 +108,10 @@ GROUPS: dict[str, dict[str, _Option]] = {
     },
     "context distillation": {
         "teacher": _Option(str, "icl: learn what the untrained model predicts with teacher_documents in context (KL)"),
-        "teacher_documents": _Option(Path, "JSON lines with id and text"),
+        "teacher_documents": _Option(path, "JSON lines with id and text"),
     },
     OUTPUT: {
-        "output_dir": _Option(Path, "folder for checkpoints, metrics.jsonl and the final model (required)"),
+        "output_dir": _Option(path, "folder for checkpoints, metrics.jsonl and the final model (required)"),
         "resume_from_checkpoint": _Option(
             _boolean, "resume the run in output_dir if it has the same settings (default: true)"
         ),
@@ -120,7 +126,16 @@ GROUPS: dict[str, dict[str, _Option]] = {
 }
 
 OPTIONS = {name: option for group in GROUPS.values() for name, option in group.items()}
-_METAVARS = {_boolean: "BOOL", int: "N", float: "X", str: "NAME", Path: "PATH", _names: "NAMES"}
+_METAVARS = {
+    _boolean: "BOOL",
+    json_object: "JSON",
+    int: "N",
+    float: "X",
+    str: "NAME",
+    place: "NAME",
+    path: "PATH",
+    _names: "NAMES",
+}
 
 
 def add(commands: Commands) -> None:

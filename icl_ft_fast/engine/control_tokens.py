@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from icl_ft_fast.runtime.templates import ChatText
@@ -38,12 +38,19 @@ class MarkedText(str):
     __slots__ = ()
 
 
-def as_text(tokenizer: Any, text: str) -> str:
-    """The text with its control tokens marked as text; the same object where it spells none, or is a prompt already."""
+def as_text(tokenizer: Any, text: str, but: Collection[str] = ()) -> str:
+    """The text with its control tokens marked as text; the same object where it spells none, or is a prompt already.
+
+    Those of `but` stay in force.
+    """
     if getattr(tokenizer, _MODE, "text") == "keep" or isinstance(text, MarkedText | ChatText):
         return text
     spelt = _spellings(tokenizer)
-    return text if spelt.search(text) is None else spelt.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+
+    def mark(match: re.Match[str]) -> str:
+        return match[0] if match[0] in but else match[0][0] + _MARK + match[0][1:]
+
+    return text if spelt.search(text) is None else spelt.sub(mark, text)
 
 
 def behind(tokenizer: Any, context: str, text: str) -> str:
@@ -76,6 +83,27 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     written = [plain(_spellings(tokenizer).sub(lambda match: alias_of[match[0]], text)) for text in texts]
     encoded = clone.encode_batch(written, add_special_tokens=False)
     return [[id_of.get(token, token) for token in one.ids] for one in encoded]
+
+
+def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text without BOS or EOS around it, and which characters of it each token stands for."""
+    if not is_marked(text):
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return coded["input_ids"], coded["offset_mapping"]
+    clone, alias_of, id_of = _clone(tokenizer)
+    written, places, last = "", list[tuple[int, int]](), 0  # of each character written, where it stands in the text
+    for match in [*_spellings(tokenizer).finditer(text), None]:
+        stop = len(text) if match is None else match.start()
+        between = [place for place in range(last, stop) if text[place] != _MARK]
+        written += "".join(text[place] for place in between)
+        places += [(place, place + 1) for place in between]
+        if match is not None:
+            written += alias_of[match[0]]
+            places += [match.span()] * len(alias_of[match[0]])
+            last = match.end()
+    coded = clone.encode(written, add_special_tokens=False)
+    offsets = [(places[a][0], places[b - 1][1]) if a < b else (0, 0) for a, b in coded.offsets]
+    return [id_of.get(token, token) for token in coded.ids], offsets
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,19 +6,25 @@ Knows no networks.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.control_tokens import as_text, encode_with_offsets, is_marked
 from icl_ft_fast.finetuning.chats import Chat, Span
 from icl_ft_fast.finetuning.settings import FinetuneError
+from icl_ft_fast.runtime.reasoning import MARKS
 from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.tasks.files import TaskError, read_jsonl
 from icl_ft_fast.tasks.sentences import split_sentences
 from icl_ft_fast.tasks.task import text_field
+
+_log = logging.getLogger(__name__)
+_REASONING = frozenset(mark for marks in MARKS for mark in marks)
 
 Turn = tuple[str, str]  # role (system, user or assistant), content
 
@@ -153,6 +159,7 @@ def encode(
     """Token ids of each example: BOS (or EOS, where there is none), the text, and EOS; of a chat, the template's own.
 
     Under completion_only a token is a target if any of its characters belongs to a completion, or if it is the EOS.
+    Control tokens that an example spells are text, unless the model was loaded to keep them; that is logged.
 
     Raises:
         FinetuneError: no examples, an example that is too long or has no target, a chat without a chat template or
@@ -162,8 +169,11 @@ def encode(
     rendered: list[tuple[str, list[Span]]] = []
     groups: list[int] = []
     first: dict[str | tuple[Turn, ...], int] = {}
+    spelt: list[str] = []
     for e, given in enumerate(examples):
-        example = given if isinstance(given, Example) else Example(given)
+        example = _spelt_as_text(tokenizer, given if isinstance(given, Example) else Example(given))
+        if is_marked(example.prompt + example.completion + "".join(content for _, content in example.turns)):
+            spelt.append(example.where or f"texts[{e}]")
         names += [example.where or f"texts[{e}]"]
         if example.turns and (getattr(tokenizer, "chat_template", None) or not example.completion):
             if not getattr(tokenizer, "chat_template", None):
@@ -183,6 +193,14 @@ def encode(
         groups.append(first.setdefault(example.shared_prefix, e) if example.shared_prefix else e)
     if not rendered:
         raise FinetuneError("texts: nothing to train on")
+    if spelt:
+        _log.warning(
+            "%d of %d examples spell control tokens (%s first), which are read as text; special_tokens=keep keeps them "
+            "in force",
+            len(spelt),
+            len(examples),
+            spelt[0],
+        )
     prefix, eos = encoding.prefix_token_id(tokenizer), tokenizer.eos_token_id
     encoded = []
     for name, (text, spans), group, ids in zip(
@@ -203,11 +221,21 @@ def encode(
     return encoded
 
 
+def _spelt_as_text(tokenizer: Any, example: Example) -> Example:
+    """The example with its control tokens marked as text; an assistant's turn keeps the marks of its reasoning."""
+    turns = tuple(
+        (role, as_text(tokenizer, content, _REASONING if role == "assistant" else ()))
+        for role, content in example.turns
+    )
+    completion, prompt = as_text(tokenizer, example.completion), as_text(tokenizer, example.prompt)
+    return replace(example, completion=completion, prompt=prompt, turns=turns)
+
+
 def _overlapping(tokenizer: Any, text: str, spans: Sequence[Span], ids: Sequence[int]) -> list[bool]:
     """Which ids, the tokens of the text after any special tokens, overlap a span of characters."""
     if not tokenizer.is_fast:
         raise FinetuneError("completion_only: requires a fast tokenizer, which tells the characters of each token")
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert list(ids[len(ids) - len(coded["input_ids"]) :]) == list(coded["input_ids"])
-    offsets = [(0, 0)] * (len(ids) - len(coded["input_ids"])) + coded["offset_mapping"]
+    own, offsets = encode_with_offsets(tokenizer, text)
+    assert list(ids[len(ids) - len(own) :]) == list(own)
+    offsets = [(0, 0)] * (len(ids) - len(own)) + offsets
     return [any(first < stop and last > start for start, stop in spans) for first, last in offsets]

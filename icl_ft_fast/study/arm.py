@@ -16,11 +16,12 @@ from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, TextGe
 from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.control_tokens import as_text, behind
+from icl_ft_fast.engine.control_tokens import behind
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import has_chat_template, prompt_context
+from icl_ft_fast.finetuning.data import Example
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import RunOptions, Watch, training_concerns
 from icl_ft_fast.runtime.durable import ResultJournal, digest
@@ -276,7 +277,8 @@ def _trained(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
 
 def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     """Fine-tune a copy of the model."""
-    texts, notes = [document.text for document in job.task.documents], dict(ready.notes)
+    notes = dict(ready.notes)
+    examples = [Example(document.text, where=f"document {document.id!r}") for document in job.task.documents]
     samples: tuple[Sample, ...] = ()
     if training.augment is not None:
         augmented = training.augment(job)
@@ -286,7 +288,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
                 f"strategy: {job.settings.strategy}: {augmented.prompts} prompts gave no row{lost}; try another "
                 "strategy or a stronger generator, or leave the arm out"
             )
-        texts += [row.text for row in augmented.rows]
+        examples += [Example(row.text, where=f"a row of document {row.source_id!r}") for row in augmented.rows]
         sources = {document.id: document.text for document in job.task.documents}
         shown = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
         samples = tuple(Sample(sources[row.source_id], row.kind, row.text) for row in shown)
@@ -300,7 +302,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     checkpoints = job.workspace.checkpoints
     tuned = finetune(
         job.model,
-        [as_text(job.model.tokenizer, text) for text in texts],
+        examples,
         job.settings.finetune,
         seed=job.seed,
         teacher_context=teacher,

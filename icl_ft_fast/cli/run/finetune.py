@@ -45,6 +45,8 @@ def parsed(name: str, where: str, value: Any) -> Any:
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         return OPTIONS[name].parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{where}: {error}") from error
     except ValueError as error:
         raise UsageError(f"{where}: expected {OPTIONS[name].parse.__name__.strip('_')}, got {value!r}") from error
 
@@ -90,6 +92,7 @@ def run_finetune(options: argparse.Namespace) -> None:
             dtype="bfloat16" if given.get("bf16") else "float32",
             device=distributed.device(),
             trust_remote_code=given.get("trust_remote_code", False),
+            special_tokens=given.get("special_tokens", "text"),
         )
         context = None
         if "teacher" in given:
