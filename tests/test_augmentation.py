@@ -26,7 +26,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.runtime.durable import ResultJournal
-from icl_ft_fast.runtime.reasoning import split_reasoning
+from icl_ft_fast.runtime.reasoning import answer_in, split_reasoning
 from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.tasks.comparisons import deny, find
@@ -476,11 +476,33 @@ def test_every_strategy_is_one_file_with_its_prompts_beside_it():
         ("[THINK]a[/THINK]b<THINKING>c</thinking>d", "c\na", "bd"),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>", "a", "b"),
         ("<|channel|>analysis<|message|>a", "a", ""),
+        ("<|channel>thought\na<channel|>b", "a", "b"),
+        ("<|inner_prefix|>a<|inner_suffix|>b", "a", "b"),
+        ("<think >a</think\n>b", "a", "b"),
+        ("<think mode='x'>a</THINK>b", "a", "b"),
+        ("<thinker>a</thinker>b", "", "<thinker>a</thinker>b"),
+        ("<|channel|>final <|constrain|>json<|message|>b<|return|>", "", "b"),
     ],
 )
 def test_reasoning_is_told_from_the_answer(text, reasoning, answer):
     found = split_reasoning(text)
     assert (found[0], found[1].strip()) == (reasoning, answer)
+    assert answer_in(text).strip() == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>a</think><answer> b </answer>", "b"),
+        ("<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>", "b"),
+        ("analysis a assistantfinal b", "b"),  # channels whose control tokens were left out
+        ("Here is my thought process: a\nHere is my response: b", "b"),
+        ("Here's my thought process: a", ""),
+        ("an analysis of the answer", "an analysis of the answer"),
+    ],
+)
+def test_an_answer_is_told_from_what_is_around_it(text, answer):
+    assert answer_in(text).strip() == answer
 
 
 def test_a_reasoning_models_draft_is_no_row_and_a_cut_line_neither():

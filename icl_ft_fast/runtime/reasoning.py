@@ -5,20 +5,33 @@ from __future__ import annotations
 import re
 
 # How models begin and end their reasoning: DeepSeek and Qwen, prompts of one's own, Magistral, Seed, Kimi,
-# Open-Thoughts, Command.
+# Open-Thoughts, Command, Gemma 4, Apertus.
 MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
+    ("<thoughts>", "</thoughts>"),
     ("<reasoning>", "</reasoning>"),
+    ("<scratchpad>", "</scratchpad>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
 _CHANNEL = re.compile(
-    r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|return|channel|start|call)\|>|$)", re.DOTALL
+    r"<\|channel\|>(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|return|channel|start|call)\|>|$)",
+    re.DOTALL,
+)
+# The same channels where their control tokens were left out, and Granite's two headings.
+_HEADINGS = (
+    re.compile(r"\s*analysis.*?assistantfinal(.*)", re.DOTALL),
+    re.compile(r"\s*Here(?:'s| is) my thought process:.*?(?:Here(?:'s| is) my response:(.*)|$)", re.DOTALL),
+)
+_WRAPPERS = re.compile(
+    r"</?(?:answer|response)>|<\|(?:START|END)_RESPONSE\|>|<\|(?:begin|end)_of_solution\|>", re.IGNORECASE
 )
 
 
@@ -33,9 +46,9 @@ def split_reasoning(text: str) -> tuple[str, str]:
         return "\n".join(thought), "\n".join(said for name, said in channels if name == "final")
     reasoning = []
     for begin, end in MARKS:
-        if begin.casefold() not in text.casefold() and end.casefold() not in text.casefold():
+        if begin.casefold().rstrip(">") not in text.casefold() and end.casefold().rstrip(">") not in text.casefold():
             continue
-        pattern = re.compile(f"({re.escape(begin)})|{re.escape(end)}", re.IGNORECASE)
+        pattern = re.compile(f"({_loose(begin)})|{_loose(end)}", re.IGNORECASE)
         depth, kept, last = 0, "", 0
         for match in pattern.finditer(text):
             said = text[last : match.start()]
@@ -54,6 +67,20 @@ def split_reasoning(text: str) -> tuple[str, str]:
             kept += text[last:]
         text = kept
     return "\n".join(part.strip() for part in reasoning if part.strip()), text
+
+
+def _loose(mark: str) -> str:
+    """A pattern of a mark; one in angle brackets may have spaces or attributes before its end."""
+    is_tag = re.fullmatch(r"</?[\w:]+>", mark)
+    return rf"{re.escape(mark[:-1])}(?:\s[^<>]*)?>" if is_tag else re.escape(mark)
+
+
+def answer_in(text: str) -> str:
+    """The answer in a model's whole text, without its reasoning and without marks of an answer around it."""
+    for heading in _HEADINGS:
+        if found := heading.fullmatch(text):
+            text = found[1] or ""
+    return _WRAPPERS.sub("", split_reasoning(text)[1])
 
 
 def opened(prompt: str) -> str:
