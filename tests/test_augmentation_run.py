@@ -24,7 +24,7 @@ from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.durable import DamagedError, Journal
-from icl_ft_fast.tasks.files import TaskError
+from icl_ft_fast.tasks.files import TaskError, write_jsonl
 from icl_ft_fast.tasks.task import Document
 
 DOCUMENTS = [Document(str(d), f"cat{d} are taller than mat.") for d in range(12)]
@@ -301,6 +301,12 @@ def test_an_endpoint_that_refuses_for_good_is_named_and_loses_nothing(server, tm
         ({"choices": [{"message": {"content": "a"}, "finish_reason": "content_filter"}]}, "filtered"),
         ({"choices": []}, "of another schema"),
         ({"result": "a"}, "of another schema"),
+        ({"choices": "none"}, "of another schema"),
+        ({"choices": [{"finish_reason": "stop"}]}, "of another schema"),
+        ({"error": {"message": "overloaded"}}, "an error instead"),
+        ({"choices": [{"message": {"content": None, "refusal": "No."}}]}, "refused"),
+        ({"choices": [{"message": {"content": None, "tool_calls": [{"id": "a"}]}}]}, "a tool call instead"),
+        ({"choices": [{"message": {"content": 7}}]}, "empty"),
         ("<html>Log in</html>", "of another schema"),
         ("{", "not JSON"),
     ],
@@ -317,6 +323,18 @@ def test_what_is_no_reply_is_told_and_asked_for_again(server, tmp_path, body, re
     assert len(again.missing()) == 12
     again.collect()
     assert len(again.read().rows) == 12
+
+
+def test_replies_in_parts_with_half_characters_and_without_counts_are_read(server, tmp_path):
+    parts = [{"type": "text", "text": "Inferred: a \ud800"}, {"type": "image_url"}, {"type": "text", "text": " cat"}]
+    message = {"message": {"content": parts}, "finish_reason": None}
+    server.instead = {"choices": [message], "usage": {"prompt_tokens": "many", "completion_tokens": -1}}
+    run = run_of(tmp_path, Endpoint(server.url, "some-model"), samples=1)
+    run.collect(limit=1, price=Price(1.0, 1.0), max_usd=1.0)
+    (row,) = run.read().rows
+    assert row.text == "a ? cat"
+    assert row.origin["prompt_tokens"] > 0 < row.origin["completion_tokens"]
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": row.text}])
 
 
 def test_an_empty_reply_that_was_stored_is_asked_for_again(tmp_path):
@@ -378,9 +396,12 @@ def test_the_command_by_rule_reports_what_the_rows_give_away(task, tmp_path, cap
 
 def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, llama_directory):
     recorded, out = tmp_path / "recorded.jsonl", tmp_path / "out"
-    recorded.write_text(json.dumps({"source_id": "d0", "text": "Inferred: a b.\nInferred: A b.\nnothing"}) + "\n")
+    replies = [("d0", "Inferred: a b.\nInferred: A b.\nnothing"), ("d7", "of another task")]
+    recorded.write_text("".join(json.dumps({"source_id": name, "text": text}) + "\n" for name, text in replies))
     arguments = ["augment", "--task", str(task), "--quiet", "--strategy", "document"]
     assert main([*arguments, "--recorded", str(recorded), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"replies of 1 source_ids belong to no prompt and were not used: {recorded}:2: 'd7' first" in told
     (row,) = (json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines())
     assert (row["text"], row["kind"], row["source_ids"], row["strategy"]) == ("a b.", "inferred", ["d0"], "document")
     assert {"template_sha256", "generator", "sampling", "seed", "time", "logp", "prompt_tokens"} <= row.keys()

@@ -133,6 +133,7 @@ class Fake(BaseHTTPRequestHandler):
         data = [{"object": "embedding", "index": i, "embedding": [len(t)] * width} for i, t in enumerate(body["input"])]
         answer = {"object": "list", "model": body["model"], "data": data[::-1][server.lost :]}
         raw = json.dumps(answer if status == 200 else {"error": {"message": f"refused {SECRET}"}}).encode()
+        raw = raw if server.instead is None else server.instead
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
@@ -151,7 +152,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     with ThreadingHTTPServer(("127.0.0.1", 0), Fake) as running:
-        running.seen, running.trouble, running.lost, running.width = [], [], 0, lambda _: 2
+        running.seen, running.trouble, running.lost, running.width, running.instead = [], [], 0, lambda _: 2, None
         running.url = f"http://127.0.0.1:{running.server_port}/v1"
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
@@ -183,6 +184,30 @@ def test_an_endpoint_that_fails_is_named_without_its_key(server, trouble, lost, 
         EmbeddingEndpoint(server.url, "small", batch_size=2, retries=1).embed(["a", "b", "c", "d"])
     assert server.url in str(error.value)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        (b"<html>Log in</html>", "what it sent is no list of embeddings"),
+        (b"", "what it sent is no list of embeddings"),
+        (b'{"data": null}', "what it sent is no list of embeddings"),
+        (b'{"error": {"message": "overloaded"}}', "what it sent is no list of embeddings"),
+        (
+            b'{"data": [{"index": 0, "embedding": [NaN, 1.0]}]}',
+            "embeddings of zeros, or with values that are not finite",
+        ),
+        (
+            b'{"data": [{"index": 0, "embedding": [0.0, 0.0]}]}',
+            "embeddings of zeros, or with values that are not finite",
+        ),
+        (b'{"data": [{"index": 0, "embedding": ["a"]}]}', "differ in length, or are no numbers"),
+    ],
+)
+def test_what_is_no_list_of_embeddings_is_named(server, instead, message):
+    server.instead = instead
+    with pytest.raises(RetrievalError, match=message):
+        EmbeddingEndpoint(server.url, "small", retries=0).embed(["a"])
 
 
 def test_an_endpoint_needs_a_key_and_a_plain_url(monkeypatch):

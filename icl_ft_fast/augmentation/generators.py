@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from icl_ft_fast.engine.control_tokens import as_text
 from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.runtime.reasoning import opened, split_reasoning
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.reasoning import answer_in, opened
+from icl_ft_fast.runtime.templates import fix_date, render_chat
 from icl_ft_fast.tasks.files import read_jsonl
 from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import text_field
@@ -82,25 +82,37 @@ class LocalGenerator:
         is_chat: whether prompts go through its chat template.
         ledger: counts the work, as phase "generate".
         template_options: arguments of the chat template, such as enable_thinking.
+        template_date: YYYY-MM-DD, what a template that writes the date writes; None is today, or the date that the
+            tokenizer's template writes already.
 
     Raises:
         AugmentError: `is_chat`, and the tokenizer has no chat template.
+        DateError: `template_date` is no date.
     """
 
     model: Model
     is_chat: bool = False
     ledger: Ledger | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
     prompts_per_call: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
         if self.is_chat and not getattr(self.model.tokenizer, "chat_template", None):
             raise AugmentError(f"chat: {self.model.name} has no chat template")
+        if self.is_chat:
+            fix_date(self.model.tokenizer, self.template_date)
+
+    @property
+    def date(self) -> str | None:
+        """The day that the chat template writes as today's; None where it writes none."""
+        return fix_date(self.model.tokenizer) if self.is_chat else None
 
     @property
     def fingerprint(self) -> str:
-        """The model's, and whether prompts go through its chat template."""
-        return f"{_way(self.is_chat, self.template_options)} {self.model.fingerprint()}"
+        """The model's, whether prompts go through its chat template, and the date that this writes."""
+        date = f" on {self.date}" if self.date else ""
+        return f"{_way(self.is_chat, self.template_options)}{date} {self.model.fingerprint()}"
 
     def counting(self, ledger: Ledger) -> LocalGenerator:
         """See TextGenerator."""
@@ -248,23 +260,34 @@ class Endpoint:
                 made = client.completions.create(prompt=prompt.text, **options)
         except ValueError:
             return "not JSON"
-        choice = next(iter(getattr(made, "choices", None) or ()), None)
-        if choice is None:
-            return "of another schema"
-        text = (
-            getattr(getattr(choice, "message", None), "content", None)
-            if self.is_chat
-            else getattr(choice, "text", None)
-        )
-        finish = getattr(choice, "finish_reason", None)
+        choices = getattr(made, "choices", None)
+        said = choices[0] if isinstance(choices, list) and choices else None
+        finish = getattr(said, "finish_reason", None)
+        said = getattr(said, "message", None) if self.is_chat else said
+        if said is None:
+            return "an error instead" if getattr(made, "error", None) else "of another schema"
+        text = _text_of(getattr(said, "content" if self.is_chat else "text", None))
         if finish == "content_filter":
             return "filtered"
-        if not isinstance(text, str) or not split_reasoning(text)[1].strip():
+        if not answer_in(text).strip():
+            if getattr(said, "refusal", None) or getattr(said, "tool_calls", None):
+                return "refused" if getattr(said, "refusal", None) else "a tool call instead"
             return "cut off in its reasoning" if finish == "length" else "empty"
         usage = getattr(made, "usage", None)
-        prompt_tokens = getattr(usage, "prompt_tokens", None) or self.prompt_tokens(prompt.text)
-        completion_tokens = getattr(usage, "completion_tokens", None) or self.prompt_tokens(text)
+        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        prompt_tokens, completion_tokens = (
+            count if isinstance(count, int) and count > 0 else self.prompt_tokens(own)
+            for count, own in zip(counts, (prompt.text, text), strict=True)
+        )
         return Reply(text, prompt_tokens, completion_tokens, None, finish == "length")
+
+
+def _text_of(content: object) -> str:
+    """What a message says: a text, or its parts that are text; empty where it says nothing."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = (part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text")
+    whole = "".join(text for text in texts if isinstance(text, str))
+    return whole.encode("utf-8", "replace").decode()  # JSON can spell halves of characters, which no file can hold
 
 
 class Recorded:
@@ -281,8 +304,11 @@ class Recorded:
 
     def __init__(self, path: Path) -> None:
         self.texts: dict[str, list[str]] = {}
+        self._places: dict[str, str] = {}
         for where, row in read_jsonl(path):
-            self.texts.setdefault(text_field(where, row, "source_id"), []).append(text_field(where, row, "text"))
+            source = text_field(where, row, "source_id")
+            self._places.setdefault(source, where)
+            self.texts.setdefault(source, []).append(text_field(where, row, "text"))
         self.fingerprint = f"recorded {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
     def counting(self, ledger: Ledger) -> Recorded:
@@ -292,6 +318,10 @@ class Recorded:
     def prompt_tokens(self, text: str) -> int:
         """None are read."""
         return 0
+
+    def unused(self, ids: Collection[str]) -> list[str]:
+        """Where the replies to prompts begin that are not among these, each with its source_id."""
+        return [f"{where}: {source!r}" for source, where in self._places.items() if source not in ids]
 
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
         """See TextGenerator."""

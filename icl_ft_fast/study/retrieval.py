@@ -209,15 +209,22 @@ class EmbeddingEndpoint:
             what = f"status {status}" if status else type(error).__name__  # a message may repeat the key
             raise RetrievalError(f"endpoint: {self.url}: {what}") from None
         try:
-            return np.asarray(vectors, np.float64).reshape(len(texts), -1)
+            found = np.asarray(vectors, np.float64).reshape(len(texts), -1)
         except (ValueError, TypeError) as error:
             raise RetrievalError(f"endpoint: {self.url}: its embeddings differ in length, or are no numbers") from error
+        if texts and not (found.any(axis=1) & np.isfinite(found).all(axis=1)).all():
+            raise RetrievalError(f"endpoint: {self.url}: embeddings of zeros, or with values that are not finite")
+        return found
 
     def _request(self, client: Any, batch: list[str]) -> list[list[float]]:
-        made = client.embeddings.create(model=self.model, input=batch, encoding_format="float")
-        if sorted(item.index for item in made.data) != list(range(len(batch))):
+        try:
+            made = client.embeddings.create(model=self.model, input=batch, encoding_format="float")
+            found = {item.index: item.embedding for item in made.data}
+        except (ValueError, TypeError, AttributeError) as error:  # a page with status 200, or another schema
+            raise RetrievalError(f"endpoint: {self.url}: what it sent is no list of embeddings") from error
+        if found.keys() != set(range(len(batch))) or len(made.data) != len(batch):
             raise RetrievalError(f"endpoint: {self.url}: expected {len(batch)} embeddings, got {len(made.data)}")
-        return [item.embedding for item in sorted(made.data, key=lambda item: item.index)]
+        return [found[i] for i in range(len(batch))]
 
 
 def retrieve(retriever: Retriever, queries: Sequence[str], k: int, num_passages: int) -> list[tuple[int, ...]]:
