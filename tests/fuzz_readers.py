@@ -10,7 +10,11 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["icl_ft_fast.tasks"]):
+with atheris.instrument_imports(include=["icl_ft_fast.tasks", "icl_ft_fast.finetuning.data", "icl_ft_fast.runtime"]):
+    from icl_ft_fast.finetuning.data import read_examples
+    from icl_ft_fast.finetuning.settings import FinetuneError
+    from icl_ft_fast.runtime.reasoning import split_reasoning
+    from icl_ft_fast.study.prices import PriceError, read_prices
     from icl_ft_fast.tasks import files, own, task
     from icl_ft_fast.tasks.reversal_curse import DESCRIPTIONS, NAMES, REVERSALS, TRAINING, reversal_curse
     from icl_ft_fast.tasks.sentences import split_sentences
@@ -24,7 +28,7 @@ SUFFIXES = [*own.SUFFIXES, ".pdf"]
 def one_input(data: bytes) -> None:
     """Take some bytes for a reader, a format and a file."""
     provider = atheris.FuzzedDataProvider(data)
-    reader = provider.ConsumeIntInRange(0, 5)
+    reader = provider.ConsumeIntInRange(0, 8)
     form = Format(
         provider.PickValueInList(ENCODINGS),
         provider.PickValueInList([None, ",", ";", "\t"]),
@@ -52,9 +56,17 @@ def one_input(data: bytes) -> None:
             text = files.read_text(path)
             assert "\r" not in text
             assert all(part in text for part in split_sentences(text, "independent"))
+        elif reader == 6:
+            assert all(example.where.startswith(str(path)) for example in read_examples(path))
+        elif reader == 7:
+            read_prices(path)
+        elif reader == 8:
+            text = files.read_text(path)
+            reasoning, answer = split_reasoning(text)
+            assert len(reasoning) + len(answer) <= len(text)
         else:
             reversal_curse(FOLDER, nonsense_names=provider.remaining_bytes() > 0)
-    except task.TaskError as error:
+    except (task.TaskError, FinetuneError, PriceError) as error:
         assert str(FOLDER) in str(error)  # noqa: PT017
 
 
@@ -71,9 +83,16 @@ def seeds() -> Path:
             b"\xef\xbb\xbfsep=;\r\nNr;Question;A;B;Correct answer\r\n1;a;b;c;B\r\n2;d;e;f;e\r\n",
             b'[{"question": "a", "options": ["b", "c"], "answer": "b"}, {"question": "a", "A": "b", "B": "c"}]',
             "Dr. Smith left.\r\nHe came. \u9686\u5fb7\u3002".encode(),
+            b'{"q": {"stem": "a", "choices": [{"text": "b", "label": "1"}, {"text": "c", "label": "2"}]}, "key": "2"}',
+            b'{"ctx": "a", "endings": [1, true], "label": [0, 1.0]}\n',
+            b'{"goal": "a", "sol1": "b", "sol2": "c", "answer": "Option B"}\n',
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"text": "a"}\n',
+            b'{"conversations": [{"from": "human", "value": "a"}]}\n{"instruction": "a", "output": "b"}\n',
+            b'{"machine_per_hour": 1.5}',
+            b"<think>a</think>b[THINK]c<|channel|>final<|message|>d<|end|>",
         )
     ):
-        for reader in range(6):
+        for reader in range(9):
             for suffix in range(len(SUFFIXES)):
                 (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, 0, reader]))
     return folder

@@ -150,6 +150,13 @@ def test_a_sheet_saved_by_excel_goes_in(encoding, ends, tmp_path):
     assert any("read as" in note for note in notes) == (encoding in ("cp1252", "utf-16-le"))
 
 
+def test_a_field_that_is_there_twice_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "prompt": "b", "choices": ["x", "y"]}\n')
+    with pytest.raises(TaskError, match=r"a\.jsonl:1: not valid JSON: 'prompt' is there twice$"):
+        own.read_questions(path)
+
+
 def test_a_mark_that_excel_writes_for_itself_and_quoted_cells(tmp_path):
     path = tmp_path / "d.csv"
     path.write_bytes(b'\xef\xbb\xbfsep=;\r\nID;Text;\r\n7;"two\r\nlines; one cell";\r\n8;short;;\r\n')
@@ -175,6 +182,35 @@ def test_a_mark_that_excel_writes_for_itself_and_quoted_cells(tmp_path):
             "a.json",
             [{"question": "Q", "correct_answer": "x", "distractor1": "y", "distractor2": "z"}],
             Question("a.json:[1]", "Q", ("x", "y", "z"), 0),
+        ),
+        *(
+            ("a.jsonl", [{"id": "e", **row}], Question("e", "Q", ("x", "y"), 1))
+            for row in (
+                {"question": {"stem": "Q", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]}}
+                | {"answerKey": "2"},
+                {"question": "Q", "choices": {"text": ["x", "y"], "label": ["C", "A"]}, "answer": "A"},
+                {"ctx": "Q", "endings": ["x", "y"], "label": "1"},
+                {"goal": "Q", "sol1": "x", "sol2": "y", "label": 1},
+                {"prompt": "Q", "choices": ["x", "y"], "answer": 1.0},
+                {"prompt": "Q", "choices": ["x", "y"], "answer": ["Y."]},
+                {"prompt": "Q", "choices": ["x", "y"], "answer": "Option B"},
+            )
+        ),
+        ("a.jsonl", [{"id": "e", "q": "Q", "options": [3, 4], "answer": 4}], Question("e", "Q", ("3", "4"), 1)),
+        (
+            "a.jsonl",
+            [{"id": "e", "q": "Q", "options": [True, False], "answer": False}],
+            Question("e", "Q", ("True", "False"), 1),
+        ),
+        (
+            "a.jsonl",
+            [{"id": "e", "q": "Q", "options": ["x", "y", "z"], "answer": [0, 2]}],
+            Question("e", "Q", ("x", "y", "z"), 0, also_correct=(2,)),
+        ),
+        (
+            "a.jsonl",
+            [{"id": "e", "q": "Q", "options": ["Anna\u2019s", "no"], "answer": "anna's"}],
+            Question("e", "Q", ("Anna\u2019s", "no"), 0),
         ),
     ],
 )
@@ -309,6 +345,12 @@ def test_questions_from_csv(delimiter, tmp_path):
             ":2: also_correct: expected distinct indices of choices beside an answer",
         ),
         ("prompt,choice1,id\na,b,c\na,b,c", ":3: column 3: id: 'c' was used before in this file"),
+        (
+            "question,A,B,answer\na,B,A,A",
+            ":2: column 4: answer: 'A' is the text of choice 1 and the letter of choice 0",
+        ),
+        ("PK\x03\x04", ": a zip archive, as Excel's and Word's files are: save it as CSV or text"),
+        ("%PDF-1.4\n", ": a PDF: save its text"),
     ],
 )
 def test_bad_questions_name_line_column_and_field(content, message, tmp_path):

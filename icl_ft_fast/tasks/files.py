@@ -30,6 +30,17 @@ _BLOCK = 1 << 16
 SCANNED = 1 << 26  # bytes that tell a file's encoding; a file may be a device without an end
 _PIECE = re.compile(r"[^\n]*\n|[^\n]+")
 _POINTER = b"version https://git-lfs"  # a file that Git LFS left in place of the real one
+_FORMATS = {  # what files that are no text begin with
+    b"PK\x03\x04": "a zip archive, as Excel's and Word's files are: save it as CSV or text",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file: save it as CSV or text",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"%PDF-": "a PDF: save its text",
+    b"PAR1": "a Parquet file: save it as CSV or JSON lines",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
 
 
 class TaskError(UserError):
@@ -112,8 +123,7 @@ def _decoded(where: str, raw: bytes, *, is_first: bool) -> str:
 def _checked(path: Path, encoding: str | None) -> str:
     """The encoding by which a file is read; refuses one that the file's first bytes deny."""
     start = _start(path, 64)
-    if start.startswith(_POINTER):
-        raise TaskError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    _refuse_formats(path, start)
     marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
     if encoding is None:
         encoding = marked or "utf-8"
@@ -125,6 +135,15 @@ def _checked(path: Path, encoding: str | None) -> str:
             f"{path}: begins with zero bytes, as utf-16 and utf-32 do; give --encoding utf-16-le or its like"
         )
     return name if name == "utf-8" else encoding
+
+
+def _refuse_formats(path: Path, start: bytes) -> None:
+    """Refuse a file that is no text by what it begins with."""
+    if start.startswith(_POINTER):
+        raise TaskError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    for magic, name in _FORMATS.items():
+        if start.startswith(magic):
+            raise TaskError(f"{path}: {name}")
 
 
 def _start(path: Path, size: int) -> bytes:
@@ -163,6 +182,7 @@ def find_encoding(path: Path, tell: Callable[[str], None]) -> str:
         TaskError: a file that cannot be read, or is in no encoding that can be told.
     """
     start = _start(path, 4096)
+    _refuse_formats(path, start)
     if any(start.startswith(mark) for mark in _MARKS):
         return _checked(path, None)
     if b"\0" in start:
@@ -228,10 +248,19 @@ def read_jsonl(path: Path, problems: Problems | None = None) -> Iterator[tuple[s
                 problems.add(error)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that names a field twice would lose the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 def parsed(where: str, line: str) -> dict[str, Any]:
     """A line's JSON object; raises TaskError."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):

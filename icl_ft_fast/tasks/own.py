@@ -30,7 +30,8 @@ DOCUMENT_NAMES: dict[str, tuple[str, ...]] = {
     "topic": ("topic", "category", "subject"),
 }
 QUESTION_NAMES: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "question", "query", "stem", "question_text", "question_stem", "input", "q"),
+    "prompt": ("prompt", "question", "query", "stem", "question_text", "question_stem", "input", "q", "ctx")
+    + ("sentence", "goal"),
     "choices": ("choices", "options", "candidates", "answers", "endings", "mc_options"),
     "answer": ("answer", "label", "correct_answer", "correct", "correct_choice", "correct_option", "right_answer")
     + ("answer_index", "answer_idx", "answerkey", "answer_key", "gold", "target", "solution", "key"),
@@ -41,8 +42,9 @@ QUESTION_NAMES: dict[str, tuple[str, ...]] = {
     "also_correct": ("also_correct",),
     "document": ("document", "document_id", "doc_id", "source_id"),
 }
-_CHOICE = re.compile(r"(choice|option|answer|opt|distractor|)_?(?:(\d{1,2})|[a-z])")
-_LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+_CHOICE = re.compile(r"(choice|option|answer|opt|distractor|sol|ending|)_?(?:(\d{1,2})|[a-z])")
+_LETTER = re.compile(r"(?:(?:option|choice|answer)\s*)?\(?([A-Za-z])[).:]?", re.IGNORECASE)
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "})
 ONE_IN = 0.01  # an answer of 0 is missed if its absence by chance is rarer
 
 
@@ -149,7 +151,7 @@ class _Fields:
         if not set(self.names[ours]) & columns.keys():
             raise TaskError(
                 f"{self.path}:1: {ours}: missing from the heading {','.join(columns.values())[:60]!r}; "
-                f"--columns {ours}=NAME names its column"
+                f"--columns {ours}=NAME names its column, and a file without a heading needs one"
             )
 
     def need_question(self, columns: Mapping[str, str]) -> None:
@@ -182,6 +184,7 @@ class _QuestionRow:
     choices: list[str]
     answer: int | None
     is_number: bool
+    also: tuple[int, ...] = ()  # other right choices that the answer names
 
 
 def read_questions(path: Path, form: Format | None = None, first_answer: int | None = None) -> tuple[Question, ...]:
@@ -236,37 +239,45 @@ def _question_row(row: Row, fields: _Fields, columns: dict[str, str]) -> _Questi
     found = fields.of(row)
     if row.places:
         found = {ours: value for ours, value in found.items() if value or ours == "prompt"}
-    choices = _choices(row, found, fields, columns)
+    if isinstance(stem := found.get("prompt"), dict):  # {"stem": ..., "choices": [...]}
+        found |= {"prompt": stem.get("stem"), "choices": stem.get("choices", found.get("choices"))}
+    choices, labels = _choices(row, found, fields, columns)
     answer = found.pop("answer", None)
     if isinstance(answer, str) and answer not in choices and any(name.startswith("distractor") for name in columns):
         choices = [answer, *choices]
     at = row.at(fields.theirs("answer"))
-    if isinstance(answer, bool) or not isinstance(answer, int | str | None):
-        shown = json.dumps(answer, default=str)[:60]
-        raise TaskError(f"{at}: answer: expected a number, a letter or a choice, got {shown}")
-    index, is_number = _index(at, answer, choices)
+    several = [
+        _index(at, one, choices, labels) for one in (answer if isinstance(answer, list) and answer else [answer])
+    ]
+    (index, is_number), also = several[0], tuple(i for i, _ in several[1:] if i is not None)
     for ours in ("id", "topic", "document"):
         if type(found.get(ours)) is int:
             found[ours] = str(found[ours])
     if row.places and "also_correct" in found:
         found["also_correct"] = _numbers(row.at(fields.theirs("also_correct")), found["also_correct"], len(choices))
-    return _QuestionRow(row, found, choices, index, is_number)
+    return _QuestionRow(row, found, choices, index, is_number, also)
 
 
-def _choices(row: Row, found: dict[str, Any], fields: _Fields, columns: dict[str, str]) -> list[str]:
-    """The choices of a list, of a cell with a JSON list or with | between them, or of columns of their own."""
+def _choices(row: Row, found: dict[str, Any], fields: _Fields, columns: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The choices of a list, of a cell with a JSON list or | between them, or of columns of their own; and labels.
+
+    A label is what the file names a choice by beside its text; most files have none.
+    """
     value = found.pop("choices", None)
     if isinstance(value, str) and row.places:
         value = _listed(value)
+    labels: list[Any] = []
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # {"text": [...], "label": ["A", ...]}
-        value = value["text"]
-    if isinstance(value, dict):
-        value = list(value.values())
+        value, labels = value["text"], value.get("label", [])
+    elif isinstance(value, dict):
+        value, labels = list(value.values()), list(value)
+    elif isinstance(value, list) and all(isinstance(one, dict) and "text" in one for one in value):
+        value, labels = [one["text"] for one in value], [one.get("label") for one in value]
     if value is not None:
         where = row.at(fields.theirs("choices"))
         if not isinstance(value, list) or not value:
             raise TaskError(f"{where}: choices: expected a list with at least one string")
-        return [str(choice) if type(choice) in (int, float) else choice for choice in value]
+        return [str(one) if type(one) in (int, float, bool) else one for one in value], [str(one) for one in labels]
     taken = set(fields.used.values())
     names = _choice_columns([name for name in row.cells if row.places or isinstance(row.cells[name], str)], taken)
     if not names:
@@ -279,7 +290,7 @@ def _choices(row: Row, found: dict[str, Any], fields: _Fields, columns: dict[str
     for name in names:
         if not row.cells[name]:
             raise TaskError(f"{row.at(name)}: {row.names.get(name, name)}: expected a non-empty string")
-    return [row.cells[name] for name in names]
+    return [row.cells[name] for name in names], []
 
 
 def _choice_columns(names: Sequence[str], taken: set[str]) -> list[str]:
@@ -299,27 +310,48 @@ def _listed(cell: str) -> list[Any] | str:
     return value if isinstance(value, list) else cell
 
 
-def _index(at: str, answer: int | str | None, choices: Sequence[Any]) -> tuple[int | None, bool]:
+def _index(at: str, answer: Any, choices: Sequence[Any], labels: Sequence[str]) -> tuple[int | None, bool]:
     """(the index that an answer names, whether it is a number of the file's own counting)."""
     if answer is None or answer == "":
         return None, False
+    if isinstance(answer, float) and answer.is_integer():  # pandas writes whole numbers so beside missing ones
+        answer = int(answer)
+    if type(answer) in (int, bool, str) and labels.count(str(answer)) == 1:
+        return labels.index(str(answer)), False
+    if isinstance(answer, bool) and str(answer) in choices:
+        return choices.index(str(answer)), False
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        shown = json.dumps(answer, default=str)[:60]
+        raise TaskError(f"{at}: answer: expected a number, a letter or a choice, got {shown}")
     if isinstance(answer, int):
-        return answer, True
+        is_choice = str(answer) in choices and not 0 <= answer <= len(choices)
+        return (choices.index(str(answer)), False) if is_choice else (answer, True)
     texts = [choice.strip() if isinstance(choice, str) else choice for choice in choices]
-    if answer in choices:
-        return choices.index(answer), False
     if answer.strip() in texts:
-        return texts.index(answer.strip()), False
+        index = choices.index(answer) if answer in choices else texts.index(answer.strip())
+        letter = _LETTER.fullmatch(answer.strip())
+        named = ord(letter[1].upper()) - ord("A") if letter else index
+        if named != index and named < len(choices) and texts[named] != answer.strip():
+            raise TaskError(
+                f"{at}: answer: {answer!r} is the text of choice {index} and the letter of choice {named}; "
+                "give the number, from 0"
+            )
+        return index, False
     if re.fullmatch(r"\s*\d{1,8}(\.0+)?\s*", answer) and answer.strip().isascii():
         return int(answer.partition(".")[0]), True
     if (letter := _LETTER.fullmatch(answer.strip())) is not None:
         index = ord(letter[1].upper()) - ord("A")
         if index < len(choices):
             return index, False
-    folded = [text.casefold() if isinstance(text, str) else text for text in texts]
-    if folded.count(answer.strip().casefold()) == 1:
-        return folded.index(answer.strip().casefold()), False
+    folded = [_folded(text) if isinstance(text, str) else text for text in texts]
+    if folded.count(_folded(answer)) == 1:
+        return folded.index(_folded(answer)), False
     raise TaskError(f"{at}: answer: expected 0 to {len(choices) - 1}, a letter or a choice, got {answer[:60]!r}")
+
+
+def _folded(text: str) -> str:
+    """A text as answers are compared: lower case, straight quotes, no full stop at its end."""
+    return text.translate(_QUOTES).casefold().strip().rstrip(".")
 
 
 def _numbers(at: str, cell: str, count: int) -> list[int]:
@@ -359,6 +391,8 @@ def _question(draft: _QuestionRow, offset: int, path: Path) -> Question:
             raise TaskError(f"{where or draft.row.where}: answer: expected {low} to {high}, got {shown}")
     default = {"id": f"{path.name}{draft.row.where.removeprefix(str(path))}"}
     found: dict[str, Any] = {"choices": draft.choices, "answer": answer}
-    if offset and isinstance(also := draft.fields.get("also_correct"), list):
+    if draft.also:
+        found["also_correct"] = [index - offset * draft.is_number for index in draft.also]
+    elif offset and isinstance(also := draft.fields.get("also_correct"), list):
         found["also_correct"] = [c - offset if type(c) is int else c for c in also]
     return question_of(draft.row.where, default | draft.fields | found)
