@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -103,8 +104,10 @@ def run(command: str, folder: Path, dies_at: int = 0) -> tuple[int, str]:
             ticking(folder, dies_at)
             model = "--model_name_or_path" if command == "finetune" else "--model"
             code = cli.main([command, model, "MODEL", *COMMANDS[command].split(), "--quiet"])
-            sys.stderr.flush()
+        except BaseException:  # os._exit() below would end the child without a word
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(told, "rb") as file:
@@ -178,7 +181,7 @@ def kill(command: str, folder: Path, kills: int, rng: random.Random) -> dict[str
     """Kill a command so many times, again and again on what the last kill left, and let it end."""
     SHARED[1] = 0
     code, told = run(command, folder / "whole")
-    assert code == 0, told
+    assert code == 0, (command, code, told)
     moments, steps, expected = SHARED[0], SHARED[1], outcome(command, folder / "whole" / "out")
     cut, done, deaths, ended = folder / "cut", 0, 0, 0
     while done < kills or deaths:
@@ -195,7 +198,8 @@ def kill(command: str, folder: Path, kills: int, rng: random.Random) -> dict[str
             if command == "compare":  # the same bytes from what is kept
                 before = (cut / "out" / "results.json").read_bytes()
                 (cut / "out" / "results.json").unlink()
-                assert run(command, cut)[0] == 0
+                code, told = run(command, cut)
+                assert code == 0, (command, code, told)
                 assert (cut / "out" / "results.json").read_bytes() == before
             shutil.rmtree(cut)
             deaths, ended = 0, ended + 1
@@ -219,14 +223,14 @@ def fill(command: str, folder: Path, times: int, rng: random.Random) -> int:
             (disk / "ballast").write_bytes(bytes(free - 4096 * rng.randrange(pages)))
             code, told = run(command, at)
             (disk / "ballast").unlink()
-            assert code in (0, 2), told
+            assert code in (0, 2), (command, code, told)
             if code:
                 filled += 1
                 assert "No space left on device" in told, told
                 assert len(told.splitlines()) == 1, told
             readable(command, at / "out")
             code, told = run(command, at)
-            assert code == 0, told
+            assert code == 0, (command, code, told)
             assert outcome(command, at / "out") == expected
             shutil.rmtree(at)
         at.mkdir()
@@ -252,11 +256,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     prepare(load(arguments.model, self_check=False), arguments.folder)
-    report, rng = {}, random.Random(0)
+    report, rng = {}, random.Random(arguments.seed)
     for i, command in enumerate(COMMANDS):
         folder = arguments.folder / command
         folder.mkdir()

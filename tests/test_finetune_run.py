@@ -351,3 +351,13 @@ def test_a_tokenizer_with_several_chat_templates_keeps_them_all(llama, tmp_path)
         finetune(
             model, TEXTS, replace(SETTINGS, steps=3, save_steps=1), options=RunOptions(output_dir=tmp_path, resume=True)
         )
+
+
+def test_a_run_killed_before_it_removed_old_checkpoints_removes_them_at_its_next_start(llama, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, steps=4, save_steps=1, save_total_limit=2)
+    monkeypatch.setattr(RunFolder, "prune", lambda *_: None)
+    finetune(llama, TEXTS, settings, options=RunOptions(output_dir=tmp_path, resume=True))
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    finetune(llama, TEXTS, settings, options=RunOptions(output_dir=tmp_path, resume=True))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]

@@ -115,16 +115,18 @@ class RunFolder:
             done = Progress(step, log=log, **json.loads((self.folder(step) / "progress.json").read_text()))
         assert self.path is not None
         metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+        written = metrics.read_bytes() if metrics.exists() else b""
+        lines = written.split(b"\n")[:-1]
         steps = [_step_of(line) for line in lines[: max(step, 1)]]
         if len(lines) < step or steps != list(range(1, len(steps) + 1)):
             raise FinetuneError(
                 f"{metrics}: damaged, or of another run: expected a line for each of {step} steps; restore it or "
                 "choose another output_dir"
             )
-        if self.is_writer:
+        whole = b"".join(line + b"\n" for line in lines[:step])
+        if self.is_writer and written != whole:
             with _naming_file_errors(metrics, "written"), replacing(metrics) as partial:
-                partial.write_bytes(b"".join(line + b"\n" for line in lines[:step]))
+                partial.write_bytes(whole)
         return done
 
     def append_metrics(self, entry: dict[str, float]) -> None:

@@ -30,7 +30,7 @@ from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
 from icl_ft_fast.finetuning.optimizer import Optimizer
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 from icl_ft_fast.finetuning.trackers import Trackers
-from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 
 TIMED_STEP = 2  # whose seconds tell how long a run will take: the first one also warms up
 WATCHED = "watched/"  # begins the names of watched figures in the log
@@ -190,6 +190,8 @@ def prepare(
     path = None if options.output_dir is None else Path(options.output_dir)
     date = settings.template_date or (recorded(path, "template_date") if path and options.resume else None)
     settings = replace(settings, template_date=fix_date(model.tokenizer, date))
+    if settings.chat_template_kwargs is not None:  # a study has set its own
+        set_template_arguments(model.tokenizer, settings.chat_template_kwargs)
     encode_all = partial(
         encode,
         model.tokenizer,
@@ -383,16 +385,22 @@ def save(state: RunState) -> None:
         save_steps=settings.save_steps or 0,
         epoch=state.epoch,
     )
-    limit = settings.save_total_limit if state.options.checkpoint_s is None else 1
-    state.folder.prune(limit, progress.best and progress.best[1])
+    _remove_old(state)
     distributed.wait()
     state.saved_at = time.perf_counter()
+
+
+def _remove_old(state: RunState) -> None:
+    best = state.progress.best
+    limit = state.settings.save_total_limit if state.options.checkpoint_s is None else 1
+    state.folder.prune(limit, best and best[1])
 
 
 def finish(state: RunState) -> Finetuned:
     """The model with the best weights, or the last; copies their checkpoint's files into output_dir."""
     progress = state.progress
     chosen = progress.step if progress.best is None else progress.best[1]
+    _remove_old(state)  # by a kill between the last checkpoint and this they are still there
     if state.options.checkpoint_s is None:
         state.folder.finish(chosen)
     is_read = state.settings.fsdp or chosen != progress.step
