@@ -304,3 +304,33 @@ def test_a_lock_file_of_another_user_is_locked_all_the_same(tmp_path, monkeypatc
         pass
     with locked(path), pytest.raises(LockedError), locked(path, shared=True):
         pass
+
+
+def test_a_folder_that_was_made_for_nothing_goes(tmp_path):
+    (tmp_path / "there").mkdir()
+    for path in ("new/out/.lock", "there/.lock"):
+        with pytest.raises(KeyError), locked(tmp_path / path):
+            raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+    def fails():
+        (tmp_path / "new" / "kept").mkdir()  # beside it
+        raise KeyError
+
+    with pytest.raises(KeyError), locked(tmp_path / "new" / "out" / ".lock"):
+        fails()
+    assert sorted(path.name for path in (tmp_path / "new").rglob("*")) == ["kept"]
+
+
+def test_what_a_link_leads_to_is_replaced_and_what_is_no_file_is_left_alone(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with replacing(tmp_path / "link") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null is none: root could put a file in its place
+    with pytest.raises(OSError, match="is no file that could be replaced"), replacing(tmp_path / "pipe") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import logging
@@ -180,7 +181,7 @@ class ContextStore:
     """A folder of one or many models' contexts, of which the least recently used go when it grows over its limit.
 
     Args:
-        folder: made when missing.
+        folder: made with the first context that is added.
         model: whose contexts are found and added; its weights must not change meanwhile.
         max_bytes: of all files together.
     """
@@ -189,7 +190,8 @@ class ContextStore:
         self.folder, self.model, self.max_bytes = folder, model, max_bytes
         self.fingerprint = model.fingerprint()
         self._most = model.max_positions
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     def up_to(self, num_tokens: int) -> ContextStore:
         """The same store, but that find() finds no context of more tokens."""
@@ -203,6 +205,8 @@ class ContextStore:
         Raises:
             ContextError: the file is damaged.
         """
+        if not self.folder.is_dir():
+            return None
         ids = np.asarray(token, np.int32)
         with locked(self.folder / ".lock", shared=True, wait=True):
             mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]

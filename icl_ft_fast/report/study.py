@@ -93,16 +93,18 @@ class Study:
         """
         from icl_ft_fast.report import charts
 
-        folder.mkdir(parents=True, exist_ok=True)
-        name, written = re.sub(r"[^\w.-]+", "_", self.derived.name), []
+        name, made = re.sub(r"[^\w.-]+", "_", self.derived.name), dict[Path, bytes]()
         for chart in charts.draw(self.derived, queries):
-            for ending, data in (("svg", charts.svg(chart).encode()), ("png", charts.png(chart))):
-                written.append(folder / f"{name}-{chart.name}.{ending}")
-                if written[-1].exists() and not overwrite:
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(written[-1]))
-                with replacing(written[-1]) as partial:
-                    partial.write_bytes(data)
-        return written
+            made[folder / f"{name}-{chart.name}.svg"] = charts.svg(chart).encode()
+            made[folder / f"{name}-{chart.name}.png"] = charts.png(chart)
+        for path in made:
+            if path.exists() and not overwrite:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, data in made.items():
+            with replacing(path) as partial:
+                partial.write_bytes(data)
+        return list(made)
 
     def _repr_html_(self) -> str:
         from icl_ft_fast.report.page import fragment

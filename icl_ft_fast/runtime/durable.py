@@ -5,6 +5,7 @@ Knows nothing of what is in them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,11 +31,26 @@ class DamagedError(UserError):
 
 
 @contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Make a folder, and those above it; if the block fails and leaves nothing in those that were made, they go."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            if not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
+
+
+@contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold a lock file during the block, against all other processes and threads.
 
     Args:
-        path: the lock file; its folder is made when missing. It holds the holder's process and host.
+        path: the lock file; its folder is made when missing, see new_folder(). It holds the holder's process and host.
         shared: together with others that share it.
         wait: until it is free; otherwise whoever comes second is refused.
 
@@ -46,7 +62,12 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
     Between machines it holds where the shared file system carries flock (NFS does, some others must be mounted so).
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(path.parent):
+        yield from _holding(path, how, shared=shared)
+
+
+def _holding(path: Path, how: int, *, shared: bool) -> Iterator[None]:
+    """Hold a lock file, made when missing and removed at the end."""
     while True:
         with _opened_lock(path) as file:
             try:
@@ -82,13 +103,17 @@ def _opened_lock(path: Path) -> IO[str]:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to during the block; what is there at its end is synced and takes the place of `path`.
 
-    Its mode follows the umask, whatever wrote it: safetensors gives its files to one user alone.
+    Its mode follows the umask, whatever wrote it: safetensors gives its files to one user alone. A link stays one: what
+    it leads to is replaced.
 
     If the block fails, `path` is as it was and nothing else is left. One writer at a time: hold a lock.
 
     Raises:
         OSError: with `path` as its file name, where the block's own error had none.
     """
+    if path.exists() and not path.is_file():  # root could put a file in the place of /dev/null
+        raise OSError(errno.EEXIST, "is no file that could be replaced", str(path))
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial")
     try:
         with _named(path):

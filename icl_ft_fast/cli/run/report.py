@@ -11,7 +11,7 @@ from icl_ft_fast.cli.run.compare import derived_settings, prices_of, print_decis
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.verdict import summary
-from icl_ft_fast.runtime.durable import replacing
+from icl_ft_fast.runtime.durable import new_folder, replacing
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def run_report(options: argparse.Namespace) -> None:
             Study(study).export(options.charts, queries, overwrite=options.overwrite)
         print(f"Charts written to {options.charts}")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(options.out) as partial:
-            partial.write_text(page.render(studies, queries, options.tolerance), encoding="utf-8")
+        text = page.render(studies, queries, options.tolerance)
+        with new_folder(options.out.parent), replacing(options.out) as partial:
+            partial.write_text(text, encoding="utf-8")
         print(f"Written to {options.out}")
