@@ -30,9 +30,19 @@ from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
+from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 from icl_ft_fast.runtime.durable import DamagedError, LockedError, ResultJournal, locked
-from icl_ft_fast.runtime.executors import ExecutorError, InProcess, Job, cores, pull, run_journaled
+from icl_ft_fast.runtime.executors import (
+    LAUNCHER,
+    ExecutorError,
+    InProcess,
+    Job,
+    cores,
+    pull,
+    run_journaled,
+    threads_wanted,
+)
 from icl_ft_fast.study import runs, workers
 from icl_ft_fast.study.results import unmeasured
 from icl_ft_fast.study.settings import StudySettings
@@ -442,10 +452,44 @@ def test_workers_starts_torchrun(case, tmp_path, monkeypatch):
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m icl_ft_fast.cli"
     assert arguments == [sys.executable, *launch.split(), *command]
     assert environment["OMP_NUM_THREADS"] == str(max(1, cores() // 2))
-    monkeypatch.setenv("RANK", "1")  # what each of its processes then makes of the same options
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch_as(monkeypatch, 1, 2)  # what each of its processes then makes of the same options
     monkeypatch.setattr(cli.options, "Torchrun", lambda: "a rank")
     assert cli.options.executor_of(cli.parser().parse_args(command)) == "a rank"
+
+
+def launch_as(patch, rank, size, port=29500):
+    """Set what torchrun sets in the environment of one of its processes."""
+    for name, value in zip(LAUNCHER, (rank, size, rank, "localhost", port), strict=True):
+        patch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 in the environment, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is two in the environment, and LOCAL_RANK, MASTER_ADDR"),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, None),  # left over in a shell
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            None,
+        ),  # a cluster's, for one process
+        ({"OMP_NUM_THREADS": "2,4"}, None),
+        ({"OMP_NUM_THREADS": "many"}, None),
+    ],
+)
+def test_what_a_cluster_leaves_in_the_environment(environment, message, case, tmp_path, monkeypatch, capsys):
+    """Part of what a launcher sets starts no workers and ends in no traceback; alone, the answers are the same."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = case[0](tmp_path / "scores.jsonl")
+    if message:
+        assert main(command) == 2
+        assert f"icl-ft-fast score: {message}" in capsys.readouterr().err
+    else:
+        assert isinstance(cli.options.executor_of(cli.parser().parse_args(command)), InProcess)
+        assert distributed.num_launched() == 1
+    assert threads_wanted() == (2 if environment.get("OMP_NUM_THREADS") == "2,4" else None)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +504,7 @@ def test_workers_starts_torchrun(case, tmp_path, monkeypatch):
 )
 def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, more, launched, message):
     if launched:
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("WORLD_SIZE", "3")
+        launch_as(monkeypatch, 0, 3)
     assert main(case[0](tmp_path / "scores.jsonl", *more)) == 2
     assert capsys.readouterr().err == f"icl-ft-fast score: {message}\n"
 
@@ -540,8 +583,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
     with monkeypatch.context() as patch, socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
         free.close()
-        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
-            patch.setenv(name, str(value))
+        launch_as(patch, 0, 1, port)
         patch.setattr(workers.StudyWorkers, "do", dies)
         with pytest.raises(KilledError):
             main(command(out, "--store", tmp_path / "store"))

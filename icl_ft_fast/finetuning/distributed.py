@@ -14,22 +14,23 @@ import torch
 import torch.distributed as dist
 
 from icl_ft_fast.finetuning.settings import FinetuneError
+from icl_ft_fast.runtime.executors import launched
 
 
 def device() -> str:
     """The device of this process under torchrun: a GPU of its own if there is one."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() and "LOCAL_RANK" in os.environ else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() and launched() else "cpu"
 
 
 def num_launched() -> int:
     """Processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Within the block torchrun's processes form one run; without torchrun this process is the run."""
-    if "WORLD_SIZE" not in os.environ:
+    if not launched():
         yield
         return
     dist.init_process_group("nccl" if device() != "cpu" else "gloo")

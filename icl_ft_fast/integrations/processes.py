@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from icl_ft_fast.runtime.executors import launched
+
 _log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class Processes:
     """
 
     def __init__(self, *, alone: bool = False) -> None:
-        self.size = 1 if alone else int(os.environ.get("WORLD_SIZE", "1"))
+        self.size = 1 if alone or not launched() else int(os.environ["WORLD_SIZE"])
         self.rank = int(os.environ["RANK"]) if self.size > 1 else 0
         self.local_rank = int(os.environ["LOCAL_RANK"]) if self.size > 1 else 0
         if self.size > 1 and not dist.is_initialized():

@@ -26,6 +26,7 @@ from icl_ft_fast.runtime.durable import ResultJournal, locked
 from icl_ft_fast.runtime.errors import UserError
 
 Worker = Callable[[Any], Any]
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like set
 _FOREVER = timedelta(weeks=52)
 _log = logging.getLogger(__name__)
 
@@ -284,6 +285,30 @@ def follow(executor: Executor) -> None:
     """Wait until rank 0 has come here: a run of no jobs, which none begins before it."""
     for _ in executor.run(lambda: str, [], (), more=True):
         pass
+
+
+def launched() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, started this process.
+
+    Clusters set some of them without a launcher; that counts where there is more than one process.
+
+    Raises:
+        ExecutorError: WORLD_SIZE says several processes, and a variable that they would need is not set.
+    """
+    missing = [name for name in LAUNCHER if not os.environ.get(name)]
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if missing and size != "1":
+        raise ExecutorError(
+            f"WORLD_SIZE is {size} in the environment, and {', '.join(missing)} not set: start the command with "
+            "torchrun, or unset WORLD_SIZE to run alone"
+        )
+    return not missing
+
+
+def threads_wanted() -> int | None:
+    """Threads that OMP_NUM_THREADS asks for, as OpenMP reads it (4, or 4,2 by level); None where it asks for none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else None
 
 
 def cores() -> int:
