@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from icl_ft_fast.cli.options import load_model
 from icl_ft_fast.engine.encoding import vocabulary_words
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood
+from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.machine import ceilings
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.engine.score import score
@@ -811,3 +813,22 @@ def test_a_harness_that_is_not_installed_is_named(refused, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert refused(["lm-eval", "run"]) == "needs lm_eval.api: pip install 'icl_ft_fast[lm-eval]'"
+
+
+def test_the_home_folder_where_no_shell_has_put_it(llama_directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(llama_directory)
+    (tmp_path / "d.txt").write_text("the cat sat on that mat")
+    assert main(["task", "new", "~/task", "--documents", "~/d.txt"]) == 0
+    question = {"id": "q", "prompt": "the cat", "choices": [" sat", " who"], "answer": 0}
+    (tmp_path / "task" / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    files = ["--questions=~/task/questions.jsonl", "--documents=~/task/documents.jsonl", "--out=~/scores.jsonl"]
+    assert main(["score", "--model=~/model", *files]) == 0
+    assert (tmp_path / "scores.jsonl").exists()
+    (tmp_path / "run.yaml").write_text("train_file: ~/task/documents.jsonl\noutput_dir: ~/tuned\nmax_steps: 1\n")
+    assert main(["finetune", "--config", "~/run.yaml", "--model_name_or_path", "~/model"]) == 0
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+    assert load("~/model").name == str(tmp_path / "model")
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["score", "--model=~/model", *files[:2], "--out=~/pipe", "--overwrite"]) == 2
+    assert "pipe: is no file that could be replaced" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Inspect AI's eval(), end to end, against the engine asked directly and a plain forward of every request."""
 
 import re
+import shutil
 import string
 import tomllib
 from pathlib import Path
@@ -18,7 +19,7 @@ from inspect_ai.solver import generate
 
 import icl_ft_fast as iff
 from icl_ft_fast.engine import encoding
-from icl_ft_fast.engine.generate import Sampling
+from icl_ft_fast.engine.generate import Generation, Sampling
 from icl_ft_fast.engine.generate import generate as generate_texts
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.integrations import inspect_ai as ours
@@ -108,6 +109,26 @@ def test_a_conversation_is_written_in_the_template(model, llama, tmp_path):
     )
     (result,) = iff.score(llama, [iff.Question("", "<system>the mat <user>who sat <assistant>", (" the cat", " that"))])
     assert log.samples[0].scores["most_likely_choice"].metadata["logp"] == pytest.approx(result.logp, abs=1e-4)
+
+
+def test_reasoning_is_told_from_the_answer_and_the_date_is_set(llama_directory, tmp_path):
+    shutil.copytree(llama_directory, tmp_path / "chatty")
+    (tmp_path / "chatty" / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}{{ mood }}<think>")
+    options = {"template_date": "1999-01-31", "chat_template_kwargs": {"mood": "why"}, "memoize": False}
+    model = get_model(f"icl-ft-fast/{tmp_path / 'chatty'}", **options)
+    assert model.api.prompt([ChatMessageUser(content="who")]) == "1999why<think>"
+
+    async def ask(request):
+        return Generation(text="a cat</think>the mat", ids=(2, 3), logp=(-1.0, -1.0), finish="stop")
+
+    model.api._texts.ask = ask
+    log = run(
+        model, tmp_path / "logs", [Sample("who", target="the mat")], solver=generate(max_tokens=8), scorer=includes()
+    )
+    (sample,) = log.samples
+    assert sample.output.completion == "the mat"
+    assert sample.output.message.content[0].reasoning == "a cat"
+    assert sample.output.metadata == {"template_date": "1999-01-31"}
 
 
 def test_generation_is_transformers_greedy_one(model, llama, plain_llama, tmp_path):

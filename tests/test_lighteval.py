@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_likelihoods_are_those_of_lighteval_s_transformers_backend(chat, llama_d
         for each in (theirs, model):
             each.tokenizer.chat_template = TEMPLATE
         model._prompts.use_chat_template = theirs.prompt_manager.use_chat_template = True
+        theirs._add_special_tokens = False  # it would put a BOS before what the template wrote
     expected, got = theirs.loglikelihood(docs), model.loglikelihood(docs)
     for mine, other in zip(got, expected, strict=True):
         assert mine.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-4)
@@ -95,6 +97,17 @@ def test_likelihoods_are_those_of_lighteval_s_transformers_backend(chat, llama_d
         # theirs are padded to the longest choice, by which token normalization then divides every choice
         assert [list(ids) for ids in mine.output_tokens] == [[t for t in ids if t != -1] for ids in other.output_tokens]
     assert model.ledger.forwarded_tokens < model.ledger.request_tokens / 2
+
+
+def test_a_chat_has_the_ids_of_its_template(llama_directory, tmp_path):
+    shutil.copytree(llama_directory, tmp_path / "chatty")
+    dated = TEMPLATE + "{{ strftime_now('%Y') }}{{ enable_thinking }}"
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(dated)
+    model = custom(f"pretrained={tmp_path / 'chatty'},template_date=1999-01-31,enable_thinking=false", tmp_path)
+    asked = doc(0)
+    (response,) = model.greedy_until([doc(0, generation_size=2)])
+    text = f"<user>{asked.query} <assistant>1999False"
+    assert response.input_tokens == model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_an_unconditioned_query_doubles_the_likelihoods(model, llama, plain_llama, plain):

@@ -6,8 +6,10 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -507,6 +509,24 @@ def test_a_file_of_another_model_or_of_other_settings_is_refused(llama, llama_di
             ValueError, match=r"^use_cache: .*results\.db: holds results of another model or of other set"
         ):
             CachingLM(other, path)
+
+
+def test_a_template_s_date_is_that_of_the_file_of_results_and_told(llama_directory, tmp_path):
+    shutil.copytree(llama_directory, tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}{{ messages[0].content }}")
+
+    def shown(file=None, **options):
+        lm = ours(tmp_path / "dated", **options)
+        cached = CachingLM(lm, str(tmp_path / file)) if file else None
+        if cached:
+            cached.dbdict.close()
+        told = lm.get_model_info()["icl_ft_fast"]["template_date"]
+        assert lm.apply_chat_template([{"role": "user", "content": " cat"}]) == f"{told} cat"
+        return told
+
+    assert shown("begun", template_date="2024-07-26") == shown("begun") == "2024-07-26"
+    assert shown() == shown("other") == datetime.now().date().isoformat()
+    assert "template_date" not in ours(llama_directory).get_model_info()["icl_ft_fast"]
 
 
 def test_a_file_that_another_kind_of_model_filled_is_refused(llama, theirs, tmp_path):

@@ -16,7 +16,9 @@ import tokenizer_kinds
 from transformers.utils import chat_template_utils
 
 from icl_ft_fast.augmentation.generators import LocalGenerator
+from icl_ft_fast.cli import main
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.generate import Generation
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import run as finetune_run
@@ -28,6 +30,7 @@ from icl_ft_fast.integrations.server import _Service
 from icl_ft_fast.runtime import templates
 from icl_ft_fast.runtime.templates import ChatText, fix_date, render_chat
 from icl_ft_fast.study import compare as study
+from icl_ft_fast.study import questions
 from icl_ft_fast.study.compare import StudyOptions, compare
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Document, Question, Task
@@ -174,8 +177,9 @@ def test_a_date_is_fixed(dated, on):
     assert fix_date(tokenizer, "2024-07-26") == "2024-07-26"
     assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 26 Jul 2024")
     assert fix_date(tokenizer_kinds.make("qwen"), "2024-07-26") is None
-    with pytest.raises(templates.DateError, match="template_date: expected YYYY-MM-DD, got 'today'"):
-        fix_date(tokenizer, "today")
+    for other in (tokenizer, tokenizer_kinds.make("qwen")):
+        with pytest.raises(templates.DateError, match="template_date: expected YYYY-MM-DD, got 'today'"):
+            fix_date(other, "today")
 
 
 def test_training_is_resumed_on_another_day(dated, on, tmp_path, monkeypatch):
@@ -225,3 +229,71 @@ def test_a_study_has_the_date_of_its_first_day(dated, on, tmp_path, monkeypatch)
     assert again.settings == whole.settings
     assert [r.answers for r in again.runs] == [r.answers for r in whole.runs]
     assert run("other").settings["template_date"] == "2026-11-30"
+
+
+def test_augmentation_is_resumed_with_the_date_of_its_first_reply(dated, on, tmp_path, capsys):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "documents.jsonl").write_text('{"id": "d", "text": "the cat sat"}\n')
+    question = {"id": "q", "prompt": "who", "choices": [" cat", " mat"], "answer": 0}
+    (tmp_path / "task" / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "short.jinja").write_text("{{ document }}")
+
+    def run(name, *more):
+        options = ["--prompt-template", tmp_path / "short.jinja", "--max-new-tokens", 2, "--chat", *more]
+        given = ["augment", "--task", tmp_path / "task", "--model", dated, "--out", tmp_path / name, *options]
+        assert main([str(part) for part in given]) == 2  # no row of a random model's replies
+        told = capsys.readouterr().out.partition("wrote the date ")[2][:10]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        return report["template_date"], told, len(list((tmp_path / name / "replies").iterdir()))
+
+    on("2026-11-29")
+    assert run("a") == ("2026-11-29", "2026-11-29", 1)
+    on("2026-11-30")
+    assert run("a") == ("2026-11-29", "2026-11-29", 1)
+    assert run("b") == ("2026-11-30", "2026-11-30", 1)
+    assert run("a", "--template-date", "2024-07-26", "--overwrite") == ("2024-07-26", "2024-07-26", 2)
+    generator = LocalGenerator(load(dated), is_chat=True, template_date="2024-07-26")
+    assert (generator.date, LocalGenerator(generator.model).date) == ("2024-07-26", None)
+
+
+def test_arguments_of_a_template_reach_training_and_studies(dated, on):
+    (dated / "chat_template.jinja").write_text("{{ '<s>' }}{{ mood }}" + tokenizer_kinds.PLAIN)
+    chat = [Example(turns=TURNS[:2])]
+
+    def losses(**settings):
+        return finetune(load(dated), chat, FinetuneSettings(steps=1, batch_size=1, **settings)).losses
+
+    assert losses() == losses(chat_template_kwargs={}) != losses(chat_template_kwargs={"mood": "why"})
+    task = Task((Document("d", "the cat sat"),), (Question("q", "who", (" cat", " mat"), answer=0),))
+
+    def prompt(**settings):
+        settings = StudySettings(arms=("base",), seeds=(0,), template="chat", **settings)
+        return compare(load(dated), task, settings, options=StudyOptions(measure_s=0)).settings["chat_prompt"]
+
+    assert prompt(chat_template_kwargs={"mood": "why"}) == prompt().replace("<s>", "<s>why")
+
+
+def test_questions_are_written_with_the_date_of_their_first_day(dated, on, tmp_path, monkeypatch, capsys):
+    (dated / "chat_template.jinja").write_text(DATED + "{{ mood }}")
+    shown = []
+
+    def written(model, prompts, sampling, **_):
+        shown.extend(prompts)
+        return [Generation("Question: who sat\nAnswer: the cat", (2,), (0.0,), "eos") for _ in prompts]
+
+    monkeypatch.setattr(questions, "generate", written)
+    monkeypatch.setattr(questions, "_fitting", lambda model, texts, more: [True] * len(texts))
+    (tmp_path / "documents.jsonl").write_text('{"id": "d", "text": "the cat sat on that mat."}\n')
+    command = ["task", "questions", str(tmp_path), "--model", str(dated), "--chat-template-kwargs", '{"mood": "sad"}']
+    for day, more, seen in (
+        ("2026-11-29", (), "29 Nov 2026"),
+        ("2026-11-30", ("--max-new-tokens", "9"), "29 Nov 2026"),
+        ("2026-11-30", ("--template-date", "2024-07-26"), "26 Jul 2024"),
+    ):
+        on(day)
+        assert main([*command, *more]) == 2  # no wrong choices for the one question
+        assert shown[-1].startswith(f"<s>Today: {seen}")
+        assert "sad" in shown[-1]
+        wrote = datetime.strptime(seen, "%d %b %Y").date().isoformat()
+        assert f"wrote the date {wrote}; --template-date sets it" in capsys.readouterr().out
+    assert len(shown) == 3

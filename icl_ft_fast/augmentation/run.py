@@ -19,7 +19,7 @@ from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Worker
-from icl_ft_fast.runtime.reasoning import split_reasoning
+from icl_ft_fast.runtime.reasoning import answer_in
 from icl_ft_fast.tasks.sentences import words_of
 
 Request: TypeAlias = tuple[Prompt, Sampling]
@@ -80,11 +80,13 @@ class ReplyingElsewhere:
     fingerprint: str
     is_chat: bool
     template_options: dict[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
 
     def __call__(self) -> Replying:
         """Load, check, make."""
         model = load_same(self.name, self.loading, self.fingerprint)
-        return Replying(LocalGenerator(model, self.is_chat, template_options=self.template_options))
+        options, date = self.template_options, self.template_date
+        return Replying(LocalGenerator(model, self.is_chat, template_options=options, template_date=date))
 
 
 class AugmentationRun:
@@ -118,6 +120,8 @@ class AugmentationRun:
             "generator": generator.fingerprint,
             "sampling": how,
         }
+        if date := generator.date if isinstance(generator, LocalGenerator) else None:
+            self.identity["template_date"] = date
         self.store = Store(folder, self.identity)
 
     def missing(self) -> list[tuple[str, Request]]:
@@ -241,7 +245,7 @@ class AugmentationRun:
             if reply is None:
                 dropped["unanswered"] += 1
                 continue
-            _, text = split_reasoning(reply.text)
+            text = answer_in(reply.text)
             if reply.is_cut and self.prompting.strategy.is_lines:
                 text = text.rpartition("\n")[0]
                 dropped["cut_off"] = dropped.get("cut_off", 0) + 1

@@ -42,6 +42,12 @@ class StoredReply:
     is_cut: bool = False
 
 
+def recorded_date(folder: Path) -> str | None:
+    """The first day that the chat prompts of the replies in a folder had, None where none had one."""
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/manifest.json")]
+    return min((m["template_date"] for m in manifests if "template_date" in m), default=None)
+
+
 class Store:
     """The replies of one strategy, template, generator and sampling.
 

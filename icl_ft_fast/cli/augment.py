@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.cli.options import (
@@ -14,6 +12,7 @@ from icl_ft_fast.cli.options import (
     add_executor_options,
     add_model_options,
     add_output_options,
+    add_template_arguments_option,
     add_template_option,
     command,
     later,
@@ -48,8 +47,9 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--strategy", choices=STRATEGIES, help=help)
     add_template_option(prompts)
     prompts.add_argument("--chat", action="store_true", help="the same as --template chat")
-    help = "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
-    prompts.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=help)
+    add_template_arguments_option(prompts)
+    help = "day that a chat template writes as today's (default: the day of the first reply in --out)"
+    prompts.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
     help = "jinja2 file that replaces the strategy's prompt"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
     help = "documents in the context of the global strategy, drawn by --seed (default: as many as fit)"
@@ -88,16 +88,6 @@ def add(commands: Commands) -> None:
     parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
     add_output_options(parser)
     add_executor_options(parser)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
-    return value
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -16,11 +16,13 @@ from icl_ft_fast.cli.options import (
     add_model_options,
     add_output_options,
     add_store_options,
+    add_template_arguments_option,
     add_template_option,
     amount,
     amount_or_0,
     command,
     later,
+    place,
     positive,
 )
 from icl_ft_fast.cli.task import add_task_options
@@ -101,6 +103,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     add_template_option(study, files=True)
     help = "day that a chat template writes as today's (default: the day the study began)"
     study.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    add_template_arguments_option(study)
     context = parser.group("in-context learning")
     help = "documents per topic in the context (default: the preset's, or all)"
     context.add_argument("--icl-per-topic", type=positive, metavar="N", help=help)
@@ -109,7 +112,8 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "context limit; documents beyond it are left out and counted (default: all documents must fit)"
     context.add_argument("--icl-tokens", type=positive, metavar="N", help=help)
     help = "task to measure harm elsewhere on: shipped (100 general questions) or a folder with questions.jsonl"
-    study.add_argument("--general", default="", metavar="FOLDER", help=f"{help} (default: harm is not measured)")
+    help = f"{help} (default: harm is not measured)"
+    study.add_argument("--general", type=place, default="", metavar="FOLDER", help=help)
     retrieval = parser.group("retrieval")
     help = "how passages are found: bm25 (words) or dense (embeddings)"
     retrieval.add_argument("--retriever", choices=RETRIEVERS, default=RETRIEVERS[0], help=help)

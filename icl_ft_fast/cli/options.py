@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from rich.text import Text
 from icl_ft_fast.engine.defaults import DTYPE_NAMES, KV_DTYPE_NAMES, SHIPPED, parse_bytes
 from icl_ft_fast.runtime.durable import digest, locked
 from icl_ft_fast.runtime.errors import UserError
-from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores
+from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores, launched, threads_wanted
 from icl_ft_fast.runtime.printable import printable
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _Help} | settings, allow_abbrev=False)
+        self.register("type", Path, path)
         self._named: dict[str, argparse._ArgumentGroup] = {}
 
     def group(self, name: str) -> argparse._ArgumentGroup:
@@ -100,9 +102,9 @@ def add_model_options(parser: Parser, *, positional: bool = False, required: boo
     group = parser.group("model")
     help = f"checkpoint folder, id on the Hugging Face hub, or '{SHIPPED}'"
     if positional:
-        group.add_argument("model", metavar="MODEL", help=help)
+        group.add_argument("model", type=place, metavar="MODEL", help=help)
     else:
-        group.add_argument("--model", required=required, help=help)
+        group.add_argument("--model", type=place, required=required, help=help)
         help = "read control tokens spelled in documents, questions and choices as text, or keep them in force"
         group.add_argument("--special-tokens", choices=["text", "keep"], default="text", help=help)
     help = "dtype of the weights, auto for the checkpoint's own (default: float32 on the CPU, auto on a GPU)"
@@ -119,7 +121,7 @@ def add_model_options(parser: Parser, *, positional: bool = False, required: boo
 def add_template_option(group: Any, *, files: bool = False) -> None:
     """--template; `files`: a text of one's own is taken too."""
     names = ("auto", "chat", "base")
-    how: dict[str, Any] = {"metavar": "auto|chat|base|FILE"} if files else {"choices": names}
+    how: dict[str, Any] = {"metavar": "auto|chat|base|FILE", "type": place} if files else {"choices": names}
     help = "prompts: chat (through the model's chat template), base (plain text), or auto, which is chat if there is a "
     group.add_argument("--template", default="auto", help=f"{help}template", **how)
 
@@ -194,9 +196,9 @@ def executor_of(options: argparse.Namespace) -> Executor:
 
     Each worker has as many threads as OMP_NUM_THREADS says, else its share of the cores.
     """
-    launched = "RANK" in os.environ
-    kind = options.executor or ("torchrun" if launched else "in-process")
-    if launched and kind != "torchrun":
+    is_launched = launched()
+    kind = options.executor or ("torchrun" if is_launched else "in-process")
+    if is_launched and kind != "torchrun":
         raise UsageError(f"--executor: {kind}: torchrun started this process; leave the option out")
     if kind != "ray" and options.ray_address:
         raise UsageError("--ray-address: needs --executor ray")
@@ -204,11 +206,11 @@ def executor_of(options: argparse.Namespace) -> Executor:
         if (options.workers or 1) > 1:
             raise UsageError("--workers: needs --executor torchrun or ray")
         return InProcess()
-    if launched:
+    if is_launched:
         if options.workers not in (None, int(os.environ["WORLD_SIZE"])):
             raise UsageError("--workers: torchrun's --nproc-per-node and --nnodes say how many")
         return Torchrun()
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // (options.workers or 1)))
+    threads = threads_wanted() or max(1, cores() // (options.workers or 1))
     if kind == "torchrun":
         if options.workers is None:
             raise UsageError("--workers: say how many, or start the command with torchrun")
@@ -271,7 +273,7 @@ def load_model(options: argparse.Namespace) -> Model:
     logging.disable_progress_bar()  # other libraries' bars and notices; our own errors and bars remain
     logging.set_verbosity_error()
     how = loading(options)
-    if how["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+    if how["device"] == "cuda" and launched():
         how["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     return load(options.model, **how)
 
@@ -288,8 +290,8 @@ def check_new(path: Path, overwrite: bool, arguments: str = "") -> None:
 
     One of the same arguments, which it names under "arguments", is not refused: it is a rerun, and comes out the same.
     """
-    if path.is_dir():
-        raise UsageError(f"--out: {path}: is a folder")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--out: {path}: is {'a folder' if path.is_dir() else 'no file that could be replaced'}")
     named = f'"arguments": "{arguments}"'
     if path.exists() and not overwrite and not (arguments and named in path.read_text(errors="replace")):
         raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
@@ -310,6 +312,33 @@ def alone(options: argparse.Namespace, *names: str) -> Iterator[None]:
     with locked(options.out / ".lock"):
         check()  # another run may have ended meanwhile
         yield
+
+
+def add_template_arguments_option(group: argparse._ArgumentGroup) -> None:
+    """--chat-template-kwargs."""
+    help = "arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'"
+    group.add_argument("--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help=help)
+
+
+def place(text: str) -> str:
+    """An argument's type: a path, in which ~ is the home folder also where no shell has put it there, or a name."""
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    """An argument's type: a path, see place(); what a Parser takes Path for."""
+    return Path(place(text))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argument's type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def positive(text: str) -> int:

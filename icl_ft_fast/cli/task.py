@@ -12,9 +12,11 @@ from icl_ft_fast.cli.options import (
     Parser,
     add_model_options,
     add_output_options,
+    add_template_arguments_option,
     add_template_option,
     command,
     later,
+    place,
     positive,
 )
 from icl_ft_fast.engine.defaults import SHIPPED
@@ -74,6 +76,9 @@ def add(commands: Commands) -> None:
     help = "file that replaces the built-in prompt; contains {statement}"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
     add_template_option(prompts)
+    add_template_arguments_option(prompts)
+    help = "day that a chat template writes as today's (default: the day of the first question in the folder's journal)"
+    prompts.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
     help = "sentences to ask about per document (default: all)"
     prompts.add_argument("--per-document", type=positive, metavar="N", help=help)
     prompts.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens per question")
@@ -116,7 +121,7 @@ def _add_generated(parser: Parser, generator: TaskGenerator) -> None:
     for option in generator.options:
         data.add_argument(f"--{option.name}", type=positive, metavar="N", help=option.help)
     if generator.reads is not None:
-        data.add_argument("--data", required=True, help=generator.reads)
+        data.add_argument("--data", type=place, required=True, help=generator.reads)
     data.add_argument("--seed", type=int, default=0, help="random seed of the generated task")
     _add_exclude_option(parser)
     help = "folder for documents.jsonl and questions.jsonl"
@@ -127,10 +132,11 @@ def _add_generated(parser: Parser, generator: TaskGenerator) -> None:
 def add_task_options(parser: Parser, *, more: str = "") -> None:
     """What names a task, for task_of_seed(); `more` ends the help of --task."""
     data = parser.group("data")
-    data.add_argument("--task", required=True, help=f"task folder, or one of {', '.join(GENERATORS)}{more}")
+    help = f"task folder, or one of {', '.join(GENERATORS)}{more}"
+    data.add_argument("--task", type=place, required=True, help=help)
     data.add_argument("--preset", default="paper", help="size and kind of a generated task: paper, small, ...")
     help = "source of a generated task that reads one: a folder, or a dataset on the Hugging Face hub"
-    data.add_argument("--data", help=help)
+    data.add_argument("--data", type=place, help=help)
     parser.set_defaults(task_seed=None)
     _add_exclude_option(parser)
     for name, generator in GENERATORS.items():
@@ -143,6 +149,7 @@ def _add_exclude_option(parser: Parser) -> None:
     """--exclude-words: words that task_of_seed() does not use as nonsense words."""
     parser.group("data").add_argument(
         "--exclude-words",
+        type=place,
         nargs="+",
         default=(),
         metavar="WORDS",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.sentences import SPLITTINGS
@@ -85,6 +85,7 @@ class FinetuneSettings:
         logging_steps: steps between entries of trainer_state.json's log_history and of trackers; metrics.jsonl has all.
         report_to: trackers, out of tensorboard, wandb and trackio.
         template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the run began.
+        chat_template_kwargs: arguments of the chat template, such as enable_thinking; None gives none.
         fsdp: shard weights over the processes (FSDP2) instead of copying them to each (DDP).
 
     Raises:
@@ -116,6 +117,7 @@ class FinetuneSettings:
     report_to: tuple[str, ...] = ()
     fsdp: bool = False
     template_date: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps"):

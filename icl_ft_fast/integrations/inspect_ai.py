@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage, get_model, modelapi
+from inspect_ai.model import (
+    ChatMessage,
+    ContentReasoning,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    get_model,
+    modelapi,
+)
 from inspect_ai.scorer import CORRECT, INCORRECT, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.scorer import Score as SampleScore
 from inspect_ai.solver import Generate, Solver, TaskState, solver
@@ -25,7 +35,8 @@ from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.engine.score import Score
 from icl_ft_fast.integrations.batcher import Batcher
 from icl_ft_fast.integrations.window import OVERFLOW, Window
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.reasoning import opened, split_reasoning
+from icl_ft_fast.runtime.templates import fix_date, render_chat, set_template_arguments
 from icl_ft_fast.study.evaluate import choice_scores
 from icl_ft_fast.study.settings import NORMALIZATIONS
 from icl_ft_fast.tasks.task import Question
@@ -61,6 +72,11 @@ class IclFtFastAPI(ModelAPI):
         config: Inspect's.
         tokenizer, revision, dtype, device, adapter, trust_remote_code: see load(); dtype is auto by default.
         max_length, overflow: see Window.
+        template_date: YYYY-MM-DD, what a chat template that writes the date writes; default today. Outputs' metadata
+            have it.
+        chat_template_kwargs: arguments of the chat template, such as {"enable_thinking": false}.
+
+    What a model writes before its answer, between the marks of a reasoning, is reasoning in the output and no answer.
 
     Raises:
         ValueError: an argument cannot be followed, or the model cannot be loaded.
@@ -81,6 +97,8 @@ class IclFtFastAPI(ModelAPI):
         trust_remote_code: bool = False,
         max_length: int | None = None,
         overflow: str = OVERFLOW[0],
+        template_date: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         self.model = load(
@@ -92,6 +110,9 @@ class IclFtFastAPI(ModelAPI):
             adapter=adapter,
             trust_remote_code=trust_remote_code,
         )
+        day = None if template_date is None else str(template_date)  # Inspect reads -M values as YAML, dates among them
+        self.date = fix_date(self.model.tokenizer, day)
+        set_template_arguments(self.model.tokenizer, chat_template_kwargs or {})
         self._window = Window(self.model.max_positions, max_length, overflow)
         self._scores, self._texts = Batcher(self._score), Batcher(self._write)
         self.ledger = Ledger()
@@ -113,13 +134,18 @@ class IclFtFastAPI(ModelAPI):
         if unknown := sorted(asked.keys() - SERVED - WITHOUT_EFFECT) + ["tools"] * bool(tools):
             raise GenerateError(f"{', '.join(unknown)}: not served")
         sampling = Sampling(config.max_tokens or MAX_TOKENS, stop=tuple(config.stop_seqs or ()), **given)
-        (ids,) = encoding.encode(self.model.tokenizer, [self.prompt(input)])
+        prompt = self.prompt(input)
+        (ids,) = encoding.encode(self.model.tokenizer, [prompt])
         fitting = self._window.fit(["input"], [ids], [sampling.max_new_tokens])
         if not fitting:
             return ModelOutput.from_content(self.model_name, "", "model_length")
         written = await self._texts.ask((fitting[0], sampling))
         reason = "max_tokens" if written.finish == "length" else "stop"
-        output = ModelOutput.from_content(self.model_name, written.text, reason)
+        reasoning, text = split_reasoning(opened(prompt) + written.text)
+        thought = [ContentReasoning(reasoning=reasoning)] if reasoning else []
+        answer = [*thought, ContentText(text=text)] if thought else text
+        output = ModelOutput.from_content(self.model_name, answer, reason)
+        output.metadata = {"template_date": self.date} if self.date else None
         output.usage = ModelUsage(input_tokens=len(fitting[0]), output_tokens=len(written.ids))
         return output
 

@@ -6,6 +6,7 @@ lighteval takes the first LightevalModel that it finds in that file and hands it
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, iter_loglikelihood
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.integrations.window import OVERFLOW, Window
+from icl_ft_fast.runtime.templates import ChatText, fix_date, render_chat, set_template_arguments
+
+_log = logging.getLogger(__name__)
 
 LOAD = ("tokenizer", "revision", "dtype", "device", "adapter", "trust_remote_code")
 Pair = tuple[list[int], list[int]]
@@ -37,7 +41,10 @@ class IclFtFastModel(LightevalModel):
         config: its model_name is a checkpoint directory, hub id or "shipped", or NAME=VALUE pairs with commas between
             them: pretrained; tokenizer, revision, dtype (default auto), device, adapter and trust_remote_code as in
             load(); max_length and overflow as in Window; override_chat_template (true or false; by default prompts are
-            chats where the tokenizer has a template).
+            chats where the tokenizer has a template); template_date (YYYY-MM-DD, default today) and enable_thinking for
+            the chat template.
+
+    A chat gets the token ids of its template.
 
     Context and choice are encoded apart, as lighteval's own transformers backend does it, and BOS is added by the
     tokenizer's habit, never twice. Generation is greedy. Cached samples are filed under the fingerprint of the weights.
@@ -54,13 +61,18 @@ class IclFtFastModel(LightevalModel):
         chat = uses_chat_template(
             tokenizer=self.tokenizer, override_chat_template=options.pop("override_chat_template", None)
         )
+        date = fix_date(self.tokenizer, _day(options.pop("template_date", None))) if chat else None
+        if "enable_thinking" in options:
+            set_template_arguments(self.tokenizer, {"enable_thinking": options.pop("enable_thinking")})
         if options:
             raise ValueError(f"MODEL: unknown options: {', '.join(options)}")
         self.config, self.ledger = config, Ledger()
         self._window = Window(self.model.max_positions, max_length, overflow)
-        self._prompts = PromptManager(chat, self.tokenizer, config.system_prompt)
+        self._prompts = PromptManager(chat, _Chats(self.tokenizer), config.system_prompt)
+        if date:
+            _log.info("the chat template writes the date %s; template_date sets it", date)
         # lighteval files samples by the model's name, under which other weights may lie by now.
-        mine = f"icl-ft-fast/{self.model.fingerprint()}/{self.max_length}-{overflow}-{chat}"
+        mine = f"icl-ft-fast/{self.model.fingerprint()}/{self.max_length}-{overflow}-{chat}{date or ''}"
         self._cache = SampleCache(config.model_copy(update={"model_name": mine}))
 
     @property
@@ -159,7 +171,10 @@ class IclFtFastModel(LightevalModel):
         continuations = encoding.encode(self.tokenizer, [text for _, text in moved], bos=False)
         first = [encoding.prefix_token_id(self.tokenizer)]
         end = self.tokenizer.eos_token_id
-        contexts = [ids[:-1] if ids[-1:] == [end] else ids for ids in contexts]  # a tokenizer's EOS would end the text
+        contexts = [
+            ids[:-1] if ids[-1:] == [end] and not isinstance(context, ChatText) else ids
+            for (context, _), ids in zip(moved, contexts, strict=True)
+        ]  # a tokenizer's EOS would end the text
         return [(ids or first, text) for ids, text in zip(contexts, continuations, strict=True)]
 
     def _scores(self, names: Sequence[str], pairs: list[Pair]) -> list[LogLikelihood]:
@@ -169,6 +184,24 @@ class IclFtFastModel(LightevalModel):
         for i, result in iter_loglikelihood(self.model, list(fitting.values()), ledger=self.ledger, progress=True):
             results[place[i]] = result
         return results
+
+
+class _Chats:
+    """The part of a tokenizer that lighteval writes chats with: their text remembers that a template wrote it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """The text of a conversation."""
+        return render_chat(self._tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+
+def _day(value: object) -> str | None:
+    """What YAML read of a date, as text."""
+    return None if value is None else str(value)
 
 
 def _name(doc: Doc) -> str:

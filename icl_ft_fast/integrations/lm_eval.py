@@ -33,12 +33,12 @@ from icl_ft_fast.integrations.lm_eval_requests import request_name, sampling_of
 from icl_ft_fast.integrations.processes import Processes
 from icl_ft_fast.integrations.shared_prefixes import group_by_prefix
 from icl_ft_fast.integrations.window import OVERFLOW, Window
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.templates import fix_date, render_chat
 
 _log = logging.getLogger(__name__)
 
 BOUNDARIES = ("harness", "whole_tokens")
-FINGERPRINT_KEY = "icl-ft-fast"  # no key of the harness: those are SHA-256 digests
+FINGERPRINT_KEY, DATE_KEY = "icl-ft-fast", "icl-ft-fast date"  # no keys of the harness: those are SHA-256 digests
 
 
 @register_model("icl-ft-fast")
@@ -69,6 +69,8 @@ class IclFtFastLM(TemplateLM):
         add_bos_token: begin every text with BOS, or none; default the tokenizer's habit.
         prefix_token_id: stands for an empty context; default BOS, else EOS.
         chat_template_args: passed to the chat template.
+        template_date: YYYY-MM-DD, what a chat template that writes the date writes; default today, or the day that the
+            file of --use_cache was begun on. The results file has it under config, icl_ft_fast.
         enable_thinking: passed to the chat template; needs think_end_token and generative tasks.
         store: folder of saved contexts: of a beginning that several contexts of a call have in common, see
             integrations/shared_prefixes.py, what the model made is taken from there, or saved there.
@@ -106,6 +108,7 @@ class IclFtFastLM(TemplateLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         chat_template_args: dict[str, Any] | None = None,
+        template_date: str | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
         store: str | Path | None = None,
@@ -147,6 +150,8 @@ class IclFtFastLM(TemplateLM):
         self.chat_template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = enable_thinking
+        self._given_date = None if template_date is None else str(template_date)
+        self.template_date = fix_date(self.tokenizer, self._given_date)
         is_id = isinstance(think_end_token, str) and think_end_token.isdecimal()
         self.think_end_token = int(think_end_token) if think_end_token and is_id else think_end_token
         self._store = None if store is None else ContextStore(Path(store), self.model, int(store_limit * 1e9))
@@ -215,6 +220,9 @@ class IclFtFastLM(TemplateLM):
                     "give this model a file of its own"
                 )
             cache_hook.dbdict[FINGERPRINT_KEY] = mine
+            begun = None if self._given_date else cache_hook.dbdict.get(DATE_KEY)
+            self.template_date = fix_date(self.tokenizer, begun or self.template_date)
+            cache_hook.dbdict[DATE_KEY] = self.template_date
         super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -312,7 +320,12 @@ class IclFtFastLM(TemplateLM):
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.network.dtype),
-            "icl_ft_fast": {"max_length": self.max_length, "overflow": self._window.overflow, **counts},
+            "icl_ft_fast": {
+                "max_length": self.max_length,
+                "overflow": self._window.overflow,
+                **({"template_date": self.template_date} if self.template_date else {}),
+                **counts,
+            },
         }
 
     def _counts(self) -> Counter[str]:

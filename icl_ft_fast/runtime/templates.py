@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, time
 from types import FrameType
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from icl_ft_fast.runtime.errors import UserError
 
-_DATE = "_icl_ft_fast_date"  # attribute of a tokenizer
+_DATE, _ARGUMENTS = "_icl_ft_fast_date", "_icl_ft_fast_template_arguments"  # attributes of a tokenizer
 # Templates call strftime_now, which transformers lets nobody replace but a macro. It marks the format in the text, by
 # characters that Unicode gives no meaning, and the date is put there afterwards. The line break is trimmed by jinja.
 _CLOCK = "{% macro strftime_now(format) %}{{ '\ufdd2' }}{{ format }}{{ '\ufdd3' }}{% endmacro %}\n"
@@ -83,15 +83,20 @@ def fix_date(tokenizer: Any, date: str | None = None) -> str | None:
     Raises:
         DateError: not a date.
     """
-    if not reads_date(tokenizer):
-        return None
     try:
-        fixed = getattr(tokenizer, _DATE, None) if date is None else datetime.fromisoformat(date)
+        fixed = getattr(tokenizer, _DATE, None) if date is None else datetime.strptime(date, "%Y-%m-%d")
     except ValueError as error:
         raise DateError(f"template_date: expected YYYY-MM-DD, got {date!r}") from error
+    if not reads_date(tokenizer):
+        return None
     fixed = fixed or datetime.combine(datetime.now().date(), time())
     setattr(tokenizer, _DATE, fixed)
     return fixed.date().isoformat()
+
+
+def set_template_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Give the tokenizer's chat template these arguments, such as enable_thinking, in every chat from now on."""
+    setattr(tokenizer, _ARGUMENTS, dict(arguments))
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> ChatText:
@@ -100,13 +105,14 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: A
     Args:
         tokenizer: a transformers tokenizer that has a chat template.
         messages: the turns.
-        options: what the template takes besides; add_generation_prompt is true unless given.
+        options: what the template takes besides, over set_template_arguments(); add_generation_prompt is true unless
+            given.
 
     Raises:
         jinja2.TemplateError: the template refuses the messages, reaches out of the sandbox, or does not end.
     """
     with bounded():
-        options = {"add_generation_prompt": True} | options
+        options = {"add_generation_prompt": True} | getattr(tokenizer, _ARGUMENTS, {}) | options
         date = getattr(tokenizer, _DATE, None)
         if date is None:
             return ChatText(tokenizer.apply_chat_template(messages, tokenize=False, **options))

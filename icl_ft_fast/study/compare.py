@@ -9,8 +9,8 @@ made: a study that was killed and started again reads them back, and ends with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from icl_ft_fast.engine.prompting import ProtocolError, check_prompts, chosen_te
 from icl_ft_fast.finetuning.settings import LoraSettings
 from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
-from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
@@ -125,16 +125,13 @@ def compare(
     arms_of = None if callable(first_task) else first_task
     settings = replace(settings, arms=expand_arms(settings.arms, arms_of))
     folder = None if out is None else Path(out)
-    with nullcontext() if folder is None or options.executor.rank else locked(folder / ".lock"):
-        if folder is not None and options.arguments:  # refused before the model is loaded
-            _check_folder(folder, options)
-        if not options.executor.rank:
-            _begin(folder, options)
+    with nullcontext() if folder is None or options.executor.rank else _begun(folder, options):
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
         journal = ResultJournal(None if folder is None else folder / JOURNAL)
         loaded, load = (model, None) if isinstance(model, Model) else model()
         set_mode(loaded.tokenizer, settings.special_tokens)
-        date = fix_date(loaded.tokenizer, settings.template_date or journal.values.get(_begun(options)))
+        date = fix_date(loaded.tokenizer, settings.template_date or journal.values.get(_begin_key(options)))
+        set_template_arguments(loaded.tokenizer, settings.chat_template_kwargs or {})
         asked, settings = settings, settled(loaded, replace(settings, template_date=date))
         if not options.arguments:
             options = replace(options, arguments=digest(study_key(loaded, settings), settings.arms, settings.seeds))
@@ -169,15 +166,30 @@ def _left_to_model(model: Model, settings: StudySettings, asked: StudySettings) 
     return found
 
 
-def _begun(options: StudyOptions) -> str:
+def _begin_key(options: StudyOptions) -> str:
     """The journal's key of the day on which the study began."""
     return digest("begun", options.arguments)
 
 
-def _begin(folder: Path | None, options: StudyOptions) -> None:
-    """Note the day on which a study begins, which a chat template may write; a resumed study has its first day."""
-    if folder is not None:
-        ResultJournal(folder / JOURNAL).once(_begun(options), lambda: datetime.now().date().isoformat())
+@contextmanager
+def _begun(folder: Path, options: StudyOptions) -> Iterator[None]:
+    """Hold a study's folder, and note the day on which it begins, which a chat template may write.
+
+    A resumed study has its first day; one that fails before it has done anything leaves nothing.
+    """
+    path = folder / JOURNAL
+    with locked(folder / ".lock"):
+        if options.arguments:  # refused before the model is loaded
+            _check_folder(folder, options)
+        is_new = not path.exists()
+        ResultJournal(path).once(_begin_key(options), lambda: datetime.now().date().isoformat())
+        size = path.stat().st_size
+        try:
+            yield
+        except BaseException:
+            if is_new and path.stat().st_size == size:
+                path.unlink()
+            raise
 
 
 def _check_folder(folder: Path, options: StudyOptions) -> None:

@@ -24,8 +24,8 @@ from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import chosen_template, prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.runtime.durable import ResultJournal, digest
-from icl_ft_fast.runtime.reasoning import split_reasoning
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.reasoning import answer_in
+from icl_ft_fast.runtime.templates import fix_date, render_chat
 from icl_ft_fast.tasks.sentences import count_words, split_sentences
 from icl_ft_fast.tasks.task import Document, Question
 
@@ -51,6 +51,8 @@ REASONS = TOO_LONG, NO_QUESTION, REPEATED, NO_WRONG, UNSUPPORTED = (
     "not supported",
 )
 
+_DATE = digest("template date")  # the journal's key of the day that a chat template writes
+
 Item = TypeVar("Item")
 
 
@@ -66,6 +68,7 @@ class QuestionSettings:
         seed: decides which sentences are taken, and the order of choices.
         wrapping: "chat" puts the prompt, and the documents when questions are checked, into the model's chat template;
             "base" does not; "auto" does where there is one.
+        template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the journal began.
 
     Raises:
         ValueError: a template without its one {statement}.
@@ -76,6 +79,7 @@ class QuestionSettings:
     max_new_tokens: int = 64
     seed: int = 0
     wrapping: str = "auto"
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if self.template.count("{statement}") != 1:
@@ -148,6 +152,10 @@ def write_questions(
     known, fingerprint = ResultJournal(journal), model.fingerprint()
     wrapping = chosen_template(model, settings.wrapping)
     begun = BEGUN if wrapping == "chat" else ""
+    date = None
+    if wrapping == "chat":
+        date = fix_date(model.tokenizer, settings.template_date or known.values.get(_DATE))
+        known.add({_DATE: date} if date and _DATE not in known.values else {})
     statements = list(_statements(documents, settings))
     dropped = dict.fromkeys(REASONS, 0)
 
@@ -194,6 +202,7 @@ def write_questions(
             dropped[UNSUPPORTED if fits else TOO_LONG] += 1
         else:
             origin = {"template": digest(settings.template), "model": fingerprint, "logp": list(logp)}
+            origin |= {"template_date": date} if date else {}
             rows.append((question, {"document": draft.document.id, "sentence": draft.sentence, **origin}))
     return Questions(tuple(rows), len(statements), {reason: count for reason, count in dropped.items() if count})
 
@@ -216,7 +225,7 @@ def _statements(documents: Iterable[Document], settings: QuestionSettings) -> It
 def _parse(text: str) -> tuple[str, str]:
     """What follows "Question:" and "Answer:" on lines of their own; empty where there is nothing."""
     found = {"Question": "", "Answer": ""}
-    for line in split_reasoning(text)[1].splitlines():
+    for line in answer_in(text).splitlines():
         label, _, rest = line.strip().partition(":")
         if label in found and not found[label]:
             found[label] = rest.strip()

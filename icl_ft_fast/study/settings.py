@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from icl_ft_fast.finetuning.settings import FinetuneSettings
 
@@ -34,6 +36,7 @@ class StudySettings:
         template: the prompt around documents and question, see prompt_context(); augmentation asks with chat prompts
             unless it is "base" or the tokenizer has no chat template.
         template_date: YYYY-MM-DD, what a chat template that writes the date writes; None is the day the study began.
+        chat_template_kwargs: arguments of the chat template, such as enable_thinking; None gives none.
         special_tokens: "text" or "keep", what control tokens are that documents or questions spell, see load().
         strategy: how the model augments documents, see augmentation.
         samples: answers about each document, in strategies that sample.
@@ -55,6 +58,7 @@ class StudySettings:
     normalization: str = "sum"
     template: str = "auto"
     template_date: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     special_tokens: str = "text"
     strategy: str = "local"
     samples: int = 1

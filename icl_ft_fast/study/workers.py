@@ -32,7 +32,7 @@ from icl_ft_fast.runtime.executors import (
     journaled_in,
     run_journaled,
 )
-from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
@@ -68,6 +68,7 @@ class StudyWorkers:
         model = load(self.name, **self.loading)
         set_mode(model.tokenizer, self.settings.special_tokens)
         fix_date(model.tokenizer, self.settings.template_date)
+        set_template_arguments(model.tokenizer, self.settings.chat_template_kwargs or {})
         if study_key(model, self.settings) != self.key:
             raise ExecutorError(
                 f"{self.name}: the model, the kind of machine, its threads or the versions of libraries are not those "

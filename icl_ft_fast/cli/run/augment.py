@@ -14,6 +14,7 @@ from icl_ft_fast.augmentation.batches import augment_by_rule, prompts, stop_of
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, Recorded, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.run import AugmentationRun, Estimate, Price, Replying, ReplyingElsewhere
+from icl_ft_fast.augmentation.store import recorded_date
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.cli.options import (
@@ -46,6 +47,8 @@ def run_augment(options: argparse.Namespace) -> None:
         raise UsageError(f"--dry-run: {options.strategy} needs no model; it takes no time and no money")
     if options.self_consistent and (by_rule or options.endpoint or options.recorded):
         raise UsageError("--self-consistent: needs a strategy of a --model that is loaded here")
+    if options.template_date and (by_rule or options.endpoint or options.recorded or options.template == "base"):
+        raise UsageError("--template-date: needs chat prompts for a --model that is loaded here")
     executor = executor_of(options)
     if not isinstance(executor, InProcess) and (
         by_rule or options.endpoint or options.recorded or options.limit or options.max_cost
@@ -65,6 +68,7 @@ def run_augment(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
     model = None
+    report: dict[str, Any] = {"strategy": options.strategy, "documents": len(task.documents)}
     if STRATEGIES[options.strategy].infer is not None:
         made = augment_by_rule(task.documents, options.strategy)
     else:
@@ -77,14 +81,17 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
             )
         else:
             fingerprint = model.fingerprint() if model else ""
+            date = generator.date if isinstance(generator, LocalGenerator) else None
             elsewhere = ReplyingElsewhere(
-                options.model, loading(options), fingerprint, generator.is_chat, options.chat_template_kwargs
+                options.model, loading(options), fingerprint, generator.is_chat, options.chat_template_kwargs, date
             )
             if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Replying, generator)):
                 return
+        if isinstance(generator, Recorded):
+            _tell_unused(generator.unused({prompt.id for prompt, _ in run.requests}))
         made = run.read()
+        report |= {"template_date": run.identity["template_date"]} if "template_date" in run.identity else {}
     filtered = steps.filtered(made, options.words, options.near_duplicates)
-    report: dict[str, Any] = {"strategy": options.strategy, "documents": len(task.documents)}
     if options.self_consistent and model is not None:
         by_id = {document.id: document for document in task.documents}
         kept, report["asked_for_consistency"] = steps.self_consistent(
@@ -93,6 +100,13 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
         inconsistent = {"inconsistent": len(filtered.rows) - len(kept)}
         filtered = replace(filtered, rows=tuple(kept), dropped=filtered.dropped | inconsistent)
     _report(options, task, filtered, report)
+
+
+def _tell_unused(places: list[str]) -> None:
+    if places:
+        print(
+            f"replies of {len(places)} source_ids belong to no prompt and were not used: {printable(places[0])} first"
+        )
 
 
 def _report(options: argparse.Namespace, task: Task, made: Augmented, report: dict[str, Any]) -> None:
@@ -114,6 +128,8 @@ def _report(options: argparse.Namespace, task: Task, made: Augmented, report: di
         print(f"{made.parsed} of {made.prompts} replies are in the form asked for, {made.productive} gave a row")
     counts = ", ".join(f"{count} {step.replace('_', ' ')}" for step, count in made.dropped.items())
     print(f"{len(made.rows)} rows of {len(task.documents)} documents written to {options.out}; dropped: {counts}")
+    if date := report.get("template_date"):
+        print(f"The chat template wrote the date {date}; --template-date sets it.")
     if 2 * made.productive < made.prompts:
         print(
             f"icl-ft-fast augment: warning: only {made.productive} of {made.prompts} prompts gave a row; look at "
@@ -144,8 +160,12 @@ def _generator(options: argparse.Namespace) -> TextGenerator:
             tell=lambda note: print(printable(note)),
         )
     model = load_model(options)
-    is_chat = chosen_template(model, options.template) == "chat"
-    return LocalGenerator(model, is_chat, template_options=options.chat_template_kwargs)
+    return LocalGenerator(
+        model,
+        chosen_template(model, options.template) == "chat",
+        template_options=options.chat_template_kwargs,
+        template_date=options.template_date or recorded_date(options.out / "replies"),
+    )
 
 
 def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> AugmentationRun:

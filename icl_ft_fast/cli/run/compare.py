@@ -160,6 +160,9 @@ def _compared(
     options: argparse.Namespace, executor: Executor, loaded: Callable[[], tuple[Model, Ledger]]
 ) -> Derived | None:
     """The study of one task; None in processes of other rank than 0."""
+    for name in ("template_date", "chat_template_kwargs"):
+        if getattr(options, name) and options.template == "base":
+            raise UsageError(f"--{name.replace('_', '-')}: needs --template chat")
     make_task, preset = task_of_seed(options)
     settings, prices, service = _settings(options, preset), prices_of(options), service_of(options)
     if service.weights is not None:
@@ -231,6 +234,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "embedding_url": options.embedding_url,
             "embedding_model": options.embedding_model,
             "template_date": options.template_date,
+            "chat_template_kwargs": options.chat_template_kwargs or None,
             "special_tokens": vars(options).get("special_tokens", "text"),
             "generator": options.generator,
             "generator_url": options.generator_url,

@@ -26,6 +26,7 @@ from icl_ft_fast.engine.prompting import (
     shown_prompt,
 )
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import questions
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.files import Problems, TaskError, read_lines, read_text, write_jsonl
@@ -134,6 +135,7 @@ def run_questions(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
         wrapping=options.template,
+        template_date=options.template_date,
     )
     if options.prompt_template is not None:
         try:
@@ -141,9 +143,13 @@ def run_questions(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise UsageError(f"--prompt-template: {error}") from error
     read = read_documents(documents)
+    model = load_model(options)
+    set_template_arguments(model.tokenizer, options.chat_template_kwargs)
     written = questions.write_questions(
-        load_model(options), read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet
+        model, read, options.folder / "questions.journal.jsonl", settings, progress=not options.quiet
     )
+    if options.template != "base" and (date := fix_date(model.tokenizer)):
+        print(f"The chat template wrote the date {date}; --template-date sets it.")
     dropped = ", ".join(f"{count} {reason}" for reason, count in written.dropped.items()) or "none"
     counts = f"{len(written.rows)} questions from {written.statements} statements; dropped: {dropped}"
     if not written.rows:
