@@ -6,7 +6,18 @@ from bisect import bisect
 import numpy as np
 import pytest
 
-from icl_ft_fast.study.amortise import Line, Samples, Way, break_even, break_even_interval, decide, fit, turns
+from icl_ft_fast.study.amortise import (
+    Line,
+    Lines,
+    Samples,
+    Way,
+    break_even,
+    break_even_interval,
+    break_evens,
+    decide,
+    fit,
+    turns,
+)
 
 
 def random_lines(rng):
@@ -48,6 +59,19 @@ def test_far_break_evens_are_found_too(lifetime):
     assert line.cost(even) >= rival.cost(even)
     for n in (even + 1, even + 2, even + lifetime, 3 * even):
         assert line.cost(math.floor(n)) < rival.cost(math.floor(n))
+
+
+def test_resampled_break_evens_are_those_of_single_lines():
+    rng = np.random.default_rng(1)
+    for lifetimes in ((math.inf, math.inf), (1.0, math.inf), (math.inf, 37.0), (16.0, math.inf), (16.0, 100.0)):
+        one, two = (Lines(*(rng.integers(0, (4000, 99, 99), (300, 3)).T / 4), lifetime) for lifetime in lifetimes)
+        found = break_evens(one, two)
+        expected = [break_even(one[i], two[i]) for i in range(300)]
+        ends = np.array([one[i].slope == two[i].slope for i in range(300)])  # there, which one is the last is rounding
+        same = found == [math.inf if even is None else even for even in expected]
+        assert (same | ends).all()
+        assert 0.1 < np.isinf(found).mean() < 0.9
+        assert (np.isfinite(found) & (found > 0)).any()
 
 
 def test_reading_for_every_query_is_a_slope_and_a_kept_context_a_constant():

@@ -15,11 +15,14 @@ from rich.console import Console
 from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
+from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.study import Study
+from icl_ft_fast.report.verdict import verdict_of
 from icl_ft_fast.study.evaluate import Answer, accuracies
 from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Run, Sample
 from icl_ft_fast.study.results import AskedQuestion, QuestionsOfSeeds, Results
+from icl_ft_fast.study.service import Service
 from icl_ft_fast.study.sweep import Point, Sweep
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2>\"'&{{ 7*7 }}$x^2$"
@@ -184,6 +187,8 @@ def test_every_chart_says_what_it_shows_and_is_not_empty(study, tmp_path):
         "amortised-money",
         "pareto-seconds",
         "pareto-money",
+        "tornado",
+        "map",
     }
     accuracy = study.accuracy("icl", study.splits[0])
     assert f"ICL {accuracy.value:.2f}" in drawn["accuracy"].alt
@@ -316,7 +321,7 @@ def test_the_page_opens_without_errors_or_requests(browser, file, width, theme):
     sizes = script("""return [...document.querySelectorAll('figure svg')].map(svg => {
         const paper = svg.getBoundingClientRect(), marks = svg.querySelectorAll('path, use, text').length;
         return [paper.width, paper.height, marks]; })""")
-    assert len(sizes) == 9 + 7  # the second study has no prices
+    assert len(sizes) == 11 + 9  # the second study has no prices
     assert all(w > 250 and h > 150 and marks > 15 for w, h, marks in sizes)
     assert script(
         "return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label').length > 40)"
@@ -404,3 +409,21 @@ def test_a_study_without_training_has_no_table_of_break_evens(study):
     untrained = replace(study, results=replace(study.results, runs=runs))
     assert "<caption>Break-even: number of queries" in page.render([study])
     assert "<caption>Break-even: number of queries" not in page.render([untrained])
+
+
+def test_the_tornado_and_the_map_say_what_the_decision_says(study):
+    """Each end and each point of them is the choice of a study with that input."""
+    for queries in (100.0, 1e6):
+        chosen, factors = tornado(study, queries, 2.0)
+        decision = verdict_of(study, queries, 2.0).decision
+        assert chosen == decision.chosen.name
+        (volume,) = (factor for factor in factors if factor.name.startswith("queries"))
+        ends = [verdict_of(study, n, 2.0).decision.chosen.name for n in (queries / 10, queries * 10)]
+        assert list(volume.cheapest) == ends
+        same = [study.arm_of(end) == study.arm_of(chosen) for end in ends]
+        assert [volume.low >= 0, volume.high >= 0] == same
+    volumes, rates, named = cheapest_map(study, 1000.0, 2.0, size=4)
+    for rate, row in zip(rates, named, strict=True):
+        changed = replace(study, service=Service(changes_per_month=rate))
+        assert row == [verdict_of(changed, n, 2.0).decision.chosen.name for n in volumes]
+    assert len({name for row in named for name in row}) > 1

@@ -9,7 +9,7 @@ import pytest
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.verdict import summary, verdict_of, why_none
 from icl_ft_fast.study.evaluate import Answer, accuracies
-from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.prices import Hosted, Machine, Prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results
 from icl_ft_fast.study.service import Service, ServiceError, parse_weights, read_weights
@@ -171,3 +171,37 @@ def test_weights_are_checked(tmp_path):
         read_weights(path)
     with pytest.raises(ServiceError, match="'x' is no split of this study; it has test"):
         Service(weights={"x": 1.0}).check_splits(["test"])
+
+
+def test_machines_that_cannot_serve_are_said(tmp_path):
+    study = study_of({"base": 500, "icl": 990, "ft": 989}, 1000)
+    few = Prices(currency="EUR", machines=(Machine(name="m", per_hour=1.0, held=True, count=2),))
+    verdict = verdict_of(replace(study, prices=few), 3e7, 2.0)  # .5 s a query: 5.8 machines all month; .1 s: 1.2
+    assert verdict.decision.chosen.name == "fine-tuned"
+    assert "fine-tuned takes 2 machines at once" in verdict.text
+    assert "cannot serve ICL, ICL cached, ICL from file." in verdict.text
+    assert verdict.decision.chosen.total(3e7) == pytest.approx(2 * 24 * 30 + 100 / 3600)
+    too_many = replace(study, prices=few)
+    assert verdict_of(too_many, 1e10, 2.0) is None
+    assert (
+        why_none(too_many) == "No decision: no machine of the price file can serve so many queries, in any of 5 ways."
+    )
+    assert "takes 1,158 machines at once" in verdict_of(study, 3e10, 2.0).text
+
+
+def test_machines_and_hosted_models_stand_side_by_side():
+    study = study_of({"base": 500, "icl": 990, "ft": 989}, 1000)
+    both = Prices(
+        currency="EUR",
+        machines=(Machine(name="own", per_hour=1.0),),
+        hosted=(Hosted(name="there", input=1.0, output=2.0),),
+        electricity_per_kwh=0.3,
+    )
+    verdict = verdict_of(replace(study, prices=both), 1000, 2.0)
+    names = {way.name for way in verdict.decision.ways}
+    assert {"base on own", "base on there", "ICL on there", "fine-tuned on own"} <= names
+    assert "fine-tuned on there" not in names  # no price of training
+    assert "give --answer-tokens" in verdict.text
+    assert any(note.startswith("Electricity is not counted") for note in replace(study, prices=both).notes)
+    only = Prices(currency="EUR", hosted=both.hosted)
+    assert {way.name for way in verdict_of(replace(study, prices=only), 1000, 2.0).decision.ways} == {"base", "ICL"}

@@ -173,6 +173,8 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--changes-per-month", type=amount_or_0, default=0.0, metavar="N", help=help)
     help = "cost of one wrong answer in the currency of --prices; accuracy then has its price, and no tolerance is used"
     cost.add_argument("--cost-of-wrong", type=amount_or_0, metavar="COST", help=f"{help} (default: none)")
+    help = "tokens of a query's answer: output of hosted models"
+    cost.add_argument("--answer-tokens", type=positive, default=0, metavar="N", help=f"{help} (default: not counted)")
     help = "fraction of queries of each split, such as reversal=0.5,trained=0.5"
     cost.add_argument("--weights", metavar="SPLIT=WEIGHT,...", help=f"{help} (default: as many as questions)")
     help = "the same as --weights, from a JSON file with an object of splits and weights"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.table import count, interval_words
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import recorded_arm
@@ -70,13 +72,18 @@ class Chart:
     figure: Figure
 
 
-def draw(study: Derived, queries: float | None = None) -> list[Chart]:
-    """Every chart that the study's results have data for; `queries` is marked where costs grow with them."""
+def draw(study: Derived, queries: float | None = None, points: float = 2.0) -> list[Chart]:
+    """Every chart that the study's results have data for; `queries` is marked where costs grow with them.
+
+    With `queries`, also what would change the choice among ways within `points` of the best accuracy.
+    """
     with mpl.rc_context(STYLE):
         made = [_accuracy(study), _paired(study), _curves(study), _by_step(study), _sweep(study)]
         made += [_amortisation(study, resource, queries) for resource in study.resources]
         priced = [resource for resource in study.resources if resource in ("seconds", "money")]
         made += [_pareto(study, resource, queries or 1e6) for resource in priced]
+        if queries and study.decision_ways(study.decided_by[0]):
+            made += [_tornado(study, queries, points), _map(study, queries, points)]
     return [chart for chart in made if chart is not None]
 
 
@@ -208,7 +215,7 @@ def _amortisation(study: Derived, resource: str, queries: float | None) -> Chart
 
 
 def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
-    ways = study.decision_ways(resource)
+    ways = [way for way in study.decision_ways(resource) if not math.isinf(way.line.cost(queries))]
     if not ways:
         return None
     unit, shown = study.resources[resource], []
@@ -228,6 +235,60 @@ def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
     _plain(axes.xaxis)
     _legend(figure, axes)
     return Chart(f"pareto-{resource}", f"Accuracy against cost: {resource}", "; ".join(shown), figure)
+
+
+def _tornado(study: Derived, queries: float, points: float) -> Chart | None:
+    chosen, factors = tornado(study, queries, points)
+    if not factors:
+        return None
+    figure, axes = _axes(height=0.8 + 0.42 * len(factors))
+    colour, _ = _look(study, chosen)
+    shown = []
+    for i, one in enumerate(factors):
+        low, high = sorted((one.low, one.high))
+        axes.barh(i, high - low, left=low, color=colour, height=0.55)
+        axes.plot([one.low], [i], "o", color=LIGHT["ink"], markersize=5, label="lower end" if i == 0 else None)
+        axes.plot([one.high], [i], "D", color=LIGHT["ink"], markersize=4, label="upper end" if i == 0 else None)
+        shown.append(f"{one.name}: {one.low:+.0f}% ({one.cheapest[0]}) to {one.high:+.0f}% ({one.cheapest[1]})")
+    axes.axvline(0, color=LIGHT["ink"], linewidth=1)
+    axes.set_yticks(range(len(factors)), [printable(one.name).replace(", ", "\n") for one in factors], fontsize=8)
+    axes.set(ylim=(len(factors) - 0.4, -0.6), xlim=(-105, 105), xlabel=f"% that {printable(chosen)} saves")
+    axes.grid(axis="y", visible=False)
+    _legend(figure, axes)
+    alt = (
+        f"What {chosen} saves against the cheapest way of the other accurate arms, one input varied at a time: "
+        + "; ".join(shown)
+    )
+    return Chart("tornado", "What would change the choice", alt, figure)
+
+
+def _map(study: Derived, queries: float, points: float) -> Chart | None:
+    volumes, rates, named = cheapest_map(study, queries, points)
+    names = list(dict.fromkeys(name for row in named for name in row))
+    figure, axes = _axes()
+    counts = Counter(name for row in named for name in row)
+    for i, name in enumerate(names):
+        marked = [(n, k) for k, row in enumerate(named) for n, each in zip(volumes, row, strict=True) if each == name]
+        known = name != "none"
+        colour = _look(study, name)[0] if known else LIGHT["muted"]
+        mark = MARKS[(_rank(study, name) if known else i) % len(MARKS)]
+        axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=4, linestyle="none", label=printable(name))
+    axes.plot([queries], [_place(rates, study.service.changes_per_month)], "x", color=LIGHT["ink"], markersize=9)
+    ticks = list(range(0, len(rates), 6))
+    axes.set_yticks(ticks, [f"{rates[k]:.3g}" for k in ticks])
+    axes.set(xscale="log", xlabel=f"queries in {study.service.days:g} days", ylabel="changes a month")
+    _plain(axes.xaxis)
+    _legend(figure, axes)
+    total = len(volumes) * len(rates)
+    alt = "The cheapest accurate way by volume and changes of the documents: " + "; ".join(
+        f"{name} in {counts[name] / total:.0%} of the map" for name in names
+    )
+    return Chart("map", "The cheapest way by volume and change", alt, figure)
+
+
+def _place(rates: list[float], rate: float) -> float:
+    """Where a rate lies on the map's axis, whose steps are one rate each."""
+    return float(np.interp(rate, rates, range(len(rates))))
 
 
 def _curves(study: Derived) -> Chart | None:

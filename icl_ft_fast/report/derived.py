@@ -13,6 +13,7 @@ from typing import Any
 
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, fit
 from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.billing import Priced, on_hosted, on_machine, uncounted_electricity
 from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.compare import context_lengths
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
@@ -30,6 +31,8 @@ WEIGHTS_NOTE = (
     f"With fewer than {SEEDS_AS_UNIT} seeds, intervals and p-values of trained arms are about these weights: another "
     "training run may differ by more."
 )
+ENERGY_NOTE = "Electricity is not counted: this machine has no energy counter, and the price file names no watts."
+ON = " on "  # between a way and the machine or hosted model that it is on
 RESOURCES = {"seconds": "s", "FLOPs": "FLOP", "joules": "J"}  # and money, under a price file
 
 
@@ -132,6 +135,8 @@ class Derived:
         seeds = {run.seed for run in self.results.runs}
         trains = any(recorded_arm(arm).training is not None for arm in self.arms)
         few = trains and len(seeds) < SEEDS_AS_UNIT
+        costs = self.costs(self.arms[0], "money", self.batch, self.cache_lifetime)
+        uncounted = self.prices is not None and uncounted_electricity(self.prices, costs)
         batch = ""
         if self.batches and self._nearest(self.batch) != self.batch:
             batch = (
@@ -142,7 +147,18 @@ class Derived:
             lengths = ", ".join(f"{length:,}" for length in self.measured_once)
             once = f"Queries behind {lengths} tokens were measured once: break-even numbers have no interval. "
             once += "A longer --measure-seconds repeats them."
-        return [note for note in (self.unfinished, self.beside, WEIGHTS_NOTE if few else "", batch, once) if note]
+        return [
+            note
+            for note in (
+                self.unfinished,
+                self.beside,
+                WEIGHTS_NOTE if few else "",
+                batch,
+                once,
+                ENERGY_NOTE * uncounted,
+            )
+            if note
+        ]
 
     @property
     def unfinished(self) -> str:
@@ -214,7 +230,7 @@ class Derived:
     @cached_property
     def resources(self) -> dict[str, str]:
         """The resources that costs are measured in, with their units."""
-        known = dict(RESOURCES) | ({"money": self.prices.currency} if self.prices else {})
+        known = dict(RESOURCES) | ({"money": self.prices.currency} if self.prices and self.prices.all_machines else {})
         return {name: unit for name, unit in known.items() if self.ways(name)}
 
     def costs(self, arm: str, resource: str, batch: int, cache_lifetime: float) -> ArmCosts:
@@ -241,11 +257,19 @@ class Derived:
     def ways_of(self, arm: str) -> list[str]:
         """The names of the ways that an arm answers in, the plainest first."""
         own = recorded_arm(arm)
-        return list(own.asking.ways(own.title, self.costs(arm, "seconds", self.batch, self.cache_lifetime)))
+        if arm not in self._named:
+            ways = own.asking.ways(own.title, self.costs(arm, "seconds", self.batch, self.cache_lifetime))
+            self._named[arm] = list(ways)
+        return self._named[arm]
+
+    @cached_property
+    def _named(self) -> dict[str, list[str]]:
+        return {}
 
     def arm_of(self, way: str) -> str:
         """The arm that answers in a way."""
-        return next(arm for arm in self.arms if way in (recorded_arm(arm).title, *self.ways_of(arm)))
+        plain = way.partition(ON)[0]
+        return next(arm for arm in self.arms if plain in (recorded_arm(arm).title, *self.ways_of(arm)))
 
     def harm(self, arm: str) -> Harm | None:
         """What an arm changes elsewhere, over its seeds; None where it was not measured."""
@@ -303,9 +327,35 @@ class Derived:
                 found.append(Way(name, accuracy, samples.line, (1 - accuracy) * (price or 0.0)))
         return found
 
-    def decision_costs(self, resource: str) -> dict[str, Samples]:
-        """What ways cost over every version of the documents."""
-        return {name: samples.repeated(self.service.versions) for name, samples in self.ways(resource).items()}
+    @property
+    def decided_by(self) -> tuple[str, str]:
+        """The resource that a decision is by, and its unit: money under a price file, else seconds."""
+        return ("seconds", "s") if self.prices is None else ("money", self.prices.currency)
+
+    def decision_costs(self, resource: str) -> dict[str, Priced]:
+        """What ways cost over every version of the documents: on each machine and hosted model of the price file."""
+        return {name: priced.repeated(self.service.versions) for name, priced in self.priced(resource).items()}
+
+    def priced(self, resource: str) -> dict[str, Priced]:
+        """What ways cost over one version of the documents; of several machines and models each way says on which."""
+        if resource != "money" or self.prices is None:
+            return dict(self.ways(resource))
+        found: dict[str, Priced] = {}
+        seconds, energy = self.ways("seconds"), self.ways("energy")
+        for machine in self.prices.all_machines:
+            ways = on_machine(energy, seconds, machine, self.service.days)
+            found |= {self._on(name, machine.name): samples for name, samples in ways.items()}
+        for hosted in self.prices.hosted:
+            for arm in map(recorded_arm, self.arms):
+                costs = self.costs(arm.name, "money", self.batch, self.cache_lifetime)
+                tokens = on_hosted(arm, costs, hosted, self.service)
+                found |= {self._on(name, hosted.name): samples for name, samples in tokens.items()}
+        return found
+
+    def _on(self, way: str, name: str) -> str:
+        """A way's name, with the machine or model where there are several."""
+        several = self.prices is not None and len(self.prices.names) > 1
+        return f"{way}{ON}{name}" if several else way
 
     @property
     def measured_once(self) -> list[int]:

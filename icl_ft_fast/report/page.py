@@ -74,9 +74,8 @@ def _shown(value: Any) -> Any:
 def _part(study: Derived, key: str, queries: float | None, points: float, limit: int) -> dict[str, Any]:
     """What the template needs of a study; every text in it is escaped there."""
     wrong, num_wrong = study.wrong(limit)
-    chosen = "seconds" if study.prices is None else "money"
     verdict = verdict_of(study, queries, points) if queries else None
-    drawn = charts.draw(study, queries)
+    drawn = charts.draw(study, queries, points)
     fits = study.fits()
     pairs = study.break_evens.get("seconds", ())
     trained, rivals = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
@@ -110,7 +109,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
         "decision": verdict and verdict.decision,
         "verdict": verdict,
-        "unit": study.resources.get(chosen, "s"),
+        "unit": study.decided_by[1],
         "wrong": wrong,
         "num_wrong": num_wrong,
         "samples": [(run, sample) for run in study.results.runs for sample in run.samples],

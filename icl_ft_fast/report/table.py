@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.derived import ON, Derived
 from icl_ft_fast.report.verdict import Verdict, verdict_of, why_none
 from icl_ft_fast.study.amortise import BreakEven
 from icl_ft_fast.study.arms import recorded_arm
@@ -115,9 +115,10 @@ def print_decision(verdict: Verdict, console: Console) -> None:
         cost = way.total(decision.queries)
         each = 1e3 * cost / decision.queries
         right = f"{each / way.accuracy:,.4g}" if way.accuracy else "-"
-        accurate = "" if decision.is_accurate(way) else " (less accurate)"
+        accurate = "" if decision.is_accurate(way) else "\n(less accurate)"
+        name = way.name.replace(ON, f"\n{ON.lstrip()}", 1)
         share = f"{verdict.shares.get(way.name, 0.0):.0%}"
-        table.add_row(escape(way.name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right, share)
+        table.add_row(escape(name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right, share)
     console.print(verdict.text, highlight=False, markup=False)
     console.print()
     console.print(table)

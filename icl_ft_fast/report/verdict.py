@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.study.amortise import Decision, Way, decide
+from icl_ft_fast.report.sensitivity import Choices
+from icl_ft_fast.study.amortise import Decision, Line, Way, decide
 from icl_ft_fast.study.arms import recorded_arm
+from icl_ft_fast.study.billing import DAY_S, Bill
 from icl_ft_fast.study.paired import pair
 
 DRAWS = 2000
@@ -78,8 +80,9 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
 
     Where wrong answers have a price, all ways are compared by it, and `points` play no part.
     """
-    resource = "seconds" if study.prices is None else "money"
-    if not (ways := study.decision_ways(resource)):
+    resource, unit = study.decided_by
+    asked = study.decision_ways(resource)
+    if not (ways := [way for way in asked if not math.isinf(way.line.cost(queries))]):
         return None
     counted = points if study.service.cost_of_wrong is None else math.inf
     decision = decide(ways, queries, counted)
@@ -88,11 +91,17 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
     return Verdict(
         decision,
         resource,
-        study.resources[resource],
+        unit,
         unknown,
         shares,
-        (*_changes(study, queries), *_mix(study), *_wrong(study, decision)),
-        _by_changes(study, resource, queries, counted),
+        (
+            *_changes(study, queries),
+            *_mix(study),
+            *_wrong(study, decision),
+            *_capacity(study, decision, [way.name for way in asked if way not in ways]),
+            *_hosted(study),
+        ),
+        _by_changes(study, queries, points),
         regret if study.service.cost_of_wrong is not None else None,
     )
 
@@ -108,15 +117,12 @@ def _changes(study: Derived, queries: float) -> list[str]:
     ]
 
 
-def _by_changes(study: Derived, resource: str, queries: float, points: float) -> tuple[tuple[float, str], ...]:
+def _by_changes(study: Derived, queries: float, points: float) -> tuple[tuple[float, str], ...]:
     """The chosen way by the rate of changes, from none to MOST_CHANGES a month; found by search."""
-    samples, ways = study.ways(resource), study.decision_ways(resource)
-    most = max(way.accuracy for way in ways) - points / 100 - 1e-12
+    choices = Choices.of(study, points)
 
     def chosen(rate: float) -> str:
-        times = study.service.versions_at(rate)
-        at = (replace(w, line=samples[w.name].repeated(times).line) for w in ways if w.accuracy >= most)
-        return min(at, key=lambda way: way.total(queries)).name
+        return choices.at(queries, rate)[0].name if choices.at(queries, rate) else "none"
 
     grid = [0.0, *np.geomspace(0.01, MOST_CHANGES, 15).tolist()]
     found = [(0.0, chosen(0.0))]
@@ -165,11 +171,38 @@ def _leads(study: Derived, name: str, other: str, split: str) -> bool:
     return gap is not None and gap.low > 0
 
 
+def _capacity(study: Derived, decision: Decision, out: list[str]) -> list[str]:
+    """Sentences on machines: how many the choice needs, and what cannot be served."""
+    n, days, told = decision.queries, study.service.days, []
+    chosen = decision.chosen.line
+    if isinstance(chosen, Bill):
+        needed = float(chosen.machines(n))
+    elif isinstance(chosen, Line) and study.prices is None:
+        needed = math.ceil((chosen.cost(n) - chosen.setup) / (days * DAY_S))
+    else:
+        needed = 0.0
+    if needed > 1:
+        told.append(f"{decision.chosen.name} takes {needed:,.0f} machines at once for so many queries a day.")
+    if out:
+        told.append(f"The machines that can be had cannot serve {', '.join(out)}.")
+    return told
+
+
+def _hosted(study: Derived) -> list[str]:
+    """What to know of hosted models' figures."""
+    if study.prices is None or not study.prices.hosted:
+        return []
+    text = "Hosted models are taken to be as accurate as this one, and to count tokens as it does."
+    if not study.service.answer_tokens:
+        text += " Their output is not counted: give --answer-tokens."
+    return [text]
+
+
 def _wrong(study: Derived, decision: Decision) -> list[str]:
     """A sentence on the price of wrong answers."""
     if (price := study.service.cost_of_wrong) is None:
         return []
-    n, chosen, unit = decision.queries, decision.chosen, study.resources["money"]
+    n, chosen, (_, unit) = decision.queries, decision.chosen, study.decided_by
     computing, wrong = chosen.line.cost(n), chosen.wrong * n
     return [
         f"A wrong answer costs {price:g} {unit}, so accuracy has its price and no tolerance is used: of "
@@ -181,6 +214,10 @@ def why_none(study: Derived) -> str:
     """Why there is no verdict."""
     if not any(run.answers for run in study.results.runs):
         return "No decision: no question of this task has a known answer."
+    if ways := study.decision_ways(study.decided_by[0]):
+        return f"No decision: no machine of the price file can serve so many queries, in any of {len(ways)} ways."
+    if study.prices is not None and not study.prices.all_machines and study.resources:
+        return "No decision: no way of this study can be had on the price file's hosted models."
     if not any(map(study.is_harmless, study.arms)):
         return "No decision: every arm loses more than --max-harm, or its harm was not measured (--general)."
     return "No decision: the results have no measured query costs; run `compare` to its end."

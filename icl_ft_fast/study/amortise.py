@@ -156,27 +156,42 @@ class Samples:
         """The cost of queries over so many versions of the documents, each of which is set up and read anew."""
         if times == 1:
             return self
-        setup, reading = (tuple(times * cost for cost in costs) for costs in (self.setup, self.reading))
-        return Samples(setup, reading, self.query, times * self.cache_lifetime)
+        return replace(self.scaled(setup=times, reading=times), cache_lifetime=times * self.cache_lifetime)
 
-    def resampled(self, rng: np.random.Generator, draws: int) -> list[Line]:
+    def scaled(self, setup: float = 1.0, reading: float = 1.0, query: float = 1.0) -> Samples:
+        """The costs multiplied by so much each."""
+        setups, readings, queries = (
+            tuple(by * cost for cost in costs)
+            for costs, by in ((self.setup, setup), (self.reading, reading), (self.query, query))
+        )
+        return Samples(setups, readings, queries, self.cache_lifetime)
+
+    def resampled(self, rng: np.random.Generator, draws: int) -> Lines:
         """Lines of as many measurements drawn with replacement."""
         setups = _resample(rng, self.setup, draws, np.mean)
         readings, queries = (_resample(rng, values, draws, np.median) for values in (self.reading, self.query))
-        return [Line(*costs, self.cache_lifetime) for costs in zip(setups, readings, queries, strict=True)]
+        return Lines(setups, readings, queries, self.cache_lifetime)
 
-    def resampled_costs(self, n: float, draws: int, seed: int) -> NDArray[np.float64]:
-        """[draws] costs of n queries, of as many measurements drawn with replacement.
+    def drawn(self, draws: int, seed: int) -> dict[str, NDArray[np.float64]]:
+        """[draws] each of "setup", "reading" and "query", of as many measurements drawn with replacement.
 
         Ways that share a measurement, such as the queries of ICL with and without a cache, share its draws.
         """
 
-        def drawn(values: Sequence[float], statistic: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
+        def one(values: Sequence[float], statistic: Callable[..., NDArray[np.float64]]) -> NDArray[np.float64]:
             rng = np.random.default_rng([seed, hash(tuple(values)) % 2**32])
-            return np.array(_resample(rng, values, draws, statistic))
+            return _resample(rng, values, draws, statistic)
 
-        setup, reading, query = drawn(self.setup, np.mean), drawn(self.reading, np.median), drawn(self.query, np.median)
-        return setup + reading * max(1.0, math.ceil(n / self.line.lifetime)) + query * n
+        return {
+            "setup": one(self.setup, np.mean),
+            "reading": one(self.reading, np.median),
+            "query": one(self.query, np.median),
+        }
+
+    def resampled_costs(self, n: float, draws: int, seed: int) -> NDArray[np.float64]:
+        """[draws] costs of n queries, see drawn()."""
+        of = self.drawn(draws, seed)
+        return of["setup"] + of["reading"] * max(1.0, math.ceil(n / self.line.lifetime)) + of["query"] * n
 
 
 def _median(values: Sequence[float]) -> float:
@@ -185,11 +200,54 @@ def _median(values: Sequence[float]) -> float:
 
 def _resample(
     rng: np.random.Generator, values: Sequence[float], draws: int, statistic: Callable[..., NDArray[np.float64]]
-) -> list[float]:
+) -> NDArray[np.float64]:
     if not values:
-        return [0.0] * draws
-    drawn = np.asarray(values)[rng.integers(len(values), size=(draws, len(values)))]
-    return [float(value) for value in statistic(drawn, axis=1)]
+        return np.zeros(draws)
+    return np.asarray(statistic(np.asarray(values)[rng.integers(len(values), size=(draws, len(values)))], axis=1))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Many lines with one cache lifetime: [draws] setups, readings and queries."""
+
+    setup: NDArray[np.float64]
+    reading: NDArray[np.float64]
+    query: NDArray[np.float64]
+    cache_lifetime: float
+
+    def __getitem__(self, i: int) -> Line:
+        return Line(float(self.setup[i]), float(self.reading[i]), float(self.query[i]), self.cache_lifetime)
+
+    def plain(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
+        """What is paid once, a query, and in steps, and their width; a reading for every query or for all is none."""
+        width = self[0].lifetime
+        if math.isinf(width):
+            return self.setup + self.reading, self.query, np.zeros_like(self.query), width
+        if width == 1:
+            return self.setup, self.query + self.reading, np.zeros_like(self.query), math.inf
+        return self.setup, self.query, self.reading, width
+
+
+def break_evens(lines: Lines, rivals: Lines) -> NDArray[np.float64]:
+    """break_even() of each line and its rival; infinity for never."""
+    (once, each, up, width), (other_once, other_each, down, other_width) = lines.plain(), rivals.plain()
+    a, b = once - other_once, each - other_each
+    if math.isfinite(width) and math.isfinite(other_width):
+        pairs = (break_even(lines[i], rivals[i]) for i in range(len(a)))
+        return np.array([_or_never(found) for found in pairs])
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if math.isinf(width) and math.isinf(other_width):
+            found, slope = np.floor(a / -b), b
+        else:
+            step, n = (up, width) if math.isfinite(width) else (-down, other_width)
+            slope = b + step / n
+            gain = -(b * n + step)  # from one reading to the next
+            ends = np.floor(a / gain) * n  # the difference is largest before a reading falls due
+            k = np.floor((a - b * n + b) / gain)  # or just after one
+            starts = np.where(k >= 1, np.minimum(np.floor((a + step * k) / -b), k * n), 0.0)
+            found = np.where(b >= 0, ends, starts)
+        never = (slope > 0) | ((slope == 0) & (a >= 0))
+    return np.where(never, math.inf, np.where(found >= 1, found, 0.0))
 
 
 @dataclass(frozen=True)
@@ -223,8 +281,7 @@ def break_even_interval(samples: Samples, rival: Samples, *, draws: int = 1000, 
     An interval around setups of one seed knows nothing of other seeds.
     """
     rng = np.random.default_rng(seed)
-    lines = zip(samples.resampled(rng, draws), rival.resampled(rng, draws), strict=True)
-    found = np.array([_or_never(break_even(line, other)) for line, other in lines])
+    found = break_evens(samples.resampled(rng, draws), rival.resampled(rng, draws))
     low, high = np.quantile(found, [0.025, 0.975], method="inverted_cdf")
     mine, theirs = samples.line, rival.line
     number, below = break_even(mine, theirs), None

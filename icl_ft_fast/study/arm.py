@@ -165,6 +165,7 @@ class Asking:
             `context` says.
         check: raises UserError on a task that cannot be asked about so.
         is_control: whether it shows what others could reach and cannot itself be chosen, such as an oracle.
+        has_slots: whether keys and values that are no text stand there, which no hosted model takes.
     """
 
     ways: Callable[[str, ArmCosts], dict[str, Samples]]
@@ -172,6 +173,7 @@ class Asking:
     prepare: Callable[[ArmJob, Prepared], Prepared] | None = None
     check: Callable[[Task], None] = lambda _: None
     is_control: bool = False
+    has_slots: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class ArmCosts:
     """What an arm costs in one resource, as far as it was measured.
 
     Attributes:
-        resource: "seconds", "FLOPs", "joules" or "money".
+        resource: "seconds", "FLOPs", "joules", "money" or "energy", which is the money that electricity takes.
         runs: of the arm, one a seed.
         sweep: what queries cost.
         batch: queries scored together; the nearest measured number is taken.
@@ -84,8 +84,9 @@ class ArmCosts:
 
     def of_seconds(self, seconds: Sequence[float], joules: float | None = None) -> tuple[float, ...]:
         """Seconds in the resource. Moving bytes to and from a file computes nothing, so it has no FLOPs or joules."""
-        if self.resource == "money" and self.prices is not None:
-            return tuple(self.prices.money(s, joules) for s in seconds)
+        if self.resource in ("money", "energy") and self.prices is not None:
+            price = self.prices.money if self.resource == "money" else self.prices.electricity
+            return tuple(price(s, joules) for s in seconds)
         return tuple(s if self.resource == "seconds" else 0.0 for s in seconds)
 
     def _setup(self, run: Run) -> float | None:

@@ -27,12 +27,14 @@ class Service:
         changes_per_month: of the documents, a month of 30 days; after each, every setup and reading is paid anew.
         cost_of_wrong: of one wrong answer, in the currency of the price file; None where it has no price.
         weights: by split, the fraction of queries of its kind; None for as many as there are questions.
+        answer_tokens: that a query's answer has.
     """
 
     days: float = 30.0
     changes_per_month: float = 0.0
     cost_of_wrong: float | None = None
     weights: Mapping[str, float] | None = None
+    answer_tokens: int = 0
 
     @property
     def versions(self) -> float:

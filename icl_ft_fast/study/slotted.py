@@ -24,7 +24,7 @@ STORE_BYTES = 2**40  # of a temporary folder: no limit
 
 def compacted(ratio: int) -> Asking:
     """One slot for `ratio` tokens of the documents, by attention matching."""
-    return Asking(ways_behind_slots, prepare=partial(_prepare_compaction, ratio))
+    return Asking(ways_behind_slots, prepare=partial(_prepare_compaction, ratio), has_slots=True)
 
 
 def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:

@@ -68,7 +68,7 @@ def service_of(options: argparse.Namespace) -> Service:
     weights = None if options.weights is None else parse_weights(options.weights)
     if options.weights_file is not None:
         weights = read_weights(options.weights_file)
-    return Service(options.days, options.changes_per_month, options.cost_of_wrong, weights)
+    return Service(options.days, options.changes_per_month, options.cost_of_wrong, weights, options.answer_tokens)
 
 
 def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
