@@ -1,5 +1,6 @@
 """The HTML report: escaped, self-contained, within its size; and in a browser: charts, sorting, themes, no requests."""
 
+import csv
 import html.parser
 import io
 import itertools
@@ -15,6 +16,7 @@ from rich.console import Console
 from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
+from icl_ft_fast.report.rows import RowsError, answer_rows, write_rows
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.study import Study
 from icl_ft_fast.report.verdict import verdict_of
@@ -214,8 +216,35 @@ def test_in_a_notebook(study):
     frame = shown.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert len(frame) == 60 * 8
+    costs, curves = shown.costs(), shown.curves()
+    line = study.ways("seconds")["ICL cached"].line
+    row = costs[(costs.way == "ICL cached") & (costs.resource == "seconds")].iloc[0]
+    assert (row.reading, row["query"], row.cache_lifetime, row.unit) == (line.reading, line.query, 1000.0, "s")
+    assert set(costs.resource) == {"seconds", "FLOPs", "money"}
+    assert len(curves) == 4 * 50
+    assert curves[(curves.arm == "ft") & (curves.step == 3)].loss.tolist() == [1.0, 1.0]
     means = frame.groupby(["arm", "split"]).is_correct.mean()
     assert means["icl", study.splits[0]] == pytest.approx(study.accuracy("icl", study.splits[0]).value)
+
+
+def test_rows_hold_every_answer_in_every_format(study, tmp_path):
+    hostile = replace(study, results=results_of(3, '=1+1,\n"x', ("icl",), (0,)), name="-2")
+    expected = list(answer_rows(hostile))
+    assert expected[0]["choices"] == [' =1+1,\n"x more', ' =1+1,\n"x less']
+    assert write_rows([hostile, hostile], tmp_path / "a.jsonl") == 6
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected * 2
+    write_rows([hostile], tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [json.loads(row["probability"]) for row in rows] == [row["probability"] for row in expected]
+    assert [row["is_correct"] for row in rows] == [str(row["is_correct"]) for row in expected]
+    assert (rows[0]["study"], rows[0]["task"]) == ("'-2", "'=1+1,\n\"x")  # no formula in a spreadsheet
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_rows([hostile], tmp_path / "a.parquet")
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == expected
+    with pytest.raises(RowsError, match=r"expected a name that ends in \.csv, \.jsonl, \.parquet"):
+        write_rows([hostile], tmp_path / "a.xls")
 
 
 def test_figures_taken_beside_other_workers_say_so(study):
@@ -391,6 +420,54 @@ def test_the_table_is_sorted_filtered_and_paged_by_keyboard(browser, file):
     browser.find_element("id", "s0-filter").send_keys("the cat 7 is")
     assert all("the cat 7 is" in cell for cell in column(0))
     assert "questions)" in browser.find_element("css selector", "#s0-tools [role=status]").text
+
+
+def test_a_filter_of_ways_is_a_link(browser, file):
+    """ICL right and fine-tuned wrong: by its controls, by the address they leave, and one question by its own."""
+    opened(browser, file)
+    script = browser.execute_script
+
+    def choose(name, value):
+        script(
+            "const box = document.getElementById(arguments[0]); box.value = arguments[1];"
+            "box.dispatchEvent(new Event('input'))",
+            name,
+            value,
+        )
+
+    def rows():
+        return script(
+            "return [...document.querySelectorAll('#s0-table tbody tr')].map(r => [r.cells[4].innerText, "
+            "r.cells[5].innerText, r.cells[1].innerText, r.querySelector('a').getAttribute('href')])"
+        )
+
+    choose("s0-way-icl", "right")
+    choose("s0-way-ft", "wrong")
+    found = rows()
+    assert found
+    assert all("✓" in icl and "✗" in tuned for icl, tuned, *_ in found)
+    split = found[0][2]
+    choose("s0-split", split)
+    assert {row[2] for row in rows()} == {split}
+    status = browser.find_element("css selector", "#s0-tools [role=status]").text
+    address = script("return location.hash")
+    assert address.startswith("#s0:")
+    link = file.as_uri() + address
+    opened(browser, file)
+    assert len(rows()) == 20
+    browser.get("about:blank")
+    browser.get(link)
+    assert browser.find_element("css selector", "#s0-tools [role=status]").text == status
+    one = rows()[0][3]
+    browser.get("about:blank")
+    browser.get(file.as_uri() + one)
+    assert [row[3] for row in rows()] == [one]
+    box = browser.find_element("id", "s0-confidence")
+    browser.get("about:blank")
+    browser.get(file.as_uri())
+    box = browser.find_element("id", "s0-confidence")
+    box.send_keys("0.9")  # every answer of this study has 0.8 or, where it is wrong, 0.2
+    assert rows() == []
 
 
 def test_a_page_of_a_hundred_thousand_questions_opens_in_two_seconds(browser, many, tmp_path):

@@ -285,19 +285,19 @@ def arguments_digest(options: argparse.Namespace) -> str:
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 
-def check_new(path: Path, overwrite: bool, arguments: str = "") -> None:
+def check_new(path: Path, overwrite: bool, arguments: str = "", *, option: str = "--out") -> None:
     """Refuse, before any work, an output that could not or must not be written.
 
     One of the same arguments, which it names under "arguments", is not refused: it is a rerun, and comes out the same.
     """
     if path.exists() and not path.is_file():
-        raise UsageError(f"--out: {path}: is {'a folder' if path.is_dir() else 'no file that could be replaced'}")
+        raise UsageError(f"{option}: {path}: is {'a folder' if path.is_dir() else 'no file that could be replaced'}")
     named = f'"arguments": "{arguments}"'
     if path.exists() and not overwrite and not (arguments and named in path.read_text(errors="replace")):
-        raise UsageError(f"--out: {path}: exists already; choose another or give --overwrite")
+        raise UsageError(f"{option}: {path}: exists already; choose another or give --overwrite")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise UsageError(f"--out: {above}: is a file, not a folder")
+        raise UsageError(f"{option}: {above}: is a file, not a folder")
 
 
 @contextmanager

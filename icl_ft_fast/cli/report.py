@@ -17,6 +17,7 @@ def add(commands: Commands) -> None:
         "results as one HTML page, as chart files, or as tables",
         "icl-ft-fast report out/run1 --out report.html\n"
         "icl-ft-fast report out/run1 out/run2 --out both.html --charts charts/\n"
+        "icl-ft-fast report out/run1 --rows answers.csv\n"
         "icl-ft-fast report out/run1 --queries-per-day 1000 --days 30 --prices prices.json",
     )
     help = "results.json files or the folders that hold them"
@@ -24,6 +25,8 @@ def add(commands: Commands) -> None:
     output = report.group(OUTPUT)
     output.add_argument("--out", type=Path, metavar="FILE", help="write an HTML page (default: print tables)")
     output.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")
+    help = "write a row for each answer: FILE ends in .csv, .jsonl or .parquet (the last needs pyarrow)"
+    output.add_argument("--rows", type=Path, metavar="FILE", help=help)
     output.add_argument("--overwrite", action="store_true", help="replace existing output")
     add_decision_options(report)
     add_json_option(report)

@@ -457,6 +457,7 @@ class Derived:
                     "seed": key[0],
                     "id": key[1],
                     "split": first.split,
+                    "topic": first.topic,
                     "correct": first.correct,
                     "answers": given,
                     "prompt": _shorten(text.prompt) if text else "",

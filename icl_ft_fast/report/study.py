@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.rows import answer_rows
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.study.evaluate import Accuracy
 from icl_ft_fast.study.results import Results
@@ -59,25 +61,23 @@ class Study:
             table.print_decision_at(self.derived, queries, tolerance, console)
 
     def to_pandas(self) -> Any:
-        """A pandas frame with a row for every answer; needs pandas."""
-        import pandas
+        """A pandas frame with a row for every answer, see answer_rows(); needs pandas."""
+        return _frame(answer_rows(self.derived))
 
-        return pandas.DataFrame(
-            {
-                "study": self.derived.name,
-                "arm": run.arm,
-                "seed": run.seed,
-                "split": a.split,
-                "form": a.form,
-                "question_id": a.question_id,
-                "topic": a.topic,
-                "predicted": a.predicted,
-                "is_correct": a.is_correct,
-                "confidence": a.confidence,
-                "chance": a.chance,
-            }
+    def costs(self) -> Any:
+        """A pandas frame with a row for each resource and way of answering: setup, reading, query, cache lifetime."""
+        return _frame(
+            {"study": self.derived.name, "resource": resource, "unit": unit, "way": way} | asdict(samples.line)
+            for resource, unit in self.derived.resources.items()
+            for way, samples in self.derived.ways(resource).items()
+        )
+
+    def curves(self) -> Any:
+        """A pandas frame with a row for each training step of each run: its loss in nats a token."""
+        return _frame(
+            {"study": self.derived.name, "arm": run.arm, "seed": run.seed, "step": step, "loss": loss}
             for run in self.derived.results.runs
-            for a in run.answers
+            for step, loss in enumerate(run.losses, 1)
         )
 
     def export(self, folder: Path, queries: float | None = None, *, overwrite: bool = False) -> list[Path]:
@@ -110,3 +110,9 @@ class Study:
         from icl_ft_fast.report.page import fragment
 
         return fragment(self.derived)
+
+
+def _frame(rows: Iterable[dict[str, Any]]) -> Any:
+    import pandas
+
+    return pandas.DataFrame(list(rows))

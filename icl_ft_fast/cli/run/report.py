@@ -10,6 +10,7 @@ from icl_ft_fast.cli.options import Terminal, UsageError, check_new
 from icl_ft_fast.cli.run.compare import derived_settings, prices_of, print_decision, service_of
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.rows import check_format, write_rows
 from icl_ft_fast.report.verdict import summary
 from icl_ft_fast.runtime.durable import new_folder, replacing
 
@@ -19,6 +20,9 @@ def run_report(options: argparse.Namespace) -> None:
     prices = prices_of(options)
     if options.out is not None:
         check_new(options.out, options.overwrite)
+    if options.rows is not None:
+        check_format(options.rows)
+        check_new(options.rows, options.overwrite, option="--rows")
     settings = derived_settings(options, prices, service_of(options))
     studies = [Derived.read(path, **settings) for path in options.results]
     names = [study.name for study in studies]
@@ -28,12 +32,14 @@ def run_report(options: argparse.Namespace) -> None:
     queries = options.queries_per_day and options.queries_per_day * options.days
     if options.json:
         print(json.dumps([summary(study, queries, options.tolerance) for study in studies]))
-    elif options.out is None and options.charts is None:
+    elif options.out is options.charts is options.rows is None:
         console = Terminal()
         for study in studies:
             console.print(f"{study.name}:", highlight=False, markup=False)
             table.print_study(study, console, options.tolerance)
             print_decision(study, options, console)
+    if options.rows is not None:
+        print(f"{write_rows(studies, options.rows):,} rows written to {options.rows}")
     if options.out is None and options.charts is None:
         return
     try:
