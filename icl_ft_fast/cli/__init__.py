@@ -12,12 +12,12 @@ from errno import EDQUOT, ENOSPC
 from jinja2 import TemplateError
 
 from icl_ft_fast import __version__
-from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, task
+from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, status, task
 from icl_ft_fast.cli.options import Parser
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import printable
 
-COMMANDS = (compare, report, augment, finetune, score, context, task, doctor, serve, lm_eval)
+COMMANDS = (compare, report, status, augment, finetune, score, context, task, doctor, serve, lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

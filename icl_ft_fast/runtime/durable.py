@@ -91,6 +91,20 @@ def _holding(path: Path, how: int, *, shared: bool) -> Iterator[None]:
             return
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process that is alive holds a lock file, here or on another machine, see locked()."""
+    try:
+        file = path.open()
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _opened_lock(path: Path) -> IO[str]:
     """The lock file, made when missing; another user's is opened to read, which suffices to lock it."""
     try:

@@ -29,6 +29,7 @@ from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.costs import ArmCosts
+from icl_ft_fast.study.progress import Progress
 from icl_ft_fast.study.records import CurvePoint, Sample
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.tables import silent
@@ -50,6 +51,7 @@ class Workspace:
         tell: called with lines of text on what takes long.
         trained: the arm that was trained last, under ArmJob.training_key, with its ledger: an arm with the same
             training does not repeat it, and books what it took.
+        progress: where runs say that they are made.
     """
 
     journal: ResultJournal
@@ -59,6 +61,7 @@ class Workspace:
     writer: TextGenerator | None = None
     tell: Callable[[str], None] = silent
     trained: dict[str, tuple[Prepared, dict[str, Any]]] = field(default_factory=dict)
+    progress: Progress = field(default_factory=lambda: Progress(None))
 
 
 @dataclass(frozen=True)

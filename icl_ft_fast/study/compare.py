@@ -33,6 +33,7 @@ from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
+from icl_ft_fast.study.progress import Progress
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
 from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
@@ -215,7 +216,9 @@ class _Study:
     def run(self, task_of_seed: Callable[[int], Task]) -> Results | None:
         """Make what is not in the journal yet; rank 0 returns the results."""
         model, settings, options, journal = self.model, self.settings, self.options, self.journal
-        before = len(journal.values)
+        before, progress = len(journal.values), Progress(self.folder)
+        if not options.executor.rank:
+            progress.begin(settings.arms, settings.seeds)
         generates = any(t.generates for name in settings.arms if (t := arm_named(name).training) is not None)
         writer = writer_of(model, settings) if generates else None
         planned = plan(model, task_of_seed, settings, journal, writer=writer, has_store=options.store is not None)
@@ -237,7 +240,9 @@ class _Study:
 
         checkpoints = None if self.folder is None else self.folder / CHECKPOINTS
         store = None if options.store is None else ContextStore(options.store, model, options.store_bytes)
-        workspace = Workspace(journal, checkpoints, options.checkpoint_s, store, writer, options.tell)
+        workspace = Workspace(
+            journal, checkpoints, options.checkpoint_s, store, writer, options.tell, progress=progress
+        )
         make_runs(model, planned, settings, workspace, progress=self.progress, on_run=keep)
         key, costs, best, load = study_key(model, settings), sweep.Sweep(), None, self.load
         if options.measure_s:
@@ -251,6 +256,7 @@ class _Study:
         told = None if load is None else journal.once(digest(key, "load"), load.as_dict)
         found = as_json(setting, runs, costs=costs, load=told, ceilings=best)
         self._write(found)
+        progress.end()
         return parse_results(found)
 
     def _make_elsewhere(self, planned: Sequence[PlannedRun], writer: TextGenerator | None) -> bool:

@@ -122,7 +122,17 @@ def _elsewhere(writer: TextGenerator | None, model: Model) -> str:
 def make_run(
     model: Model, planned: PlannedRun, settings: StudySettings, workspace: Workspace, *, progress: bool = False
 ) -> dict[str, Any]:
-    """A run's fields except the questions, as plain values."""
+    """A run's fields except the questions, as plain values; the workspace's progress hears of it."""
+    with workspace.progress.running(planned.arm, planned.seed) as ended:
+        made = _make_run(model, planned, settings, workspace, progress)
+        counts = made["accuracy"].values()
+        ended(sum(a["correct"] for a in counts), sum(a["total"] for a in counts))
+    return made
+
+
+def _make_run(
+    model: Model, planned: PlannedRun, settings: StudySettings, workspace: Workspace, progress: bool
+) -> dict[str, Any]:
     ledger, task = Ledger(meter=Meter(model.device)), planned.task
     keys = planned.key, planned.training_key
     job = ArmJob(model, task, planned.seed, settings, ledger, workspace, *keys, planned.batches, progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from icl_ft_fast.runtime.executors import (
 )
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study.arm import Workspace, writer_of
+from icl_ft_fast.study.progress import Progress
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
 
@@ -52,6 +53,7 @@ class StudyWorkers:
         folder: of the study; checkpoints are written there where it is seen.
         checkpoint_s: seconds between them.
         writer: of augmentations; None where each worker makes its own.
+        events: what this worker's process has begun.
     """
 
     name: str
@@ -62,6 +64,7 @@ class StudyWorkers:
     folder: Path
     checkpoint_s: float
     writer: TextGenerator | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self) -> Worker:
         """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
@@ -83,8 +86,10 @@ class StudyWorkers:
         planned, written = job
         journal = ResultJournal(None)
         journal.add(written)
-        checkpoints = self.folder / "checkpoints" if self.folder.is_dir() else None
-        workspace = Workspace(journal, checkpoints, self.checkpoint_s, writer=self.writer)
+        is_seen = self.folder.is_dir()
+        checkpoints = self.folder / "checkpoints" if is_seen else None
+        progress = Progress(self.folder if is_seen else None, self.events)
+        workspace = Workspace(journal, checkpoints, self.checkpoint_s, writer=self.writer, progress=progress)
         return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
 
 

@@ -1,0 +1,195 @@
+"""What a study's processes are at, as files in its folder: read from another terminal, and where it is told to pause.
+
+Each process writes a file of its own, whole at each change, so that several can on a disk that machines share. The
+folder goes when the study ends well; a finished study's results.json says the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from icl_ft_fast.runtime.durable import is_locked, replacing
+from icl_ft_fast.runtime.errors import UserError
+
+PROGRESS, PLAN, PAUSED = "progress", "plan.json", "paused"
+LOOK_S = 1.0  # between looks at whether a pause has ended
+
+
+class StatusError(UserError):
+    """A folder without a study; the message names it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a process says what it is at.
+
+    Attributes:
+        folder: of the study; None to say nothing, also where the folder is on another machine.
+        events: what this process has begun, the latest last.
+    """
+
+    folder: Path | None
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
+        """Say what is to be run, before anything is."""
+        if self.folder is not None:
+            _write(self.folder / PROGRESS / PLAN, {"arms": list(arms), "seeds": list(seeds), "began": time.time()})
+
+    def end(self) -> None:
+        """Take it all away: the study has ended well."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / PROGRESS, ignore_errors=True)
+
+    @contextmanager
+    def running(self, arm: str, seed: int) -> Iterator[Callable[[int, int], None]]:
+        """Say that a run is made, after any pause, and how it ended; to be called with correct and total answers."""
+        self._wait()
+        event: dict[str, Any] = {"arm": arm, "seed": seed, "began": time.time()}
+        self.events.append(event)
+        self._tell()
+
+        def ended(correct: int, total: int) -> None:
+            event.update(ended=time.time(), correct=correct, total=total)
+
+        try:
+            yield ended
+        except BaseException as error:
+            event["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._tell()
+
+    def _wait(self) -> None:
+        """Begin nothing while the study is paused."""
+        while self.folder is not None and (self.folder / PROGRESS / PAUSED).exists():
+            time.sleep(LOOK_S)
+
+    def _tell(self) -> None:
+        if self.folder is not None and self.folder.is_dir():
+            _write(self.folder / PROGRESS / f"{socket.gethostname()}-{os.getpid()}.json", {"events": self.events})
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a study is at.
+
+    Attributes:
+        state: "running", "paused", "stopped" (nobody is at work; the same command resumes) or "finished".
+        planned, done: runs, an arm under a seed each.
+        running: (arm, seed, seconds so far).
+        accuracy: by arm, correct and total answers so far.
+        seconds_left: by what like runs took, over the processes at work; None before the first has ended.
+        error: of the last run that failed; "" for none.
+    """
+
+    state: str
+    planned: int
+    done: int
+    running: tuple[tuple[str, int, float], ...]
+    accuracy: dict[str, tuple[int, int]]
+    seconds_left: float | None
+    error: str
+
+
+def status_of(folder: Path) -> Status:
+    """Read what a study is at, from any machine that sees its folder.
+
+    Raises:
+        StatusError: no study was begun there.
+    """
+    plan, results = _read(folder / PROGRESS / PLAN), _read(folder / "results.json")
+    if not plan and not results:
+        raise StatusError(f"{folder}: no study was begun here; expected the --out of compare")
+    settings = plan or results.get("settings", {})
+    planned = [(arm, seed) for seed in settings.get("seeds", ()) for arm in settings.get("arms", ())]
+    files = sorted((folder / PROGRESS).glob("*-*.json"))
+    events = sorted((e for file in files for e in _read(file).get("events", ())), key=lambda e: e["began"])
+    counts: dict[tuple[str, int], tuple[int, int]] = {}
+    for run in results.get("runs", ()):
+        some = run["accuracy"].values()
+        counts[run["arm"], run["seed"]] = sum(a["correct"] for a in some), sum(a["total"] for a in some)
+    counts |= {(e["arm"], e["seed"]): (e["correct"], e["total"]) for e in events if "ended" in e}
+    is_held, now = is_locked(folder / ".lock"), time.time()
+    at_work = [e for e in events if is_held and not {"ended", "error"} & e.keys()]
+    accuracy: dict[str, tuple[int, int]] = {}
+    for (arm, _), (correct, total) in counts.items():
+        before = accuracy.get(arm, (0, 0))
+        accuracy[arm] = before[0] + correct, before[1] + total
+    state = "finished" if set(planned) <= counts.keys() and not plan else "running" if is_held else "stopped"
+    if state == "running" and (folder / PROGRESS / PAUSED).exists():
+        state = "paused"
+    errors = [e["error"] for e in events if "error" in e]
+    return Status(
+        state,
+        len(planned),
+        len(set(planned) & counts.keys()),
+        tuple((e["arm"], e["seed"], now - e["began"]) for e in at_work),
+        accuracy,
+        _seconds_left([key for key in planned if key not in counts], events, at_work, now),
+        errors[-1] if errors else "",
+    )
+
+
+def _seconds_left(
+    left: Sequence[tuple[str, int]], events: Sequence[dict[str, Any]], at_work: Sequence[dict[str, Any]], now: float
+) -> float | None:
+    """By the mean of like runs, or of all where none is like, less what those at work have had."""
+    took: dict[str, list[float]] = {}
+    for event in events:
+        if "ended" in event:
+            took.setdefault(event["arm"], []).append(event["ended"] - event["began"])
+    if not left:
+        return 0.0
+    if not took:
+        return None
+    usual = fmean(seconds for some in took.values() for seconds in some)
+    needed = {key: fmean(took[key[0]]) if key[0] in took else usual for key in left}
+    for event in at_work:
+        key = event["arm"], event["seed"]
+        if key in needed:
+            needed[key] = max(0.0, needed[key] - (now - event["began"]))
+    return math.fsum(needed.values()) / max(1, len(at_work))
+
+
+def set_paused(folder: Path, paused: bool) -> None:
+    """Let a study begin no new run, or go on.
+
+    Raises:
+        StatusError: no study is at work there.
+    """
+    if not (folder / PROGRESS / PLAN).exists():
+        raise StatusError(f"{folder}: no study is at work here; expected the --out of compare")
+    path = folder / PROGRESS / PAUSED
+    if paused:
+        _write(path, {"since": time.time()})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none, or one that another version wrote."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StatusError(f"{path}: not UTF-8 JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
