@@ -18,7 +18,7 @@ NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
-class Choices:
+class CheapestWays:
     """The cheapest accurate way of a study, by what is varied.
 
     Attributes:
@@ -34,7 +34,7 @@ class Choices:
     costs: Mapping[str, Priced] = field(repr=False)
 
     @classmethod
-    def of(cls, study: Derived, points: float) -> Choices:
+    def of(cls, study: Derived, points: float) -> CheapestWays:
         """The choices of a study; where wrong answers have a price, `points` play no part."""
         resource, _ = study.decided_by
         counted = points if study.service.cost_of_wrong is None else math.inf
@@ -86,7 +86,7 @@ class Factor:
 
 def tornado(study: Derived, queries: float, points: float) -> tuple[str, list[Factor]]:
     """The chosen way, and each input varied alone, what matters most first; no factors where there is no rival."""
-    choices = Choices.of(study, points)
+    choices = CheapestWays.of(study, points)
     found = choices.at(queries)
     if len({study.arm_of(way.name) for way in found}) < 2:
         return found[0].name if found else "", []
@@ -106,7 +106,7 @@ def tornado(study: Derived, queries: float, points: float) -> tuple[str, list[Fa
         return Factor(name, saved(at_low, few), saved(at_high, many), names)
 
     def of(studies: Iterable[Derived]) -> Iterable[Ends]:
-        return ((queries, Choices.of(other, points).at(queries)) for other in studies)
+        return ((queries, CheapestWays.of(other, points).at(queries)) for other in studies)
 
     often = max(10.0, 10 * changes)
     factors = [
@@ -137,7 +137,7 @@ def cheapest_map(
     Returns:
         Numbers of queries, changes a month, and for each of the latter the name of the way at each of the former.
     """
-    choices = Choices.of(study, points)
+    choices = CheapestWays.of(study, points)
     volumes = np.geomspace(max(1.0, queries / 1000), queries * 1000, size).tolist()
     rates = [0.0, *np.geomspace(0.1, max(100.0, 10 * study.service.changes_per_month), size - 1).tolist()]
     named = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.sensitivity import Choices
+from icl_ft_fast.report.sensitivity import CheapestWays
 from icl_ft_fast.study.amortise import Decision, Line, Way, decide
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import DAY_S, Bill
@@ -119,7 +119,7 @@ def _changes(study: Derived, queries: float) -> list[str]:
 
 def _by_changes(study: Derived, queries: float, points: float) -> tuple[tuple[float, str], ...]:
     """The chosen way by the rate of changes, from none to MOST_CHANGES a month; found by search."""
-    choices = Choices.of(study, points)
+    choices = CheapestWays.of(study, points)
 
     def chosen(rate: float) -> str:
         return choices.at(queries, rate)[0].name if choices.at(queries, rate) else "none"

@@ -29,7 +29,7 @@ from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.costs import ArmCosts
-from icl_ft_fast.study.progress import Progress
+from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import CurvePoint, Sample
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.tables import silent
@@ -61,7 +61,7 @@ class Workspace:
     writer: TextGenerator | None = None
     tell: Callable[[str], None] = silent
     trained: dict[str, tuple[Prepared, dict[str, Any]]] = field(default_factory=dict)
-    progress: Progress = field(default_factory=lambda: Progress(None))
+    progress: StudyProgress = field(default_factory=lambda: StudyProgress(None))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arm import Workspace, writer_of
 from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
-from icl_ft_fast.study.progress import Progress
+from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
 from icl_ft_fast.study.runs import PlannedRun, make_runs, plan, study_key
@@ -216,7 +216,7 @@ class _Study:
     def run(self, task_of_seed: Callable[[int], Task]) -> Results | None:
         """Make what is not in the journal yet; rank 0 returns the results."""
         model, settings, options, journal = self.model, self.settings, self.options, self.journal
-        before, progress = len(journal.values), Progress(self.folder)
+        before, progress = len(journal.values), StudyProgress(self.folder)
         if not options.executor.rank:
             progress.begin(settings.arms, settings.seeds)
         generates = any(t.generates for name in settings.arms if (t := arm_named(name).training) is not None)

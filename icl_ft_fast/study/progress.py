@@ -31,7 +31,7 @@ class StatusError(UserError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class StudyProgress:
     """Where a process says what it is at.
 
     Attributes:
@@ -92,7 +92,8 @@ class Status:
     """What a study is at.
 
     Attributes:
-        state: "running", "paused", "stopped" (nobody is at work; the same command resumes) or "finished".
+        state: "starting" (the model is loaded), "running", "paused", "stopped" (nobody is at work; the same command
+            resumes) or "finished".
         planned, done: runs, an arm under a seed each.
         running: (arm, seed, seconds so far).
         accuracy: by arm, correct and total answers so far.
@@ -116,6 +117,8 @@ def status_of(folder: Path) -> Status:
         StatusError: no study was begun there.
     """
     plan, results = _read(folder / PROGRESS / PLAN), _read(folder / "results.json")
+    if not plan and not results and is_locked(folder / ".lock"):
+        return Status("starting", 0, 0, (), {}, None, "")
     if not plan and not results:
         raise StatusError(f"{folder}: no study was begun here; expected the --out of compare")
     settings = plan or results.get("settings", {})

@@ -34,7 +34,7 @@ from icl_ft_fast.runtime.executors import (
 )
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study.arm import Workspace, writer_of
-from icl_ft_fast.study.progress import Progress
+from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
 
@@ -88,7 +88,7 @@ class StudyWorkers:
         journal.add(written)
         is_seen = self.folder.is_dir()
         checkpoints = self.folder / "checkpoints" if is_seen else None
-        progress = Progress(self.folder if is_seen else None, self.events)
+        progress = StudyProgress(self.folder if is_seen else None, self.events)
         workspace = Workspace(journal, checkpoints, self.checkpoint_s, writer=self.writer, progress=progress)
         return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
 

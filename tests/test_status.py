@@ -1,0 +1,94 @@
+"""What a study is at, as another process reads it, and its pause."""
+
+import json
+
+import pytest
+
+from icl_ft_fast import cli
+from icl_ft_fast.cli.run.status import told
+from icl_ft_fast.runtime.durable import is_locked, locked
+from icl_ft_fast.study import progress
+from icl_ft_fast.study.compare import StudyOptions, compare
+from icl_ft_fast.study.progress import Status, StatusError, StudyProgress, set_paused, status_of
+from icl_ft_fast.tasks.task import Document, Question, Task
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    return now
+
+
+def test_two_processes_on_one_disk(tmp_path, clock, monkeypatch):
+    with locked(tmp_path / ".lock"):
+        assert status_of(tmp_path).state == "starting"
+        one, two = StudyProgress(tmp_path), StudyProgress(tmp_path)
+        one.begin(("base", "ft"), (0, 1))
+        with one.running("base", 0) as ended:
+            clock[0] += 10
+            ended(3, 4)
+        monkeypatch.setattr(progress.os, "getpid", lambda: 1)  # the other process, in a file of its own
+        with two.running("ft", 0) as ended:
+            clock[0] += 30
+            ended(1, 4)
+        with pytest.raises(ZeroDivisionError), two.running("base", 1):
+            raise ZeroDivisionError("no luck")
+        with two.running("ft", 1):
+            clock[0] += 5
+            found = status_of(tmp_path)
+        assert found == Status(
+            "running",
+            4,
+            2,
+            (("ft", 1, 5.0),),
+            {"base": (3, 4), "ft": (1, 4)},
+            10 + 30 - 5,
+            "ZeroDivisionError: no luck",
+        )
+        assert told(found).splitlines() == [
+            "running: 2 of 4 runs done, about 35 s left",
+            "  running fine-tuned, seed 1, for 5 s",
+            "  base: 3 of 4 correct (0.75)",
+            "  fine-tuned: 1 of 4 correct (0.25)",
+            "  last error: ZeroDivisionError: no luck",
+        ]
+    assert not is_locked(tmp_path / ".lock")
+    assert status_of(tmp_path).state == "stopped"  # killed, or failed
+    assert status_of(tmp_path).running == ()
+
+
+def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
+    looks = []
+
+    def look(seconds):
+        looks.append(status_of(tmp_path).state)
+        if len(looks) == 3:
+            assert cli.main(["resume", str(tmp_path)]) == 0
+
+    monkeypatch.setattr(progress.time, "sleep", look)
+    with locked(tmp_path / ".lock"):
+        mine = StudyProgress(tmp_path)
+        mine.begin(("base",), (0,))
+        assert cli.main(["pause", str(tmp_path)]) == 0
+        with mine.running("base", 0) as ended:
+            assert looks == ["paused"] * 3
+            ended(1, 1)
+    assert "icl-ft-fast resume" in capsys.readouterr().out
+    with pytest.raises(StatusError, match="no study is at work here"):
+        set_paused(tmp_path / "elsewhere", True)
+
+
+def test_a_study_tells_as_it_goes_and_leaves_its_results(llama, tmp_path, capsys):
+    question = Question("q", "the cat", (" sat on", " by the"), answer=0)
+    task, seen = Task((Document("d", "the cat sat on the mat"),), (question,)), []
+    options = StudyOptions(measure_s=0, on_run=lambda _: seen.append(status_of(tmp_path)))
+    compare(llama, task, arms=["base", "icl"], seeds=[0, 1], out=tmp_path, options=options)
+    assert [(one.state, one.planned, one.done) for one in seen] == [("running", 4, n) for n in (1, 2, 3, 4)]
+    assert not (tmp_path / progress.PROGRESS).exists()
+    assert cli.main(["status", str(tmp_path), "--watch", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["done"], found["accuracy"]["icl"][1]) == ("finished", 4, 2)
+    assert cli.main(["status", str(tmp_path / "none")]) == 2
+    assert "no study was begun here" in capsys.readouterr().err
