@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -376,6 +377,35 @@ def test_a_small_memory_takes_fewer_tokens_at_a_time_and_generates_the_same(llam
     assert [one.ids for one in got] == [one.ids for one in expected]
     with pytest.raises(GenerateError, match=r"^memory: too little: "):
         generate(replace(llama, memory=memory.Memory(10**6)), PROMPTS)
+
+
+def test_a_step_is_captured_once_a_size_and_then_replayed(llama, monkeypatch):
+    """A graph that replays by running the forward again on the tensors that it was captured with."""
+    how = [Sampling(2 + p) for p in range(len(PROMPTS))]  # so that ever fewer are running
+    expected = generate(llama, PROMPTS, how)
+    captured, replayed = [], []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self.batch)
+            self.batch._logits.copy_(self.batch._forward())
+
+    @contextmanager
+    def capture(graph):
+        yield
+        graph.batch = next(batch for batch in batches if batch._graph is graph)
+        captured.append(graph.batch._sizes[0])
+
+    batches, begin = [], decoding._Batch.__init__
+    monkeypatch.setattr(decoding._Batch, "__init__", lambda self, *rest: batches.append(self) or begin(self, *rest))
+    monkeypatch.setattr(decoding._Batch, "_can_be_replayed", lambda self: True)
+    monkeypatch.setattr(generate_module, "is_late", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    got = generate(llama, PROMPTS, how)
+    assert [one.ids for one in got] == [one.ids for one in expected]
+    assert captured == [16, 8]
+    assert len(replayed) > 4
 
 
 def test_batches_of_constant_shapes_have_few_sizes():

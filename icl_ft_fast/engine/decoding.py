@@ -81,7 +81,7 @@ class _Batch:
         self._sizes = [*[size] * 4, *[cache.capacity] * 2]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.empty(0)
-        self._is_replayed = model.device.type == "cuda" and self._waits_for_nothing()
+        self._is_replayed = self._can_be_replayed()
 
     def logits(self, numbers: torch.Tensor) -> torch.Tensor:
         """Float32 logits of all rows."""
@@ -101,9 +101,12 @@ class _Batch:
         rows = Rows(token.long(), depth, row_q, end_k, depth_k, self.cache, slots.long())
         return self.model.head.logits(self.model.forward(rows))
 
-    def _waits_for_nothing(self) -> bool:
-        """Whether a forward reads nothing back, which a graph cannot; it also compiles what is not compiled yet."""
-        device, mode = self.model.device, torch.cuda.get_sync_debug_mode()
+    def _can_be_replayed(self) -> bool:
+        """Whether a GPU's forward reads nothing back, which a graph cannot. Also compiles what is not compiled yet."""
+        device = self.model.device
+        if device.type != "cuda":
+            return False
+        mode = torch.cuda.get_sync_debug_mode()
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         try:
