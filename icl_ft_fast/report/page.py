@@ -95,6 +95,7 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         "paired": study.paired,
         "normalizations": NORMALIZATIONS,
         "by_normalization": [(arm, its) for arm, its in by_normalization if None not in its],
+        "harms": [(arm, harm) for arm in study.arms if (harm := study.harm(arm)) is not None],
         "rivals": rivals,
         "break_evens": [
             (resource, way, study.against_icl(way, points), [found.get((way, rival)) for rival in rivals])
