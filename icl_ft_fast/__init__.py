@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.score import score as score
     from icl_ft_fast.finetuning.data import Example as Example
     from icl_ft_fast.finetuning.data import read_examples as read_examples
+    from icl_ft_fast.finetuning.prefix import TrainedPrefix as TrainedPrefix
+    from icl_ft_fast.finetuning.prefix import train_prefix as train_prefix
     from icl_ft_fast.finetuning.run import Finetuned as Finetuned
     from icl_ft_fast.finetuning.run import finetune as finetune
     from icl_ft_fast.finetuning.settings import FinetuneError as FinetuneError
     from icl_ft_fast.finetuning.settings import FinetuneSettings as FinetuneSettings
     from icl_ft_fast.finetuning.settings import LoraSettings as LoraSettings
+    from icl_ft_fast.finetuning.settings import PrefixSettings as PrefixSettings
     from icl_ft_fast.finetuning.settings import RunOptions as RunOptions
     from icl_ft_fast.report.study import Study as Study
     from icl_ft_fast.runtime.errors import UserError as UserError
@@ -69,8 +72,9 @@ _NAMES = {
     "engine.likelihood": "LogLikelihood ScoreError loglikelihood prefill",
     "engine.score": "Score iter_scores score",
     "finetuning.data": "Example read_examples",
+    "finetuning.prefix": "TrainedPrefix train_prefix",
     "finetuning.run": "Finetuned finetune",
-    "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings RunOptions",
+    "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings PrefixSettings RunOptions",
     "report.study": "Study",
     "runtime.errors": "UserError",
     "study.compare": "StudyOptions compare",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Rows:
         depth_k: int32 [S].
         cache: where earlier keys are; None when the T rows see only each other (training).
         slots: int64 [T] cache positions to write to; None appends after the cache's rows.
+        prefix: keys [p, G, D] and values [p, G, Dv] by layer of rows before all others, in place of a cache:
+            differentiable.
         batch_invariant: whether to fill them up to a block and attend along each row's path, see ops.trie_attention.
         num_shared: see ops.TreeIndex.
         max_depth: see ops.TreeIndex.
@@ -57,6 +59,7 @@ class Rows:
     depth_k: torch.Tensor
     cache: KVCache | None = None
     slots: torch.Tensor | None = None
+    prefix: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     batch_invariant: bool = False
     num_shared: int = 0
     max_depth: int = 0
@@ -93,6 +96,8 @@ def _trie_attention(
             k, v = icl_rows.cache.append(layer, k, v)  # type: ignore[arg-type]
         else:
             k, v = icl_rows.cache.write(layer, icl_rows.slots, k, v, rows)  # type: ignore[arg-type]
+    if icl_rows.prefix is not None:
+        k, v = (torch.cat(pair) for pair in zip(icl_rows.prefix[module.layer_idx], (k, v), strict=True))  # type: ignore[index]
     index = icl_rows.row_q, icl_rows.end_k, icl_rows.depth_q, icl_rows.depth_k
     tree = ops.TreeIndex(*index, icl_rows.num_shared, icl_rows.max_depth)
     options = ops.AttentionOptions(scaling, sliding_window, softcap, s_aux, icl_rows.batch_invariant)
@@ -275,6 +280,22 @@ class Model:
         end, depth = tree.end.to(device), tree.depth.to(device)
         row_q = torch.arange(len(end), dtype=torch.int32, device=device)
         return self.forward(Rows(tree.token.to(device, torch.int64), depth, row_q, end, depth))
+
+    def forward_behind(self, tree: trie.Trie, prefix: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Hidden states [T - 1, E] of a tree's rows behind its root, in whose place keys and values stand.
+
+        Differentiable in `prefix`, which is keys [p, G, D] and values [p, G, Dv] by layer, of positions 0 to p - 1.
+        """
+        device, size = self.device, len(next(iter(prefix.values()))[0])
+        depth = (tree.depth[1:] + (size - 1)).to(device)
+        if not len(depth):
+            return self.head.weight.new_zeros(0, self.head.weight.shape[1])
+        before = torch.arange(size, dtype=torch.int32, device=device)
+        row_q = torch.arange(size, size + len(depth), dtype=torch.int32, device=device)
+        end = (tree.end + (size - 1)).to(device)
+        end_k, depth_k = torch.cat([end[:1].expand(size), end[1:]]), torch.cat([before, depth])
+        token = tree.token[1:].to(device, torch.int64)
+        return self.forward(Rows(token, depth, row_q, end_k, depth_k, prefix=prefix))
 
     def target_logprob(
         self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor

@@ -43,16 +43,24 @@ def prompt_context(model: Model, documents: Sequence[Document], template: str = 
     Raises:
         ProtocolError: a text without {documents} or a last {prompt}, or a tokenizer without a chat template.
     """
-    documents = [replace(document, text=as_text(model.tokenizer, document.text)) for document in documents]
     template = chosen_template(model, template)
     if template == "chat":
         if not has_chat_template(model):
             raise ProtocolError(f"template: {model.name} has no chat template; use base or a text of your own")
-        request = icl_context(documents, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
-        turn = [{"role": "user", "content": request}]
-        return render_chat(model.tokenizer, turn)
+        return render_chat(model.tokenizer, [documents_turn(model, documents)])
     text = check_template(template)
-    return icl_context(documents, text) if documents else ""
+    return icl_context(_as_text(model, documents), text) if documents else ""
+
+
+def documents_turn(model: Model, documents: Sequence[Document]) -> dict[str, str]:
+    """The user's turn of the template "chat": documents, if there are any, and a request."""
+    shown = _as_text(model, documents)
+    request = icl_context(shown, CHAT_WITH_DOCUMENTS) if documents else CHAT_WITHOUT_DOCUMENTS
+    return {"role": "user", "content": request}
+
+
+def _as_text(model: Model, documents: Sequence[Document]) -> list[Document]:
+    return [replace(document, text=as_text(model.tokenizer, document.text)) for document in documents]
 
 
 @dataclass(frozen=True)

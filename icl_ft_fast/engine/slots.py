@@ -8,11 +8,13 @@ document. Whoever writes the key's text before a question asks behind the slots.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.contexts import ContextError
 from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.model import Model
 
@@ -41,6 +43,19 @@ def key_of(model: Model, name: str, num_slots: int) -> tuple[str, list[int]]:
             if follow[0] == ids[:num_slots]:
                 return text, ids[:num_slots]
     raise ValueError(f"num_slots: {model.name} has no text of {num_slots} tokens that is read back as the same tokens")
+
+
+def text_of(model: Model, token: Sequence[int]) -> str:
+    """The text that a context of these tokens is found by, such as a key.
+
+    Raises:
+        ContextError: the tokenizer reads the text as other tokens.
+    """
+    tokenizer, opening, ids = model.tokenizer, encoding.opening(model.tokenizer), [int(t) for t in token]
+    text = str(tokenizer.decode(ids[len(opening) :] if ids[: len(opening)] == opening else ids))
+    if not text or encoding.encode(tokenizer, [text])[0] != ids:
+        raise ContextError(f"{model.name} reads the context's text as other tokens; give the documents themselves")
+    return text
 
 
 def slots_context(

@@ -55,7 +55,10 @@ class NetworkInTraining:
         student: the model around it, as it is now.
         adapters: peft's wrapper around it, or None where all weights are trained.
         objective: the loss of a batch, see Objective; with several processes, wrapped by DDP or FSDP.
+        passes, rows_before: see run.InTraining.
     """
+
+    passes, rows_before = 3, 0
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -34,6 +34,32 @@ from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 
 TIMED_STEP = 2  # whose seconds tell how long a run will take: the first one also warms up
 WATCHED = "watched/"  # begins the names of watched figures in the log
+
+
+class InTraining(Protocol):
+    """What a run trains: a network, or slots before a frozen one.
+
+    Attributes:
+        network: has the weights that take gradients.
+        objective: the loss of a batch; see network.Objective.
+        passes: forwards that a step's matrix products are worth.
+        rows_before: keys and values that every row sees beside those of its batch.
+    """
+
+    network: Any
+    objective: torch.nn.Module
+    passes: int
+    rows_before: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it; every process must ask for it."""
+
+    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write it with these weights into a folder."""
 
 
 class InterruptedRunError(FinetuneError):
@@ -76,7 +102,7 @@ class RunState:
     options: RunOptions
     examples: list[EncodedExample]
     validation: list[EncodedExample]
-    network: NetworkInTraining
+    network: InTraining
     optimizer: Optimizer
     folder: RunFolder
     progress: Progress
@@ -322,7 +348,9 @@ def train_step(state: RunState, indices: list[int]) -> tuple[float, float, int]:
         state.optimizer.gather()
         loss += part.item()
         state.ledger.trained_tokens += len(batch.tree.token)
-        state.ledger.ran(state.work, batch.tree.depth, 0, len(batch.head_row), passes=3)
+        before = state.network.rows_before
+        depth, heads = batch.tree.depth + before, len(batch.head_row)
+        state.ledger.ran(state.work, depth, before, heads, passes=state.network.passes)
     return loss, state.optimizer.clip(state.settings.clip_norm), num_targets
 
 
@@ -406,7 +434,9 @@ def finish(state: RunState) -> Finetuned:
     is_read = state.settings.fsdp or chosen != progress.step
     named = [(int(e["step"]), {k.removeprefix(WATCHED): v for k, v in e.items() if WATCHED in k}) for e in progress.log]
     watched = tuple((step, figures) for step, figures in named if figures)
-    model = state.network.finished(state.folder.folder(chosen) if is_read else None)
+    network = state.network
+    assert isinstance(network, NetworkInTraining)
+    model = network.finished(state.folder.folder(chosen) if is_read else None)
     return Finetuned(model, tuple(progress.losses), watched)
 
 

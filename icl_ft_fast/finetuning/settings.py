@@ -161,6 +161,55 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class PrefixSettings:
+    """How to train a prefix: conversations to write, and steps over them; see prefix.train_prefix().
+
+    Attributes:
+        conversations: that the model writes about the documents.
+        conversation_tokens: the most of each of their turns.
+        temperature: of what the model writes, above 0.
+        steps: optimizer steps.
+        batch_size: conversations per step.
+        learning_rate: AdamW's, without decay of the weights; it rises over `warmup_steps`, then falls linearly to 0.
+        warmup_steps: see learning_rate.
+        clip_norm: largest norm of the gradients.
+        top: the likeliest tokens of the model that reads the documents, whose probabilities are learned at each place.
+
+    Raises:
+        FinetuneError: a number out of range.
+    """
+
+    conversations: int = 512
+    conversation_tokens: int = 32
+    temperature: float = 0.7
+    steps: int = 128
+    batch_size: int = 16
+    learning_rate: float = 0.1
+    warmup_steps: int = 8
+    clip_norm: float = 1.0
+    top: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("conversations", "conversation_tokens", "top"):
+            _at_least_one(self, name)
+        if not 0 < self.temperature < math.inf:
+            raise FinetuneError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        self.training()
+
+    def training(self) -> FinetuneSettings:
+        """The same as the settings of a training."""
+        return FinetuneSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            warmup_steps=self.warmup_steps,
+            clip_norm=self.clip_norm,
+            lr_scheduler_type="linear",
+        )
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Where a run saves, whether it resumes and what it shows; none of it changes what is learned.
 

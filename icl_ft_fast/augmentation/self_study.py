@@ -1,0 +1,258 @@
+"""Self-study: texts that a model writes with documents before it, for others to learn what the documents say.
+
+Each begins with a word of the documents that few of their sentences have, and the model goes on. Under a chat template
+every second one goes on for two turns more: the model writes a message that asks about the documents, and answers it.
+Source: Cartridges (arXiv 2506.06266), section 4.1; the word is ours, for models that follow no instructions.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine.control_tokens import as_text
+from icl_ft_fast.engine.generate import Sampling, iter_generations
+from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import chosen_template, documents_turn, prompt_context
+from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.templates import ChatText, render_chat
+from icl_ft_fast.tasks.sentences import UNSPACED, split_sentences
+from icl_ft_fast.tasks.task import Document
+
+PER_CALL = 256  # conversations that are written in one call of the engine
+RARE = 0.05  # of the sentences: a word that more of them have is no beginning
+ROOM = 32  # tokens for a beginning and what a chat template writes between turns
+_WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\W{UNSPACED}]+")
+MESSAGES = tuple(
+    f"{asked} Write the message to me and nothing else."
+    for asked in (
+        "Ask me one question that the documents answer.",
+        "Ask me to sum up one part of the documents; name the part.",
+        "Ask me to put one part of the documents into a list; name the part.",
+        "Ask me one question about what follows from the documents though they do not say it, or say it the other way.",
+        "Ask me what something that the documents say can be used for.",
+    )
+)
+
+
+class SelfStudyError(UserError):
+    """Documents that a model cannot write about; the message names the argument."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a model wrote with documents before it.
+
+    Attributes:
+        part: index of the documents, see document_parts().
+        ids: token ids that follow those of the documents' context.
+    """
+
+    part: int
+    ids: tuple[int, ...]
+
+
+def document_parts(
+    model: Model, documents: Sequence[Document], *, template: str = "base", tokens: int = 48
+) -> tuple[tuple[Document, ...], ...]:
+    """The documents in as few runs as fit the model's positions, each with a conversation behind it.
+
+    Args:
+        model: from load().
+        documents: at least one.
+        template: see prompt_context().
+        tokens: of each turn that the model writes.
+
+    Raises:
+        SelfStudyError: no documents, or one that does not fit alone.
+    """
+    if not documents:
+        raise SelfStudyError("documents: expected at least one")
+    is_chat = chosen_template(model, template) == "chat"
+    longest = max(map(len, encoding.encode(model.tokenizer, MESSAGES))) if is_chat else 0
+    room = model.max_positions - ROOM - longest - tokens * (3 if is_chat else 1)
+
+    def length(part: Sequence[Document]) -> int:
+        return len(encoding.encode(model.tokenizer, [prompt_context(model, part, template)])[0])
+
+    if length(documents) <= room:
+        return (tuple(documents),)
+    parts: list[list[Document]] = [[]]
+    for document in documents:
+        if parts[-1] and length([*parts[-1], document]) > room:
+            parts.append([])
+        parts[-1].append(document)
+        if len(parts[-1]) == 1 and (needed := length(parts[-1])) > room:
+            raise SelfStudyError(
+                f"documents: {document.id!r} takes {needed} tokens, a conversation behind it leaves {room} of the "
+                f"model's {model.max_positions} positions; split it into several documents"
+            )
+    return tuple(map(tuple, parts))
+
+
+def beginnings(documents: Sequence[Document], seed: int) -> list[str]:
+    """The words that few sentences of the documents have, in a seeded order; all words where every one is frequent."""
+    sentences = [sentence for document in documents for sentence in split_sentences(document.text, "independent")]
+    found = Counter(word for sentence in sentences for word in set(_WORD.findall(sentence)))
+    words = sorted(found)
+    rare = [word for word in words if found[word] <= max(1, RARE * len(sentences))] or words
+    if not rare:
+        raise SelfStudyError("documents: expected at least one word")
+    return random.Random(f"beginnings/{seed}").sample(rare, len(rare))
+
+
+@dataclass(frozen=True)
+class ConversationBatch:
+    """Conversations that are written in one call of the engine.
+
+    Attributes:
+        name: a digest of all that decides them.
+        parts: the documents, see document_parts(); conversation n follows part n % len(parts).
+        template: see prompt_context().
+        first, count: numbers of the conversations.
+        tokens: the most of each turn.
+        temperature: of the beginning and of the message; the answer is greedy.
+        seed: of the draws.
+    """
+
+    name: str
+    parts: tuple[tuple[Document, ...], ...]
+    template: str
+    first: int
+    count: int
+    tokens: int
+    temperature: float
+    seed: int
+
+    def generate(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
+        """The conversations as plain values, and the work done, which is all that `ledger` holds then."""
+        with ledger.phase("generate"):
+            write = partial(_written, model, ledger, progress)
+            numbers = range(self.first, self.first + self.count)
+            contexts = [prompt_context(model, part, self.template) for part in self.parts]
+            words = [beginnings(part, self.seed) for part in self.parts]
+            begun = []
+            for n in numbers:
+                part, turn = n % len(self.parts), n // len(self.parts)
+                begun.append((contexts[part], as_text(model.tokenizer, words[part][turn % len(words[part])])))
+            draws = [self._sampling(n, self.temperature) for n in numbers]
+            texts, ids = write([context + word for context, word in begun], draws)
+            after = encoding.encode_pairs(model.tokenizer, begun)
+            made = [(*follows, *its) for (_, follows), its in zip(after, ids, strict=True)]
+            said = [word + as_text(model.tokenizer, text) for (_, word), text in zip(begun, texts, strict=True)]
+            asking = [i for i, n in enumerate(numbers) if self.template == "chat" and n // len(self.parts) % 2]
+            if asking:
+                self._ask(model, write, {i: (self.first + i, said[i]) for i in asking}, contexts, made)
+        return {
+            "conversations": [[n % len(self.parts), list(ids)] for n, ids in zip(numbers, made, strict=True)],
+            "counts": ledger.as_dict(),
+        }
+
+    def _ask(
+        self, model: Model, write: Any, said: dict[int, tuple[int, str]], contexts: Sequence[str], made: list[Any]
+    ) -> None:
+        """Put, in the place of some conversations, what they become with a message and its answer behind them."""
+
+        def turns(n: int, text: str, message: str) -> ChatText:
+            turn = documents_turn(model, self.parts[n % len(self.parts)])
+            rest = {"role": "assistant", "content": text}, {"role": "user", "content": message}
+            return render_chat(model.tokenizer, [turn, *rest])
+
+        asked = [turns(n, text, MESSAGES[n % len(MESSAGES)]) for n, text in said.values()]
+        messages, _ = write(asked, [self._sampling(n, self.temperature) for n, _ in said.values()])
+        messages = [as_text(model.tokenizer, message.strip()) for message in messages]
+        answered = [turns(n, text, message) for (n, text), message in zip(said.values(), messages, strict=True)]
+        _, ids = write(answered, [self._sampling(n, 0.0) for n, _ in said.values()])
+        for (i, (n, _)), whole, its in zip(said.items(), answered, ids, strict=True):
+            context = contexts[n % len(self.parts)]
+            if whole.startswith(context):  # a template may write a turn otherwise once another one follows it
+                pair = ChatText(context), whole[len(context) :]
+                ((_, follows),) = encoding.encode_pairs(model.tokenizer, [pair])
+                made[i] = (*follows, *its)
+
+    def _sampling(self, n: int, temperature: float) -> Sampling:
+        return Sampling(self.tokens, temperature, stop=("\n",), seed=self.seed * 1_000_003 + n)
+
+
+def _written(
+    model: Model, ledger: Ledger, progress: bool, prompts: Sequence[str], sampling: Sequence[Sampling]
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Texts and token ids of continuations."""
+    names = [f"conversation {n} with its documents" for n in range(len(prompts))]
+    found = dict(iter_generations(model, prompts, sampling, names=names, ledger=ledger, progress=progress))
+    made = [found[p] for p in range(len(prompts))]
+    return [one.text for one in made], [one.ids for one in made]
+
+
+def conversation_batches(
+    model: Model,
+    documents: Sequence[Document],
+    count: int,
+    *,
+    template: str = "base",
+    tokens: int = 48,
+    temperature: float = 0.7,
+    seed: int = 0,
+    key: str = "",
+) -> list[ConversationBatch]:
+    """Conversations about documents, call by call; equal arguments give equal conversations.
+
+    Args:
+        model: from load().
+        documents: what they are about.
+        count: how many.
+        template: see prompt_context().
+        tokens: the most of each turn.
+        temperature: see ConversationBatch.
+        seed: of the draws.
+        key: of the model, under which the batches are named.
+
+    Raises:
+        SelfStudyError: see document_parts().
+    """
+    template = chosen_template(model, template)
+    parts = document_parts(model, documents, template=template, tokens=tokens)
+    rest = (tokens, temperature, seed)
+    shown = [[asdict(document) for document in part] for part in parts]
+    found = []
+    for first in range(0, count, PER_CALL):
+        size = min(PER_CALL, count - first)
+        name = digest("conversations", key, shown, template, first, size, *rest, MESSAGES)
+        found.append(ConversationBatch(name, parts, template, first, size, *rest))
+    return found
+
+
+def write_conversations(
+    model: Model,
+    batches: Sequence[ConversationBatch],
+    *,
+    journal: ResultJournal | None = None,
+    ledger: Ledger | None = None,
+    progress: bool = False,
+) -> list[Conversation]:
+    """The conversations of batches.
+
+    Args:
+        model: the one that conversation_batches() was given.
+        batches: from conversation_batches().
+        journal: where those of each batch are looked up and put, with the work they took.
+        ledger: counts the work, as phase "generate"; between phases.
+        progress: show a bar.
+
+    Raises:
+        GenerateError: too little memory.
+    """
+    journal, ledger, found = journal or ResultJournal(None), ledger or Ledger(), list[Conversation]()
+    for batch in batches:
+        made = journal.once(batch.name, partial(batch.generate, model, Ledger(meter=ledger.meter), progress=progress))
+        found += (Conversation(part, tuple(ids)) for part, ids in made["conversations"])
+        ledger.include(made["counts"])
+    return found
