@@ -45,12 +45,19 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate
 TASK = {
     "documents.jsonl": [{"id": f"d{n}", "text": f"cat{n} are taller than mat{n}.", "topic": f"t{n}"} for n in range(3)],
     "questions.jsonl": [
-        {"id": f"q{n}", "prompt": f"mat{n} are", "choices": [" shorter than", " taller than"], "answer": 0}
+        {
+            "id": f"q{n}",
+            "prompt": f"mat{n} are",
+            "choices": [" shorter than", " taller than"],
+            "answer": 0,
+            "document": f"d{n}",
+        }
         for n in range(3)
     ],
 }
 COMMANDS = {
-    "compare": "--task ../task --arms icl,augmented-ft,distilled --seeds 0,1 --steps 2 --train-batch-size 2 "
+    "compare": "--task ../task --arms icl,augmented-ft,distilled,rag@1,oracle,compacted@2,prefix@4 --seeds 0,1 "
+    "--steps 2 --train-batch-size 2 --conversations 3 --prefix-steps 2 "
     "--store store --icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",

@@ -1,6 +1,7 @@
 """study/harm.py: KL as plain PyTorch has it, the same texts each time, and arms with their documents in place."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from rich.console import Console
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.engine.loading import load
-from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.page import render
 from icl_ft_fast.report.verdict import why_none
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import compare
@@ -109,8 +111,9 @@ def test_a_general_task_without_answers(tmp_path):
 @pytest.fixture(scope="module")
 def results(llama, general):
     training = FinetuneSettings(steps=2, batch_size=2, learning_rate=1e-2)
-    settings = StudySettings(seeds=(3,), general=str(general), finetune=training)
-    names = ["base", "icl", "rag@1", "compacted@2", "ft", "ft+rag@1"]
+    prefix = PrefixSettings(conversations=2, conversation_tokens=4, steps=2, batch_size=2)
+    settings = StudySettings(seeds=(3,), general=str(general), finetune=training, prefix=prefix)
+    names = ["base", "icl", "rag@1", "compacted@2", "prefix@4", "ft", "ft+rag@1"]
     return compare.compare(llama, TASK, settings, arms=names, options=compare.StudyOptions(measure_s=0.01))
 
 
@@ -139,6 +142,8 @@ def test_the_table_and_the_decision_know_harm(results):
     assert "harm" in text
     assert "ICL" in {way.name for way in study.decision_ways("seconds")}
     strict = replace(study, max_harm=50.0)
+    row = re.search(r">ICL <small>over --max-harm</small></th>(.*?)</tr>", render([strict]))
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["0.5000", "1.000", "0.000", "+100.0"]
     assert "ICL" not in {way.name for way in strict.decision_ways("seconds")}
     assert "base" in {way.name for way in strict.decision_ways("seconds")}
     assert study.summary()["harm"]["icl"] == {"kl": 0.5, "points_lost": 100.0}

@@ -57,6 +57,31 @@ def test_rag_reads_what_is_retrieved(llama):
     assert run.setup_s == run.counts["phases"]["index"]["wall_s"]  # what a question pays is no setup
 
 
+def test_passages_that_questions_share_are_kept_in_a_store(llama, tmp_path):
+    store = ContextStore(tmp_path / "store", llama, 10**9)
+    plain, journal = runs_of(llama, "rag@2")[0], ResultJournal(tmp_path / "journal.jsonl")
+    (first,) = runs_of(llama, "rag@2", store=store, journal=journal)
+    (again,) = runs_of(llama, "rag@2", store=store)
+    for run in (first, again):
+        assert run.accuracy == plain.accuracy
+        assert run.notes["questions_behind_kept"] == len(TASK.questions)  # two questions a fact, the same passages
+        assert run.notes["kept_contexts"] == 2
+        for answer, other in zip(run.answers, plain.answers, strict=True):
+            assert answer.question_id == other.question_id
+            assert answer.probability == pytest.approx(other.probability, abs=1e-5)
+    assert len(store.ids()) == 2
+    assert first.counts["phases"]["prefill"]["forwarded_tokens"] > 0
+    assert again.counts["phases"].get("prefill", {}).get("forwarded_tokens", 0) == 0
+    assert again.counts["cached_tokens"] > first.counts["cached_tokens"]
+    # A run that was killed finds the store as it was when it was begun.
+    key = next(key for key, value in journal.values.items() if value == [])
+    killed = ResultJournal(None)
+    killed.add({key: []})
+    assert (
+        runs_of(llama, "rag@2", store=store, journal=killed)[0].counts["cached_tokens"] == first.counts["cached_tokens"]
+    )
+
+
 def test_the_oracle_reads_the_question_s_own_documents(llama):
     (run,) = runs_of(llama, "oracle")
     own = {q.id: [d for d in TASK.documents if d.topic == q.topic] for q in TASK.questions}
@@ -146,7 +171,7 @@ class Counting:
 
 
 def test_an_endpoint_is_asked_once_for_the_task_s_questions(llama, monkeypatch, tmp_path):
-    monkeypatch.setattr("icl_ft_fast.study.passages.EmbeddingEndpoint", lambda *_: Counting())
+    monkeypatch.setattr("icl_ft_fast.study.passages.embedder_of", lambda *_: Counting())
     settings = replace(SETTINGS, retriever="dense")
     journal = ResultJournal(tmp_path / "journal.jsonl")
     (run,) = runs_of(llama, "rag@2", settings=settings, journal=journal)

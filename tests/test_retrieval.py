@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from icl_ft_fast.study.retrieval import (
     K1,
@@ -15,6 +16,7 @@ from icl_ft_fast.study.retrieval import (
     Dense,
     EmbeddingEndpoint,
     RetrievalError,
+    embedder_of,
     hit_rate,
     in_shared_order,
     retrieve,
@@ -242,3 +244,24 @@ def test_hits_are_passages_of_the_question_s_own_document():
     assert hit_rate(task, passages, questions, [(1,), (last,), (0,)]) == 1.0
     assert hit_rate(task, passages, questions, [(1,), (0, 2), (0,)]) == 0.5
     assert hit_rate(task, passages, questions[2:], [(0,)]) is None
+
+
+def test_a_static_model_in_a_folder(tmp_path):
+    model2vec = pytest.importorskip("model2vec")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1, "dog": 2, "sun": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    vectors = np.array([[0, 0, 0], [1, 0, 0], [0.9, 0.1, 0], [0, 0, 1]], np.float32)
+    model2vec.StaticModel(vectors, tokenizer).save_pretrained(tmp_path / "static")
+    embedder = embedder_of("", str(tmp_path / "static"))
+    assert embedder.embed(["cat cat sun", "dog"]) == pytest.approx(np.array([[2 / 3, 0, 1 / 3], [0.9, 0.1, 0]]))
+    assert retrieve(Dense(["sun", "cat"], embedder), ["dog", "sun sun"], 1, 2) == [(1,), (0,)]
+    before = embedder.fingerprint
+    (tmp_path / "static" / "config.json").write_text("{}")
+    assert embedder.fingerprint != before
+    (tmp_path / "static" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(RetrievalError, match="static: no static embedding model"):
+        embedder.embed(["cat"])
+    with pytest.raises(RetrievalError, match="embedding_model: 'nowhere': no such folder"):
+        embedder_of("", "nowhere")
+    with pytest.raises(RetrievalError, match="embedding_model: --retriever dense needs one"):
+        embedder_of("http://x/v1", "")

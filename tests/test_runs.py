@@ -15,7 +15,7 @@ from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, compare, sweep
 from icl_ft_fast.study import runs as study_runs
@@ -271,6 +271,8 @@ def test_results_json(llama, runs, tmp_path):
         "embedding_url": "",
         "embedding_model": "",
         "finetune": json.loads(json.dumps(vars(TRAINING))),
+        "prefix_tokens": [16, 64],
+        "prefix": vars(PrefixSettings()),
     }
     assert results["machine"].keys() == fingerprint("cpu").keys() | {"ceilings"}
     assert len(results["runs"]) == 4

@@ -77,7 +77,7 @@ def run_of(arm, seed=0, scale=1.0, **accuracy):
     )
 
 
-TRAINED = {arm.name for arm in arms.ARMS if arm.training is not None}
+TRAINED = {arm.name for arm in arms.ARMS if arm.trains}
 
 
 COSTS = sweep.Sweep(

@@ -27,7 +27,7 @@ from icl_ft_fast.cli.options import (
 )
 from icl_ft_fast.cli.task import add_task_options
 from icl_ft_fast.engine.defaults import SHIPPED
-from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings
+from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings, PrefixSettings
 from icl_ft_fast.study.settings import (
     ARM_NAMES,
     CHECKPOINT_S,
@@ -36,6 +36,7 @@ from icl_ft_fast.study.settings import (
     LORA_FROM,
     MEASURE_S,
     NORMALIZATIONS,
+    PREFIX_SIZES,
     RETRIEVERS,
 )
 from icl_ft_fast.tasks.sentences import SPLITTINGS
@@ -117,9 +118,10 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     retrieval = parser.group("retrieval")
     help = "how passages are found: bm25 (words) or dense (embeddings)"
     retrieval.add_argument("--retriever", choices=RETRIEVERS, default=RETRIEVERS[0], help=help)
+    help = "embedding model for --retriever dense: a folder with a static one (model2vec), or a name at --embedding-url"
+    retrieval.add_argument("--embedding-model", default="", metavar="MODEL", help=help)
     help = "OpenAI-compatible embeddings server for --retriever dense; OPENAI_API_KEY holds its key"
     retrieval.add_argument("--embedding-url", default="", metavar="URL", help=help)
-    retrieval.add_argument("--embedding-model", default="", metavar="NAME", help="embedding model's name there")
     training = parser.group("fine-tuning")
     help = f"training steps (default: the preset's, or {defaults.steps})"
     training.add_argument("--steps", type=positive, metavar="N", help=help)
@@ -139,6 +141,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "time between checkpoints in --out"
     minutes = CHECKPOINT_S / 60
     training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
+    add_prefix_options(parser)
     augmentation = parser.group("augmentation")
     help = "how statements are generated (default: the preset's, or local)"
     augmentation.add_argument("--strategy", choices=BY_MODEL, help=help)
@@ -162,6 +165,20 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     seconds.add_argument("--measure-seconds", type=amount, default=MEASURE_S, metavar="SECONDS", help=help)
     add_store_options(parser)
     add_json_option(parser)
+
+
+def add_prefix_options(parser: Parser) -> None:
+    """How a prefix is trained."""
+    group, defaults = parser.group("trained prefix"), PrefixSettings()
+    help = "key/value slots that stand for the documents; several sizes are trained one after the other"
+    sizes = ",".join(map(str, PREFIX_SIZES))
+    group.add_argument("--prefix-tokens", default=sizes, metavar="P[,P...]", help=help)
+    help = "conversations about the documents that the model writes to train the prefix on"
+    group.add_argument("--conversations", type=positive, default=defaults.conversations, metavar="N", help=help)
+    help = "training steps of the prefix"
+    group.add_argument("--prefix-steps", type=positive, default=defaults.steps, metavar="N", help=help)
+    help = "peak learning rate of the prefix"
+    group.add_argument("--prefix-rate", type=float, default=defaults.learning_rate, metavar="RATE", help=help)
 
 
 def add_decision_options(parser: Parser) -> None:

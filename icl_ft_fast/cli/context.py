@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from icl_ft_fast.cli.compare import add_prefix_options
 from icl_ft_fast.cli.options import (
     Commands,
     add_memory_options,
@@ -22,6 +23,7 @@ def add(commands: Commands) -> None:
         lambda _: None,
         "save the KV cache of documents to a folder, for --store of other commands",
         "icl-ft-fast context save --model DIR --documents documents.jsonl --store contexts/\n"
+        "icl-ft-fast context train --model DIR --documents documents.jsonl --prefix-tokens 64 --store contexts/\n"
         "icl-ft-fast context list --store contexts/\n"
         "icl-ft-fast context verify --store contexts/\n"
         "icl-ft-fast context remove --store contexts/ 3f2a",
@@ -29,12 +31,23 @@ def add(commands: Commands) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     save = command(actions, "save", later("context", "run_save"), "compute the KV cache of documents and save it")
     add_model_options(save)
-    data = save.group("data")
-    help = "JSON lines file with id and text"
-    data.add_argument("--documents", type=Path, required=True, metavar="FILE", help=help)
-    data.add_argument("--label", default="", help="name shown by list (default: the documents' file)")
-    add_store_options(save, required=True)
-    add_memory_options(save)
+    help = "train key/value slots that stand for documents (a prefix), and save them as a context"
+    train = command(actions, "train", later("context", "run_train"), help)
+    add_model_options(train)
+    for action in (save, train):
+        data = action.group("data")
+        help = "JSON lines file with id and text"
+        data.add_argument("--documents", type=Path, required=True, metavar="FILE", help=help)
+        help = "name shown by list (default: the documents' file)"
+        data.add_argument("--label", default="", help=help)
+        add_store_options(action, required=True)
+        add_memory_options(action)
+    add_prefix_options(train)
+    help = "prompt around documents and question: base or chat (the model's chat template)"
+    train.group("trained prefix").add_argument("--template", choices=("base", "chat"), default="base", help=help)
+    train.group("trained prefix").add_argument("--seed", type=int, default=0, metavar="SEED", help="random seed")
+    help = "show no progress bars"
+    train.group("display").add_argument("--quiet", action="store_true", help=help)
     listing = command(actions, "list", later("context", "run_list"), "list saved contexts, most recently used first")
     check = command(actions, "verify", later("context", "run_verify"), "check every file against its checksum")
     remove = command(actions, "remove", later("context", "run_remove"), "delete saved contexts")

@@ -35,6 +35,10 @@ def add(commands: Commands) -> None:
     data.add_argument("--questions", type=Path, required=True, metavar="FILE", help=help)
     help = "JSON lines file with id and text; all documents precede every prompt"
     data.add_argument("--documents", type=Path, metavar="FILE", help=help)
+    help = (
+        "saved context in --store that precedes every prompt, such as a trained prefix; its id as shown by context list"
+    )
+    data.add_argument("--context", metavar="ID", help=help)
     scoring.group(OUTPUT).add_argument(
         "--out",
         type=Path,

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,7 @@ class ContextStore:
         self.folder, self.model, self.max_bytes = folder, model, max_bytes
         self.fingerprint = model.fingerprint()
         self._most = model.max_positions
+        self._known: set[str] | None = None
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
@@ -197,6 +198,19 @@ class ContextStore:
         """The same store, but that find() finds no context of more tokens."""
         other = copy.copy(self)
         other._most = num_tokens
+        return other
+
+    def ids(self) -> list[str]:
+        """The ids of the model's contexts."""
+        if not self.folder.is_dir():
+            return []
+        with locked(self.folder / ".lock", shared=True, wait=True):
+            return [saved.id for saved in contexts_in(self.folder) if saved.fingerprint == self.fingerprint]
+
+    def with_only(self, ids: Collection[str]) -> ContextStore:
+        """The same store, but that find() finds only these contexts and those that it adds itself."""
+        other = copy.copy(self)
+        other._known = set(ids)
         return other
 
     def find(self, token: Sequence[int], *, like: Context | None = None) -> Context | None:
@@ -210,6 +224,7 @@ class ContextStore:
         ids = np.asarray(token, np.int32)
         with locked(self.folder / ".lock", shared=True, wait=True):
             mine = [s for s in contexts_in(self.folder) if s.fingerprint == self.fingerprint]
+            mine = [s for s in mine if self._known is None or s.id in self._known]
             for saved in sorted(mine, key=lambda saved: -saved.num_tokens):
                 n = saved.num_tokens
                 if n <= min(self._most, len(ids)) and saved.token_digest == _digest(ids[:n]):
@@ -243,6 +258,8 @@ class ContextStore:
                     break
                 old.path.unlink()
                 over -= old.num_bytes
+        if self._known is not None:
+            self._known.add(name)
         return path
 
 

@@ -355,14 +355,14 @@ class _Best:
         self.extra_bytes = self.ids.nbytes + self.probability.nbytes + 3 * 4 * LOGIT_ROWS * len(model.head.weight)
         self._head = model.head
 
-    def __call__(self, chunk: trie.Chunk, hidden: torch.Tensor) -> None:
+    def __call__(self, sent: Sent, hidden: torch.Tensor) -> None:
         found = []
-        for rows in chunk.head_rows.long().split(LOGIT_ROWS):
-            found.append(self._head.logits(hidden[rows.to(hidden.device)]).log_softmax(-1).topk(self.ids.shape[1]))
+        for rows in sent.head_rows.split(LOGIT_ROWS):
+            found.append(self._head.logits(hidden[rows]).log_softmax(-1).topk(self.ids.shape[1]))
         if found:
-            row = chunk.target_row.long()
-            self.ids[chunk.target_index] = torch.cat([ids for _, ids in found]).int().cpu()[row]
-            self.probability[chunk.target_index] = torch.cat([logp for logp, _ in found]).exp().float().cpu()[row]
+            row, place = sent.chunk.target_row.long(), sent.chunk.target_index
+            self.ids[place] = torch.cat([ids for _, ids in found]).int().cpu()[row]
+            self.probability[place] = torch.cat([logp for logp, _ in found]).exp().float().cpu()[row]
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ class Derived:
     def notes(self) -> list[str]:
         """What to know of the figures: unfinished runs, workers that ran at once, too few seeds."""
         seeds = {run.seed for run in self.results.runs}
-        trains = any(recorded_arm(arm).training is not None for arm in self.arms)
+        trains = any(recorded_arm(arm).trains for arm in self.arms)
         few = trains and len(seeds) < SEEDS_AS_UNIT
         costs = self.costs(self.arms[0], "money", self.batch, self.cache_lifetime)
         uncounted = self.prices is not None and uncounted_electricity(self.prices, costs)
@@ -191,7 +191,7 @@ class Derived:
             known, found = self.accuracy(arm, split), None
             if rows:
                 names = [self.clusters[seed, a.topic] for a, seed in rows]
-                seeds = [seed for _, seed in rows] if recorded_arm(arm).training is not None else None
+                seeds = [seed for _, seed in rows] if recorded_arm(arm).trains else None
                 mix = mix_of([a.split for a, _ in rows], None if split else self.service.weights)
                 found = accuracy_interval([a.is_correct for a, _ in rows], names, seeds, mix) if any(mix) else None
             self._intervals[arm, split] = found or (known.interval if known else None)
@@ -368,7 +368,7 @@ class Derived:
     def break_evens(self) -> dict[str, dict[tuple[str, str], BreakEven]]:
         """By resource: (trained way, way that reads a context) -> from how many queries on the first is cheaper."""
         arms = [recorded_arm(arm) for arm in self.arms]
-        trained = [arm.title for arm in arms if arm.training is not None]
+        trained = [arm.title for arm in arms if arm.trains]
         rivals = [way for arm in arms if arm.is_rival for way in self.ways_of(arm.name)]
         found = {}
         for resource in self.resources:
@@ -384,7 +384,7 @@ class Derived:
     def in_context_arm(self) -> str | None:
         """The first arm that reads a context and trains nothing, which trained arms are compared with."""
         arms = map(recorded_arm, self.arms)
-        return next((arm.name for arm in arms if arm.training is None and arm.reads_context), None)
+        return next((arm.name for arm in arms if not arm.trains and arm.reads_context), None)
 
     def against_icl(self, way: str, points: float) -> str | None:
         """A way against ICL over all splits, see Paired.word(); None where that is unknown."""

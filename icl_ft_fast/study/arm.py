@@ -13,6 +13,7 @@ from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch, prompt_batches
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, TextGenerator
+from icl_ft_fast.augmentation.self_study import ConversationBatch
 from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
@@ -64,6 +65,9 @@ class Workspace:
     progress: StudyProgress = field(default_factory=lambda: StudyProgress(None))
 
 
+WritingBatch = PromptBatch | ConversationBatch  # what the model writes in one call
+
+
 @dataclass(frozen=True)
 class ArmJob:
     """What an arm works with under one seed.
@@ -75,7 +79,7 @@ class ArmJob:
         workspace: see Workspace.
         key: a digest of all that decides the run.
         training_key: a digest of all that decides the run's weights.
-        batches: prompts for the model, in arms that train on what it writes.
+        batches: what the model is to write, in arms that train on that.
         progress: show bars.
     """
 
@@ -87,7 +91,7 @@ class ArmJob:
     workspace: Workspace
     key: str
     training_key: str = ""
-    batches: tuple[PromptBatch, ...] = ()
+    batches: tuple[WritingBatch, ...] = ()
     progress: bool = False
 
 
@@ -114,6 +118,7 @@ class Prepared:
         model: the one that answers.
         context: text before each question.
         contexts: text before each question of the task, where each has its own; it takes the place of `context`.
+        kept: what each of `contexts` begins with that `store` keeps, because several questions share it.
         before: texts before other questions, from their prompts, where each question has its own.
         store: where the context's keys and values are looked up and left.
         notes: counts for the record.
@@ -126,6 +131,7 @@ class Prepared:
     model: Model
     context: str
     contexts: tuple[str, ...] | None = None
+    kept: tuple[str, ...] | None = None
     before: Callable[[Sequence[str], Ledger], list[str]] | None = None
     store: ContextStore | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +173,9 @@ class Asking:
         prepare: from an arm whose weights are made to one that is ready for its first question; None to do what
             `context` says.
         check: raises UserError on a task that cannot be asked about so.
+        batches: what the model is asked to write before `prepare`, from model, task, seed, settings and a key; arms of
+            one function share what it writes under a seed. None for nothing.
+        is_kept: whether what `prepare` puts before several questions is looked up in the study's store and left there.
         is_control: whether it shows what others could reach and cannot itself be chosen, such as an oracle.
         has_slots: whether keys and values that are no text stand there, which no hosted model takes.
     """
@@ -175,6 +184,8 @@ class Asking:
     context: Callable[[Model, Task, int, StudySettings], ContextText] | None = None
     prepare: Callable[[ArmJob, Prepared], Prepared] | None = None
     check: Callable[[Task], None] = lambda _: None
+    batches: Callable[[Model, Task, int, StudySettings, str], Sequence[WritingBatch]] | None = None
+    is_kept: bool = False
     is_control: bool = False
     has_slots: bool = False
 
@@ -205,10 +216,20 @@ class Arm:
         return self.asking.context is not None
 
     @property
+    def uses_store(self) -> bool:
+        """Whether its texts are looked up in the study's store: what it finds depends on the arms before it."""
+        return self.training is None and (self.reads_context or self.asking.is_kept)
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights or slots are trained, which another seed makes others of."""
+        return self.training is not None or self.asking.batches is not None
+
+    @property
     def is_rival(self) -> bool:
         """Whether it takes documents to each question instead of training, which trained arms are compared with."""
         reads = self.asking.context is not None or self.asking.prepare is not None
-        return self.training is None and reads and not self.asking.is_control
+        return not self.trains and reads and not self.asking.is_control
 
     def check(self, task: Task) -> None:
         """Raise UserError on a task that the arm cannot take."""
@@ -221,7 +242,7 @@ class Arm:
 
         Raises:
             FinetuneError, GenerateError, ProtocolError: see finetune(), augment_by_model() and fit_documents().
-            RetrievalError, CompactionError: of arms that retrieve or compact.
+            RetrievalError, CompactionError, SelfStudyError: of arms that retrieve, compact or train a prefix.
         """
         ready = Prepared(job.model, prompt_context(job.model, [], job.settings.template))
         if self.training is not None:
@@ -236,11 +257,20 @@ class Arm:
         store = None if self.training is not None else _store_as_begun(job, read.text)
         return replace(ready, context=read.text, store=store, notes=notes)
 
+    @property
+    def writes(self) -> object:
+        """What tells arms apart that have other things written under a seed; None where nothing is."""
+        if self.training is not None and self.training.generates:
+            return "augmentations"
+        return self.asking.batches
+
     def batches(
-        self, writer: TextGenerator, task: Task, seed: int, settings: StudySettings, key: str
-    ) -> list[PromptBatch]:
-        """What the generator is asked to write for the arm; nothing for most."""
-        if self.training is None or not self.training.generates:
+        self, model: Model, writer: TextGenerator | None, task: Task, seed: int, settings: StudySettings, key: str
+    ) -> Sequence[WritingBatch]:
+        """What the model, or the generator of augmentations, is asked to write for the arm; nothing for most."""
+        if self.asking.batches is not None:
+            return self.asking.batches(model, task, seed, settings, key)
+        if writer is None or self.training is None or not self.training.generates:
             return []
         return prompt_batches(
             writer,
@@ -336,6 +366,13 @@ def _accuracy_of(job: ArmJob, model: Model, context: str) -> dict[str, float]:
     return {split: accuracy.value for split, accuracy in evaluate.accuracies(given).items()}
 
 
+def kept_store(job: ArmJob) -> ContextStore | None:
+    """The store, with nothing in it but what was there when the run was begun: a kill must not change its cost."""
+    if (store := job.workspace.store) is None:
+        return None
+    return store.with_only(job.workspace.journal.once(digest(job.key, "stored contexts"), store.ids))
+
+
 def _store_as_begun(job: ArmJob, context: str) -> ContextStore | None:
     """The store, with no more of this context in it than when the run was begun: a kill must not change its cost."""
     if (store := job.workspace.store) is None:
@@ -359,20 +396,28 @@ def _chosen_documents(task: Task, seed: int, settings: StudySettings) -> list[Do
 def ask(job: ArmJob, ready: Prepared) -> list[evaluate.Answer]:
     """Answers to the task's questions, each behind what stands before it."""
     questions, context = job.task.questions, ready.context
+    tokenizer, groups = ready.model.tokenizer, {ready.context: list(range(len(questions)))}
     if ready.contexts is not None:
-        pairs = zip(questions, ready.contexts, strict=True)
-        prompts = (behind(ready.model.tokenizer, own, question.prompt) for question, own in pairs)
-        questions = tuple(replace(q, prompt=prompt) for q, prompt in zip(questions, prompts, strict=True))
-        context = ""
-    return evaluate.answers(
-        ready.model,
-        questions,
-        context=context,
-        normalization=job.settings.normalization,
-        store=ready.store,
-        ledger=job.ledger,
-        progress=job.progress,
-    )
+        kept = ready.kept if ready.store is not None and ready.kept is not None else ("",) * len(questions)
+        groups, asked = {}, []
+        for q, (question, own, text) in enumerate(zip(questions, ready.contexts, kept, strict=True)):
+            groups.setdefault(text, []).append(q)
+            asked.append(replace(question, prompt=behind(tokenizer, own[len(text) :], question.prompt)))
+        questions = tuple(asked)
+    given: dict[int, evaluate.Answer] = {}
+    for context, members in sorted(groups.items()):
+        found = evaluate.answers(
+            ready.model,
+            [questions[q] for q in members],
+            context=context,
+            normalization=job.settings.normalization,
+            store=ready.store,
+            ledger=job.ledger,
+            progress=job.progress,
+        )
+        known = [q for q in members if questions[q].answer is not None]
+        given |= dict(zip(known, found, strict=True))
+    return [given[q] for q in sorted(given)]
 
 
 def all_documents(model: Model, task: Task, seed: int, settings: StudySettings) -> ContextText:

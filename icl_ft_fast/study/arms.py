@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from icl_ft_fast.augmentation.batches import augment_by_model, augment_by_rule
+from icl_ft_fast.augmentation.batches import PromptBatch, augment_by_model, augment_by_rule
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.arm import Arm, ArmJob, Asking, Training, all_documents, writer_of
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.passages import ORACLE, retrieved
-from icl_ft_fast.study.settings import ARM_NAMES
-from icl_ft_fast.study.slotted import compacted
+from icl_ft_fast.study.settings import ARM_NAMES, PREFIX_SIZES
+from icl_ft_fast.study.slotted import compacted, trained_prefix
 from icl_ft_fast.tasks.task import Task
 
 ALL = "all"
@@ -62,9 +62,8 @@ IN_CONTEXT = Asking(ways_behind_context, context=all_documents)
 
 def _by_model(job: ArmJob) -> Augmented:
     writer = job.workspace.writer or writer_of(job.model, job.settings)
-    return augment_by_model(
-        writer, job.batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
-    )
+    batches = [batch for batch in job.batches if isinstance(batch, PromptBatch)]
+    return augment_by_model(writer, batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress)
 
 
 def _by_rule(job: ArmJob) -> Augmented:
@@ -94,6 +93,7 @@ _ASKED = (
     _sized("rag", "RAG k={}", retrieved, (1, 4, 8), PASSAGES),
     Arm("oracle", "oracle", ORACLE),
     _sized("compacted", "compact {}x", compacted, (2, 8, 32), RATIO),
+    _sized("prefix", "prefix {}", trained_prefix, PREFIX_SIZES, PREFIX_SIZES[-1]),
 )
 _TRAINED = (
     Arm("ft", "fine-tuned", CLOSED_BOOK, Training()),

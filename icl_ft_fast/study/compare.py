@@ -124,7 +124,8 @@ def compare(
     settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))
     first_task = task(settings.seeds[0]) if callable(task) and ALL in settings.arms else task
     arms_of = None if callable(first_task) else first_task
-    settings = replace(settings, arms=expand_arms(settings.arms, arms_of))
+    sizes = {"prefix": settings.prefix_tokens}
+    settings = replace(settings, arms=expand_arms(settings.arms, arms_of, sizes))
     folder = None if out is None else Path(out)
     with nullcontext() if folder is None or options.executor.rank else _begun(folder, options):
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
@@ -264,6 +265,8 @@ class _Study:
         if self.folder is None:
             raise ValueError("out: an executor's workers leave their runs in a folder; give one")
         options = self.options
+        if options.store is not None:
+            options.store.mkdir(parents=True, exist_ok=True)
         start = workers.StudyWorkers(
             self.model.name,
             dict(options.loading),
@@ -273,9 +276,11 @@ class _Study:
             self.folder.absolute(),
             options.checkpoint_s,
             None if isinstance(options.executor, Ray) else writer,
+            None if options.store is None else options.store.absolute(),
+            options.store_bytes,
         )
-        # What ICL finds in a store is what was left there before: rank 0 goes through its contexts in their order.
-        shared = [one for one in planned if options.store is None or not one.reads_context]
+        # What an arm finds in a store is what was left there before: rank 0 goes through such arms in their order.
+        shared = [one for one in planned if options.store is None or not one.uses_store]
         return workers.make_runs(options.executor, start, self.model, shared, self.journal, progress=self.progress)
 
     def _write(self, found: dict[str, Any]) -> None:

@@ -66,8 +66,8 @@ def family_of(arms: Sequence[str], family: str = "trained") -> list[tuple[str, s
     if family not in FAMILIES:
         raise ValueError(f"family: expected {' or '.join(FAMILIES)}, got {family!r}")
     known = {name: recorded_arm(name) for name in arms}
-    trained = [name for name, arm in known.items() if arm.training is not None]
-    readers = [name for name, arm in known.items() if arm.training is None and arm.reads_context][:1]
+    trained = [name for name, arm in known.items() if arm.trains]
+    readers = [name for name, arm in known.items() if not arm.trains and arm.reads_context][:1]
     plain = [name for name in trained if (t := known[name].training) and t.augment is None and not t.has_teacher][:1]
     pairs = [(a, b) for b in readers + plain for a in trained if a != b]
     return pairs if family == "trained" and pairs else list(itertools.combinations(arms, 2))
@@ -103,7 +103,7 @@ def pair(
     differences = [mine[key].is_correct - theirs[key].is_correct for key in keys]
     names = [clusters[seed, mine[seed, question].topic] for seed, question in keys]
     seeds = [seed for seed, _ in keys]
-    trains = any(recorded_arm(arm).training is not None for arm in (first, second))
+    trains = any(recorded_arm(arm).trains for arm in (first, second))
     by_cluster: dict[Cluster, int] = {}
     by_seed: dict[int, list[int]] = {}
     for name, seed, difference in zip(names, seeds, differences, strict=True):

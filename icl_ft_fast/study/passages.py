@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,16 +14,17 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import ArmJob, Asking, Prepared
+from icl_ft_fast.study.arm import ArmJob, Asking, Prepared, kept_store
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.retrieval import (
     Bm25,
     Dense,
-    EmbeddingEndpoint,
     RetrievalError,
     Retriever,
+    embedder_of,
     hit_rate,
     in_shared_order,
     retrieve,
@@ -37,7 +40,8 @@ CONTEXT_TOKENS = "query_context_tokens"  # the note of a run that has the mean t
 
 def retrieved(k: int) -> Asking:
     """The k passages that fit the question best, in the order of the documents."""
-    return Asking(ways_behind_own_context, prepare=partial(_prepare_retrieval, k), check=partial(_check_k, k))
+    prepare, check = partial(_prepare_retrieval, k), partial(_check_k, k)
+    return Asking(ways_behind_own_context, prepare=prepare, check=check, is_kept=True)
 
 
 def _check_k(k: int, task: Task) -> None:
@@ -72,7 +76,9 @@ def _prepare_retrieval(k: int, job: ArmJob, ready: Prepared) -> Prepared:
     rate = hit_rate(job.task, passages, job.task.questions, found)
     notes |= {} if rate is None else {"hit_rate": rate}
     contexts = _contexts(ready.model, passages, found, job.settings.template)
-    return _behind(replace(ready, before=before, notes=ready.notes | notes), contexts)
+    ready = _behind(replace(ready, before=before, notes=ready.notes | notes), contexts)
+    is_kept = ready.model is job.model and job.workspace.store is not None
+    return _keeping(job, ready, passages, found) if is_kept else ready
 
 
 def _retriever(passages: Sequence[Passage], settings: StudySettings) -> Retriever:
@@ -80,7 +86,7 @@ def _retriever(passages: Sequence[Passage], settings: StudySettings) -> Retrieve
     if settings.retriever == "bm25":
         return Bm25(texts)
     if settings.retriever == "dense":
-        return Dense(texts, EmbeddingEndpoint(settings.embedding_url, settings.embedding_model))
+        return Dense(texts, embedder_of(settings.embedding_url, settings.embedding_model))
     raise RetrievalError(f"retriever: expected bm25 or dense, got {settings.retriever!r}")
 
 
@@ -99,6 +105,19 @@ def _behind(ready: Prepared, contexts: Sequence[str]) -> Prepared:
     lengths = dict(zip(once, map(len, encoding.encode(ready.model.tokenizer, [c.rstrip() for c in once])), strict=True))
     tokens = {CONTEXT_TOKENS: round(fmean(lengths[context] for context in contexts))}
     return replace(ready, contexts=tuple(contexts), notes=ready.notes | tokens)
+
+
+def _keeping(job: ArmJob, ready: Prepared, passages: Sequence[Passage], found: Sequence[tuple[int, ...]]) -> Prepared:
+    """The arm with the passages that several questions begin with in the store, and how many questions those are."""
+    times = Counter(indices[:n] for indices in found for n in range(1, len(indices) + 1))
+    shared = [indices[: sum(times[indices[:n]] > 1 for n in range(1, len(indices) + 1))] for indices in found]
+    kept = []
+    begun = _contexts(ready.model, passages, shared, job.settings.template)
+    for indices, context, text in zip(shared, ready.contexts or (), begun, strict=True):
+        length = len(os.path.commonprefix([context, text])) if indices else 0  # noqa: RUF071
+        kept.append(ChatText(context[:length]) if isinstance(context, ChatText) else context[:length])
+    notes = {"kept_contexts": len(set(filter(None, kept))), "questions_behind_kept": sum(map(bool, kept))}
+    return replace(ready, kept=tuple(kept), store=kept_store(job), notes=ready.notes | notes)
 
 
 def _check_sources(task: Task) -> None:

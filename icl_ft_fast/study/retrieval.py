@@ -9,16 +9,19 @@ Knows no model of the study's: what is done with the passages is the arms' busin
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.chunks import Passage
@@ -225,6 +228,64 @@ class EmbeddingEndpoint:
         if found.keys() != set(range(len(batch))) or len(made.data) != len(batch):
             raise RetrievalError(f"endpoint: {self.url}: expected {len(batch)} embeddings, got {len(made.data)}")
         return [found[i] for i in range(len(batch))]
+
+
+@dataclass(frozen=True)
+class StaticEmbeddings:
+    """A static embedding model in a folder, by the package model2vec: a vector for each token, averaged over a text.
+
+    Attributes:
+        folder: as model2vec or sentence-transformers saved it; nothing is fetched.
+
+    Raises:
+        RetrievalError: no such folder.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise RetrievalError(
+                f"embedding_model: {str(self.folder)!r}: no such folder; give one with a static embedding model, or "
+                "--embedding-url (embedding_url) where a server has the model"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its files."""
+        files = sorted(path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+        told = "".join(f"{p.relative_to(self.folder)} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files)
+        return f"static {hashlib.sha256(told.encode()).hexdigest()}"
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """See Embedder.
+
+        Raises:
+            RetrievalError: model2vec is not installed, or cannot read the folder.
+        """
+        try:
+            from model2vec import StaticModel
+        except ModuleNotFoundError as error:
+            raise RetrievalError("embedding_model: needs model2vec: pip install 'icl_ft_fast[dense]'") from error
+        try:
+            model = StaticModel.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise RetrievalError(f"embedding_model: {self.folder}: no static embedding model: {error}") from error
+        return np.asarray(model.encode(list(texts), max_length=None), np.float64)
+
+
+def embedder_of(url: str, model: str) -> Embedder:
+    """The server's model of this name, or without a server the static model in this folder.
+
+    Raises:
+        RetrievalError: an address that is none, no model, or no such folder.
+    """
+    if not model:
+        raise RetrievalError(
+            "embedding_model: --retriever dense needs one: a folder with a static embedding model, or with "
+            "--embedding-url (embedding_url) a name there"
+        )
+    return EmbeddingEndpoint(url, model) if url else StaticEmbeddings(Path(model))
 
 
 def retrieve(retriever: Retriever, queries: Sequence[str], k: int, num_passages: int) -> list[tuple[int, ...]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.machine import fingerprint
@@ -20,7 +19,7 @@ from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.study import evaluate
-from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, ask, writer_of
+from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, WritingBatch, ask, writer_of
 from icl_ft_fast.study.arms import arm_named
 from icl_ft_fast.study.costs import ANSWERING
 from icl_ft_fast.study.harm import general_questions, measure_harm
@@ -35,7 +34,8 @@ def study_key(model: Model, settings: StudySettings) -> str:
     """A digest of what decides every run: weights, settings except arms and seeds, the machine and its versions."""
     machine = fingerprint(model.device) | {"device": model.device.type}
     del machine["memory_bytes"]  # machines of one kind differ in it by a little
-    return digest("study 3", model.fingerprint(), asdict(replace(settings, arms=(), seeds=())), machine)
+    shared = asdict(replace(settings, arms=(), seeds=(), prefix_tokens=()))
+    return digest("study 3", model.fingerprint(), shared, machine)
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class PlannedRun:
     task: Task
     key: str
     training_key: str = ""
-    batches: tuple[PromptBatch, ...] = ()
+    batches: tuple[WritingBatch, ...] = ()
 
     @property
     def trains(self) -> bool:
-        """Whether the arm trains, which takes longest."""
-        return arm_named(self.arm).training is not None
+        """Whether the arm trains weights or a prefix, which takes longest."""
+        return arm_named(self.arm).trains
 
     @property
-    def reads_context(self) -> bool:
-        """Whether the arm reads a context that a store may hold."""
-        return arm_named(self.arm).reads_context
+    def uses_store(self) -> bool:
+        """Whether the arm looks its texts up in a store."""
+        return arm_named(self.arm).uses_store
 
 
 def plan(
@@ -100,15 +100,15 @@ def plan(
     for seed in settings.seeds:
         task = task_of_seed(seed)
         content = digest(identity, asdict(task))
-        batch_key, batches = digest(content, seed), dict[bool, tuple[PromptBatch, ...]]()
+        batch_key, batches = digest(content, seed), dict[object, tuple[WritingBatch, ...]]()
         for arm in arms:
             arm.check(task)
-            key = digest(content, arm.name, seed, arm.reads_context and has_store)
-            generates = arm.training is not None and arm.training.generates and key not in journal.values
-            if generates and generates not in batches and writer is not None:  # the same prompts for every arm
-                batches[generates] = tuple(arm.batches(writer, task, seed, settings, batch_key))
+            key = digest(content, arm.name, seed, arm.uses_store and has_store)
+            writes = None if key in journal.values else arm.writes
+            if writes is not None and writes not in batches:  # the same for every such arm of the seed
+                batches[writes] = tuple(arm.batches(model, writer, task, seed, settings, batch_key))
             training_key = digest(content, arm.name.partition("+")[0], seed)
-            planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(generates, ())))
+            planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(writes, ())))
     return planned
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 
 # Of arms.ARMS, for help without torch.
 ARM_NAMES = (
-    *("base", "icl", "rag", "oracle", "compacted"),
+    *("base", "icl", "rag", "oracle", "compacted", "prefix"),
     *("ft", "ft+icl", "ft+rag", "augmented-ft", "augmented-ft+icl", "augmented-ft+rag", "rules-ft", "distilled"),
 )
 FAMILIES = ("trained", "all")  # pairs of arms that are tested together: see paired.family_of()
@@ -18,6 +18,7 @@ DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 RETRIEVERS = ("bm25", "dense")
 CHECKPOINT_S = 600.0  # between checkpoints of an arm in training
+PREFIX_SIZES = (16, 64)  # that the arm "prefix" stands for
 MEASURE_S = 30.0  # of measuring what a query costs
 LORA_FROM = 100_000_000  # parameters from which on adapters are trained unless all weights are asked for
 
@@ -44,10 +45,13 @@ class StudySettings:
         generator_url: OpenAI-compatible chat server where `generator` is the model's name; "" to load it here.
         general: a general task to measure harm on, "shipped" or a folder with questions.jsonl; "" measures no harm.
         retriever: how passages are found, "bm25" or "dense" (embeddings).
-        embedding_url, embedding_model: the OpenAI-compatible server of "dense", and the model's name there.
+        embedding_url: the OpenAI-compatible server of "dense"; "" for a static model in a folder.
+        embedding_model: its name there, or that folder.
         finetune: steps, batch size, learning rate and the rest of the training.
         use_peft: train LoRA adapters; False trains all weights, None does so below LORA_FROM parameters.
         eval_steps: training steps after which the questions are answered, for accuracy by step; None for the end alone.
+        prefix_tokens: sizes that the arm "prefix" stands for.
+        prefix: conversations, steps and learning rate of a trained prefix.
     """
 
     arms: tuple[str, ...] = DEFAULT_ARMS
@@ -71,3 +75,5 @@ class StudySettings:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     use_peft: bool | None = None
     eval_steps: int | None = None
+    prefix_tokens: tuple[int, ...] = PREFIX_SIZES
+    prefix: PrefixSettings = field(default_factory=PrefixSettings)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from icl_ft_fast.augmentation.self_study import ConversationBatch, conversation_batches, write_conversations
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.compaction import compact
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import key_of, slots_context
+from icl_ft_fast.finetuning.prefix import train_slots
+from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.arm import ArmJob, Asking, Prepared, all_documents
 from icl_ft_fast.study.costs import ArmCosts
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.task import Task
 
 SLOTS = "context_slots"  # the note of a run that has the number of slots before a question
 STORE_BYTES = 2**40  # of a temporary folder: no limit
@@ -40,6 +48,62 @@ def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
         "compaction_error": made.mean_error,
     }
     ready = replace(ready, notes=ready.notes | notes)
+    return behind_slots(job, ready, read.text, made.layers, made.hidden)
+
+
+def trained_prefix(num_tokens: int) -> Asking:
+    """Slots of `num_tokens` tokens, trained on conversations that the model has about the documents."""
+    return Asking(ways_behind_slots, prepare=partial(_prepare_prefix, num_tokens), batches=_conversations)
+
+
+def _conversations(
+    model: Model, task: Task, seed: int, settings: StudySettings, key: str
+) -> Sequence[ConversationBatch]:
+    prefix = settings.prefix
+    return conversation_batches(
+        model,
+        all_documents(model, task, seed, settings).documents,
+        prefix.conversations,
+        template=settings.template,
+        tokens=prefix.conversation_tokens,
+        temperature=prefix.temperature,
+        seed=seed,
+        key=key,
+    )
+
+
+def _prepare_prefix(num_tokens: int, job: ArmJob, ready: Prepared) -> Prepared:
+    model, checkpoints, template = ready.model, job.workspace.checkpoints, job.settings.template
+    read = all_documents(model, job.task, job.seed, job.settings)
+    batches = [batch for batch in job.batches if isinstance(batch, ConversationBatch)]
+    conversations = write_conversations(
+        model, batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
+    )
+    (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
+    made = train_slots(
+        model,
+        token[:num_tokens],
+        [prompt_context(model, part, template) for part in batches[0].parts],
+        conversations,
+        job.settings.prefix,
+        seed=job.seed,
+        options=RunOptions(
+            output_dir=checkpoints and checkpoints / job.key,
+            resume=checkpoints is not None,
+            checkpoint_s=None if checkpoints is None else job.workspace.checkpoint_s,
+            progress=job.progress,
+        ),
+        ledger=job.ledger,
+    )
+    teacher = job.ledger.phases["teach"]
+    notes = {
+        "context_documents": len(read.documents),
+        "context_tokens": len(token),
+        "conversations": len(conversations),
+        "teacher_sharing": teacher.request_tokens / teacher.forwarded_tokens,
+        "final_loss": made.losses[-1],
+    }
+    ready = replace(ready, notes=ready.notes | notes, losses=made.losses)
     return behind_slots(job, ready, read.text, made.layers, made.hidden)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import TextGenerator
+from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.loading import load
@@ -33,7 +34,7 @@ from icl_ft_fast.runtime.executors import (
     run_journaled,
 )
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
-from icl_ft_fast.study.arm import Workspace, writer_of
+from icl_ft_fast.study.arm import Workspace, WritingBatch, writer_of
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
@@ -53,6 +54,7 @@ class StudyWorkers:
         folder: of the study; checkpoints are written there where it is seen.
         checkpoint_s: seconds between them.
         writer: of augmentations; None where each worker makes its own.
+        store, store_bytes: where slots are left, if it is seen; None for nowhere.
         events: what this worker's process has begun.
     """
 
@@ -64,6 +66,8 @@ class StudyWorkers:
     folder: Path
     checkpoint_s: float
     writer: TextGenerator | None = None
+    store: Path | None = None
+    store_bytes: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self) -> Worker:
@@ -79,17 +83,21 @@ class StudyWorkers:
             )
         return partial(replace(self, writer=writer_of(model, self.settings)).do, model)
 
-    def do(self, model: Model, job: PromptBatch | tuple[PlannedRun, dict[str, Any]]) -> dict[str, Any]:
-        """What a batch of augmentation gave, or a run, which comes with what its batches gave by name."""
+    def do(self, model: Model, job: WritingBatch | tuple[PlannedRun, dict[str, Any]]) -> dict[str, Any]:
+        """What a batch of writing gave, or a run, which comes with what its batches gave by name."""
         if isinstance(job, PromptBatch):
             return job.generate(self.writer or writer_of(model, self.settings), Ledger(meter=Meter(model.device)))
+        if not isinstance(job, tuple):
+            return job.generate(model, Ledger(meter=Meter(model.device)))
         planned, written = job
         journal = ResultJournal(None)
         journal.add(written)
         is_seen = self.folder.is_dir()
         checkpoints = self.folder / "checkpoints" if is_seen else None
         progress = StudyProgress(self.folder if is_seen else None, self.events)
-        workspace = Workspace(journal, checkpoints, self.checkpoint_s, writer=self.writer, progress=progress)
+        has_store = self.store is not None and self.store.is_dir()
+        store = ContextStore(self.store, model, self.store_bytes) if self.store is not None and has_store else None
+        workspace = Workspace(journal, checkpoints, self.checkpoint_s, store, self.writer, progress=progress)
         return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
 
 

@@ -30,7 +30,7 @@ from icl_ft_fast.cli.run.task import check_task_options, read_template, task_of_
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, PrefixSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -40,7 +40,7 @@ from icl_ft_fast.runtime.executors import Executor
 from icl_ft_fast.study.arms import expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
-from icl_ft_fast.study.retrieval import EmbeddingEndpoint
+from icl_ft_fast.study.retrieval import embedder_of
 from icl_ft_fast.study.service import Service, parse_weights, read_weights
 from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -219,8 +219,8 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     if options.generator_url:  # a bad address is refused before the model is loaded
         Endpoint(options.generator_url, options.generator)
     arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
-    if options.retriever == "dense":  # a bad address is refused before the model is loaded
-        EmbeddingEndpoint(options.embedding_url, options.embedding_model)
+    if options.retriever == "dense":  # a bad address or folder is refused before the model is loaded
+        embedder_of(options.embedding_url, options.embedding_model)
     return StudySettings(
         **study
         | {
@@ -241,6 +241,8 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "use_peft": use_peft,
             "eval_steps": options.eval_steps,
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
+            "prefix_tokens": prefix_tokens(options.prefix_tokens),
+            "prefix": prefix_settings(options),
         }
     )
 
@@ -267,6 +269,24 @@ def _arms(text: str) -> tuple[str, ...]:
         except ValueError as error:
             raise UsageError(f"--{error}") from error
     return _distinct("--arms", names)
+
+
+def prefix_settings(options: argparse.Namespace) -> PrefixSettings:
+    """How a prefix is trained."""
+    return PrefixSettings(
+        conversations=options.conversations, steps=options.prefix_steps, learning_rate=options.prefix_rate
+    )
+
+
+def prefix_tokens(text: str) -> tuple[int, ...]:
+    """The sizes of --prefix-tokens."""
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--prefix-tokens: expected whole numbers separated by commas, got {text!r}") from error
+    if any(size < 1 for size in sizes):
+        raise UsageError(f"--prefix-tokens: expected numbers of at least 1, got {text!r}")
+    return _distinct("--prefix-tokens", sizes)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -13,10 +15,17 @@ from icl_ft_fast.cli.options import (
     Terminal,
     UsageError,
     load_model,
+    show_progress,
 )
+from icl_ft_fast.cli.run.compare import prefix_settings, prefix_tokens
 from icl_ft_fast.engine import contexts, encoding
+from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import stored_context
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.finetuning.prefix import train_prefix
+from icl_ft_fast.finetuning.settings import RunOptions
+from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.study.settings import CHECKPOINT_S
 from icl_ft_fast.tasks.task import read_documents
 
 
@@ -32,6 +41,39 @@ def run_save(options: argparse.Namespace) -> None:
         f"{len(context.token):,} tokens, {context.nbytes / 1e6:,.0f} MB, in {time.perf_counter() - start:.2f} s; "
         f"in {options.store}"
     )
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """`icl-ft-fast context train`: a prefix of each size, in turn; one that was killed goes on."""
+    documents, settings = read_documents(options.documents), prefix_settings(options)
+    sizes = prefix_tokens(options.prefix_tokens)
+    model = load_model(options)
+    store = contexts.ContextStore(options.store, model, int(options.store_limit * 1e9))
+    for size in sizes:
+        texts = [[document.id, document.text] for document in documents]
+        name = digest(model.fingerprint(), texts, asdict(settings), options.template, options.seed, size)
+        folder, start, ledger = options.store / f".training-{name[:16]}", time.perf_counter(), Ledger()
+        run = RunOptions(folder, resume=True, checkpoint_s=CHECKPOINT_S, progress=show_progress(options))
+        made = train_prefix(
+            model, documents, size, settings, template=options.template, seed=options.seed, options=run, ledger=ledger
+        )
+        path = store.add(made.context, f"{options.label or options.documents} in {size} slots")
+        shutil.rmtree(folder)
+        teach = ledger.phases["teach"]
+        print(
+            f"{path.stem[:8]}: {size} slots for {len(documents)} documents, {made.context.nbytes / 1e6:,.1f} MB, in "
+            f"{time.perf_counter() - start:.1f} s; loss {made.losses[0]:.3f} to {made.losses[-1]:.3f} nats a token; "
+            f"the teacher read 1 in {teach.request_tokens / teach.forwarded_tokens:.1f} of its tokens; in "
+            f"{options.store}"
+        )
+
+
+def named_context(store: Path, given: str, option: str) -> contexts.SavedContext:
+    """The saved context whose id begins so; raises UsageError."""
+    matching = [saved for saved in contexts.contexts_in(store) if saved.id.startswith(given)]
+    if len(matching) != 1:
+        raise UsageError(f"{option}: {given!r} begins {len(matching)} of the ids in {store}; expected one")
+    return matching[0]
 
 
 def _saved(options: argparse.Namespace) -> list[contexts.SavedContext]:
@@ -64,10 +106,8 @@ def run_verify(options: argparse.Namespace) -> None:
 
 def run_remove(options: argparse.Namespace) -> None:
     """`icl-ft-fast context remove`."""
-    saved = _saved(options)
+    _saved(options)
     for given in options.ids:
-        matching = [context.id for context in saved if context.id.startswith(given)]
-        if len(matching) != 1:
-            raise UsageError(f"ID: {given!r} begins {len(matching)} of the ids in {options.store}; expected one")
-        contexts.remove(options.store, matching[0])
-        print(f"removed {matching[0]}")
+        found = named_context(options.store, given, "ID").id
+        contexts.remove(options.store, found)
+        print(f"removed {found}")
