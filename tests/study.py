@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from icl_ft_fast import cli
-from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES
@@ -65,7 +64,7 @@ class Mortal(workers.StudyWorkers):
 
     def do(self, model, job):
         """See StudyWorkers."""
-        what = job.name if isinstance(job, PromptBatch) else f"{job[0].arm} {job[0].seed}"
+        what = f"{job[0].arm} {job[0].seed}" if isinstance(job, tuple) else job.name
         note("begun", f"{what}\n")
         note(str(os.getpid()), "")
         while len(list(MARKS.glob("[0-9]*"))) < 2:  # both are at work before one dies

@@ -28,6 +28,7 @@ from benchmarks import scaling
 from icl_ft_fast import cli
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
+from icl_ft_fast.augmentation.self_study import ConversationBatch
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetuning import distributed
@@ -374,6 +375,7 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
 
 SMALL_CALLS = """
 import sys
+from icl_ft_fast.augmentation.self_study import ConversationBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.cli import main
 
@@ -512,6 +514,9 @@ def test_options_that_do_not_go_together(case, tmp_path, monkeypatch, capsys, mo
 # A study ----------------------------------------------------------------------------------------------------------
 
 
+COMPARED = ("base", "icl", "ft", "augmented-ft", "distilled", "prefix@4")
+
+
 def unmeasured_bytes(out):
     return json.dumps(unmeasured(json.loads((out / "results.json").read_bytes())))
 
@@ -522,8 +527,8 @@ def compared(llama_directory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     for name, rows in TASK.items():
         write_jsonl(folder / name, rows)
-    options = "--arms base,icl,ft,augmented-ft,distilled --seeds 0,1 --steps 3 --train-batch-size 2 --strategy document"
-    limits = "--checkpoint-minutes 0 --measure-seconds 0.1 --quiet"
+    options = f"--arms {','.join(COMPARED)} --seeds 0,1 --steps 3 --train-batch-size 2 --strategy document"
+    limits = "--conversations 3 --prefix-steps 2 --checkpoint-minutes 0 --measure-seconds 0.1 --quiet"
 
     def command(out, *more):
         files = ["--model", llama_directory, "--task", folder, "--out", out]
@@ -557,10 +562,10 @@ def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path):
         assert told.count("Written to") == 1
         assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "results.json"]
         begun = Counter((marks / "begun").read_text().splitlines())
-        arms = {f"{arm} {seed}" for arm in ("base", "icl", "ft", "augmented-ft", "distilled") for seed in (0, 1)}
+        arms = {f"{arm} {seed}" for arm in COMPARED for seed in (0, 1)}
         assert begun.keys() > arms
         parts = {written: times for written, times in begun.items() if written not in arms}
-        assert list(parts.values()) == [1] * 4  # each for two arms, and though a worker was killed
+        assert list(parts.values()) == [1] * 6  # each for all arms of its seed, and though a worker was killed
         assert begun[study.MORTAL] == 2
         assert max(begun.values()) <= 2
         assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # kept in a checkpoint, deadly, and those left
@@ -575,7 +580,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
     def dies(self, model, job):
         begun.append(job)
-        if len(begun) == 7:
+        if len(begun) == 9:
             raise KilledError
         return real(self, model, job)
 
@@ -589,8 +594,8 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
             main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
             assert main(command(out, "--store", tmp_path / "store")) == 2
-    assert all(isinstance(job, PromptBatch) for job in begun[:4])
-    assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
+    assert Counter(type(job) for job in begun[:6]) == {PromptBatch: 4, ConversationBatch: 2}
+    assert [job[0].arm for job in begun[6:]] == ["ft", "augmented-ft", "distilled"]
     make_run = runs.make_run
 
     def making(model, planned, *arguments, **named):
@@ -600,9 +605,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
     monkeypatch.setattr(runs, "make_run", making)
     monkeypatch.setattr(LocalGenerator, "replies", None)  # all is written
     assert main(command(out, "--store", tmp_path / "store")) == 0
-    assert made == [(0, "base"), (0, "icl"), (0, "distilled")] + [
-        (1, arm) for arm in ("base", "icl", "ft", "augmented-ft", "distilled")
-    ]
+    assert made == [(0, arm) for arm in ("base", "icl", "distilled", "prefix@4")] + [(1, arm) for arm in COMPARED]
     assert unmeasured_bytes(out) == unmeasured_bytes(tmp_path / "one")
     assert not (out / "workers").exists()
 

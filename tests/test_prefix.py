@@ -96,6 +96,24 @@ def test_gradients_are_those_of_plain_forwards(num_slots, llama, plain_llama, mo
             assert start.grad.abs().max() > 1e-4  # there is something to see
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("gpt2", {}), ("mistral", {"sliding_window": 8}), ("gemma2", {}), ("gpt_oss", {"sliding_window": 8})],
+)
+def test_slots_that_are_the_context_predict_as_it_does(family, settings, tiny_network, tokenizer, tmp_path):
+    """Absolute positions, sliding windows, soft-caps and sinks."""
+    tiny_network(family, num_hidden_layers=2, **settings).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    (text, token), conversations = read(model), written(model)
+    still = replace(FEW, steps=1, batch_size=6, learning_rate=1e-12)
+    made = train_slots(model, token, [text], conversations, still, seed=0, options=RunOptions(), ledger=Ledger())
+    places = torch.cat(
+        [probability for _, probability in read_best(model, [text], conversations, 5, Ledger())]
+    ).double()
+    assert made.losses[0] == pytest.approx(float(-(places * places.log()).sum(1).mean()), abs=1e-5)
+
+
 def test_the_loss_falls_and_the_model_stays(llama, llama_directory):
     before, grads = llama.fingerprint(), [p.requires_grad for p in llama.network.parameters()]
     ledger = Ledger()

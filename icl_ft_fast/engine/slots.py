@@ -18,6 +18,7 @@ from icl_ft_fast.engine.contexts import ContextError
 from icl_ft_fast.engine.kv_cache import Context, KVCache
 from icl_ft_fast.engine.model import Model
 
+LABEL = "slots: "  # begins the label of a saved context of slots, before its key
 _TRIES = 1000
 
 

@@ -32,7 +32,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.memory import BudgetError
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
-from icl_ft_fast.engine.slots import key_of, slots_context
+from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.batches import Batch
 from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state
@@ -215,7 +215,7 @@ def train_prefix(
     key, ids = key_of(model, name, num_tokens)
     context = slots_context(model, made.layers, made.hidden, ids)
     if options.output_dir is not None:
-        save_context(Path(options.output_dir) / CONTEXT_FILE, model, context, label=f"slots: {key}")
+        save_context(Path(options.output_dir) / CONTEXT_FILE, model, context, label=f"{LABEL}{key}")
     return TrainedPrefix(key, context, made.losses)
 
 

@@ -16,7 +16,7 @@ from icl_ft_fast.engine.compaction import compact
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
-from icl_ft_fast.engine.slots import key_of, slots_context
+from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
 from icl_ft_fast.finetuning.prefix import train_slots
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
@@ -119,7 +119,7 @@ def behind_slots(
     key, token = key_of(model, digest(job.key, "slots"), num_slots)
     folder = tempfile.TemporaryDirectory() if job.workspace.store is None else None
     store = job.workspace.store or ContextStore(Path(folder.name if folder else ""), model, STORE_BYTES)
-    store.add(slots_context(model, layers, hidden, token), f"slots: {key}")
+    store.add(slots_context(model, layers, hidden, token), f"{LABEL}{key}")
     tail = text[len(text.rstrip()) :]
     notes = ready.notes | {SLOTS: num_slots}
     return replace(ready, context=key + tail, store=store, notes=notes, folder=folder)

@@ -22,6 +22,7 @@ from icl_ft_fast.engine import contexts, encoding
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import stored_context
 from icl_ft_fast.engine.prompting import prompt_context
+from icl_ft_fast.engine.slots import LABEL
 from icl_ft_fast.finetuning.prefix import train_prefix
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
@@ -57,7 +58,7 @@ def run_train(options: argparse.Namespace) -> None:
         made = train_prefix(
             model, documents, size, settings, template=options.template, seed=options.seed, options=run, ledger=ledger
         )
-        path = store.add(made.context, f"{options.label or options.documents} in {size} slots")
+        path = store.add(made.context, f"{LABEL}{made.key} | {options.label or options.documents}")
         shutil.rmtree(folder)
         teach = ledger.phases["teach"]
         print(
