@@ -25,7 +25,8 @@ from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood
+from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
+from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
 from icl_ft_fast.integrations import scheduler as scheduler_module
 from icl_ft_fast.integrations.guard import Limits
 from icl_ft_fast.integrations.scheduler import (
@@ -207,6 +208,24 @@ def test_a_second_start_maps_what_the_first_one_saved(llama, tmp_path, caplog):
     with serving(llama, store=ContextStore(tmp_path / "small", llama, 1000)) as (port, _):
         assert ask(port)[1]["scores"] == answers[0]
     assert "is over the limit of 0 MB" in caplog.text
+
+
+def test_slots_in_the_store_answer_behind_their_key(llama, tmp_path):
+    store = ContextStore(tmp_path, llama, 10**9)
+    key, ids = key_of(llama, "slots", 6)
+    other = prefill(llama, [0, *range(20, 25)])
+    slots = slots_context(llama, other.cache.layers(6), other.hidden[-1], ids)
+    with serving(llama, store=store) as (port, _):
+        assert_scores(llama, ask(port, context=key)[1], " who", key)
+        path = store.add(slots, f"{LABEL}{key}")
+        found = ask(port, context=key)[1]
+        path.unlink()
+        assert_scores(llama, ask(port, context=key)[1], " who", key)
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 6
+    pairs = encoding.encode_pairs(llama.tokenizer, [(f"{key} who", choice) for choice in CHOICES])
+    expected = [one.logp for one in loglikelihood(llama, pairs, start=slots)]
+    assert [one["logprob"] for one in found["scores"]] == pytest.approx(expected, abs=1e-4)
+    assert expected != pytest.approx([one.logp for one in loglikelihood(llama, pairs)], abs=1e-3)
 
 
 def test_completions_through_the_client(client, llama):

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from icl_ft_fast.engine import encoding
-from icl_ft_fast.engine.contexts import ContextError
-from icl_ft_fast.engine.kv_cache import Context, KVCache
+from icl_ft_fast.engine.contexts import ContextError, ContextStore, contexts_in, load_context
+from icl_ft_fast.engine.kv_cache import Context, KVCache, common_tokens
 from icl_ft_fast.engine.model import Model
 
 LABEL = "slots: "  # begins the label of a saved context of slots, before its key
@@ -71,3 +72,34 @@ def slots_context(
         token: ids of the key, [p].
     """
     return Context(np.asarray(token, np.int32), hidden.expand(len(token), -1).clone(), KVCache.of(layers))
+
+
+class SavedSlots:
+    """The contexts of slots in a store, held in memory: whoever asks behind a key must not miss what stands for it.
+
+    Args:
+        store: whose folder is looked at again when something was added to it or removed.
+    """
+
+    def __init__(self, store: ContextStore) -> None:
+        self._store = store
+        self._seen_ns = 0
+        self._contexts: dict[str, Context] = {}
+
+    def before(self, token: NDArray[np.int32]) -> Context | None:
+        """The slots whose key `token` begins with; None if there are none.
+
+        Raises:
+            ContextError: a damaged file.
+        """
+        store, changed_ns = self._store, self._store.folder.stat().st_mtime_ns
+        if changed_ns != self._seen_ns:
+            saved = {s.id: s for s in contexts_in(store.folder) if s.fingerprint == store.fingerprint}
+            slots = {name: s for name, s in saved.items() if s.label.startswith(LABEL)}
+            kept = {name: context for name, context in self._contexts.items() if name in slots}
+            self._contexts = kept | {
+                name: load_context(slots[name].path, store.model, fingerprint=store.fingerprint)
+                for name in slots.keys() - kept.keys()
+            }
+            self._seen_ns = changed_ns
+        return next((c for c in self._contexts.values() if common_tokens(c.token, token) == len(c.token)), None)

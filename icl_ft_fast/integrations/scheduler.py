@@ -33,6 +33,7 @@ from icl_ft_fast.engine.likelihood import (
     prefill,
 )
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.engine.slots import SavedSlots
 from icl_ft_fast.integrations.shared_prefixes import WORTH_TOKENS
 
 REMEMBERED = 1024  # prefixes of WORTH_TOKENS tokens whose last prompt is remembered
@@ -157,6 +158,7 @@ class Scheduler:
         self.model, self.max_waiting, self.merge, self.chunk_tokens = model, max_waiting, merge, chunk_tokens
         self.ledger, self.contexts = Ledger(), ContextCache(context_bytes)
         self.store = store
+        self._slots = None if store is None else SavedSlots(store)
         self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
         self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
         self._counted: set[Context | None] = set()  # contexts whose tokens the ledger has, and that no run began from
@@ -332,7 +334,12 @@ class Scheduler:
     def _start(self, unit: _Unit) -> Context | None:
         """The longest context that the unit begins with, prefilled now where it is new and worth it."""
         asked = unit.request.asked
-        if isinstance(asked, Prompts) or not self.contexts.max_bytes:
+        if isinstance(asked, Prompts):
+            return None
+        if (slots := self._slots_before(unit.token)) is not None:
+            unit.request.result.cached_tokens += len(slots.token)
+            return slots
+        if not self.contexts.max_bytes:
             return None
         start = self.contexts.find(unit.token)
         found = len(start.token) if start else 0
@@ -350,6 +357,11 @@ class Scheduler:
             self.contexts.add(start)
         return start
 
+    def _slots_before(self, token: NDArray[np.int32]) -> Context | None:
+        """The slots of the store whose key the tokens begin with, whatever their number."""
+        slots = self._slots
+        return None if slots is None else self._in_store(lambda _: slots.before(token))
+
     def _prefilled(self, token: NDArray[np.int32]) -> Context:
         """The context of these tokens: mapped from the store, or forwarded and, if there is a store, saved there."""
         ids = token.tolist()
@@ -362,7 +374,7 @@ class Scheduler:
         self._in_store(lambda store: store.add(made))
         return made
 
-    def _in_store(self, use: Callable[[ContextStore], Result]) -> Result | None:
+    def _in_store(self, use: Callable[[ContextStore], Result | None]) -> Result | None:
         """What the store gives; a damaged file or a full disk is logged, and no reason to refuse a client."""
         try:
             return None if self.store is None else use(self.store)
