@@ -10,6 +10,7 @@ from icl_ft_fast.cli.options import (
     add_memory_options,
     add_model_options,
     add_store_options,
+    add_template_option,
     command,
     later,
 )
@@ -43,8 +44,7 @@ def add(commands: Commands) -> None:
         add_store_options(action, required=True)
         add_memory_options(action)
     add_prefix_options(train)
-    help = "prompt around documents and question: base or chat (the model's chat template)"
-    train.group("trained prefix").add_argument("--template", choices=("base", "chat"), default="base", help=help)
+    add_template_option(train.group("trained prefix"))
     train.group("trained prefix").add_argument("--seed", type=int, default=0, metavar="SEED", help="random seed")
     help = "show no progress bars"
     train.group("display").add_argument("--quiet", action="store_true", help=help)
