@@ -92,7 +92,8 @@ class SavedSlots:
         Raises:
             ContextError: a damaged file.
         """
-        store, changed_ns = self._store, self._store.folder.stat().st_mtime_ns
+        store = self._store
+        changed_ns = store.folder.stat().st_mtime_ns if store.folder.is_dir() else 0
         if changed_ns != self._seen_ns:
             saved = {s.id: s for s in contexts_in(store.folder) if s.fingerprint == store.fingerprint}
             slots = {name: s for name, s in saved.items() if s.label.startswith(LABEL)}

@@ -33,6 +33,7 @@ from icl_ft_fast.engine.memory import BudgetError
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
+from icl_ft_fast.engine.transfer import Sent
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.batches import Batch
 from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state
