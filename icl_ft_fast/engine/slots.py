@@ -47,7 +47,7 @@ def key_of(model: Model, name: str, num_slots: int) -> tuple[str, list[int]]:
     raise ValueError(f"num_slots: {model.name} has no text of {num_slots} tokens that is read back as the same tokens")
 
 
-def text_of(model: Model, token: Sequence[int]) -> str:
+def text_of(model: Model, token: Sequence[int] | NDArray[np.int32]) -> str:
     """The text that a context of these tokens is found by, such as a key.
 
     Raises:

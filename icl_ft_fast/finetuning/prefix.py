@@ -177,7 +177,7 @@ def train_prefix(
         template: what stands around documents and question, see prompt_context().
         seed: of the conversations and of their order.
         options: where the run saves, whether it resumes and what it shows; output_dir also gets context.safetensors,
-            which load_context() reads. in_place means nothing here.
+            which load_context() reads. There is nothing to watch, and in_place means nothing.
         ledger: counts the work, as phases "generate", "teach" and "train".
 
     Raises:
@@ -270,6 +270,8 @@ def _prepare(
             f"num_tokens: {len(token)} slots and the longest conversation are {over} tokens over the model's "
             f"{model.max_positions} positions"
         )
+    if options.watch is not None:
+        raise FinetuneError("watch: a prefix is trained, the model's weights stay as they are")
     path = None if options.output_dir is None else Path(options.output_dir)
     said = hashlib.sha256(json.dumps([list(parts), [[c.part, c.ids] for c in conversations]]).encode()).hexdigest()
     rank, processes = distributed.place()

@@ -369,6 +369,7 @@ def _watch_if_due(state: RunState) -> None:
     watch, step = state.options.watch, state.progress.step
     if watch is None or (step % watch.every and step < state.settings.steps):
         return
+    assert isinstance(state.network, NetworkInTraining)
     with state.ledger.phase(None):
         figures = watch.measure(state.network.student)
     _log(state, {"step": step} | {WATCHED + name: value for name, value in figures.items()})
