@@ -12,7 +12,7 @@ setup: .venv/installed
 # Linked against no torch library, so the extension is rebuilt only when its own sources change. The tests need the
 # extra lm-eval too: some 640 MB and a minute that the demo does without.
 .venv/installed: EXTRAS := test,lint,report
-.venv/tested: EXTRAS := test,lint,report,lm-eval,lora,trl,augment,dense,serve,test-serve,ray
+.venv/tested: EXTRAS := test,lint,report,lm-eval,lora,gguf,trl,augment,dense,serve,test-serve,ray
 .venv/installed .venv/tested: pyproject.toml constraints.txt setup.py $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing icl_ft_fast and building its extension (about two minutes the first time) ..."

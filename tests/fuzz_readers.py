@@ -4,13 +4,17 @@ Whatever is in a file, a reader gives what it stands for or raises TaskError; an
 arguments are taken. Needs the extra `fuzz`.
 """
 
+import struct
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["icl_ft_fast.tasks", "icl_ft_fast.finetuning.data", "icl_ft_fast.runtime"]):
+with atheris.instrument_imports(
+    include=["icl_ft_fast.tasks", "icl_ft_fast.finetuning.data", "icl_ft_fast.runtime", "icl_ft_fast.engine.gguf"]
+):
+    from icl_ft_fast.engine.gguf import GgufError, read_header
     from icl_ft_fast.finetuning.data import read_examples
     from icl_ft_fast.finetuning.settings import FinetuneError
     from icl_ft_fast.runtime.reasoning import split_reasoning
@@ -28,7 +32,7 @@ SUFFIXES = [*own.SUFFIXES, ".pdf"]
 def one_input(data: bytes) -> None:
     """Take some bytes for a reader, a format and a file."""
     provider = atheris.FuzzedDataProvider(data)
-    reader = provider.ConsumeIntInRange(0, 8)
+    reader = provider.ConsumeIntInRange(0, 9)
     form = Format(
         provider.PickValueInList(ENCODINGS),
         provider.PickValueInList([None, ",", ";", "\t"]),
@@ -64,10 +68,21 @@ def one_input(data: bytes) -> None:
             text = files.read_text(path)
             reasoning, answer = split_reasoning(text)
             assert len(reasoning) + len(answer) <= len(text)
+        elif reader == 9:
+            header, size = read_header(path), path.stat().st_size
+            assert all(tensor.start + tensor.num_bytes <= size for tensor in header.tensors)
         else:
             reversal_curse(FOLDER, nonsense_names=provider.remaining_bytes() > 0)
-    except (task.TaskError, FinetuneError, PriceError) as error:
+    except (task.TaskError, FinetuneError, PriceError, GgufError) as error:
         assert str(FOLDER) in str(error)  # noqa: PT017
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _named(name: str, kind: int, value: bytes) -> bytes:
+    return _string(name) + struct.pack("<I", kind) + value
 
 
 def seeds() -> Path:
@@ -90,9 +105,16 @@ def seeds() -> Path:
             b'{"conversations": [{"from": "human", "value": "a"}]}\n{"instruction": "a", "output": "b"}\n',
             b'{"machine_per_hour": 1.5}',
             b"<think>a</think>b[THINK]c<|channel|>final<|message|>d<|end|>",
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 1, 2)
+            + _named("a", 8, _string("b"))
+            + _named("c", 9, struct.pack("<IQB", 0, 1, 7))
+            + _string("t")
+            + struct.pack("<IQIQ", 1, 4, 0, 0)
+            + b"\0" * 64,
         )
     ):
-        for reader in range(9):
+        for reader in range(10):
             for suffix in range(len(SUFFIXES)):
                 (folder / f"{f}{reader}{suffix}").write_bytes(content + bytes([suffix, 0, 0, 0, reader]))
     return folder

@@ -236,7 +236,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys, monke
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: IclFtFastLM(str(tmp_path / "none")))
     assert cli.main(["lm-eval", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"icl-ft-fast lm-eval: {tmp_path}/none: not a directory with a checkpoint")
+    assert line.startswith(f"icl-ft-fast lm-eval: {tmp_path}/none: no such directory or GGUF file")
 
 
 def test_the_entry_point_is_the_registered_class():

@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from icl_ft_fast.cli import main
 from icl_ft_fast.engine.likelihood import loglikelihood
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import ModelError
 from icl_ft_fast.finetuning import lora
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
+from icl_ft_fast.study.results import Setting, as_json
+from icl_ft_fast.study.settings import StudySettings
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed")
 
@@ -82,6 +85,33 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
         assert (moved - parameter.grad).abs().max() < 1e-5, name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_the_folder_of_an_adapter_is_a_model_and_one_trained_on_it_too(llama_directory, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.chdir(llama_directory.parent)  # a relative path must be found from elsewhere
+    one = replace(SETTINGS, steps=1, learning_rate=1e-2, lora=LoraSettings(r=4))
+    tuned = finetune(load(llama_directory.name), TEXTS, one, options=RunOptions(output_dir=first))
+    monkeypatch.chdir(tmp_path)
+    expected = loglikelihood(tuned.model, REQUESTS)
+    for found in (load(first), load(llama_directory, adapter=first)):
+        assert loglikelihood(found, REQUESTS) == expected
+    again = finetune(load(first), TEXTS, one, options=RunOptions(output_dir=second))
+    found = loglikelihood(load(second), REQUESTS)
+    assert found == loglikelihood(again.model, REQUESTS)
+    assert found != expected
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "prompt": "the cat", "choices": [" sat", " why"], "answer": 0}\n')
+    for n, model in enumerate((["second"], [str(llama_directory), "--adapter", "first"], [str(llama_directory)])):
+        assert main(["score", "--model", *model, "--questions", "q.jsonl", "--out", f"{n}.jsonl"]) == 0
+    assert len({(tmp_path / f"{n}.jsonl").read_text() for n in range(3)}) == 3
+    loaded = load(llama_directory, adapter=first)
+    assert as_json(Setting(loaded, "task", StudySettings()), [])["model"].endswith("/first")
+    described = json.loads((first / "adapter_config.json").read_text())
+    (first / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(first)}))
+    with pytest.raises(ModelError, match=r"adapter_config.json: base_model_name_or_path: give the model, and"):
+        load(second)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_only_the_adapters_are_trained_and_dropout_is_seeded(llama, tmp_path):
     settings = replace(SETTINGS, lora=LoraSettings(r=2, lora_dropout=0.5))
     torch.manual_seed(1)

@@ -359,13 +359,13 @@ def test_bfloat16_is_within_the_error_budget(llama_directory, plain_llama, plain
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(ModelError, match=r"nothing: not a directory with a checkpoint \(config\.json and"):
+    with pytest.raises(ModelError, match=r"nothing: no such directory or GGUF file"):
         load(tmp_path / "nothing")
 
 
 def test_file_instead_of_a_directory(tmp_path):
     (tmp_path / "weights").write_text("")
-    with pytest.raises(ModelError, match="weights: not a directory with a checkpoint"):
+    with pytest.raises(ModelError, match="weights: neither a directory with a checkpoint nor a GGUF file"):
         load(tmp_path / "weights")
 
 

@@ -48,7 +48,8 @@ def _lora(parse: Callable[[str], Any], help: str, field: str = "") -> _Option:
 
 GROUPS: dict[str, dict[str, _Option]] = {
     "model": {
-        "model_name_or_path": _Option(place, "checkpoint directory, hub id, or 'shipped' (required)"),
+        "model_name_or_path": _Option(place, "checkpoint directory, GGUF file, hub id, or 'shipped' (required)"),
+        "cache": _Option(place, "folder that GGUF files are read into, once each (default: ~/.cache/icl_ft_fast)"),
         "bf16": _Option(_boolean, "hold the weights in bfloat16 and train them through float32 copies"),
         "trust_remote_code": _Option(_boolean, "run the checkpoint's own Python code"),
     },

@@ -100,16 +100,20 @@ def later(module: str, function: str) -> Callable[[argparse.Namespace], None]:
 def add_model_options(parser: Parser, *, positional: bool = False, required: bool = True) -> None:
     """What load_model() reads: --model with --special-tokens, or MODEL; --dtype, --device and more."""
     group = parser.group("model")
-    help = f"checkpoint folder, id on the Hugging Face hub, or '{SHIPPED}'"
+    help = f"checkpoint folder, adapter folder, GGUF file, id on the Hugging Face hub, or '{SHIPPED}'"
     if positional:
         group.add_argument("model", type=place, metavar="MODEL", help=help)
     else:
         group.add_argument("--model", type=place, required=required, help=help)
         help = "read control tokens spelled in documents, questions and choices as text, or keep them in force"
         group.add_argument("--special-tokens", choices=["text", "keep"], default="text", help=help)
+    help = "folder of a LoRA adapter, such as finetune writes, which is merged into the weights"
+    group.add_argument("--adapter", type=place, metavar="DIR", help=help)
     help = "dtype of the weights, auto for the checkpoint's own (default: float32 on the CPU, auto on a GPU)"
     group.add_argument("--dtype", choices=(*DTYPE_NAMES, "auto"), help=help)
     add_device_option(parser)
+    help = "folder that GGUF files are read into, once each (default: $ICL_FT_FAST_CACHE, or ~/.cache/icl_ft_fast)"
+    group.add_argument("--cache", type=place, metavar="DIR", help=help)
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code of the checkpoint")
     group.add_argument(
         "--batch-invariant",
@@ -259,7 +263,8 @@ def show_progress(options: argparse.Namespace) -> bool:
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """What load() is called with, beside the model."""
     named = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "batch_invariant")}
-    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "offload")}  # of commands that have them
+    # Of commands that have them.
+    limits = {name: vars(options).get(name) for name in ("memory", "kv_dtype", "offload", "adapter", "cache")}
     spelt = {"special_tokens": vars(options).get("special_tokens", "text")}
     return named | {"device": str(device_of(options))} | limits | spelt
 
@@ -281,7 +286,7 @@ def load_model(options: argparse.Namespace) -> Model:
 def arguments_digest(options: argparse.Namespace) -> str:
     """A digest of all arguments but where the output goes, how it is shown and who takes what, for check_new()."""
     apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
-    apart |= {"memory", "offload"}
+    apart |= {"memory", "offload", "cache"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from icl_ft_fast.engine import control_tokens, selfcheck
+from icl_ft_fast.engine import control_tokens, conversion, selfcheck
 from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
+from icl_ft_fast.engine.gguf import GgufError
 from icl_ft_fast.engine.memory import Memory
 from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention
 
@@ -43,6 +44,7 @@ UNSERVED = {
 READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")  # of modules made before weights
 MAX_MODULES = 4096
+MOST_ADAPTERS = 8  # one trained on the other
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -59,6 +61,7 @@ def load(
     revision: str = "main",
     tokenizer: str | Path | None = None,
     adapter: str | Path | None = None,
+    cache: str | Path | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
     batch_invariant: bool = False,
@@ -67,16 +70,19 @@ def load(
     offload: str | Path | None = None,
     special_tokens: str = "text",
 ) -> Model:
-    """Load a causal language model from a local directory or the hub, safetensors weights only.
+    """Load a causal language model from a local directory, a GGUF file or the hub; never from pickle weights.
 
     Args:
-        name: directory, hub id, or "shipped" for the small model that comes with the package.
+        name: directory, GGUF file, hub id, or "shipped" for the small model that comes with the package. A directory
+            with a PEFT adapter alone loads the model that it names as its base.
         dtype: "float32", "bfloat16", or "auto" for the checkpoint's own if it is one of them. None: float32 on a CPU;
             on a GPU, where float32 is many times slower, the checkpoint's own, or bfloat16 if that is neither.
         device: a torch device.
         revision: branch, tag or commit of a hub id.
         tokenizer: directory or hub id of another tokenizer than the checkpoint's own.
         adapter: directory or hub id of a PEFT adapter; it is merged into the weights, in their dtype.
+        cache: folder that GGUF files are read into, once each; None for $ICL_FT_FAST_CACHE or icl_ft_fast in the
+            user's cache folder.
         trust_remote_code: let the checkpoint's own Python code run; off unless you trust its author.
         self_check: compare a branching trie with plain forwards on the loaded weights; if batch_invariant, try every
             place of a block.
@@ -94,8 +100,8 @@ def load(
         The model, in evaluation mode.
 
     Raises:
-        ModelError: no checkpoint, pickle weights, a family whose results would differ from its own forward, or a model
-            that cannot be invariant.
+        ModelError: no checkpoint, pickle weights, a damaged GGUF file, a family whose results would differ from its own
+            forward, or a model that cannot be invariant.
 
     Examples:
         >>> model = iff.load("shipped")
@@ -113,6 +119,8 @@ def load(
         raise ModelError(str(error)) from error
     name, tokenizer, adapter = _at_home(name), tokenizer and _at_home(tokenizer), adapter and _at_home(adapter)
     given = str(name)
+    name, adapters = _base_of(name)
+    adapters += [] if adapter is None else [adapter]
     if name == SHIPPED:
         name = SHIPPED_FOLDER
         if not name.is_dir():
@@ -120,19 +128,32 @@ def load(
                 f"{SHIPPED}: this version comes without the shipped model's weights; train your own with "
                 "`python -m icl_ft_fast.shipped.train --out DIR` and give DIR as the model"
             )
+    elif Path(name).is_file():
+        try:
+            name = conversion.folder_of(Path(name), cache, _check_family)
+        except GgufError as error:
+            raise ModelError(str(error)) from error
     _check_directory(Path(name))
-    for place in (name, tokenizer, adapter):
-        _check_files(Path(place or name))
+    for place in (name, tokenizer or name, *adapters):
+        _check_files(Path(place))
     register_attention()
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     network, words = _read(name, tokenizer or name, dtype, device, origin)
     control_tokens.set_mode(words, special_tokens)
-    if adapter is not None:
-        network = _merged(network, adapter)
+    for one in adapters:
+        network = _merged(network, one)
     for weight, values in network.named_parameters():
         if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all():
             raise ModelError(f"{name}: {weight}: has values that are not finite: nothing scored with it would be")
-    return from_network(network, words, given, self_check=self_check, batch_invariant=batch_invariant, memory=limits)
+    return from_network(
+        network,
+        words,
+        given,
+        self_check=self_check,
+        batch_invariant=batch_invariant,
+        memory=limits,
+        adapter=str(adapter or ""),
+    )
 
 
 def _at_home(place: str | Path) -> str | Path:
@@ -222,7 +243,7 @@ def _merged(network: Any, adapter: str | Path) -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ModelError(f"adapter: {adapter}: reading it needs peft: pip install 'icl_ft_fast[lm-eval]'") from error
+        raise ModelError(f"adapter: {adapter}: reading it needs peft: pip install 'icl_ft_fast[lora]'") from error
     weights = "adapter_model.safetensors"
     if Path(adapter).is_dir() and not (Path(adapter) / weights).is_file():
         raise ModelError(f"adapter: {adapter}: no {weights} here; pickle weights are refused")
@@ -266,6 +287,7 @@ def from_network(
     self_check: bool = True,
     batch_invariant: bool = False,
     memory: Memory | None = None,
+    adapter: str = "",
 ) -> Model:
     """Wrap a transformers network that is in memory already; its attention is replaced.
 
@@ -280,7 +302,8 @@ def from_network(
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    model = Model(network, tokenizer, name, _max_positions(network.config), batch_invariant, memory or Memory())
+    positions = _max_positions(network.config)
+    model = Model(network, tokenizer, name, positions, batch_invariant, memory or Memory(), adapter)
     if batch_invariant:
         selfcheck.check_can_be_invariant(model)
     if self_check:
@@ -290,14 +313,31 @@ def from_network(
     return model
 
 
+def _base_of(name: str | Path) -> tuple[str | Path, list[str | Path]]:
+    """A model's place, and the adapters to merge into it: those of local directories that hold an adapter alone."""
+    adapters: list[str | Path] = []
+    while (described := Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        try:
+            base = json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ModelError(f"{described}: not an adapter's configuration with base_model_name_or_path") from error
+        if not isinstance(base, str) or not base or len(adapters) == MOST_ADAPTERS:
+            raise ModelError(f"{described}: base_model_name_or_path: give the model, and this folder as the adapter")
+        adapters.insert(0, name)
+        name = base
+    return name, adapters
+
+
 def _check_directory(path: Path) -> None:
     """Refuse, with the reason, a local directory that is no safetensors checkpoint."""
     if not path.is_dir():
-        if path.exists() or str(path).startswith((".", "/", "~")):
-            raise ModelError(f"{path}: not a directory with a checkpoint (config.json and *.safetensors)")
+        if str(path).startswith((".", "/", "~")) or path.suffix == ".gguf":
+            raise ModelError(f"{path}: no such directory or GGUF file")
         return
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no checkpoint here: config.json is missing")
+        found = sorted(path.glob("*.gguf"))
+        hint = f"; give the GGUF file itself: {found[0]}" if found else ""
+        raise ModelError(f"{path}: no checkpoint here: config.json is missing{hint}")
     try:
         json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -17,12 +17,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from icl_ft_fast import ops
-from icl_ft_fast.engine import trie
+from icl_ft_fast.engine import conversion, trie
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS as CHUNK_TOKENS
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.memory import Footprint, Memory
 from icl_ft_fast.engine.transfer import Sent, send
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.printable import printable
 
 ATTENTION = "icl_ft_fast"
 BLOCK_ROWS = 256  # rows in each forward of a batch-invariant model, the last ones perhaps zeros; fewer cost speed
@@ -161,6 +162,7 @@ class Model:
         max_positions: the longest sequence the positions allow, in tokens.
         batch_invariant: whether a row's bits depend on its path alone, see load().
         memory: what scoring may take.
+        adapter: what load() was given as adapter, which is merged into the weights; "" for none.
         measured: what has been worked out of it so far.
     """
 
@@ -170,6 +172,7 @@ class Model:
     max_positions: int
     batch_invariant: bool = False
     memory: Memory = field(default_factory=Memory)
+    adapter: str = ""
     measured: Measured = field(default_factory=Measured, init=False, repr=False, compare=False)
 
     @property
@@ -182,6 +185,13 @@ class Model:
     def num_parameters(self) -> int:
         """Distinct weights (tied ones once)."""
         return sum(p.numel() for p in self.network.parameters())
+
+    @property
+    def quantization(self) -> str:
+        """How the weights were quantised in the GGUF file that they were read from; "" where they were not."""
+        origin = getattr(self.network.config, conversion.ORIGIN, None)
+        found = origin.get("quantization") if isinstance(origin, dict) else None
+        return printable(found) if isinstance(found, str) else ""
 
     @property
     def vocabulary(self) -> int:

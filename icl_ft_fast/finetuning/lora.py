@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from icl_ft_fast.finetuning.settings import FinetuneError, LoraSettings
+from icl_ft_fast.runtime.durable import replacing
 
 PART = ".lora_"  # of the names of adapters' weights
 
@@ -52,6 +54,15 @@ def inject(network: Any, settings: LoraSettings, seed: int) -> Any:
         if isinstance(getattr(network, name)(), peft.tuners.tuners_utils.BaseTunerLayer):
             raise FinetuneError("target_modules: LoRA does not support the output head or the embeddings")
     return adapted
+
+
+def name_base(folder: Path, name: str) -> None:
+    """Have an adapter's folder name its base as the user did, not as the folder that transformers read it from."""
+    path = folder / "adapter_config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["base_model_name_or_path"] = str(Path(name).absolute()) if Path(name).exists() else name
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def load(adapted: Any, folder: Path) -> None:

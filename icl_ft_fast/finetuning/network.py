@@ -90,6 +90,8 @@ class NetworkInTraining:
     def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the network with these weights, or its adapters, and the tokenizer into a folder."""
         (self.adapters or self.network).save_pretrained(folder, state_dict=weights)
+        if self.adapters is not None:
+            lora.name_base(folder, self._model.adapter or self._model.name)
         self._model.tokenizer.save_pretrained(folder)
 
     def finished(self, checkpoint: Path | None) -> Model:

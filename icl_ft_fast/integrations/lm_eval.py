@@ -46,13 +46,15 @@ class IclFtFastLM(TemplateLM):
     """The engine behind the harness's three request types.
 
     Args:
-        pretrained: checkpoint directory, hub id, "shipped", or a loaded Model, which excludes all up to spill.
+        pretrained: checkpoint or adapter directory, GGUF file, hub id, "shipped", or a loaded Model, which excludes all
+            up to spill.
         tokenizer: directory or hub id of another tokenizer.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or auto (the checkpoint's own), which is the default.
         device: a torch device; default cpu. CUDA is the process's own GPU among several, and the CPU where there is
             none (the harness asks for cuda:0 unless told otherwise), which is logged.
         peft: directory or hub id of a PEFT adapter, merged into the weights.
+        cache: folder that GGUF files are read into, see load().
         trust_remote_code: let the checkpoint's own Python code run.
         batch_invariant: scores have the same bits whatever else is scored; see load(). On the CPU only.
         memory: what scoring may take; with kv_dtype and spill as in load().
@@ -94,6 +96,7 @@ class IclFtFastLM(TemplateLM):
         dtype: str | None = None,
         device: str | None = None,
         peft: str | None = None,
+        cache: str | None = None,
         trust_remote_code: bool | None = None,
         batch_invariant: bool | None = None,
         memory: int | str | None = None,
@@ -125,6 +128,7 @@ class IclFtFastLM(TemplateLM):
             "dtype": dtype,
             "device": device,
             "adapter": peft,
+            "cache": cache,
             "trust_remote_code": trust_remote_code,
             "batch_invariant": batch_invariant,
             "memory": memory,

@@ -60,6 +60,7 @@ class Results:
     Attributes:
         schema_version: SCHEMA_VERSION, also where the file had an older one.
         model, parameters, weight_bytes: the network; 0 bytes where the file does not tell.
+        quantization: how its weights were quantised, if they were read from a GGUF file.
         task, settings, machine: as they were given and found.
         sweep: what a query costs.
         questions: by seed; empty where the file does not tell.
@@ -77,6 +78,7 @@ class Results:
     sweep: Sweep
     runs: tuple[Run, ...] = Field(min_length=1)
     weight_bytes: int = 0
+    quantization: str = ""
     questions: tuple[QuestionsOfSeeds, ...] = ()
     load: dict[str, Any] | None = None
     arguments: str = ""
@@ -122,9 +124,10 @@ def as_json(
         seeds += [run.seed] * (run.seed not in seeds)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": _public(model.name),
+        "model": _public(model.name) + (f" with {_public(model.adapter)}" if model.adapter else ""),
         "parameters": model.num_parameters,
         "weight_bytes": work_of(model).weight_bytes,
+        "quantization": model.quantization,
         "task": _public(setting.task_name),
         "settings": asdict(setting.settings) | _prompts(setting),
         "machine": fingerprint(model.device) | {"ceilings": None if ceilings is None else asdict(ceilings)},

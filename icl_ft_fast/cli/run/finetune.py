@@ -91,6 +91,7 @@ def run_finetune(options: argparse.Namespace) -> None:
             given["model_name_or_path"],
             dtype="bfloat16" if given.get("bf16") else "float32",
             device=distributed.device(),
+            cache=given.get("cache"),
             trust_remote_code=given.get("trust_remote_code", False),
             special_tokens=given.get("special_tokens", "text"),
         )
