@@ -26,6 +26,7 @@ SUITES = (
     "finetune",
     "memory",
     "statistics",
+    "contention",
 )
 
 

@@ -12,12 +12,26 @@ from errno import EDQUOT, ENOSPC
 from jinja2 import TemplateError
 
 from icl_ft_fast import __version__
-from icl_ft_fast.cli import augment, compare, context, doctor, finetune, lm_eval, report, score, serve, status, task
+from icl_ft_fast.cli import (
+    augment,
+    compare,
+    context,
+    convert,
+    doctor,
+    finetune,
+    lm_eval,
+    report,
+    score,
+    serve,
+    status,
+    task,
+)
 from icl_ft_fast.cli.options import Parser
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.threads import bound_spinning
 
-COMMANDS = (compare, report, status, augment, finetune, score, context, task, doctor, serve, lm_eval)
+COMMANDS = (compare, report, status, augment, finetune, score, context, convert, task, doctor, serve, lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
     options.given, options.rest = given, given[len(ours) :]
+    bound_spinning()  # what a command runs has not been imported yet, torch included
     try:
         options.run(options)
     except UserError as error:

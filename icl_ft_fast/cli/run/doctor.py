@@ -9,9 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from icl_ft_fast.cli.options import Terminal, device_of
+from icl_ft_fast.runtime.threads import waiting
 
 EXTRAS = {
     "report": "matplotlib",
+    "LoRA": "peft",
+    "GGUF": "gguf",
     "lm-eval": "lm_eval",
     "Triton kernels": "triton",
     "FlashAttention 4": "flash_attn/cute",
@@ -46,7 +49,8 @@ def run_doctor(options: argparse.Namespace) -> None:
     attention = {name: served_by(device, dtype) for name, dtype in DTYPES.items()}
     energy = "unavailable" if reading.joules is None else "measured"
     if options.json:
-        print(json.dumps(machine | {"ceilings": measured, "attention": attention, "energy": energy, "extras": extras}))
+        found = {"ceilings": measured, "attention": attention, "energy": energy, "extras": extras}
+        print(json.dumps(machine | found | {"waiting": waiting()}))
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -61,6 +65,7 @@ def run_doctor(options: argparse.Namespace) -> None:
     for name, served in attention.items():
         table.add_row(f"{name} attention", served)
     table.add_row("energy counter", energy)
+    table.add_row("waiting threads", waiting())
     for name, there in extras.items():
         table.add_row(name, "installed" if there else "not installed")
     Terminal().print(table)
