@@ -9,8 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tqdm import tqdm
-
 from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompt, Prompting, completed
 from icl_ft_fast.augmentation.store import Store, StoredReply
@@ -19,6 +17,7 @@ from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.loading import load_same
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.executors import Executor, Job, Worker
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.reasoning import answer_in
 from icl_ft_fast.tasks.sentences import words_of
 
@@ -171,7 +170,7 @@ class AugmentationRun:
             AugmentError, GenerateError: what the generator raises; what came before is stored.
         """
         price, missing = price or Price(), self.missing()[:limit]
-        with tqdm(total=len(missing), desc="augmenting", unit="reply", disable=not progress, delay=1) as bar:
+        with Activity("augmenting", total=len(missing), unit="reply", shown=progress) as bar:
             while missing:
                 spent = sum(price.of(r.prompt_tokens, r.completion_tokens) for r in self.store.replies.values())
                 count = 0

@@ -5,6 +5,7 @@ Bad input and a full disk end in one line on stderr and exit code 2, an interrup
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
@@ -29,8 +30,10 @@ from icl_ft_fast.cli import (
 from icl_ft_fast.cli.options import Parser
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.threads import bound_spinning
 
+SELF_TELLING = {"serve", "lm-eval", "status"}  # what tells of itself: a server's log, a harness's own bars
 COMMANDS = (compare, report, status, augment, finetune, score, context, convert, task, doctor, serve, lm_eval)
 
 
@@ -41,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(ours)
     options.given, options.rest = given, given[len(ours) :]
     bound_spinning()  # what a command runs has not been imported yet, torch included
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's
+    shown = is_first and not getattr(options, "quiet", False) and options.command not in SELF_TELLING
     try:
-        options.run(options)
+        with Activity(f"icl-ft-fast {options.command}", shown=shown):
+            options.run(options)
     except UserError as error:
         print(printable(f"icl-ft-fast {options.command}: {error}"), file=sys.stderr)
         return error.exit_code

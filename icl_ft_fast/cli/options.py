@@ -256,8 +256,8 @@ def open_store(options: argparse.Namespace, model: Model) -> ContextStore | None
 
 
 def show_progress(options: argparse.Namespace) -> bool:
-    """Whether bars are drawn: on a terminal, unless --quiet; a log has no use for them."""
-    return not options.quiet and sys.stderr.isatty()
+    """Whether progress is told on standard error: unless --quiet."""
+    return not options.quiet
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 from typing import Protocol, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from icl_ft_fast import ops
 from icl_ft_fast.engine import memory, trie
@@ -25,6 +24,7 @@ from icl_ft_fast.engine.memory import Footprint
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.transfer import Sent, send
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.progress import Activity
 
 _log = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ def forward_chunks(
         with ledger.phase(phase):
             reader(sent_of(chunk), hidden)
 
-    bar = {"desc": "scoring", "unit": "token", "disable": not options.progress, "delay": 1}
-    with tqdm(total=num_rows, initial=known, **bar) as shown:
+    with Activity("scoring", total=num_rows, unit="token", initial=known, shown=options.progress) as shown:
         for chunk, _ in in_chunks(plan, run, prepare=prepare, undo=undo):
             shown.update(max(0, chunk.last_row - max(known, chunk.first_row)))
             yield chunk

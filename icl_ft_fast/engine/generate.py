@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from icl_ft_fast import ops
 from icl_ft_fast.engine import encoding, memory, trie
@@ -29,6 +28,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.engine.transfer import copied, is_late
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.progress import Activity
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def iter_generations(
         wanted = [on_token(p, sequence.ids[-1], sequence.logp[-1]) is not False for p in owners[sequence]]
         return any(wanted)
 
-    with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress, delay=1) as bar:
+    with Activity("generating", total=len(prompts), unit="prompt", shown=progress) as bar:
         for sequence, generation in _Decoder(model, list(owners), ledger or Ledger(), on_written).run():
             bar.update(len(owners[sequence]))
             yield from ((p, generation) for p in owners[sequence])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.ledger import Ledger
@@ -30,6 +29,7 @@ from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
 from icl_ft_fast.finetuning.optimizer import Optimizer
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 from icl_ft_fast.finetuning.trackers import Trackers
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 
 TIMED_STEP = 2  # whose seconds tell how long a run will take: the first one also warms up
@@ -279,14 +279,8 @@ def train(state: RunState) -> None:
     settings, progress, rank = state.settings, state.progress, distributed.place()[0]
     order = batches.order(state.examples, state.seed, group_by_prompt=settings.group_by_prompt)
     upcoming = itertools.islice(order, progress.step * state.examples_per_step, None)
-    bar = tqdm(
-        total=settings.steps,
-        initial=progress.step,
-        desc="fine-tuning",
-        unit="step",
-        disable=not state.options.progress or rank > 0,
-        delay=1,
-    )
+    shown = state.options.progress and rank == 0
+    bar = Activity("fine-tuning", total=settings.steps, unit="step", initial=progress.step, shown=shown)
     with (
         state.ledger.phase("train"),
         bar,
@@ -302,7 +296,7 @@ def train(state: RunState) -> None:
                 with state.ledger.phase(None):
                     save(state)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.note(loss=f"{loss:.3f}")
             if is_stopping:  # after the last step too: the same command then has only finish() left to do
                 raise InterruptedRunError(f"interrupted after step {progress.step}{state.resumable}")
     state.trackers.close()

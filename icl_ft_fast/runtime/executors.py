@@ -20,10 +20,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from tqdm import tqdm
-
 from icl_ft_fast.runtime.durable import ResultJournal, locked
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.progress import Activity
 
 Worker = Callable[[Any], Any]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like set
@@ -345,11 +344,11 @@ def run_journaled(
         names = {job.name for job in jobs}
         done = names & journaled_in(folder, tell=True).keys() if executor.rank == 0 else set()
         kept = ResultJournal(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl")
-        bar = {"desc": progress, "unit": "job", "disable": not progress or executor.rank > 0, "delay": 1}
-        with tqdm(total=len(names), initial=len(done), **bar) as shown:
+        shown = bool(progress) and executor.rank == 0
+        with Activity(progress, total=len(names), unit="job", initial=len(done), shown=shown) as bar:
             for job, result in executor.run(start, jobs, done, more=more):
                 kept.add({job.name: result})
-                shown.update()
+                bar.update()
         if not executor.is_last():
             yield None
             return

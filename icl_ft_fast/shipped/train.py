@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_ft_fast.engine.loading import from_network, load
@@ -28,6 +27,7 @@ from icl_ft_fast.engine.model import Rows
 from icl_ft_fast.engine.prompting import icl_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.runtime.durable import follow_umask, replacing
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.shipped import corpus
 from icl_ft_fast.shipped.curriculum import CURRICULUM, Stage
 from icl_ft_fast.shipped.lessons import DECISIVE, Segments
@@ -231,45 +231,49 @@ def train(out: Path, tokens: int, seed: int, device: str) -> None:
         run.restore(checkpoint)
     compiled = torch.compile(network, dynamic=False)
     right, decisive = torch.zeros((), dtype=torch.int64, device=device), 0  # predictions since the last save
-    bar = tqdm(total=tokens, initial=run.tokens, desc="training", unit="token", unit_scale=True, disable=rank > 0)
-    while run.tokens < tokens:
-        stage = next(stage for stage in CURRICULUM if run.tokens * CURRICULUM[-1].until < stage.until * tokens)
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.tokens / tokens, run.step)
-        for number in range(run.batches + rank, run.batches + stage.batches, processes):
-            given = batch(tokenizer, stage, seed, number)
-            token, depth, end, target, weight = (t.to(device) for t in vars(given).values())
-            rows = Rows(token, depth, torch.arange(len(token), dtype=torch.int32, device=device), end, depth)
-            with torch.autocast(device, torch.bfloat16):
-                output = compiled(token[None], position_ids=depth[None].long(), use_cache=False, icl_rows=rows)
-            logits = output.logits[0].float()
-            loss = (F.cross_entropy(logits, target, reduction="none") @ weight) / given.weight.sum()
-            (loss / stage.batches).backward()
-            right += ((logits.argmax(-1) == target) & (weight == DECISIVE)).sum()  # read at the next save
-            decisive += int((given.weight == DECISIVE).sum())
-        _sum_gradients(network)
-        torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.step += 1
-        run.batches += stage.batches
-        run.tokens += stage.batches * stage.rows
-        bar.update(stage.batches * stage.rows)
-        if run.step % SAVE_EVERY == 0 or run.tokens >= tokens:
-            correct, asked = distributed.totals([right.item(), decisive], right.device)
-            if rank == 0:
-                run.network.save_pretrained(out / "progress")
-                tokenizer.save_pretrained(out / "progress")
-                row = {"step": run.step, "tokens": run.tokens, "loss": loss.item(), "decisive": correct / max(1, asked)}
-                bar.set_postfix(loss=f"{row['loss']:.3f}", decisive=f"{row['decisive']:.2f}")
-                with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
-                run.save(checkpoint)
-            right.zero_()
-            decisive = 0
-    bar.close()
+    with Activity("training", total=tokens, unit="token", initial=run.tokens, shown=rank == 0) as bar:
+        while run.tokens < tokens:
+            stage = next(stage for stage in CURRICULUM if run.tokens * CURRICULUM[-1].until < stage.until * tokens)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(run.tokens / tokens, run.step)
+            for number in range(run.batches + rank, run.batches + stage.batches, processes):
+                given = batch(tokenizer, stage, seed, number)
+                token, depth, end, target, weight = (t.to(device) for t in vars(given).values())
+                rows = Rows(token, depth, torch.arange(len(token), dtype=torch.int32, device=device), end, depth)
+                with torch.autocast(device, torch.bfloat16):
+                    output = compiled(token[None], position_ids=depth[None].long(), use_cache=False, icl_rows=rows)
+                logits = output.logits[0].float()
+                loss = (F.cross_entropy(logits, target, reduction="none") @ weight) / given.weight.sum()
+                (loss / stage.batches).backward()
+                right += ((logits.argmax(-1) == target) & (weight == DECISIVE)).sum()  # read at the next save
+                decisive += int((given.weight == DECISIVE).sum())
+            _sum_gradients(network)
+            torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            run.step += 1
+            run.batches += stage.batches
+            run.tokens += stage.batches * stage.rows
+            bar.update(stage.batches * stage.rows)
+            if run.step % SAVE_EVERY == 0 or run.tokens >= tokens:
+                correct, asked = distributed.totals([right.item(), decisive], right.device)
+                if rank == 0:
+                    run.network.save_pretrained(out / "progress")
+                    tokenizer.save_pretrained(out / "progress")
+                    row = {
+                        "step": run.step,
+                        "tokens": run.tokens,
+                        "loss": loss.item(),
+                        "decisive": correct / max(1, asked),
+                    }
+                    bar.note(loss=f"{row['loss']:.3f}", decisive=f"{row['decisive']:.2f}")
+                    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({**row, "accuracy": accuracies(out / "progress")}) + "\n")
+                    run.save(checkpoint)
+                right.zero_()
+                decisive = 0
     if rank == 0:
         run.network.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.control_tokens import as_text, behind
 from icl_ft_fast.engine.generate import RUNNING, Sampling, generate
@@ -24,6 +22,7 @@ from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import chosen_template, prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.reasoning import answer_in
 from icl_ft_fast.runtime.templates import fix_date, render_chat
 from icl_ft_fast.tasks.sentences import count_words, split_sentences
@@ -118,7 +117,7 @@ def _fill(
 ) -> None:
     """Do the work that is not in the journal yet, as much at a time as is decoded together."""
     left = [key for key in items if key not in known.values]
-    with tqdm(total=len(left), desc=name, unit="question", disable=not progress, delay=1) as bar:
+    with Activity(name, total=len(left), unit="question", shown=progress) as bar:
         for first in range(0, len(left), RUNNING):
             part = left[first : first + RUNNING]
             known.add(dict(zip(part, work([items[key] for key in part]), strict=True)))

@@ -12,10 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import load_context, save_context
@@ -23,6 +21,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.tasks.task import Question
 
 BATCHES = (1, 8, 64)
@@ -114,7 +113,7 @@ def sweep(
     def left_s() -> float:
         return seconds - (time.perf_counter() - begun)
 
-    with tempfile.TemporaryDirectory() as folder, tqdm(desc="measuring", unit="run", disable=not progress) as bar:
+    with tempfile.TemporaryDirectory() as folder, Activity("measuring", unit="run", shown=progress) as bar:
         measuring = _Measuring(model, asked, words, longest, Path(folder), bar)
         one_s = measuring.seconds_of_a_query()
         sizes = sorted({min(batch, len(asked)) for batch in batches})
@@ -124,7 +123,7 @@ def sweep(
             if length not in always and (seconds - left_s()) * rounds > seconds:
                 break
             places.append(measuring.place(length))
-        bar.reset(total=len(places) * len(measuring.sizes) * (rounds + 1))
+        bar.restart(len(places) * len(measuring.sizes) * (rounds + 1))
         for i in range(1, rounds + 1):
             fitting = [place for place in places if place.took_s < left_s()]
             for place in fitting:
@@ -187,7 +186,7 @@ class _Measuring:
     words: list[int]
     longest: int
     folder: Path
-    bar: Any
+    bar: Activity
     sizes: Sequence[int] = ()
 
     def __post_init__(self) -> None:

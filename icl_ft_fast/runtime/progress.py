@@ -1,0 +1,155 @@
+"""What is under way: a bar on a terminal; elsewhere a line after three seconds and every ten from then on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from icl_ft_fast.runtime.printable import printable
+
+FIRST_S, THEN_S = 3.0, 10.0
+
+_lock = threading.RLock()
+_under_way: list[Activity] = []  # outermost first
+_teller: threading.Thread | None = None
+_due = 0.0  # when the next line is, by time.monotonic()
+
+
+class Activity:
+    """One piece of work and how far it is.
+
+    On a terminal a bar, once it has lasted a second. Elsewhere, and for work whose size is not known, one thread of the
+    process prints a line of the innermost piece of work: a log is told that the process is alive, and short work
+    nothing.
+    """
+
+    def __init__(
+        self, what: str, *, total: int | None = None, unit: str = "", initial: int = 0, shown: bool = True
+    ) -> None:
+        """Describe it; it begins with the `with` block.
+
+        Args:
+            what: in one or two words, such as "scoring".
+            total: units in all; None if that is not known.
+            unit: the singular.
+            initial: units that were done before.
+            shown: False tells nothing.
+        """
+        self.what, self.total, self.unit, self.done, self.shown = what, total, unit, initial, shown
+        self._initial, self._start, self._notes = initial, time.monotonic(), ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._start = time.monotonic()
+        if not self.shown:
+            return self
+        self._draw()
+        with _lock:
+            _tell()
+            _under_way.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End."""
+        if not self.shown:
+            return
+        with _lock:
+            _under_way.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, count: int = 1) -> None:
+        """Count units done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def restart(self, total: int) -> None:
+        """Set how many units there are in all, when that is known at last, and count from 0."""
+        if self._bar is not None:
+            self._bar.close()
+        self.total, self.done, self._initial = total, 0, 0
+        self._draw()
+
+    def note(self, **values: str) -> None:
+        """Set what is told behind the count, such as a loss."""
+        self._notes = "".join(f", {name} {value}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=False)
+
+    def _draw(self) -> None:
+        """Draw a bar if there is a terminal and the size is known; a terminal that does not say its width gets 80."""
+        if self.shown and self.total is not None and (columns := _columns()) is not None:
+            shape = {"delay": 1} if columns else {"delay": 1, "ncols": 80, "nrows": 24}
+            self._bar = tqdm(total=self.total, desc=self.what, unit=self.unit, initial=self.done, **shape)
+
+    def line(self) -> str:
+        """What it is, how far, since when, and how long it may take."""
+        seconds = time.monotonic() - self._start
+        if not self.total:
+            return f"{self.what}: {_duration(seconds)}"
+        told = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {_duration(seconds)}"
+        if self.done > self._initial:
+            left = seconds * (self.total - self.done) / (self.done - self._initial)
+            told += f", about {_duration(left)} left"
+        return told + self._notes
+
+
+def _columns() -> int | None:
+    """The terminal's width, 0 if it does not say; None where standard error is no terminal."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _tell() -> None:
+    """See to it that a thread prints lines; the lock is held."""
+    global _due, _teller
+    if not _under_way:
+        _due = time.monotonic() + FIRST_S
+    if _teller is None:
+        _teller = threading.Thread(target=_telling, name="progress", daemon=True)
+        _teller.start()
+
+
+def _telling() -> None:
+    """Print a line when one is due, until no work is left."""
+    global _due, _teller
+    while True:
+        time.sleep(0.1)
+        with _lock:
+            if not _under_way:
+                _teller = None
+                return
+            innermost = _under_way[-1]
+            if time.monotonic() < _due:
+                continue
+            _due = time.monotonic() + THEN_S
+            drawn = [one._bar for one in _under_way if one._bar is not None]
+            for bar in drawn:
+                bar.refresh()
+            if not drawn:
+                print(printable(innermost.line()), file=sys.stderr, flush=True)
+
+
+def _forget() -> None:
+    """In a child of fork() no thread tells, and nothing that its parent does is its own."""
+    global _lock, _teller
+    _lock, _teller = threading.RLock(), None
+    _under_way.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
