@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +22,12 @@ Newest = dict[tuple[str, str, str], dict[str, str]]  # (suite, case, variant) ->
 
 def demo() -> str:
     """The demo's first table, as a user gets it; its tables of differences and calibration are left out."""
-    command = [sys.executable, "-m", "icl_ft_fast.cli", "demo", "--quiet"]
-    environment = {**os.environ, "COLUMNS": "100"}
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    command = [sys.executable, "-m", "icl_ft_fast.cli", "demo"]
+    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:  # no run of an earlier demo is taken up
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
+        ).stdout
     table, _, _ = output.partition("\n\ndifference, p")
     return f"```text\n{table.strip()}\n```"
 

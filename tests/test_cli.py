@@ -791,7 +791,9 @@ def test_compare_on_a_generated_task(files, run):
     assert row["accuracy"]["trained"]["total"] == 2
 
 
-def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
+def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     loaded = []
     monkeypatch.setattr(
         "icl_ft_fast.engine.loading.load", lambda name, **options: loaded.append((name, options)) or llama
@@ -804,6 +806,8 @@ def test_demo_is_a_comparison_on_the_shipped_model(run, llama, monkeypatch):
     assert printed[0].startswith("Simple reversals: 2 facts such as 'femp are more dangerous than glon.'")
     assert any(line.startswith("ICL ") for line in printed)
     assert max(map(len, printed)) <= 80
+    assert printed[-1] == "Written to out/demo/report.html"
+    assert "ICL" in (tmp_path / "out" / "demo" / "report.html").read_text()
 
 
 def test_a_harness_that_is_not_installed_is_named(refused, monkeypatch):

@@ -62,7 +62,9 @@ def add(commands: Commands) -> None:
         "icl-ft-fast demo",
     )
     demo.group("data").add_argument("--facts", type=positive, default=DEMO_FACTS, metavar="N", help="number of facts")
-    _add_comparison_options(demo, arms=",".join((*DEFAULT_ARMS, "rules-ft", "rag@4")), seeds="0,1,2", out=None)
+    _add_comparison_options(
+        demo, arms=",".join((*DEFAULT_ARMS, "rules-ft", "rag@4")), seeds="0,1,2", out=Path("out/demo")
+    )
     demo.set_defaults(model=SHIPPED, dtype="float32", device="cpu", task="simple-reversals", preset="small", data=None)
     demo.set_defaults(task_seed=None, exclude_words=(), executor="in-process", workers=None, ray_address=None)
 

@@ -37,9 +37,11 @@ from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.report.verdict import summary
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor
-from icl_ft_fast.study.arms import expand_arms
+from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.arms import arm_named, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.prices import Prices, read_prices
+from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.retrieval import embedder_of
 from icl_ft_fast.study.service import Service, parse_weights, read_weights
 from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
@@ -89,7 +91,12 @@ def run_demo(options: argparse.Namespace) -> None:
     options.trust_remote_code = options.batch_invariant = False
     if not options.json:
         _describe_demo(options)
-    run_compare(options)
+    study = _run_one(options, executor_of(options))
+    if study is not None and not options.json:
+        from icl_ft_fast.cli.run.report import write_page
+
+        queries = options.queries_per_day and options.queries_per_day * options.days
+        write_page(options.out / "report.html", [study], queries, options.tolerance)
 
 
 def _describe_demo(options: argparse.Namespace) -> None:
@@ -107,8 +114,16 @@ def run_compare(options: argparse.Namespace) -> None:
         options.dtype = "bfloat16"  # as `finetune` holds them: every arm answers with the weights that are trained
     if options.task == ALL:
         _compare_all(options, executor)
-    elif (study := _compared(options, executor, lambda: _load(options))) is not None:
+    else:
+        _run_one(options, executor)
+
+
+def _run_one(options: argparse.Namespace, executor: Executor) -> Derived | None:
+    """Run, print and return the study of one task; None in processes of other rank than 0."""
+    study = _compared(options, executor, lambda: _load(options))
+    if study is not None:
         _print(study, options)
+    return study
 
 
 def _print(study: Derived, options: argparse.Namespace) -> None:
@@ -171,6 +186,7 @@ def _compared(
         raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
     if options.out is not None and not executor.rank:
         check_new(options.out / RESULTS, options.overwrite, arguments_digest(options))
+    progress = show_progress(options) and executor.rank == 0
     how = StudyOptions(
         executor=executor,
         loading=loading(options),
@@ -182,8 +198,8 @@ def _compared(
         arguments=arguments_digest(options),
         overwrite=options.overwrite,
         tell=silent if options.quiet or executor.rank else tell,
+        on_run=_tell_run if progress else None,
     )
-    progress = show_progress(options) and executor.rank == 0
     results = compare(loaded, make_task, settings, out=options.out, options=how, progress=progress)
     if results is None:
         return None
@@ -201,6 +217,12 @@ def derived_settings(options: argparse.Namespace, prices: Prices | None, service
         "max_harm": options.max_harm,
         "service": service,
     }
+
+
+def _tell_run(run: Run) -> None:
+    """A line for each arm of each seed as it ends: the table as it grows."""
+    splits = "  ".join(f"{split} {accuracy.value:.2f}" for split, accuracy in run.accuracy.items())
+    print(printable(f"seed {run.seed}  {arm_named(run.arm).title:<24}  {splits}"), file=sys.stderr, flush=True)
 
 
 def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:

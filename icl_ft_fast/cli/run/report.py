@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from icl_ft_fast.cli.options import Terminal, UsageError, check_new
 from icl_ft_fast.cli.run.compare import derived_settings, prices_of, print_decision, service_of
@@ -40,19 +41,25 @@ def run_report(options: argparse.Namespace) -> None:
             print_decision(study, options, console)
     if options.rows is not None:
         print(f"{write_rows(studies, options.rows):,} rows written to {options.rows}")
-    if options.out is None and options.charts is None:
-        return
-    try:
-        from icl_ft_fast.report import page
-        from icl_ft_fast.report.study import Study
-    except ModuleNotFoundError as error:
-        raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[report]'") from error
     if options.charts is not None:
+        try:
+            from icl_ft_fast.report.study import Study
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--charts: needs {error.name}: pip install 'icl_ft_fast[report]'") from error
         for study in studies:
             Study(study).export(options.charts, queries, overwrite=options.overwrite)
         print(f"Charts written to {options.charts}")
     if options.out is not None:
-        text = page.render(studies, queries, options.tolerance)
-        with new_folder(options.out.parent), replacing(options.out) as partial:
-            partial.write_text(text, encoding="utf-8")
-        print(f"Written to {options.out}")
+        write_page(options.out, studies, queries, options.tolerance)
+
+
+def write_page(path: Path, studies: list[Derived], queries: float | None, tolerance: float) -> None:
+    """Write the report of studies as one page; raises UsageError where the extra `report` is missing."""
+    try:
+        from icl_ft_fast.report import page
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{path}: a report needs {error.name}: pip install 'icl_ft_fast[report]'") from error
+    text = page.render(studies, queries, tolerance)
+    with new_folder(path.parent), replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"Written to {path}")
