@@ -26,6 +26,7 @@ from icl_ft_fast.cli.options import (
     show_progress,
 )
 from icl_ft_fast.cli.run.finetune import fields_of, parsed, tell
+from icl_ft_fast.cli.run.page import check_page, write_page
 from icl_ft_fast.cli.run.task import check_task_options, read_template, task_of_seed
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
@@ -90,11 +91,10 @@ def run_demo(options: argparse.Namespace) -> None:
     """`icl-ft-fast demo`."""
     options.trust_remote_code = options.batch_invariant = False
     if not options.json:
+        check_page(options.out / "report.html")  # before minutes of work
         _describe_demo(options)
     study = _run_one(options, executor_of(options))
     if study is not None and not options.json:
-        from icl_ft_fast.cli.run.report import write_page
-
         queries = options.queries_per_day and options.queries_per_day * options.days
         write_page(options.out / "report.html", [study], queries, options.tolerance)
 

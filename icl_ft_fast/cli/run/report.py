@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from icl_ft_fast.cli.options import Terminal, UsageError, check_new
 from icl_ft_fast.cli.run.compare import derived_settings, prices_of, print_decision, service_of
+from icl_ft_fast.cli.run.page import write_page
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.rows import check_format, write_rows
 from icl_ft_fast.report.verdict import summary
-from icl_ft_fast.runtime.durable import new_folder, replacing
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -51,15 +50,3 @@ def run_report(options: argparse.Namespace) -> None:
         print(f"Charts written to {options.charts}")
     if options.out is not None:
         write_page(options.out, studies, queries, options.tolerance)
-
-
-def write_page(path: Path, studies: list[Derived], queries: float | None, tolerance: float) -> None:
-    """Write the report of studies as one page; raises UsageError where the extra `report` is missing."""
-    try:
-        from icl_ft_fast.report import page
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{path}: a report needs {error.name}: pip install 'icl_ft_fast[report]'") from error
-    text = page.render(studies, queries, tolerance)
-    with new_folder(path.parent), replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    print(f"Written to {path}")
