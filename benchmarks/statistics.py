@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.timing import Row
 from icl_ft_fast.study import statistics
+from icl_ft_fast.study.amortise import Samples, break_even_interval
 
 Z = {0.5: 0.0, 0.6: 0.2533, 0.8: 0.8416, 0.95: 1.6449, 0.99: 2.3263}  # the normal distribution's quantiles
 
@@ -29,7 +30,17 @@ def run(quick: bool) -> list[Row]:
             _covers(statistics.accuracy_interval(right, names), p)
             for right in _answers(rng, clusters, each, rho, p, draws)
         ]
-        _report(f"{clusters} x {each}, {rho}, accuracy {p}", np.mean(hits), 0.90 if p < 0.99 else 0.87, slack)
+        _report(f"{clusters} x {each}, {rho}, accuracy {p}", np.mean(hits), 0.93 if clusters >= 10 else 0.90, slack)
+    print("\nthe same of a mix: 20 clusters x 4 answers, the first of which counts three times")
+    for rho, p in itertools.product((0.0, 0.5), (0.6, 0.8, 0.95)):
+        names, weights = np.repeat(np.arange(20), 4).tolist(), [3.0, 1.0, 1.0, 1.0] * 20
+        rows = list(_answers(rng, 20, 4, rho, p, draws))
+        hits = [_covers(statistics.accuracy_interval(right, names, weights=weights), p) for right in rows]
+        _report(f"{rho}, accuracy {p}", np.mean(hits), 0.93, slack)
+        others = _answers(rng, 20, 4, rho, p, draws)
+        gaps = (_minus(a, b) for a, b in zip(rows, others, strict=True))
+        hits = [_covers(statistics.gap_interval(gap, names, weights=weights), 0.0) for gap in gaps]
+        _report(f"{rho}, gap of two at {p}", np.mean(hits), 0.93, slack)
     print("\ncoverage of gap_interval(), nominal 95%: clusters x answers each, correlation, accuracies")
     for clusters, (each, rho) in itertools.product((5, 10, 20, 40), ((1, 0.0), (4, 0.5), (4, 0.99))):
         names = np.repeat(np.arange(clusters), each).tolist()
@@ -52,7 +63,18 @@ def run(quick: bool) -> list[Row]:
         level, covered = _with_luck(rng, seeds, draws)
         _report(f"{seeds} seeds, level", level, None, slack, most=0.055)
         _report(f"{seeds} seeds, coverage of the gap", covered, 0.93, slack)
+    print("\ncoverage of break_even_interval(), nominal 95%: seeds whose setups vary by 10%, readings without error")
+    for seeds in (2, 3, 4, 8):
+        _report(f"{seeds} seeds", _break_evens_covered(rng, seeds, max(100, draws // 5)), 0.93, 2 * slack)
     return []
+
+
+def _break_evens_covered(rng: Any, seeds: int, draws: int) -> float:
+    """How often the interval has the break-even of the mean setup: 1,000 s against a reading of 3 s a query."""
+    rival = Samples((), (3.0,), (1.0,), 1.0)
+    tuned = (Samples(tuple(1000 + 100 * rng.standard_normal(seeds)), (), (1.0,)) for _ in range(draws))
+    found = (break_even_interval(one, rival, draws=500, seed=i) for i, one in enumerate(tuned))
+    return float(np.mean([even.low <= 333 <= even.high for even in found]))
 
 
 def _with_luck(rng: Any, seeds: int, draws: int) -> tuple[float, float]:

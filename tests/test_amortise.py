@@ -230,3 +230,13 @@ def test_a_price_of_wrong_answers_makes_accuracy_a_cost():
     assert decision.chosen.name == "cheap"
     assert [(n, way.name) for n, way in decision.switches] == [(1, "cheap"), (32, "good")]  # 50 + .4 n < 2 n
     assert good.total(100) == pytest.approx(50 + 100 + 40)
+
+
+def test_few_setups_have_students_t():
+    """Two seeds' setups of 90 and 110 s: the mean's interval is 100 +- 12.7 * 10, not 90 to 110."""
+    found = break_even_interval(Samples((90.0, 110.0), (), (1.0,)), Samples((), (1.0,), (1.0,), 1.0), draws=4000)
+    assert found.queries == 100
+    assert found.low == 0
+    assert found.high == pytest.approx(100 + 12.706 * 10, rel=0.15)
+    one = break_even_interval(Samples((90.0,), (), (1.0,)), Samples((), (1.0,), (1.0,), 1.0))
+    assert (one.low, one.high) == (90, 90)  # nothing is known of other seeds

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_ft_fast.study.statistics import (
+    _mid_p_interval,
     accuracy_interval,
     brier,
     calibrated_error,
@@ -155,3 +156,40 @@ def test_brier_by_hand():
     assert brier((0.5, 0.3, 0.2), (0, 1)) == pytest.approx(0.04 + 0.04)
     assert brier((0.0, 1.0), (0,)) == 2.0
     assert brier((1.0, 0.0), (0,)) == 0.0
+
+
+def test_rare_answers_have_the_binomials_interval():
+    """One wrong answer of ten: by enumeration of the binomial's outcomes, each end has a mid-p of 2.5%."""
+    right = [True] * 9 + [False]
+    low, high = accuracy_interval(right, range(10))
+    n = 10 * (1.959964 / t_quantile(9)) ** 2
+    x = 0.9 * n
+    assert high > 0.99 > wilson(9, 10)[1]  # Wilson's does not reach an accuracy that has one wrong of ten often
+    # whole numbers: against the sum of the binomial's terms
+    whole = _mid_p_interval(0.75, 8)
+    for q, side in zip(whole, (1, -1), strict=True):
+        terms = [math.comb(8, k) * q**k * (1 - q) ** (8 - k) for k in range(9)]
+        tail = sum(terms[7:]) if side == 1 else sum(terms[:6])
+        assert tail + terms[6] / 2 == pytest.approx(0.025, abs=1e-9)
+    # a fraction: between its neighbours
+    assert _mid_p_interval(0.9, math.floor(n))[0] < low < _mid_p_interval(0.9, math.ceil(n))[0]
+    assert x < n
+    flipped = accuracy_interval([not one for one in right], range(10))
+    assert flipped == pytest.approx((1 - high, 1 - low))
+
+
+def test_five_clusters_show_nothing_by_a_half():
+    """All five differences alike happen in 6.25% of studies of equal arms."""
+    assert sign_flip_test([1] * 5, mid=True) == sign_flip_test([1] * 5) == 2 / 32
+    assert sign_flip_test([1] * 6, mid=True) == 1 / 64
+
+
+def test_a_mix_counts_each_answer_by_its_weight():
+    right, names = [True, False] * 20, [i // 2 for i in range(40)]
+    low, high = accuracy_interval(right, names, weights=[3.0, 1.0] * 20)
+    assert low < 0.75 < high
+    alike = accuracy_interval(right, names, weights=[2.5] * 40)
+    assert alike == pytest.approx(accuracy_interval(right, names))
+    # three answers that count twice are as six, of the same clusters
+    twice = gap_interval([1, -1, 0] * 2, [0, 1, 2] * 2)
+    assert gap_interval([1, -1, 0], [0, 1, 2], weights=[2.0] * 3) == pytest.approx(twice)

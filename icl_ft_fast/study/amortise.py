@@ -167,8 +167,12 @@ class Samples:
         return Samples(setups, readings, queries, self.cache_lifetime)
 
     def resampled(self, rng: np.random.Generator, draws: int) -> Lines:
-        """Lines of as many measurements drawn with replacement."""
-        setups = _resample(rng, self.setup, draws, np.mean)
+        """Lines of as many readings and queries drawn with replacement, and of setups by Student's t.
+
+        The mean of k setups drawn with replacement varies too little where k is small; with k - 1 degrees of freedom it
+        does not. One setup says nothing of others, and stays.
+        """
+        setups = _mean_by_t(rng, self.setup, draws)
         readings, queries = (_resample(rng, values, draws, np.median) for values in (self.reading, self.query))
         return Lines(setups, readings, queries, self.cache_lifetime)
 
@@ -183,7 +187,7 @@ class Samples:
             return _resample(rng, values, draws, statistic)
 
         return {
-            "setup": one(self.setup, np.mean),
+            "setup": _mean_by_t(np.random.default_rng([seed, hash(self.setup) % 2**32]), self.setup, draws),
             "reading": one(self.reading, np.median),
             "query": one(self.query, np.median),
         }
@@ -196,6 +200,14 @@ class Samples:
 
 def _median(values: Sequence[float]) -> float:
     return float(np.median(values)) if values else 0.0
+
+
+def _mean_by_t(rng: np.random.Generator, values: Sequence[float], draws: int) -> NDArray[np.float64]:
+    """[draws] means of as many values as there are, where they are normal with a spread that was estimated."""
+    if len(values) < 2:
+        return np.full(draws, values[0] if values else 0.0)
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return np.maximum(0.0, np.mean(values) + spread * rng.standard_t(len(values) - 1, size=draws))
 
 
 def _resample(

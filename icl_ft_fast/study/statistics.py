@@ -13,6 +13,8 @@ import numpy as np
 Z95 = 1.959964  # the normal distribution's 97.5% point
 
 
+FEWEST = 6  # clusters that differ, of a mid-p test
+RARE = 1.5  # effective answers of one kind
 SEEDS_AS_UNIT = 4  # with fewer seeds nothing is said about other training runs: statistics are about these weights
 
 
@@ -33,12 +35,16 @@ def accuracy_interval(
     Answers are divided by the design effect, the variance of the mean over clusters by that of independent answers
     (Kish 1965); it is no less than 1, and the effective number no less than the clusters. The normal quantile becomes
     Student's, with the clusters' degrees of freedom. Where all answers are equal there is no variance to estimate, and
-    each cluster counts as one answer. `python -m benchmarks statistics` has the coverage.
+    each cluster counts as one answer. Where fewer than RARE effective answers are wrong (or right), Wilson's interval
+    falls short, and the binomial's mid-p interval takes its place, at Korn and Graubard's (1998) effective number.
+    `python -m benchmarks statistics` has the coverage.
     """
     share = _shares_of(weights, len(right))
     effective, df = _effective(right, clusters, seeds, share)
     is_constant = len(set(right)) == 1
     p = float(right[0]) if is_constant else float(share @ np.asarray(right, dtype=np.float64))
+    if not is_constant and effective * min(p, 1 - p) < RARE:
+        return _mid_p_interval(p, effective * (Z95 / t_quantile(df)) ** 2)
     return _wilson(p, effective, Z95 if is_constant else t_quantile(df))
 
 
@@ -76,6 +82,49 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _mid_p_interval(p: float, n: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval with half of the observed outcome's probability; n need not be whole."""
+    x = p * n
+
+    def above(q: float) -> float:
+        """The probability of more than x right ones at an accuracy q, and half that of x."""
+        more = _beta_below(q, x + 1, n - x) if x < n else 0.0
+        return (more + (_beta_below(q, x, n - x + 1) if x > 0 else 1.0)) / 2
+
+    def where(level: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle) < level else (low, middle)
+        return (low + high) / 2
+
+    return where(0.025), where(0.975)
+
+
+def _beta_below(q: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_q(a, b), by its continued fraction (Lentz)."""
+    if q <= 0 or q >= 1:
+        return float(q >= 1)
+    if q > (a + 1) / (a + b + 2):
+        return 1 - _beta_below(1 - q, b, a)
+    front = a * math.log(q) + b * math.log1p(-q) - math.log(a) - math.lgamma(a) - math.lgamma(b) + math.lgamma(a + b)
+    value = c = 1.0
+    d = 0.0
+    for i in range(400):
+        k = i // 2
+        if i == 0:
+            term = 1.0
+        elif i % 2:
+            term = -(a + k) * (a + b + k) * q / ((a + i - 1) * (a + i))
+        else:
+            term = k * (b - k) * q / ((a + i - 1) * (a + i))
+        d, c = 1 / (1 + term * d or 1e-300), 1 + term / c or 1e-300
+        value *= c * d
+        if abs(c * d - 1) < 1e-13 and i > 0:
+            break
+    return math.exp(front) * (value - 1)
 
 
 def _shares_of(weights: Sequence[float] | None, n: int) -> Any:
@@ -166,7 +215,8 @@ def sign_flip_test(differences: Sequence[int], *, mid: bool = False) -> float:
 
     A difference is that of two arms' correct answers in one cluster of questions. With single questions for clusters
     this is McNemar's exact test. `mid` counts half of the outcomes that are as extreme as the observed one (Lancaster
-    1961): the exact test's level lies far below its nominal one, the mid-p test's near it. The distribution is the
+    1961): the exact test's level lies far below its nominal one, the mid-p test's near it. With fewer than FEWEST
+    differences that are not 0 it is the exact test all the same, as one outcome decides then. The distribution is the
     Fourier transform of its characteristic function, a product of cosines: O(sum of |differences| * log).
     """
     reach, far = sum(map(abs, differences)), abs(sum(differences))
@@ -178,9 +228,11 @@ def sign_flip_test(differences: Sequence[int], *, mid: bool = False) -> float:
         characteristic *= np.cos(size * angle) ** number
     probability = np.fft.fftshift(np.fft.fft(characteristic).real) / (2 * reach + 1)  # [s + reach] of the sum s
     tails = probability[: reach - far + 1].sum() + probability[reach + far :].sum()
+    number = sum(difference != 0 for difference in differences)
+    mid = mid and number >= FEWEST
     if mid:
         tails -= (probability[reach - far] + probability[reach + far]) / 2
-    least = 2.0 ** -sum(difference != 0 for difference in differences)  # rounding of the transform is 1e-16 or so
+    least = 2.0**-number  # the transform rounds by 1e-16 or so
     return min(1.0, max(least if mid else 2 * least, float(tails)))
 
 
