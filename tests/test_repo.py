@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import icl_ft_fast
+from icl_ft_fast import _C
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "icl_ft_fast"
@@ -372,3 +373,10 @@ def test_readme_block_runs(code, tmp_path, monkeypatch, llama_directory):
         monkeypatch.setattr(icl_ft_fast, "load", lambda name: load(llama_directory if name == "shipped" else name))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_stub_names_what_the_native_module_has():
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text())
+    assert {node.name for node in stub.body if isinstance(node, ast.FunctionDef)} == {
+        name for name in vars(_C) if not name.startswith("_")
+    }
