@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icl_ft_fast import _C as _native
+import icl_ft_fast._C as native
 from icl_ft_fast.ops import reference
 from icl_ft_fast.ops.checks import NATIVE
 from icl_ft_fast.ops.target_logprob import fake_target_logprob, fake_target_logprob_backward
 from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
 
-_C: Any = _native  # lists of arrays are unpacked into its arguments, which no type checker follows
+_C: Any = native  # lists of arrays are unpacked into its arguments, which no type checker follows
 _ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
 
