@@ -107,7 +107,7 @@ def test_a_request_takes_that_path(llama, monkeypatch):
             stacks.append(stack[::-1])
             return _C.trie_attention(*arguments)
 
-    monkeypatch.setattr(cpu, "_C", Native())
+    monkeypatch.setattr(cpu, "_OPS", Native())
     icl_ft_fast.score(llama, [icl_ft_fast.Question("q", "the cat", (" sat on", " by the"))], context="the mat ")
     called = iter(stacks[-1])
     for where, _, _ in FIGURES.PATH:

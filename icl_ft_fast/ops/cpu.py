@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import icl_ft_fast._C as native
+from icl_ft_fast import _C
 from icl_ft_fast.ops import reference
 from icl_ft_fast.ops.checks import NATIVE
 from icl_ft_fast.ops.target_logprob import fake_target_logprob, fake_target_logprob_backward
 from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
 
-_C: Any = native  # lists of arrays are unpacked into its arguments, which no type checker follows
+_OPS: Any = _C  # lists of arrays are unpacked into its arguments, which no type checker follows
 _ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
 
@@ -64,7 +64,7 @@ def trie_attention(
     out, lse = fake_trie_attention(q, k, v)
     arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
     sink_array = None if sinks is None else _array(sinks.contiguous())
-    _C.trie_attention(*arrays, sink_array, *options, batch_invariant, _ISA, _array(out), _array(lse))
+    _OPS.trie_attention(*arrays, sink_array, *options, batch_invariant, _ISA, _array(out), _array(lse))
     return out, lse
 
 
@@ -79,7 +79,7 @@ def trie_attention_backward(
     arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
     given = [_array(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
     made = [_array(x) for x in (delta, grad_q, grad_k, grad_v)]
-    _C.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
+    _OPS.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
     return grads
 
 
@@ -97,7 +97,7 @@ def target_logprob(
     if hidden.dtype not in NATIVE:
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = fake_target_logprob(hidden, weight, row)
-    _C.target_logprob(
+    _OPS.target_logprob(
         _array(hidden),
         _array(weight),
         None if bias is None else _array(bias),
@@ -125,7 +125,7 @@ def target_logprob_backward(
     index = [_array(x.contiguous()) for x in (row, target)]
     given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
     made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
-    _C.target_logprob_backward(
+    _OPS.target_logprob_backward(
         _array(hidden),
         _array(weight),
         None if bias is None else _array(bias),
