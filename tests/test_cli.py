@@ -694,6 +694,24 @@ def test_one_generated_task_under_every_seed_and_a_context_that_fits(files, run)
     assert results["settings"]["finetune"]["splitting"] == "independent"  # the paper's preset
 
 
+def test_score_compares_models_in_one_table(files, run, refused, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(files.model, other)
+    code, printed, errors = run(files.score("--model", other))
+    assert (code, errors) == (0, [])
+    assert sum(line.endswith(("scores.jsonl", "scores.jsonl.2")) for line in printed) == 2
+    rows = [line for line in printed if "+0.000 1.000" in line]
+    assert len(rows) == 1
+    assert files.out.read_bytes() == files.out.with_name("scores.jsonl.2").read_bytes()
+    assert refused(files.score("--model", other)) == f"--out: {files.out}: exists already; choose another or give " + (
+        "--overwrite"
+    )
+    code, printed, _ = run(files.score("--overwrite", "--json", "--model", other))
+    first, second = json.loads(printed[0])
+    assert (second["changed"], second["mean_logp_distance"], first["model"]) == (0, 0.0, str(files.model))
+    assert refused(files.score("--overwrite", "--model", files.model)) == "--model: a model is given twice"
+
+
 PRICES = '{"currency": "EUR", "machine_per_hour": 2.5}'
 BARE = {"arms": "base,icl,ft", "train_batch_size": 2, "measure_seconds": 0.1}
 

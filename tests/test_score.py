@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import LogLikelihood, ScoreError, iter_loglikelihood, loglikelihood
-from icl_ft_fast.engine.score import iter_scores, score
+from icl_ft_fast.engine.score import Score, iter_scores, score
+from icl_ft_fast.study.models import compare_scores
+from icl_ft_fast.study.statistics import gap_interval, sign_flip_test
 from icl_ft_fast.tasks.task import Question
 
 PART = st.lists(st.sampled_from([0, 5, VOCABULARY - 1]), min_size=1, max_size=6).map(tuple)
@@ -232,3 +234,29 @@ def test_questions_that_cannot_be_scored_are_named(llama, question, message):
 def test_chunks_have_at_least_one_row(llama, chunk_tokens):
     with pytest.raises(ValueError, match="expected at least 1, got"):
         loglikelihood(llama, [([5], [6])], chunk_tokens=chunk_tokens)
+
+
+def test_two_models_on_the_same_questions():
+    """By hand: four known questions about two topics, of which the second model loses two and gains one."""
+    asked = [Question(f"q{i}", "p", (" a", " b"), 0 if i < 4 else None, topic=f"t{i // 2}") for i in range(5)]
+
+    def scored(*right):
+        return [
+            Score(f"q{i}", (-1.0, -2.0) if yes else (-2.5, -2.0), (1, 1), (True, False), int(not yes), q.answer)
+            for i, (yes, q) in enumerate(zip(right, asked, strict=True))
+        ]
+
+    one, two = scored(True, True, True, False, True), scored(False, False, True, True, False)
+    gap = compare_scores(asked, one, two)
+    assert (gap.known, gap.correct, gap.gained, gap.lost, gap.changed) == (4, 2, 1, 2, 4)
+    assert gap.gap == -0.25
+    assert (gap.gap_low, gap.gap_high) == gap_interval([-1, -1, 0, 1], ["t0", "t0", "t1", "t1"])
+    assert gap.p == sign_flip_test([-2, 1], mid=True)
+    assert gap.mean_logp_distance == pytest.approx(4 * 1.5 / 10)
+    assert gap.most_logp_distance == 1.5
+    same = compare_scores(asked, one, one)
+    assert (same.gap, same.changed, same.mean_logp_distance) == (0.0, 0, 0.0)
+    unknown = compare_scores(asked[4:], one[4:], two[4:])
+    assert (unknown.known, unknown.gap, unknown.changed) == (0, None, 1)
+    with pytest.raises(ValueError, match="scores of the same questions"):
+        compare_scores(asked, one, two[::-1])

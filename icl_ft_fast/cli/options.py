@@ -97,14 +97,21 @@ def later(module: str, function: str) -> Callable[[argparse.Namespace], None]:
     return run
 
 
-def add_model_options(parser: Parser, *, positional: bool = False, required: bool = True) -> None:
-    """What load_model() reads: --model with --special-tokens, or MODEL; --dtype, --device and more."""
+def add_model_options(
+    parser: Parser, *, positional: bool = False, required: bool = True, several: bool = False
+) -> None:
+    """What load_model() reads: --model with --special-tokens, or MODEL; --dtype, --device and more.
+
+    With `several`, --model may be repeated, and is a list.
+    """
     group = parser.group("model")
     help = f"checkpoint folder, adapter folder, GGUF file, id on the Hugging Face hub, or '{SHIPPED}'"
     if positional:
         group.add_argument("model", type=place, metavar="MODEL", help=help)
     else:
-        group.add_argument("--model", type=place, required=required, help=help)
+        more: dict[str, Any] = {"action": "append"} if several else {}
+        help += "; repeat it to compare models" * several
+        group.add_argument("--model", type=place, required=required, help=help, **more)
         help = "read control tokens spelled in documents, questions and choices as text, or keep them in force"
         group.add_argument("--special-tokens", choices=["text", "keep"], default="text", help=help)
     help = "folder of a LoRA adapter, such as finetune writes, which is merged into the weights"

@@ -27,9 +27,10 @@ def add(commands: Commands) -> None:
         "score",
         later("score", "run_score"),
         "log-likelihoods of multiple-choice questions over documents",
-        "icl-ft-fast score --model DIR --documents documents.jsonl --questions questions.jsonl --out scores.jsonl",
+        "icl-ft-fast score --model DIR --documents documents.jsonl --questions questions.jsonl --out scores.jsonl\n"
+        "icl-ft-fast score --model DIR --model QUANTISED --questions questions.jsonl --out scores.jsonl",
     )
-    add_model_options(scoring)
+    add_model_options(scoring, several=True)
     data = scoring.group("data")
     help = "JSON lines file with id, prompt, choices and optionally answer and split"
     data.add_argument("--questions", type=Path, required=True, metavar="FILE", help=help)
@@ -44,8 +45,8 @@ def add(commands: Commands) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON lines file, a line per question; finished shards are stored in FILE.shards/ meanwhile, and the same "
-        "command resumes from them",
+        help="JSON lines file, a line per question, and FILE.2, FILE.3 for further models; finished shards are "
+        "stored in FILE.shards/ meanwhile, and the same command resumes from them",
     )
     add_output_options(scoring)
     add_store_options(scoring)
