@@ -47,3 +47,32 @@ def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):
         assert torch.equal(keys, layers[layer][0])
         assert torch.equal(values, layers[layer][1])
     assert loaded[-1].cache.capacity > rows  # opened as the first run opens it
+
+
+def test_answers_are_decoded_behind_the_context(llama, monkeypatch):
+    """A clock that only generation moves: a second a token, and ten before the first."""
+    task, now = task_of_seed(0), [0.0]
+    prompts = []
+
+    def written(model, asked, sampling, *, on_token):
+        prompts.append((len(asked), min(map(len, asked)), sampling.max_new_tokens))
+        now[0] += 10
+        for _ in range(sampling.max_new_tokens):
+            for p in range(len(asked)):
+                now[0] += 1
+                on_token(p, 0, 0.0)
+        return iter(())
+
+    monkeypatch.setattr(sweep, "iter_generations", written)
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: now[0])
+    found = sweep.sweep(llama, task.questions, lengths=(64,), batches=(1, 2), rounds=2, seconds=1e9, decoded=40)
+    assert {p.decode_s for p in found.points} == {(1.0,) * 3}  # a token of a query, whatever the batch
+    assert {(n, length >= 64, tokens) for n, length, tokens in prompts} == {
+        (1, False, sweep.DECODED),
+        (2, False, sweep.DECODED),
+        (1, True, sweep.DECODED),
+        (2, True, sweep.DECODED),
+    }
+    monkeypatch.undo()
+    real = sweep.sweep(llama, task.questions, lengths=(), batches=(1, 2), rounds=1, decoded=3)
+    assert all(0 < s < 60 for p in real.points for s in p.decode_s)

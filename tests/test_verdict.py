@@ -205,3 +205,41 @@ def test_machines_and_hosted_models_stand_side_by_side():
     assert any(note.startswith("Electricity is not counted") for note in replace(study, prices=both).notes)
     only = Prices(currency="EUR", hosted=both.hosted)
     assert {way.name for way in verdict_of(replace(study, prices=only), 1000, 2.0).decision.ways} == {"base", "ICL"}
+
+
+def test_latency_is_a_constraint(monkeypatch):
+    """ICL reads 7.1 s and asks .5 s; cached it asks .5 s; 8 at once are one batch, and each waits for all of it."""
+    eight = Point(500, 8, (7.0, 7.1, 7.2), (0.2, 0.2, 0.3), save_s=(0.9,), load_s=(0.1,))
+    costs = Sweep(500, (*COSTS.points, eight, Point(0, 8, (), (0.05,))))
+    study = study_of({"base": 500, "icl": 990, "ft": 990}, 1000, costs=costs)
+    assert study.latency("ICL") == pytest.approx((7.6, 7.19 + 0.545))
+    assert study.latency("ICL cached") == pytest.approx((0.5, 0.545))
+    assert study.latency("fine-tuned")[0] == pytest.approx(0.1)
+    many = with_service(study, concurrency=8)
+    assert many.latency("ICL cached")[0] == pytest.approx(8 * 0.2)
+    assert (
+        replace(many, cache_lifetime=80.0).latency("ICL cached")[1] > 7.1 + 8 * 0.2
+    )  # 1 batch in 10 waits for a reading
+    assert replace(many, cache_lifetime=8000.0).latency("ICL cached")[1] < 8 * 0.3 + 0.1
+    slow = with_service(study, max_latency_s=0.2)
+    verdict = verdict_of(slow, 10, 2.0)
+    assert verdict.decision.chosen.name == "fine-tuned"
+    assert (
+        "takes 100 ms (median) and 109 ms (95th percentile). Slower than --max-latency, or not known: ICL,"
+        in verdict.text
+    )
+    assert verdict_of(study, 10, 2.0).decision.chosen.name == "ICL cached"
+    none = with_service(study, max_latency_s=0.01)
+    assert verdict_of(none, 10, 2.0) is None
+    assert why_none(none) == "No decision: no way answers 95% of queries within --max-latency."
+
+
+def test_answers_are_decoded_behind_their_context():
+    tokens = [replace(p, decode_s=(0.02 + p.context_tokens / 1e4,)) for p in COSTS.points]
+    study = study_of({"icl": 990, "ft": 990}, 1000, costs=Sweep(500, tuple(tokens)))
+    told = with_service(study, answer_tokens=30)
+    assert told.ways("seconds")["fine-tuned"].line.query == pytest.approx(0.1 + 30 * 0.02)
+    assert told.ways("seconds")["ICL cached"].line.query == pytest.approx(0.5 + 30 * 0.07)
+    undecoded = with_service(study_of({"icl": 990, "ft": 990}, 1000), answer_tokens=30)
+    assert verdict_of(undecoded, 100, 2.0) is None
+    assert why_none(undecoded) == "No decision: decoding was not measured; run `compare` with --answer-tokens."

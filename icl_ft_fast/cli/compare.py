@@ -192,8 +192,12 @@ def add_decision_options(parser: Parser) -> None:
     cost.add_argument("--changes-per-month", type=amount_or_0, default=0.0, metavar="N", help=help)
     help = "cost of one wrong answer in the currency of --prices; accuracy then has its price, and no tolerance is used"
     cost.add_argument("--cost-of-wrong", type=amount_or_0, metavar="COST", help=f"{help} (default: none)")
-    help = "tokens of a query's answer: output of hosted models"
+    help = "tokens of a query's answer: compare measures their decoding, hosted models bill them as output"
     cost.add_argument("--answer-tokens", type=positive, default=0, metavar="N", help=f"{help} (default: not counted)")
+    help = "queries that come at once, for latencies; the nearest measured batch is taken"
+    cost.add_argument("--concurrency", type=positive, default=1, metavar="N", help=help)
+    help = "seconds within which 95%% of queries must be answered by a recommended way"
+    cost.add_argument("--max-latency", type=amount, metavar="SECONDS", help=f"{help} (default: any)")
     help = "fraction of queries of each split, such as reversal=0.5,trained=0.5"
     cost.add_argument("--weights", metavar="SPLIT=WEIGHT,...", help=f"{help} (default: as many as questions)")
     help = "the same as --weights, from a JSON file with an object of splits and weights"

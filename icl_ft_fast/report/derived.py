@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, fit
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import Priced, on_hosted, on_machine, uncounted_electricity
@@ -235,7 +237,8 @@ class Derived:
 
     def costs(self, arm: str, resource: str, batch: int, cache_lifetime: float) -> ArmCosts:
         """What an arm costs in a resource."""
-        return ArmCosts(resource, tuple(self.of(arm)), self.results.sweep, batch, cache_lifetime, self.prices)
+        runs, tokens = tuple(self.of(arm)), self.service.answer_tokens
+        return ArmCosts(resource, runs, self.results.sweep, batch, cache_lifetime, self.prices, tokens)
 
     def ways(
         self, resource: str, *, batch: int | None = None, cache_lifetime: float | None = None
@@ -270,6 +273,33 @@ class Derived:
         """The arm that answers in a way."""
         plain = way.partition(ON)[0]
         return next(arm for arm in self.arms if plain in (recorded_arm(arm).title, *self.ways_of(arm)))
+
+    def latency(self, way: str) -> tuple[float, float] | None:
+        """Median and 95th percentile of a query's seconds, where as many come at once as the service says.
+
+        Queries that come at once are answered in one batch, and each waits for all of it. A reading of the context is
+        waited for where it falls due for half of the batches, or for one in 20. None of hosted models.
+        """
+        batch = self._nearest(self.service.concurrency)
+        name, _, where = way.partition(ON)
+        found = self.ways("seconds", batch=batch).get(name)
+        if found is None or (where and self.prices and where in [one.name for one in self.prices.hosted]):
+            return None
+        lifetime = found.line.lifetime / batch  # in batches
+
+        def at(part: float) -> float:
+            reads = found.reading and lifetime <= 1 / (1 - part)
+            return batch * float(np.quantile(found.query, part)) + (
+                float(np.quantile(found.reading, part)) if reads else 0
+            )
+
+        return at(0.5), at(0.95)
+
+    def is_fast(self, way: str) -> bool:
+        """Whether a way answers 95% of queries in time; one whose latency is not known is not known to."""
+        if self.service.max_latency_s is None:
+            return True
+        return (latency := self.latency(way)) is not None and latency[1] <= self.service.max_latency_s
 
     def harm(self, arm: str) -> Harm | None:
         """What an arm changes elsewhere, over its seeds; None where it was not measured."""
@@ -323,7 +353,9 @@ class Derived:
         for name, samples in self.decision_costs(resource).items():
             arm = self.arm_of(name)
             accuracy = self.mixed_accuracy(arm, self.common_seeds)
-            if accuracy is not None and not recorded_arm(arm).asking.is_control and self.is_harmless(arm):
+            if accuracy is None or recorded_arm(arm).asking.is_control:
+                continue
+            if self.is_harmless(arm) and self.is_fast(name):
                 found.append(Way(name, accuracy, samples.line, (1 - accuracy) * (price or 0.0)))
         return found
 

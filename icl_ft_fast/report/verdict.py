@@ -100,6 +100,7 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
             *_wrong(study, decision),
             *_capacity(study, decision, [way.name for way in asked if way not in ways]),
             *_hosted(study),
+            *_latency(study, decision),
         ),
         _by_changes(study, queries, points),
         regret if study.service.cost_of_wrong is not None else None,
@@ -188,6 +189,26 @@ def _capacity(study: Derived, decision: Decision, out: list[str]) -> list[str]:
     return told
 
 
+def _latency(study: Derived, decision: Decision) -> list[str]:
+    """A sentence on how long a query takes, where that is asked for."""
+    service, found = study.service, study.latency(decision.chosen.name)
+    if service.concurrency == 1 and service.max_latency_s is None:
+        return []
+    if found is None:
+        return [f"How long {decision.chosen.name} takes to answer is not known here."]
+    limit, out = service.max_latency_s, []
+    if limit is not None:
+        names = study.priced(study.decided_by[0])
+        out = [name for name in names if not study.is_fast(name)]
+    text = (
+        f"With {service.concurrency} at once, a query of {decision.chosen.name} takes {1e3 * found[0]:,.4g} ms "
+        f"(median) and {1e3 * found[1]:,.4g} ms (95th percentile)."
+    )
+    if out:
+        text += f" Slower than --max-latency, or not known: {', '.join(out)}."
+    return [text]
+
+
 def _hosted(study: Derived) -> list[str]:
     """What to know of hosted models' figures."""
     if study.prices is None or not study.prices.hosted:
@@ -216,6 +237,11 @@ def why_none(study: Derived) -> str:
         return "No decision: no question of this task has a known answer."
     if ways := study.decision_ways(study.decided_by[0]):
         return f"No decision: no machine of the price file can serve so many queries, in any of {len(ways)} ways."
+    points = study.results.sweep.points
+    if points and study.service.answer_tokens and not any(point.decode_s for point in points):
+        return "No decision: decoding was not measured; run `compare` with --answer-tokens."
+    if study.service.max_latency_s is not None and study.resources:
+        return "No decision: no way answers 95% of queries within --max-latency."
     if study.prices is not None and not study.prices.all_machines and study.resources:
         return "No decision: no way of this study can be had on the price file's hosted models."
     if not any(map(study.is_harmless, study.arms)):

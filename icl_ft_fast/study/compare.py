@@ -56,6 +56,7 @@ class StudyOptions:
         store: a folder where contexts that were read before are found, and new ones left; None for no such folder.
         store_bytes: the most that the contexts there may take.
         checkpoint_s: seconds between the checkpoints of a training, in the study's folder.
+        answer_tokens: of an answer; queries are then measured with decoding, and 0 measures them without.
         measure_s: limit of measuring what queries cost; 0 measures nothing, and there is no break-even then.
         task_name: of the task in results.json.
         arguments: a digest of all that the caller was asked for, by which a rerun is told from another study.
@@ -70,6 +71,7 @@ class StudyOptions:
     store_bytes: int = 20 * 10**9
     checkpoint_s: float = CHECKPOINT_S
     measure_s: float = MEASURE_S
+    answer_tokens: int = 0
     task_name: str = "task"
     arguments: str = ""
     overwrite: bool = False
@@ -249,7 +251,16 @@ class _Study:
         if options.measure_s:
             task, limit = planned[0].task, options.measure_s  # the first seed's
             needed = context_lengths(runs)
-            costs = measure(model, task, settings, needed, seconds=limit, journal=journal, progress=self.progress)
+            costs = measure(
+                model,
+                task,
+                settings,
+                needed,
+                seconds=limit,
+                decoded=options.answer_tokens,
+                journal=journal,
+                progress=self.progress,
+            )
             measured = journal.once(
                 digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype))
             )
@@ -316,6 +327,7 @@ def measure(
     needed: Sequence[int] = (),
     *,
     seconds: float = MEASURE_S,
+    decoded: int = 0,
     journal: ResultJournal | None = None,
     progress: bool = False,
 ) -> sweep.Sweep:
@@ -327,11 +339,18 @@ def measure(
 
     def run() -> dict[str, Any]:
         found = sweep.sweep(
-            model, task.questions, text, lengths=lengths, needed=needed, seconds=seconds, progress=progress
+            model,
+            task.questions,
+            text,
+            lengths=lengths,
+            needed=needed,
+            seconds=seconds,
+            decoded=decoded,
+            progress=progress,
         )
         return asdict(found)
 
     questions = [asdict(question) for question in task.questions]
-    key = digest(study_key(model, settings), questions, text, list(needed), seconds)
+    key = digest(study_key(model, settings), questions, text, list(needed), seconds, *([decoded] if decoded else []))
     measured: sweep.Sweep = _SWEEP.validate_python((journal or ResultJournal(None)).once(key, run))
     return measured

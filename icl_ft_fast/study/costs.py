@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from icl_ft_fast.study.prices import Prices
@@ -37,6 +38,7 @@ class ArmCosts:
         batch: queries scored together; the nearest measured number is taken.
         cache_lifetime: queries that share a reading of a context that stays in the cache.
         prices: the user's; needed for money.
+        answer_tokens: decoded for each query; their seconds count, not their FLOPs and joules, which are not measured.
     """
 
     resource: str
@@ -45,6 +47,7 @@ class ArmCosts:
     batch: int = 1
     cache_lifetime: float = math.inf
     prices: Prices | None = None
+    answer_tokens: int = 0
 
     @property
     def setup(self) -> tuple[float, ...] | None:
@@ -73,7 +76,10 @@ class ArmCosts:
         single = {"FLOPs": point.query_flops or None, "joules": point.query_joules}
         if self.resource in single:
             return None if (value := single[self.resource]) is None else (value,)
-        return self.of_seconds(point.query_s, point.query_joules) or None
+        if self.answer_tokens and not point.decode_s:
+            return None
+        decode_s = self.answer_tokens * median(point.decode_s) if self.answer_tokens else 0.0
+        return self.of_seconds([s + decode_s for s in point.query_s], point.query_joules) or None
 
     def reading(self, point: Point) -> tuple[float, ...]:
         """What reading the context costs, a measurement each."""

@@ -28,6 +28,8 @@ class Service:
         cost_of_wrong: of one wrong answer, in the currency of the price file; None where it has no price.
         weights: by split, the fraction of queries of its kind; None for as many as there are questions.
         answer_tokens: that a query's answer has.
+        concurrency: queries that come at once.
+        max_latency_s: seconds within which 95% of queries must be answered; None for any.
     """
 
     days: float = 30.0
@@ -35,6 +37,8 @@ class Service:
     cost_of_wrong: float | None = None
     weights: Mapping[str, float] | None = None
     answer_tokens: int = 0
+    concurrency: int = 1
+    max_latency_s: float | None = None
 
     @property
     def versions(self) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import load_context, save_context
+from icl_ft_fast.engine.generate import Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import TokenRequest, loglikelihood, prefill
 from icl_ft_fast.engine.meters import Meter
@@ -27,6 +28,7 @@ from icl_ft_fast.tasks.task import Question
 BATCHES = (1, 8, 64)
 LENGTHS = tuple(512 * 2**k for k in range(7))  # 0.5k to 32k tokens
 ROUNDS = 9
+DECODED = 16  # tokens of an answer, at most: each takes as long as the one before
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Point:
         prefill_joules, query_joules: medians; None where energy cannot be read.
         save_s, load_s: seconds of save_context(), and of load_context() from the system's cache with the copy into a
             cache that the first run makes.
+        decode_s: seconds of one more token of an answer, a query; empty where answers were not decoded.
     """
 
     context_tokens: int
@@ -54,6 +57,7 @@ class Point:
     query_joules: float | None = None
     save_s: tuple[float, ...] = ()
     load_s: tuple[float, ...] = ()
+    decode_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def sweep(
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
     seconds: float = 30.0,
+    decoded: int = 0,
     progress: bool = False,
 ) -> Sweep:
     """Measure prefills and queries of the task's own questions.
@@ -91,6 +96,8 @@ def sweep(
         rounds: measurements of each point, after one that warms up.
         seconds: nothing is begun that, by what it took before, would end later; but 0, the context's own length and
             those needed are measured once in any case. What could not be repeated has one measurement, the warm-up.
+        decoded: tokens of an answer that each query decodes behind its prompt, at most DECODED, to be timed; 0 decodes
+            nothing.
         progress: show a bar of measurements.
 
     Returns:
@@ -108,13 +115,13 @@ def sweep(
     asked = [[next(encoded) for _ in question.choices] for question in questions]
     longest = max(len(before) + len(after) for choices in asked for before, after in choices)
     always = {0, len(own), *needed}
-    grid = [*sorted(always), *(n for n in sorted({*lengths} - always) if n <= model.max_positions - longest)]
+    grid = [*sorted(always), *(n for n in sorted({*lengths} - always) if n <= model.max_positions - longest - decoded)]
 
     def left_s() -> float:
         return seconds - (time.perf_counter() - begun)
 
     with tempfile.TemporaryDirectory() as folder, Activity("measuring", unit="run", shown=progress) as bar:
-        measuring = _Measuring(model, asked, words, longest, Path(folder), bar)
+        measuring = _Measuring(model, asked, words, longest, Path(folder), bar, decoded=min(decoded, DECODED))
         one_s = measuring.seconds_of_a_query()
         sizes = sorted({min(batch, len(asked)) for batch in batches})
         measuring.sizes = [n for n in sizes if n == sizes[0] or n * one_s * len(always) < left_s() / 3]
@@ -145,6 +152,7 @@ class _Place:
         queries: by batch size, a ledger for each round.
         save_s: seconds of writing the file, once.
         took_s: seconds of the last round.
+        decoded_s: by batch size, seconds of a token and query for each round that decoded some.
     """
 
     context_tokens: int
@@ -153,6 +161,7 @@ class _Place:
     files: list[Ledger] = field(default_factory=list)
     save_s: tuple[float, ...] = ()
     took_s: float = 0.0
+    decoded_s: dict[int, list[float]] = field(default_factory=dict)
 
     def points(self) -> list[Point]:
         """The measurements without those that warmed up, unless there are no others."""
@@ -172,6 +181,7 @@ class _Place:
                 query_joules=None if joules is None else joules / batch,
                 save_s=self.save_s,
                 load_s=tuple(file.seconds["context"] for file in _repeated(self.files)),
+                decode_s=tuple(self.decoded_s.get(batch, ())),
             )
             found.append(point)
         return found
@@ -188,6 +198,7 @@ class _Measuring:
     folder: Path
     bar: Activity
     sizes: Sequence[int] = ()
+    decoded: int = 0
 
     def __post_init__(self) -> None:
         self._meter, self._fingerprint = Meter(self.model.device), self.model.fingerprint()
@@ -215,6 +226,8 @@ class _Measuring:
             picked = [self.asked[(i * batch + b) % len(self.asked)] for b in range(batch)]
             place.queries.setdefault(batch, []).append(ledger := Ledger(meter=self._meter))
             loglikelihood(model, _behind(tokens, picked), start=context, ledger=ledger)
+            if self.decoded and (decode_s := self._decode_s(tokens, picked)) is not None:
+                place.decoded_s.setdefault(batch, []).append(decode_s)
             self.bar.update()
         if context is not None:
             path = self.folder / f"{length}.safetensors"
@@ -227,6 +240,21 @@ class _Measuring:
                 loaded = load_context(path, model, fingerprint=self._fingerprint)
                 loaded.open(model.new_cache(length + self.longest))
         place.took_s = time.perf_counter() - begun
+
+    def _decode_s(self, context: list[int], picked: Sequence[Sequence[TokenRequest]]) -> float | None:
+        """Seconds of one more token of one answer, all decoded together; None where all end with their first token."""
+        told: list[tuple[int, float]] = []
+        prompts = [[*context, *choices[0][0]] or self.words[:1] for choices in picked]
+        sampling = Sampling(max_new_tokens=self.decoded)
+        for _ in iter_generations(
+            self.model, prompts, sampling, on_token=lambda p, *_: told.append((p, time.perf_counter()))
+        ):
+            pass
+        first: dict[int, float] = {}
+        for p, at in told:
+            first.setdefault(p, at)
+        more = len(told) - len(first)
+        return (told[-1][1] - max(first.values())) / more if more > 0 else None
 
 
 def _repeated(ledgers: list[Ledger]) -> list[Ledger]:

@@ -71,7 +71,11 @@ def service_of(options: argparse.Namespace) -> Service:
     weights = None if options.weights is None else parse_weights(options.weights)
     if options.weights_file is not None:
         weights = read_weights(options.weights_file)
-    return Service(options.days, options.changes_per_month, options.cost_of_wrong, weights, options.answer_tokens)
+    return Service(
+        options.days,
+        options.changes_per_month,
+        *(options.cost_of_wrong, weights, options.answer_tokens, options.concurrency, options.max_latency),
+    )
 
 
 def print_decision(study: Derived, options: argparse.Namespace, console: Console) -> None:
@@ -194,6 +198,7 @@ def _compared(
         store_bytes=int(options.store_limit * 1e9),
         checkpoint_s=60 * options.checkpoint_minutes,
         measure_s=options.measure_seconds,
+        answer_tokens=options.answer_tokens,
         task_name=options.task,
         arguments=arguments_digest(options),
         overwrite=options.overwrite,
