@@ -107,7 +107,8 @@ def test_scoring_copies_once_a_chunk_and_waits_only_for_results(tiny_network, mo
     assert ["run", "run", "read"] in [order[i : i + 3] for i in range(len(order))]  # one chunk late
 
 
-def test_a_step_of_decoding_copies_once_each_way(tiny_network, monkeypatch) -> None:
+@pytest.mark.parametrize(("temperature", "copies"), [(0.0, 1), (0.7, 3)])
+def test_a_step_of_decoding_waits_once(temperature, copies, tiny_network) -> None:
     """Whatever the number of layers; the meta device writes token 0, and the steps have constant shapes."""
     words = SimpleNamespace(eos_token_id=None, decode=lambda ids: "")
     model = from_network(tiny_network("llama", num_hidden_layers=4).to("meta"), words, "nowhere", self_check=False)
@@ -115,12 +116,12 @@ def test_a_step_of_decoding_copies_once_each_way(tiny_network, monkeypatch) -> N
     found = {}
     for new_tokens in (1, 7):
         with Waits() as waits:
-            (written, *_) = generate(model, [[5, 6, t] for t in range(7, 11)], Sampling(new_tokens))
+            how = Sampling(new_tokens, temperature=temperature)
+            (written, *_) = generate(model, [[5, 6, t] for t in range(7, 11)], how)
         assert len(written.ids) == new_tokens
         found[new_tokens] = waits
-    assert (
-        found[7].waited - found[1].waited == found[7].sent - found[1].sent - 1 == 6
-    )  # the numbers' place is made once
+    assert found[7].waited - found[1].waited == 6
+    assert found[7].sent - found[1].sent == 6 * copies + 1  # the place of a batch's numbers is made once
 
 
 def test_a_chunk_on_the_device_is_what_it_is_on_the_host() -> None:

@@ -23,7 +23,7 @@ from icl_ft_fast.engine.decoding import NewestTokens
 from icl_ft_fast.engine.detokenize import Detokenizer, pieces
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.forward import chunk_tokens_of, footprint_of, in_chunks, temporary_bytes_of
-from icl_ft_fast.engine.kv_cache import KVCache
+from icl_ft_fast.engine.kv_cache import KVCache, num_staying
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.engine.transfer import copied, is_late
@@ -357,7 +357,8 @@ class _Decoder:
         shared = len(self.rows.path) if coming == self.entered else int(self.prompts.depth(coming)[0])
         keep = self.rows.squeeze(shared)
         if keep is not None:
-            self.cache.compact(keep)
+            (moved,) = copied((keep[num_staying(keep) :].int(),), self.model.device)
+            self.cache.compact(keep, moved.long())
 
     def _forward(self, step: _Step) -> torch.Tensor:
         """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
@@ -453,7 +454,9 @@ class _Chooser:
             if sampling not in self._controls:
                 self._controls[sampling] = _controls(sampling)
             history, warpers = self._controls[sampling]
-            scores = logits[members]
+            (index,) = copied((torch.tensor(members, dtype=torch.int32),), logits.device)
+            index = index.long()
+            scores = logits[index]
             if history:
                 for m, s in enumerate(members):
                     seen = torch.tensor([[*running[s].prompt, *running[s].ids]], device=logits.device)
@@ -462,11 +465,11 @@ class _Chooser:
             for warper in warpers:
                 scores = warper(None, scores)
             if not sampling.temperature:
-                chosen[members] = scores.argmax(-1)
+                chosen[index] = scores.argmax(-1)
                 continue
             below = scores.double().softmax(-1).cumsum(-1)
-            drawn = torch.tensor([[running[s].random.random()] for s in members], device=logits.device)
-            chosen[members] = torch.searchsorted(below, drawn.double() * below[:, -1:], right=True)[:, 0]
+            (drawn,) = copied((torch.tensor([running[s].random.random() for s in members]),), logits.device)
+            chosen[index] = torch.searchsorted(below, drawn[:, None].double() * below[:, -1:], right=True)[:, 0]
         return chosen
 
 

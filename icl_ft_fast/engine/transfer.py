@@ -72,12 +72,12 @@ def send(chunk: trie.Chunk, device: torch.device) -> Sent:
 
 
 def copied(parts: tuple[torch.Tensor, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Int32 vectors of the host on the device: one buffer, pinned for a GPU, one copy, no wait.
+    """Vectors of the host on the device, all int32 or all float32: one buffer, pinned for a GPU, one copy, no wait.
 
     Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not.
     """
     sizes = [-(-len(part) // 4) * 4 for part in parts]
-    packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    packed = torch.empty(sum(sizes), dtype=parts[0].dtype, pin_memory=device.type == "cuda")
     for place, part in zip(packed.split(sizes), parts, strict=True):
         place[: len(part)] = part
     places = packed.to(device, non_blocking=True).split(sizes)
