@@ -38,6 +38,7 @@ from icl_ft_fast.study.settings import (
     NORMALIZATIONS,
     PREFIX_SIZES,
     RETRIEVERS,
+    TOLERANCE,
 )
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 
@@ -205,7 +206,7 @@ def add_decision_options(parser: Parser) -> None:
     help = "price file for a decision by cost, see docs/cost.md (default: decide by seconds)"
     cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
     help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
-    cost.add_argument("--tolerance", type=float, default=2.0, metavar="POINTS", help=help)
+    cost.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="POINTS", help=help)
     help = "pairs of arms that are tested together: trained arms against ICL and plain fine-tuning, or every two arms"
     cost.add_argument("--family", choices=FAMILIES, default="trained", help=help)
     help = "accuracy on the general task (see --general) that a recommended arm may lose, in percentage points"

@@ -19,6 +19,7 @@ NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 RETRIEVERS = ("bm25", "dense")
 CHECKPOINT_S = 600.0  # between checkpoints of an arm in training
 PREFIX_SIZES = (16, 64)  # that the arm "prefix" stands for
+TOLERANCE = 2.0  # percentage points of accuracy that may be lost
 MEASURE_S = 30.0  # of measuring what a query costs
 LORA_FROM = 100_000_000  # parameters from which on adapters are trained unless all weights are asked for
 

@@ -28,6 +28,8 @@ from icl_ft_fast.engine.prompting import (
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import questions
+from icl_ft_fast.study.power import power_of
+from icl_ft_fast.study.settings import TOLERANCE
 from icl_ft_fast.tasks import check, own
 from icl_ft_fast.tasks.files import Problems, TaskError, read_lines, read_text, write_jsonl
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -182,6 +184,8 @@ def run_check(options: argparse.Namespace) -> None:
     print(f"accuracy of always picking the longest choice: {found.longest_is_right:.3f}; chance: {found.chance:.3f}")
     for number, counts in found.positions.items():
         print(f"correct choices by position among {number} choices: {', '.join(map(str, counts))}")
+    if (power := power_of(lambda _: Task((), tuple(questions)), [0], TOLERANCE)) is not None:
+        print(f"what a study can show: {power.text}")
     if options.model is not None:
         _show_prompts(options, read_documents(options.folder / "documents.jsonl"), questions)
 
