@@ -14,8 +14,9 @@ from icl_ft_fast import ops
 from icl_ft_fast.engine import decoding, memory
 from icl_ft_fast.engine import generate as generate_module
 from icl_ft_fast.engine.encoding import encode
-from icl_ft_fast.engine.generate import GenerateError, Sampling, generate, iter_generations
+from icl_ft_fast.engine.generate import GenerateError, Reuse, Sampling, generate, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
+from icl_ft_fast.engine.likelihood import prefill
 from icl_ft_fast.engine.loading import from_network
 
 NEW_TOKENS = 12
@@ -189,7 +190,7 @@ def test_continuations_are_yielded_as_they_end_and_free_places_are_refilled(llam
         prompts,
         [Sampling(n) for n in lengths],
         ledger=ledger,
-        on_token=lambda p, token, logp: written.setdefault(p, []).append((token, logp)),
+        on_token=lambda p, token: written.setdefault(p, []).append((token.id, token.logp)),
     ):
         done[p] = (ledger.decoded_tokens, generation)
     assert [list(zip(done[p][1].ids, done[p][1].logp, strict=True)) for p in range(len(prompts))] == [
@@ -199,6 +200,39 @@ def test_continuations_are_yielded_as_they_end_and_free_places_are_refilled(llam
     assert decoded == sorted(decoded)
     assert decoded[0] < decoded[-1]
     assert len(steps) <= (ledger.decoded_tokens + 2) // 3 + max(lengths)  # no place waits for its neighbours
+
+
+@pytest.mark.parametrize("running", [1, 4, 64])
+def test_prompts_start_from_contexts_and_are_kept_as_contexts(llama, monkeypatch, running, forwards):
+    monkeypatch.setattr(generate_module, "RUNNING", running)
+    tails = [[9, 4, 7], [9, 5], [9], [8, 6, 5, 4], []]
+    first, second = [3 + i % 50 for i in range(70)], [5 + i % 40 for i in range(50)]
+    prompts = [[*document, *tail] for document in (first, second) for tail in tails] + [[3, 3]]
+    how = Sampling(max_new_tokens=6)
+    expected = generate(llama, prompts, how)
+    starts = {p: prefill(llama, first if p < 5 else [*second, 9, 9]) for p in range(10)}
+    kept, ledger = {}, Ledger()
+    keep = {0: 73, 5: 40, 9: 50, 10: 2}  # a whole prompt, beginnings that a context has, and one that none has
+    told = dict(
+        iter_generations(llama, prompts, how, ledger=ledger, reuse=Reuse(starts, keep, kept.__setitem__, top=3))
+    )
+    assert [told[p].ids for p in range(len(prompts))] == [one.ids for one in expected]
+    # Each document is copied once, but what an earlier prompt begins with and the last token of a prompt.
+    assert ledger.cached_tokens == 70 - 2 + 50 - 1
+    assert ledger.forwarded_tokens < 60 + ledger.decoded_tokens
+    assert kept.keys() == keep.keys()
+    for p, context in kept.items():
+        plain = prefill(llama, prompts[p][: keep[p]])
+        assert context.token.tolist() == plain.token.tolist()
+        torch.testing.assert_close(context.hidden, plain.hidden, atol=1e-4, rtol=1e-4)
+        for layer, (keys, values) in context.cache.layers(keep[p]).items():
+            for mine, others in zip((keys, values), plain.cache.layers(keep[p])[layer], strict=True):
+                torch.testing.assert_close(mine, others, atol=1e-4, rtol=1e-4)
+    again = dict(iter_generations(llama, prompts, how, reuse=Reuse(dict.fromkeys(range(11), kept[5]))))
+    assert [again[p].ids for p in range(len(prompts))] == [one.ids for one in expected]
+    for new in told[0].tokens:
+        assert (new.rank, len(new.top)) == (1, 3)
+        assert new.top[0] == pytest.approx((new.id, new.logp), abs=1e-5)
 
 
 @pytest.mark.parametrize("running", [1, 4, 64])

@@ -119,8 +119,8 @@ def encode_pairs(
     return requests
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Leading tokens that are equal."""
+def common(a: Sequence[int] | str, b: Sequence[int] | str) -> int:
+    """Leading tokens, or characters, that are equal."""
     if a == b[: len(a)]:
         return len(a)
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from icl_ft_fast import ops
@@ -23,7 +24,7 @@ from icl_ft_fast.engine.decoding import NewestTokens
 from icl_ft_fast.engine.detokenize import Detokenizer, pieces
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.forward import chunk_tokens_of, footprint_of, in_chunks, temporary_bytes_of
-from icl_ft_fast.engine.kv_cache import KVCache, num_staying
+from icl_ft_fast.engine.kv_cache import Context, KVCache, common_tokens, num_staying
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model, Rows
 from icl_ft_fast.engine.transfer import copied, is_late
@@ -82,6 +83,18 @@ class Sampling:
             raise GenerateError("temperature: 0 is greedy, where top_k, top_p and min_p mean nothing")
 
 
+class NewToken(NamedTuple):
+    """A generated token: its natural-log probability under the model, its rank, and the likeliest at its place.
+
+    The rank is 1 for the likeliest, and 0 where no likeliest tokens were asked for.
+    """
+
+    id: int
+    logp: float
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Generation:
     """A continuation.
@@ -91,12 +104,31 @@ class Generation:
         ids: its tokens: EOS left out, those of a stop string included.
         logp: natural-log probability of each under the model itself, whatever the sampling.
         finish: "eos", "stop" (a stop string), "length", or "dropped" (on_token asked for it).
+        tokens: what on_token was told of each token.
     """
 
     text: str
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     finish: str
+    tokens: tuple[NewToken, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What a run reads of kept contexts and what it keeps, by prompt, and what it tells of each token.
+
+    Attributes:
+        starts: contexts; what a prompt and its context begin with alike is copied, all but the prompt's last token.
+        keep: how many leading tokens of a prompt on_context is given as a Context, when they have been forwarded.
+        on_context: called with (index of the prompt, context).
+        top: how many of the likeliest tokens come with each NewToken.
+    """
+
+    starts: Mapping[int, Context] = field(default_factory=dict)
+    keep: Mapping[int, int] = field(default_factory=dict)
+    on_context: Callable[[int, Context], None] | None = None
+    top: int = 0
 
 
 @dataclass(eq=False)
@@ -107,9 +139,10 @@ class _Sequence:
     sampling: Sampling
     random: random.Random
     reader: Detokenizer
+    index: int  # of a prompt of the call that it belongs to
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
+    told: list[NewToken] = field(default_factory=list)
 
     @property
     def reserved(self) -> int:
@@ -159,9 +192,10 @@ def iter_generations(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     names: Sequence[str] | None = None,
-    on_token: Callable[[int, int, float], bool | None] | None = None,
+    on_token: Callable[[int, NewToken], bool | None] | None = None,
     ledger: Ledger | None = None,
     progress: bool = False,
+    reuse: Reuse | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """Continue prompts as generate() does, each (index of the prompt, continuation) yielded as soon as it is done.
 
@@ -170,10 +204,11 @@ def iter_generations(
         prompts: see generate().
         sampling: see generate().
         names: what errors call each prompt.
-        on_token: called with (index of the prompt, token id, its logp) as each token is generated; EOS is not. Where it
-            returns False the continuation ends.
+        on_token: called with (index of the prompt, token) as each token is generated; EOS is not. Where it returns
+            False the continuation ends.
         ledger: counts of this call are added to it.
         progress: show a bar of finished prompts.
+        reuse: contexts to begin from and to keep.
 
     Raises:
         GenerateError: see generate().
@@ -195,16 +230,17 @@ def iter_generations(
     owners = {}
     for (ids, how), indices in sorted(equal.items(), key=lambda item: item[0][0]):  # neighbours share prefixes
         draws = random.Random(f"{how.seed} {ids}")
-        owners[_Sequence(ids, how, draws, Detokenizer(model.tokenizer, ids))] = indices
+        owners[_Sequence(ids, how, draws, Detokenizer(model.tokenizer, ids), indices[0])] = indices
 
     def on_written(sequence: _Sequence) -> bool:
         if on_token is None:
             return True
-        wanted = [on_token(p, sequence.ids[-1], sequence.logp[-1]) is not False for p in owners[sequence]]
+        wanted = [on_token(p, sequence.told[-1]) is not False for p in owners[sequence]]
         return any(wanted)
 
     with Activity("generating", total=len(prompts), unit="prompt", shown=progress) as bar:
-        for sequence, generation in _Decoder(model, list(owners), ledger or Ledger(), on_written).run():
+        decoder = _Decoder(model, list(owners), ledger or Ledger(), on_written, reuse or Reuse())
+        for sequence, generation in decoder.run():
             bar.update(len(owners[sequence]))
             yield from ((p, generation) for p in owners[sequence])
 
@@ -250,6 +286,7 @@ class _Step:
     depth: list[torch.Tensor]
     rows: list[torch.Tensor]
     needed: list[int]
+    kept: list[tuple[_Sequence, torch.Tensor]]  # the cache rows of prompts that are kept
     place: list[int]  # of each running sequence in the logits: those kept from the step before, then the needed ones
 
 
@@ -257,9 +294,14 @@ class _Decoder:
     """Sequences, ascending by prompt, on their way through one cache."""
 
     def __init__(
-        self, model: Model, sequences: list[_Sequence], ledger: Ledger, on_written: Callable[[_Sequence], bool]
+        self,
+        model: Model,
+        sequences: list[_Sequence],
+        ledger: Ledger,
+        on_written: Callable[[_Sequence], bool],
+        reuse: Reuse,
     ) -> None:
-        self.model, self.ledger, self.on_written = model, ledger, on_written
+        self.model, self.ledger, self.on_written, self.reuse = model, ledger, on_written, reuse
         self.queue, self.running = deque(sequences), list[_Sequence]()
         self.prompts = _Prompts(list(dict.fromkeys(sequence.prompt for sequence in sequences)))
         self.ends_text, self.chooser, self.work = end_tokens(model), _Chooser(), work_of(model)
@@ -270,6 +312,7 @@ class _Decoder:
         with ledger.phase("generate"):
             ledger.kv_bytes += self.cache.capacity * footprint_of(model).kv_row_bytes
         self.rows = RowAllocator(self.cache.capacity - self.has_constant_shapes)
+        self.hidden: torch.Tensor | None = None  # of every row of the cache, [S, E], where a prompt is to be kept
         self.entered: tuple[int, ...] = ()  # the prompt that entered last
         self.logits = torch.empty(0, 0)  # after it, [1, V], where the next sequence needs them
 
@@ -281,7 +324,10 @@ class _Decoder:
             running = min(RUNNING, size)
             return min(size, num_rows + running), self.prompts.capacity(sequences, running) + self.has_constant_shapes
 
-        logits = 24 * min(RUNNING, len(sequences)) * model.head.weight.shape[0]  # they, their softmax in float64, ...
+        vocabulary, width = model.head.weight.shape
+        beside = 24 * min(RUNNING, len(sequences)) * vocabulary  # logits, their softmax in float64, ...
+        if self.reuse.keep:
+            beside += 4 * width * self.prompts.capacity(sequences, min(RUNNING, len(sequences)))
         try:
             size, need = memory.fit(
                 extent,
@@ -289,7 +335,7 @@ class _Decoder:
                 model.memory,
                 footprint_of(model),
                 model.device,
-                extra_bytes=logits,
+                extra_bytes=beside,
                 temporary_bytes=partial(temporary_bytes_of, model),
             )
         except memory.BudgetError as error:
@@ -331,21 +377,56 @@ class _Decoder:
         depth = torch.tensor([len(s.prompt) + len(s.ids) - 1 for s in running], dtype=torch.int32)
         rows = self.rows.fill(running, [len(s.ids) - 1 for s in running], depth)
         token = torch.tensor([s.ids[-1] for s in running], dtype=torch.int32)
-        return _Step([token], [depth], [rows], [*number], [len(self.logits) + s for s in number])
+        return _Step([token], [depth], [rows], [*number], [], [len(self.logits) + s for s in number])
 
     def _enter(self, sequence: _Sequence, step: _Step) -> None:
         """Add a sequence to those running, with what its prompt adds to the one before it."""
         if sequence.prompt != self.entered:
             depth = self.prompts.depth(sequence.prompt)
-            step.token.append(self.prompts.token(sequence.prompt))
-            step.depth.append(depth)
-            step.rows.append(self.rows.enter(depth))
+            rows = self.rows.enter(depth)
+            copied = self._copy_start(sequence, depth, rows)
+            step.token.append(self.prompts.token(sequence.prompt)[copied:])
+            step.depth.append(depth[copied:])
+            step.rows.append(rows[copied:])
+            if num_tokens := self.reuse.keep.get(sequence.index, 0):
+                step.kept.append((sequence, self.rows.path[:num_tokens]))
             step.needed.append(sum(map(len, step.rows)) - 1)
             self.entered = sequence.prompt
             self.ledger.request_tokens += len(sequence.prompt)
         step.place.append(len(self.logits) + len(step.needed) - 1 if len(step.rows) > 1 else 0)
         self.rows.reserve(sequence, sequence.reserved)
         self.running.append(sequence)
+
+    def _copy_start(self, sequence: _Sequence, depth: torch.Tensor, rows: torch.Tensor) -> int:
+        """Copy what its context has of the tokens that a prompt adds, into their rows; returns how many it has."""
+        start = self.reuse.starts.get(sequence.index)
+        if start is None:
+            return 0
+        alike = common_tokens(start.token, np.asarray(sequence.prompt[:-1], np.int32))
+        first, most = int(depth[0]), max(0, alike - int(depth[0]))
+        if most:
+            top = int(rows[0])
+            start.cache.copy_rows(slice(first, alike), self.cache, slice(top, top + most))
+            self.ledger.cached_tokens += most
+            if self.reuse.keep:
+                self._hidden_rows(start.hidden)[rows[:most].to(start.hidden.device)] = start.hidden[first:alike]
+        return most
+
+    def _hidden_rows(self, like: torch.Tensor) -> torch.Tensor:
+        if self.hidden is None:
+            self.hidden = like.new_zeros(self.cache.capacity, like.shape[1])
+        return self.hidden
+
+    def _keep(self, kept: Sequence[tuple[_Sequence, torch.Tensor]]) -> None:
+        """Hand out the beginnings of prompts that have just been forwarded, as contexts."""
+        for sequence, rows in kept:
+            cache, here = KVCache(len(rows), kv_dtype=self.cache.kv_dtype), rows.to(self.model.device)
+            self.cache.copy_rows(here, cache, slice(len(rows)))
+            cache.commit(len(rows))
+            assert self.hidden is not None  # the last token of every prompt is forwarded
+            token = np.asarray(sequence.prompt[: len(rows)], np.int32)
+            if self.reuse.on_context is not None:
+                self.reuse.on_context(sequence.index, Context(token, self.hidden[here], cache))
 
     def _waits_for_room(self) -> bool:
         """Whether the next sequence, if there is one, does not fit into the cache."""
@@ -359,6 +440,8 @@ class _Decoder:
         if keep is not None:
             (moved,) = copied((keep[num_staying(keep) :].int(),), self.model.device)
             self.cache.compact(keep, moved.long())
+            if self.hidden is not None:
+                self.hidden[: len(keep)] = self.hidden[keep.to(self.hidden.device)]
 
     def _forward(self, step: _Step) -> torch.Tensor:
         """Forward rows in chunks; float32 logits [len(needed), V] after the rows `needed`, which ascend."""
@@ -371,15 +454,18 @@ class _Decoder:
             numbers = token[part], depth[part], slots[part].int(), self.rows.end_k[:top], self.rows.depth_k[:top]
             its, depth_q, row_q, end_k, depth_k, wanted_rows = copied((*numbers, wanted), device)
             rows = Rows(its.long(), depth_q, row_q, end_k, depth_k, self.cache, row_q.long())
-            hidden = self.model.forward(rows)[wanted_rows]
+            hidden = self.model.forward(rows)
+            if self.reuse.keep:
+                self._hidden_rows(hidden)[row_q.long()] = hidden
             self.ledger.ran(self.work, depth[part], top - len(depth[part]), len(wanted))
-            return hidden
+            return hidden[wanted_rows]
 
         plan, hidden = trie.slices(len(token), self.chunk_tokens), []
         for chunk, its in in_chunks(plan, run):
             hidden.append(its)
             if chunk.last_row < len(token):  # smaller from now on where memory ran out
                 self.chunk_tokens = min(self.chunk_tokens, chunk.last_row - chunk.first_row)
+        self._keep(step.kept)
         self.ledger.forwarded_tokens += len(token)
         self.ledger.head_tokens += len(needed)
         return self.model.head.logits(torch.cat(hidden)) if hidden else self.logits[:0]
@@ -405,15 +491,14 @@ class _Decoder:
     def _write(self, logits: torch.Tensor) -> list[tuple[_Sequence, Generation]]:
         """Give each running sequence its next token; returns those that end with it and lets them go."""
         chosen = self.chooser.choose(logits, self.running)
-        taken = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
-        tokens, logp = torch.stack([chosen.double(), taken.double()]).tolist()  # one copy; both are exact in float64
         running, ended = self.running, []
         self.running = []
-        for sequence, token, token_logp in zip(running, map(int, tokens), logp, strict=True):
+        for sequence, new in zip(running, _told(logits, chosen, self.reuse.top), strict=True):
+            token = new.id
             finish, is_wanted = "eos" if token in self.ends_text else "", True
             if not finish:
                 sequence.ids.append(token)
-                sequence.logp.append(token_logp)
+                sequence.told.append(new)
                 is_wanted = self.on_written(sequence)
             stop = sequence.sampling.stop
             if stop and not finish:
@@ -428,12 +513,28 @@ class _Decoder:
             if finish:
                 text = text if stop else "".join(pieces(self.model.tokenizer, sequence.ids, sequence.prompt))
                 text = min((text.split(mark)[0] for mark in stop), key=len, default=text)
-                ended.append((sequence, Generation(text, tuple(sequence.ids), tuple(sequence.logp), finish)))
+                ids, logp = tuple(sequence.ids), tuple(one.logp for one in sequence.told)
+                ended.append((sequence, Generation(text, ids, logp, finish, tuple(sequence.told))))
                 self.rows.release(sequence)
             else:
                 self.running.append(sequence)
         self.ledger.decoded_tokens += len(running)
         return ended
+
+
+def _told(logits: torch.Tensor, chosen: torch.Tensor, top: int) -> list[NewToken]:
+    """What is told of the tokens chosen [R] from logits [R, V]."""
+    of_chosen, total = logits.gather(1, chosen[:, None]), logits.logsumexp(-1, keepdim=True)
+    taken = (of_chosen - total)[:, 0]
+    tokens, logp = torch.stack([chosen.double(), taken.double()]).tolist()  # one copy; both are exact in float64
+    ids = list(map(int, tokens))
+    if not top:
+        return [NewToken(*one) for one in zip(ids, logp, strict=True)]
+    ranks = (1 + (logits > of_chosen).sum(-1)).tolist()
+    best = logits.topk(min(top, logits.shape[1]), dim=-1)
+    listed = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+    likeliest = [tuple(zip(*one, strict=True)) for one in listed]
+    return [NewToken(*one) for one in zip(ids, logp, ranks, likeliest, strict=True)]
 
 
 class _Chooser:

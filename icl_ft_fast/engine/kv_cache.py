@@ -113,15 +113,20 @@ class KVCache:
 
     def copy(self, rows: int, other: KVCache) -> KVCache:
         """Put the first `rows` rows on another cache, which is empty, and return that."""
-        other._dtype = self._dtype
-        for layer, parts in self._layers.items():
-            kept = tuple(part[:rows] for part in parts)
-            if other.kv_dtype != self.kv_dtype:
-                keys, values = self._read(layer, rows)
-                kept = pack(keys, other.kv_dtype) + pack(values, other.kv_dtype)
-            other._put(layer, slice(rows), kept)
+        self.copy_rows(slice(rows), other, slice(rows))
         other.commit(rows)
         return other
+
+    def copy_rows(self, rows: slice | torch.Tensor, other: KVCache, where: slice) -> None:
+        """Put rows, by position, on the rows `where` of another cache; they are not committed there."""
+        other._dtype = self._dtype
+        for layer, parts in self._layers.items():
+            kept = tuple(part[rows] for part in parts)
+            if other.kv_dtype != self.kv_dtype:
+                half = len(kept) // 2
+                keys, values = unpack(kept[:half], self._dtype), unpack(kept[half:], self._dtype)
+                kept = pack(keys, other.kv_dtype) + pack(values, other.kv_dtype)
+            other._put(layer, where, kept)
 
     @classmethod
     def of(cls, layers: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> KVCache:
@@ -263,7 +268,7 @@ class ContextCache:
 
         Args:
             token: int32 ids.
-            whole: only contexts that `token` begins with, so that it can start from them; it counts as their use.
+            whole: only contexts that `token` begins with, so that a score can start from them; it counts as their use.
         """
         common = [(common_tokens(context.token, token), context) for context in self._contexts]
         lengths = [n if not whole or n == len(context.token) else 0 for n, context in common]
@@ -271,14 +276,24 @@ class ContextCache:
             return None
         best = self._contexts[lengths.index(max(lengths))]
         if whole:
-            self._contexts.remove(best)
-            self._contexts.append(best)
+            self.use(best)
         return best
+
+    def use(self, context: Context) -> None:
+        """Count a context as used, if it is still there."""
+        if context in self._contexts:
+            self._contexts.remove(context)
+            self._contexts.append(context)
 
     def add(self, context: Context) -> None:
         """Retain a context."""
         self._contexts.append(context)
         self.trim()
+
+    def remove(self, context: Context) -> None:
+        """Drop a context, if it is still there."""
+        if context in self._contexts:
+            self._contexts.remove(context)
 
     def trim(self) -> None:
         """Drop what is over the budget: caches grow as runs start from them."""
