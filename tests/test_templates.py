@@ -61,7 +61,7 @@ def test_training_scoring_serving_and_augmentation_have_the_same_ids(kind):
 
     prompted = ids_of(tokenizer, TURNS[:1], add_generation_prompt=True)
     service = SimpleNamespace(tokenizer=tokenizer)
-    service._encode = partial(_Service._encode, service)
+    service._encode, service._rendered = (partial(call, service) for call in (_Service._encode, _Service._rendered))
     asked = ChatRequest(model="m", messages=[ChatMessage(role=r, content=c) for r, c in TURNS[:1]])
     assert _Service._conversation(service, asked)[0] == prompted
     generator = LocalGenerator(SimpleNamespace(tokenizer=tokenizer), is_chat=True)
@@ -166,7 +166,7 @@ def dated(llama_directory, tmp_path):
     return tmp_path / "dated"
 
 
-def test_a_date_is_fixed(dated, on):
+def test_a_date_is_fixed(dated, on, monkeypatch):
     tokenizer = load(dated).tokenizer
     on("2026-11-29")
     assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 29 Nov 2026 10:11\n")
@@ -177,6 +177,9 @@ def test_a_date_is_fixed(dated, on):
     assert fix_date(tokenizer, "2024-07-26") == "2024-07-26"
     assert render_chat(tokenizer, messages(TURNS[:1])).startswith("<s>Today: 26 Jul 2024")
     assert fix_date(tokenizer_kinds.make("qwen"), "2024-07-26") is None
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%A %a %B %b %d %%B') }}")
+    monkeypatch.setattr(templates, "_DAYS", ("",) * 4 + ("Day-of-ours",))  # not the locale's
+    assert render_chat(tokenizer, messages(TURNS)) == "Day-of-ours Day July Jul 26 %B"
     for other in (tokenizer, tokenizer_kinds.make("qwen")):
         with pytest.raises(templates.DateError, match="template_date: expected YYYY-MM-DD, got 'today'"):
             fix_date(other, "today")

@@ -21,6 +21,7 @@ MARKS = (
     ("<|channel>thought", "<channel|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
+_BEGINS = {mark[0] for pair in MARKS for mark in pair}
 _CHANNEL = re.compile(
     r"<\|channel\|>(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|return|channel|start|call)\|>|$)",
     re.DOTALL,
@@ -41,12 +42,15 @@ def split_reasoning(text: str) -> tuple[str, str]:
     Reasoning without its beginning, which the prompt wrote, is all before its end; without its end, which was cut off,
     all behind its beginning. Of channels (gpt-oss) the answer is the one called final.
     """
+    if not any(begin in text for begin in _BEGINS):  # asked of every token of a stream
+        return "", text
     if channels := _CHANNEL.findall(text):
         thought = [said for name, said in channels if name != "final"]
         return "\n".join(thought), "\n".join(said for name, said in channels if name == "final")
     reasoning = []
     for begin, end in MARKS:
-        if begin.casefold().rstrip(">") not in text.casefold() and end.casefold().rstrip(">") not in text.casefold():
+        folded = text.casefold()
+        if begin.casefold().rstrip(">") not in folded and end.casefold().rstrip(">") not in folded:
             continue
         pattern = re.compile(f"({_loose(begin)})|{_loose(end)}", re.IGNORECASE)
         depth, kept, last = 0, "", 0

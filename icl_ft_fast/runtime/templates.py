@@ -22,6 +22,11 @@ _DATE, _ARGUMENTS = "_icl_ft_fast_date", "_icl_ft_fast_template_arguments"  # at
 # Templates call strftime_now, which transformers lets nobody replace but a macro. It marks the format in the text, by
 # characters that Unicode gives no meaning, and the date is put there afterwards. The line break is trimmed by jinja.
 _CLOCK = "{% macro strftime_now(format) %}{{ '\ufdd2' }}{{ format }}{{ '\ufdd3' }}{% endmacro %}\n"
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 STEPS = 3_000_000  # lines of Python: a second or two; a chat of a thousand turns takes some ten thousand
 
 
@@ -118,4 +123,11 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: A
             return ChatText(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         template = _CLOCK + tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
-    return ChatText(re.sub("\ufdd2(.*?)\ufdd3", lambda match: date.strftime(match[1]), text))
+    return ChatText(re.sub("\ufdd2(.*?)\ufdd3", lambda match: _in_english(date, match[1]), text))
+
+
+def _in_english(date: datetime, format: str) -> str:
+    """strftime() with the names of months and days that models were trained on, whatever the locale."""
+    names = {"%b": _MONTHS[date.month - 1][:3], "%B": _MONTHS[date.month - 1], "%p": "PM" if date.hour > 11 else "AM"}
+    names |= {"%a": _DAYS[date.weekday()][:3], "%A": _DAYS[date.weekday()]}
+    return date.strftime(re.sub("%.", lambda match: names.get(match[0], match[0]), format))
