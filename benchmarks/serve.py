@@ -2,7 +2,8 @@
 
 A random Llama of 30M parameters. Three servers: contexts kept and waiting questions merged; merged only; neither, which
 is the same engine without prefix reuse (a question's own choices still share their prefix). The last two are asked
-fewer questions, by fewer clients: their rate does not depend on it, the last one's latencies do.
+fewer questions, by fewer clients: their rate does not depend on it, the last one's latencies do. The first server also
+writes answers of 32 tokens for the same clients, at once and as streams: no answer may be lost or differ.
 """
 
 import json
@@ -38,6 +39,7 @@ SERVERS = {
     "merged": ({"context_bytes": 0}, 50, 2),
     "no prefix reuse (16 clients)": ({"context_bytes": 0, "merge": False}, 16, 1),
 }
+ANSWERS, ANSWER_TOKENS = 4, 32  # a client's
 TOLERANCE = 1e-4  # of a log-likelihood, against one plain call
 
 
@@ -75,7 +77,49 @@ def run(quick: bool) -> list[Row]:
             Row("serve", name, f"{server}, p{p}", v, v, v, len(ms) / seconds, "questions/s")
             for p, v in ((90, p90), (99, p99))
         ]
+    return rows + _answers(model, text, questions, clients, name)
+
+
+def _answers(model: Model, text: str, questions: list[Question], clients: int, name: str) -> list[Row]:
+    """Answers written at once and as streams, in turn; a stream's milliseconds are those to its first token."""
+    found: dict[bool, list[tuple[float, dict[str, str], list[float]]]] = {False: [], True: []}
+    with _serving(model, {"context_bytes": 2 * 10**9}) as port:
+        for is_streamed in (False, False, True, True, False, True):  # the first round makes the context
+            start = time.perf_counter()
+            with ThreadPoolExecutor(clients) as pool:
+                shares = [questions[c::clients][:ANSWERS] for c in range(clients)]
+                asked = list(pool.map(lambda share, s=is_streamed: _written(port, text, share, s), shares))
+            seconds = time.perf_counter() - start
+            answers = {question: answer for client in asked for question, answer, _ in client}
+            found[is_streamed].append((seconds, answers, [1e3 * took for client in asked for _, _, took in client]))
+    expected = found[False][0][1]
+    assert len(expected) == clients * ANSWERS
+    for rounds in found.values():
+        assert all(answers == expected for _, answers, _ in rounds), "an answer was lost, or differs"
+    rows = []
+    for what, rounds in (("written at once", found[False][1:]), ("streamed, to the first token", found[True][1:])):
+        p50, p20, p80 = np.percentile([ms for _, _, times in rounds for ms in times], [50, 20, 80]).tolist()
+        rate = len(rounds) * len(expected) * ANSWER_TOKENS / sum(seconds for seconds, _, _ in rounds)
+        rows.append(Row("serve", f"{name}, {ANSWER_TOKENS} tokens", what, p50, p20, p80, rate, "tokens/s"))
     return rows
+
+
+def _written(port: int, context: str, questions: list[Question], is_streamed: bool) -> list[tuple[str, str, float]]:
+    """(question, answer, seconds to the first or only part of it), one after the other on one connection."""
+    connection, done = HTTPConnection("127.0.0.1", port, timeout=600), []
+    for question in questions:
+        body = {"model": "30M", "prompt": context + question.prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+        start = time.perf_counter()
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": is_streamed}), headers)
+        response, texts, first = connection.getresponse(), [], 0.0
+        for line in response if is_streamed else [b"data: " + response.read()]:
+            first = first or time.perf_counter() - start
+            if line.startswith(b"data: {"):
+                texts.append(json.loads(line[6:])["choices"][0]["text"])
+        done.append((question.id, "".join(texts), first))
+    connection.close()
+    return done
 
 
 def _question(made: list[Question], i: int) -> Question:
