@@ -23,7 +23,7 @@ from icl_ft_fast import cli
 from icl_ft_fast.cli.serve import KEY_VARIABLE
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.generate import Sampling, generate
+from icl_ft_fast.engine.generate import Reuse, Sampling, generate, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import ScoreError, loglikelihood, prefill
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
@@ -51,11 +51,11 @@ ASKED = {"model": "tiny", "prompt": "the cat", "temperature": 0}
 
 
 @contextmanager
-def serving(model, *, key=None, limits=None, allow_origins=(), context_bytes=2**26, **options):
+def serving(model, *, context_bytes=2**26, store=None, **options):
     """Port and scheduler of a live server."""
-    scheduler = Scheduler(model, context_bytes=context_bytes, **options)
+    scheduler = Scheduler(model, context_bytes=context_bytes, store=store)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = make_app(scheduler, "tiny", key=key, limits=limits, allow_origins=allow_origins)
+    app = make_app(scheduler, "tiny", **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -105,6 +105,10 @@ def assert_scores(llama, answer, prompt, context=CONTEXT, choices=CHOICES):
     expected = loglikelihood(llama, [(context + prompt, choice) for choice in choices])
     assert [score["logprob"] for score in answer["scores"]] == pytest.approx([e.logp for e in expected], abs=1e-4)
     assert [score["is_greedy"] for score in answer["scores"]] == [e.is_greedy for e in expected]
+
+
+def cached(answer):
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 # What is served
@@ -219,13 +223,106 @@ def test_slots_in_the_store_answer_behind_their_key(llama, tmp_path):
         assert_scores(llama, ask(port, context=key)[1], " who", key)
         path = store.add(slots, f"{LABEL}{key}")
         found = ask(port, context=key)[1]
+        asked = {"model": "tiny", "prompt": f"{key} who", "max_tokens": 6, "temperature": 0}
+        written = call(port, "POST", "/v1/completions", asked)[1]
         path.unlink()
         assert_scores(llama, ask(port, context=key)[1], " who", key)
     assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 6
+    assert cached(written) == 6
+    ((_, behind),) = iter_generations(llama, [f"{key} who"], Sampling(6), reuse=Reuse({0: slots}))
+    assert written["choices"][0]["text"] == behind.text != generate(llama, [f"{key} who"], Sampling(6))[0].text
     pairs = encoding.encode_pairs(llama.tokenizer, [(f"{key} who", choice) for choice in CHOICES])
     expected = [one.logp for one in loglikelihood(llama, pairs, start=slots)]
     assert [one["logprob"] for one in found["scores"]] == pytest.approx(expected, abs=1e-4)
     assert expected != pytest.approx([one.logp for one in loglikelihood(llama, pairs)], abs=1e-3)
+
+
+def chat(port, *turns, path="/v1/chat/completions", **fields):
+    """The answer to a conversation of a system's turn and a user's and an assistant's by turns."""
+    roles = ["system", *("user", "assistant") * len(turns)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    asked = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 4} | fields
+    status, answer = call(port, "POST", path, asked)
+    assert status == 200, answer
+    return answer
+
+
+@pytest.fixture
+def with_template(llama, monkeypatch):
+    monkeypatch.setattr(llama.tokenizer, "chat_template", TEMPLATE)
+
+
+def test_chat_and_completions_start_from_kept_contexts(llama, with_template):
+    with serving(llama) as (port, scheduler):
+        first = chat(port, CONTEXT, "who knows")
+        again = chat(port, CONTEXT, "why that mat")
+        told = first["choices"][0]["message"]["content"]
+        further = chat(port, CONTEXT, "who knows", told, "why " * 70)
+        last = chat(port, CONTEXT, "who knows", told, "why " * 70, "the", "who", logprobs=True)
+        assert cached(first) == 0
+        known = len(encoding.encode(llama.tokenizer, ["<system>" + CONTEXT])[0]) - 1
+        assert known <= cached(again) < known + 10
+        assert cached(again) < first["usage"]["prompt_tokens"] <= cached(further) + 1 < cached(last) - 60
+        assert len(scheduler.contexts) == 1  # a turn replaces the one before
+        assert scheduler.ledger.cached_tokens == cached(again) + cached(further) + cached(last)
+        body = {"model": "tiny", "prompt": "<system>" + CONTEXT + " who", "max_tokens": 4, "temperature": 0, "n": 3}
+        completed = call(port, "POST", "/v1/completions", body)[1]
+        assert known <= cached(completed) < known + 5
+        whole = chat(port, CONTEXT, "who knows")  # whole, and then its last token again
+        assert cached(whole) == whole["usage"]["prompt_tokens"] - 1
+    with serving(llama, context_bytes=0) as (port, _):
+        for turns, answer in (((CONTEXT, "why that mat"), again), ((CONTEXT, "who knows"), whole)):
+            plain = chat(port, *turns)
+            assert plain["choices"] == answer["choices"]
+            assert cached(plain) == 0
+        assert call(port, "POST", "/v1/completions", body)[1]["choices"] == completed["choices"]
+
+
+def test_chats_begin_from_what_another_start_saved(llama, with_template, tmp_path):
+    store, answers = ContextStore(tmp_path, llama, 10**9), []
+    for question in ("who knows", "why that mat"):
+        with serving(llama, store=store) as (port, _):
+            answers.append(chat(port, CONTEXT, question))
+            assert chat(port, CONTEXT, question)["choices"] == answers[-1]["choices"]
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1  # what comes before the last turn
+    known = len(encoding.encode(llama.tokenizer, ["<system>" + CONTEXT])[0])
+    assert cached(answers[0]) == 0
+    assert known <= cached(answers[1]) < known + 5
+    for _ in range(2):  # one turn has no beginning that is known; two that begin alike have
+        with serving(llama, store=store) as (port, _):
+            for tail in ("who knows", "why that"):
+                body = {"model": "tiny", "prompt": CONTEXT + tail, "max_tokens": 1, "temperature": 0}
+                status, answer = call(port, "POST", "/v1/completions", body)
+                assert status == 200
+                answers.append(answer)
+    assert [cached(answer) > 64 for answer in answers[2:]] == [False, True, True, True]
+
+
+def test_a_second_attempt_at_a_batch_tells_no_token_again(llama, monkeypatch):
+    written, failed = [], []
+
+    def iter_generations(*arguments, on_token, **options):
+        def breaks(p, token):
+            if len(written) == 3 and not failed:
+                failed.append(token)
+                raise RuntimeError("the device is lost")
+            return on_token(p, token)
+
+        return original(*arguments, on_token=breaks, **options)
+
+    original = scheduler_module.iter_generations
+    scheduler = Scheduler(llama, context_bytes=2**26)
+    how = Sampling(max_new_tokens=6, temperature=1.0, seed=3)
+    prompts = encoding.encode(llama.tokenizer, ["the cat", "who"])
+    expected = generate(llama, prompts, how)
+    monkeypatch.setattr(scheduler_module, "iter_generations", iter_generations)
+    with scheduler._changed:  # both wait together
+        told = scheduler.submit(Prompts(prompts[:1], [how], lambda _, token: written.append(token.id) or True))
+        other = scheduler.submit(Prompts(prompts[1:], [how]))
+    assert [future.result().results[0].ids for future in (told, other)] == [one.ids for one in expected]
+    assert failed
+    assert written == list(expected[0].ids)
+    scheduler.close()
 
 
 def test_completions_through_the_client(client, llama):
@@ -287,10 +384,13 @@ def test_sampling_follows_temperature_top_p_and_seed(client, llama):
     for fields, how in (
         ({}, Sampling(max_new_tokens=8, temperature=1.0, seed=5)),
         ({"temperature": 0.5, "top_p": 0.4}, Sampling(max_new_tokens=8, temperature=0.5, top_p=0.4, seed=5)),
-        ({"temperature": 0, "top_p": 0.4}, Sampling(max_new_tokens=8)),
+        ({"top_k": 5, "min_p": 0.02}, Sampling(max_new_tokens=8, temperature=1.0, top_k=5, min_p=0.02, seed=5)),
+        ({"temperature": 0, "top_p": 0.4, "top_k": 3, "min_p": 0.5}, Sampling(max_new_tokens=8)),
+        ({"temperature": 0, "repetition_penalty": 1.5}, Sampling(max_new_tokens=8, repetition_penalty=1.5)),
     ):
         (expected,) = generate(llama, ["the cat"], how)
-        got = client.completions.create(**asked, **fields, logprobs=0).choices[0]
+        extra = {name: fields.pop(name) for name in ("top_k", "min_p", "repetition_penalty") if name in fields}
+        got = client.completions.create(**asked, **fields, extra_body=extra, logprobs=0).choices[0]
         assert got.text == expected.text
         assert got.logprobs.token_logprobs == pytest.approx(list(expected.logp), abs=1e-4)
 
@@ -330,9 +430,14 @@ def test_a_streamed_completion_is_the_whole_one(echo, client):
     asked = {"model": "tiny", "prompt": ["the cat", "who knows"], "max_tokens": 9, "temperature": 0, "echo": echo}
     whole = client.completions.create(**asked)
     stop = whole.choices[0].text[-4:-2]
-    for more in ({}, {"stop": stop}, {"n": 2}):
+    told = client.completions.create(**asked, logprobs=0).choices
+    inside = next(text[0] for choice in told for text in choice.logprobs.tokens[3:] if len(text) > 1)
+    read = [text for text in told[0].logprobs.tokens[3:] if text]
+    across = read[0][-1] + read[1][0]
+    for more in ({}, {"stop": stop}, {"stop": [inside, "zzz"]}, {"stop": across}, {"n": 2}):
         expected = client.completions.create(**asked, **more)
         streamed = list(client.completions.create(**asked, **more, stream=True, stream_options={"include_usage": True}))
+        assert not echo or streamed[0].choices[0].text in asked["prompt"]
         assert streamed[-1].choices == []
         assert streamed[-1].usage == expected.usage
         texts, ends = [""] * len(expected.choices), {}
@@ -353,6 +458,28 @@ def test_a_streamed_chat_is_the_whole_one(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
     assert chunks[-1].choices[0].finish_reason == whole.finish_reason
     assert len(chunks) > 3
+
+
+@pytest.mark.parametrize("stop", [None, " s"])
+def test_a_stream_tells_the_log_probabilities_of_the_whole_one(stop, client):
+    asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 12, "temperature": 1, "seed": 3, "n": 2, "stop": stop}
+    whole, parts = client.completions.create(**asked, logprobs=2), {0: [], 1: []}
+    for chunk in client.completions.create(**asked, logprobs=2, stream=True):
+        if told := chunk.choices[0].logprobs:
+            parts[chunk.choices[0].index].append(told)
+    for choice in whole.choices:
+        told, expected = parts[choice.index], choice.logprobs
+        assert len(told) > 2
+        for name in ("tokens", "text_offset", "top_logprobs"):
+            assert [one for part in told for one in getattr(part, name)] == getattr(expected, name)
+        logp = [one for part in told for one in part.token_logprobs]
+        assert logp == pytest.approx(expected.token_logprobs, abs=1e-5)
+    turns = [{"role": "user", "content": "the cat"}]
+    asked = {"model": "tiny", "messages": turns, "temperature": 0, "max_tokens": 7, "logprobs": True, "top_logprobs": 2}
+    expected = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = client.chat.completions.create(**asked, stream=True)
+    told = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert told == expected
 
 
 def test_what_a_stream_cannot_begin_is_an_error_with_a_status(client):
@@ -451,6 +578,46 @@ def test_reasoning_is_told_from_the_answer(llama, monkeypatch):
         llama.tokenizer.chat_template = before
 
 
+DATED = TEMPLATE.replace("{{ '<s>' }}", "{{ '<s>' }}{{ strftime_now('%d %b') }}{{ ' why' if enable_thinking }}")
+
+
+def test_template_arguments_reach_every_path(llama, monkeypatch):
+    monkeypatch.setattr(llama.tokenizer, "chat_template", DATED)
+    turns = [{"role": "user", "content": "the cat"}]
+    plain, deep = (
+        encoding.encode(llama.tokenizer, [f"03 Feb{mark}<user>the cat <assistant>"])[0] for mark in ("", " why")
+    )
+    asked = {"model": "tiny", "messages": turns}
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    with serving(llama, template_date="2025-02-03") as (port, _):
+        assert call(port, "GET", "/tokenizer_info")[1]["template_date"] == "2025-02-03"
+        assert call(port, "POST", "/tokenize", asked)[1]["tokens"] == plain
+        assert call(port, "POST", "/tokenize", asked | thinking)[1]["tokens"] == deep
+        for fields, ids in (({}, plain), (thinking, deep), ({"enable_thinking": True}, deep)):
+            (expected,) = generate(llama, [ids], Sampling(max_new_tokens=4))
+            body = asked | fields | {"temperature": 0, "max_tokens": 4}
+            answer = call(port, "POST", "/v1/chat/completions", body)[1]
+            assert answer["choices"][0]["message"]["content"] == expected.text
+            assert answer["usage"]["prompt_tokens"] == len(ids)
+        for fields, ids in (({}, plain), (thinking, deep)):
+            scores = call(port, "POST", "/v1/score_choices", asked | fields | {"choices": CHOICES})[1]["scores"]
+            text = llama.tokenizer.decode(ids[1:])
+            expected = loglikelihood(llama, [(text, choice) for choice in CHOICES])
+            assert [score["logprob"] for score in scores] == pytest.approx([e.logp for e in expected], abs=1e-4)
+        for path, body, told in (
+            ("/v1/chat/completions", {"reasoning_effort": "low"}, "reasoning_effort: this model's chat template does"),
+            ("/v1/score_choices", {"choices": CHOICES, "prompt": "x"}, "prompt: give either it or messages"),
+            ("/v1/score_choices", {"choices": CHOICES, "context": "x"}, "context: not with messages"),
+        ):
+            status, answer = call(port, "POST", path, asked | body)
+            assert (status, answer["error"]["message"].startswith(told)) == (400, True)
+        assert call(port, "POST", "/v1/score_choices", {"choices": CHOICES})[0] == 400
+    with serving(llama, template_date="2025-02-03", template_arguments={"enable_thinking": True}) as (port, _):
+        assert call(port, "POST", "/tokenize", asked)[1]["tokens"] == deep
+        off = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert call(port, "POST", "/tokenize", asked | off)[1]["tokens"] == plain
+
+
 def test_streamed_reasoning_is_told_from_the_answer(tokenizer):
     text = "<think>Is it the cat? <no>.</think>\n\nThe cat</think"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -466,19 +633,34 @@ def test_streamed_reasoning_is_told_from_the_answer(tokenizer):
 def test_fields_that_ask_for_nothing_are_taken(client, llama):
     turns = [
         {"role": "developer", "content": "the "},
-        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": [], "audio": None},
         {"role": "tool", "content": [], "tool_call_id": "x"},
         {"role": "user", "content": "cat", "name": None},
     ]
     nothing = {"stop": [], "tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "tool_choice": "none"}
     nothing |= {"seed": None, "n": None, "stream_options": None, "metadata": {}, "store": False, "functions": []}
+    nothing |= {"parallel_tool_calls": False, "function_call": None, "service_tier": "auto", "max_completion_tokens": 4}
+    nothing |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False, "presence_penalty": 0.0}
     asked = {"model": "tiny", "messages": turns, "temperature": 0, "max_tokens": 4}
     got = client.chat.completions.create(**asked, extra_body=nothing)
     prompt = "<system>the <assistant> <tool> <user>cat <assistant>"
     (expected,) = generate(llama, [prompt], Sampling(max_new_tokens=4))
     assert got.choices[0].message.content == expected.text
+    with pytest.raises(openai.BadRequestError, match="max_tokens: give either it or max_completion_tokens"):
+        client.chat.completions.create(**asked, max_completion_tokens=5)
     for field in ({"stop": ""}, {"suffix": ""}, {"temperature": 1e-300}):
         assert client.completions.create(**ASKED | {"max_tokens": 3}, extra_body=field).choices[0].text
+
+
+def test_the_arguments_of_a_tool_call_are_what_templates_take(llama, monkeypatch):
+    calls = "{% for c in messages[0].tool_calls %}{{ c.function.arguments | tojson }};{% endfor %}"
+    monkeypatch.setattr(llama.tokenizer, "chat_template", calls)
+    given = ['{"a": 1}', {"a": 1}, "", "[1", "5"]
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": one}} for one in given]
+    turns = [{"role": "assistant", "content": None, "tool_calls": calls}]
+    with serving(llama) as (port, _):
+        answer = call(port, "POST", "/tokenize", {"messages": turns})[1]
+    assert llama.tokenizer.decode(answer["tokens"]) == '{"a": 1};{"a": 1};{};"[1";"5";'
 
 
 def test_methods_and_origins(llama, live, caplog):
@@ -508,7 +690,9 @@ def test_methods_and_origins(llama, live, caplog):
 
 
 def test_models_and_tokens(client, live, llama):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    with pytest.raises(openai.NotFoundError, match="'a/b' is not served, 'tiny' is"):
+        client.models.retrieve("a/b")
     assert call(live[0], "POST", "/tokenize", {"prompt": "the cat"})[1]["tokens"] == llama.tokenizer.encode("the cat")
     bare = call(live[0], "POST", "/tokenize", {"prompt": "</s>", "add_special_tokens": False})[1]
     assert bare["tokens"] == [llama.tokenizer.eos_token_id]
@@ -528,7 +712,7 @@ def test_models_and_tokens(client, live, llama):
         ({"top_p": float("nan")}, "top_p: "),
         ({"n": 0}, "n: "),
         ({"n": 3, "best_of": 2}, "best_of: expected at least n = 3, got 2"),
-        ({"stream": True, "logprobs": 1}, "stream: not with logprobs"),
+        ({"stream": True, "echo": True, "logprobs": 1}, "stream: not with prompt_logprobs, echo with logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty: "),
         ({"logit_bias": {"5": 1}}, "logit_bias: "),
         ({"nonsense": 1}, "nonsense: Extra inputs are not permitted"),
@@ -782,16 +966,19 @@ def test_the_command_serves(llama_directory, monkeypatch, capsys, tmp_path):
     def run(app, **options):
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, ws="none", **options))
+        assert server.config.workers == 1  # whatever WEB_CONCURRENCY says
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         asked["models"] = call(listening.getsockname()[1], "GET", "/v1/models")
+        assert ask(listening.getsockname()[1])[0] == 200
         server.should_exit = True
         thread.join()
 
     monkeypatch.setattr(uvicorn, "run", run)
+    monkeypatch.setenv("WEB_CONCURRENCY", "3")
     command = ["serve", str(llama_directory), "--name", "mine", "--key-file", str(tmp_path / "key")]
     assert cli.main([*command, "--host", "0.0.0.0", "--store", str(tmp_path / "store"), "--store-limit", "0.5"]) == 0
-    assert (tmp_path / "store").is_dir()
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 1
     assert asked["models"][1]["data"][0]["id"] == "mine"
     assert "no key is set" not in capsys.readouterr().err
     monkeypatch.delenv(KEY_VARIABLE, raising=False)

@@ -9,6 +9,7 @@ from icl_ft_fast.cli.options import (
     add_memory_options,
     add_model_options,
     add_store_options,
+    add_template_arguments_option,
     command,
     later,
     positive,
@@ -39,6 +40,9 @@ def add(commands: Commands) -> None:
     serving.group("display").add_argument("--log-level", choices=levels, default="info", help=help)
     help = f"file whose first line is the API key (default: the environment variable {KEY_VARIABLE})"
     server.add_argument("--key-file", type=Path, metavar="FILE", help=help)
+    help = "YYYY-MM-DD, the date that a chat template writes which reads it (default: the day of the start)"
+    server.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    add_template_arguments_option(server)
     limits: dict[str, tuple[int, str, str]] = {
         "--max-waiting": (256, "N", "requests in the queue; further ones get status 429"),
         "--max-connections": (1024, "N", "simultaneous connections; further ones get status 503"),

@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
@@ -34,6 +35,7 @@ class StreamOptions(Body):
     """What a stream says besides its text."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class GenerationBody(Body):
@@ -43,12 +45,22 @@ class GenerationBody(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0 is greedy decoding")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="no effect on greedy decoding")
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 and -1 are all; no effect as top_p")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="no effect on greedy decoding")
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     seed: int | None = Field(None, description="of the draws; a new one each time by default")
     n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="choices for each prompt")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="not read")
     metadata: dict[str, Any] | None = Field(None, description="not read")
+    safety_identifier: Text | None = Field(None, description="not read")
+    prompt_cache_key: Text | None = Field(None, description="not read: every prompt is looked up")
+    service_tier: Literal["auto", "default"] | None = None
+    ignore_eos: Literal[False] | None = None
+    min_tokens: Literal[0] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -89,6 +101,15 @@ class ChatMessage(Body):
     reasoning_content: Text | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: Text | None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+TemplateArguments = Annotated[
+    dict[str, Any] | None, Field(description="arguments of the chat template, such as enable_thinking")
+]
 
 
 class TextFormat(Body):
@@ -100,17 +121,24 @@ class TextFormat(Body):
 class ChatRequest(GenerationBody):
     """/v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopK | None = None
-    chat_template_kwargs: dict[str, bool | int | str | None] | None = Field(
-        None, description="arguments of the chat template, such as enable_thinking"
-    )
+    chat_template_kwargs: TemplateArguments = None
+    enable_thinking: bool | None = Field(None, description="an argument of the chat template")
+    reasoning_effort: Text | None = Field(None, description="an argument of the chat template")
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="of tools, which are not served")
     functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: None = None
+    prediction: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    echo: Literal[False] | None = None
     response_format: TextFormat | None = None
     store: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -121,7 +149,9 @@ class ChoicesRequest(Body):
 
     model: Text | None = None
     context: Text = Field("", description="cached for later requests that begin with it")
-    prompt: Text
+    prompt: Text | None = Field(None, description="after the context")
+    messages: Messages | None = Field(None, description="instead of context and prompt: choices are the next turn")
+    chat_template_kwargs: TemplateArguments = None
     choices: Annotated[list[Text], Field(min_length=1)]
 
 
@@ -129,8 +159,11 @@ class TokenizeRequest(Body):
     """/tokenize."""
 
     model: Text | None = None
-    prompt: Text
-    add_special_tokens: bool = True
+    prompt: Text | None = None
+    messages: Messages | None = Field(None, description="instead of a prompt: what chat would put to the model")
+    chat_template_kwargs: TemplateArguments = None
+    add_special_tokens: bool = Field(True, description="of a prompt; a chat template writes its own")
+    add_generation_prompt: bool = Field(True, description="of messages")
 
 
 def samplings(
@@ -143,7 +176,9 @@ def samplings(
     given = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     temperature = 1.0 if body.temperature is None else body.temperature
     temperature = temperature if temperature >= ALMOST_GREEDY else 0.0
-    top_p = body.top_p if body.top_p and temperature else 1.0
+    how = Sampling(1, temperature, repetition_penalty=body.repetition_penalty or 1.0)
+    if temperature:
+        how = replace(how, top_p=body.top_p or 1.0, top_k=max(0, body.top_k or 0), min_p=body.min_p or 0.0)
     seed = secrets.randbits(62) if body.seed is None else body.seed
     before: Counter[tuple[int, ...]] = Counter()
     found = []
@@ -151,7 +186,7 @@ def samplings(
         repeats = before[tuple(prompt)]
         before[tuple(prompt)] += 1
         stop = tuple(mark for mark in given if mark)
-        found.append(Sampling(most, temperature, top_p=top_p, stop=stop, seed=seed + repeats))
+        found.append(replace(how, max_new_tokens=most, stop=stop, seed=seed + repeats))
     return found
 
 

@@ -1,6 +1,7 @@
 """The server's scheduler: one thread owns the model, and scores what arrived while it worked as one prefix tree.
 
-Contexts stay prefilled: one that a request declares, or a prefix that prompts of earlier batches shared. Knows no HTTP.
+Contexts stay prefilled: one that a request declares, a prefix that prompts of earlier batches shared, or a prompt that
+was continued. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import logging
 import math
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextError, ContextStore
-from icl_ft_fast.engine.generate import Sampling, iter_generations
+from icl_ft_fast.engine.forward import footprint_of
+from icl_ft_fast.engine.generate import NewToken, Reuse, Sampling, iter_generations
 from icl_ft_fast.engine.kv_cache import Context, ContextCache, common_tokens
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import (
@@ -75,13 +78,20 @@ class Sequences(NamedTuple):
 class Prompts(NamedTuple):
     """Asks for a Generation after each prompt, under a sampling each.
 
-    `on_token` is called in the scheduler's thread with (index of the prompt, token id); where it returns False, that
-    continuation ends.
+    Attributes:
+        prompts: token ids.
+        samplings: one a prompt.
+        on_token: called in the scheduler's thread with (index of the prompt, token), once for each token; where it
+            returns False, that continuation ends.
+        top: how many of the likeliest tokens come with each, at least.
+        declared: leading tokens of every prompt that later prompts will begin with, such as a chat's earlier turns.
     """
 
     prompts: Sequence[list[int]]
     samplings: Sequence[Sampling]
-    on_token: Callable[[int, int], bool] | None = None
+    on_token: Callable[[int, NewToken], bool] | None = None
+    top: int = 0
+    declared: int = 0
 
 
 @dataclass
@@ -109,10 +119,24 @@ class _PendingRequest:
     pairs: list[Pair] = field(default_factory=list)
     result: RequestResult = field(default_factory=lambda: RequestResult([], []))
     waiting: int = 0
+    told: dict[int, list[int]] = field(default_factory=dict)  # by place, the tokens that the client has
+    retold: dict[int, int] = field(default_factory=dict)  # how many of them this attempt has come to
 
     def take(self, pairs: Sequence[Pair]) -> None:
-        self.pairs, self.waiting = list(pairs), len(pairs)
+        self.pairs, self.waiting, self.retold = list(pairs), len(pairs), {}
         self.result = RequestResult([None] * len(pairs), [(len(context), len(rest)) for context, rest in pairs])
+
+    def tell(self, r: int, new: NewToken) -> bool:
+        """Pass a token on, unless an attempt that failed did so before; whether the continuation goes on."""
+        assert isinstance(self.asked, Prompts)
+        told, place = self.told.setdefault(r, []), self.retold.get(r, 0)
+        self.retold[r] = place + 1
+        if place < len(told):
+            if told[place] != new.id:
+                raise RuntimeError("a second attempt at a batch that failed wrote other tokens than the first")
+            return True
+        told.append(new.id)
+        return self.asked.on_token is None or self.asked.on_token(r, new)
 
     def done(self, r: int, result: Any) -> None:
         self.result.results[r] = result
@@ -161,6 +185,8 @@ class Scheduler:
         self._slots = None if store is None else SavedSlots(store)
         self._too_long = math.inf  # tokens of the shortest context that went over the budget by itself
         self._seen: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()
+        self._of_prompts = weakref.WeakSet[Context]()  # kept after a prompt was continued
+        self._saved: deque[NDArray[np.int32]] = deque(maxlen=REMEMBERED)  # what prompts begin with that the store has
         self._counted: set[Context | None] = set()  # contexts whose tokens the ledger has, and that no run began from
         self._declared = functools.lru_cache(64)(self._encode_context)
         self._queue: deque[_PendingRequest] = deque()
@@ -226,7 +252,8 @@ class Scheduler:
         except Exception as error:  # from torch or the tokenizer, of any kind; the thread goes on
             left = [request for request in pending if not request.future.done()]
             if len(pending) == 1:
-                left[0].future.set_exception(error)
+                for request in left:
+                    request.future.set_exception(error)
             else:
                 for request in left:
                     self._attempt([request])
@@ -250,7 +277,12 @@ class Scheduler:
             for i, result in self._results(members, start):
                 request, r = members[i]
                 request.done(r, result)
+        before = None
         for unit in units:
+            again = before and before.request is unit.request and np.array_equal(before.token, unit.token)  # n above 1
+            if isinstance(unit.request.asked, Prompts) and not again:
+                self._save_beginning(unit.token, unit.request.asked.declared)
+            before = unit
             prefix = unit.token[:WORTH_TOKENS].tobytes()
             self._seen[prefix] = unit.token
             self._seen.move_to_end(prefix)
@@ -278,14 +310,15 @@ class Scheduler:
                 start=start,
                 count_start=count_start,
             )
-        prompts: list[tuple[Prompts, int]] = [(request.asked, r) for request, r in members]  # type: ignore[misc]
+        of_prompts: list[tuple[Prompts, int]] = [(request.asked, r) for request, r in members]  # type: ignore[misc]
 
-        def on_token(i: int, token: int, _: float) -> bool:
-            asked, r = prompts[i]
-            return asked.on_token is None or asked.on_token(r, token)
+        def on_token(i: int, new: NewToken) -> bool:
+            request, r = members[i]
+            return request.tell(r, new)
 
-        samplings = [asked.samplings[r] for asked, r in prompts]
-        return iter_generations(model, [prompt for prompt, _ in pairs], samplings, on_token=on_token, ledger=ledger)
+        samplings, top = [asked.samplings[r] for asked, r in of_prompts], max(asked.top for asked, _ in of_prompts)
+        prompts, reuse = [prompt for prompt, _ in pairs], self._reuse(members, top, start)
+        return iter_generations(model, prompts, samplings, on_token=on_token, ledger=ledger, reuse=reuse)
 
     def _encode(self, pending: list[_PendingRequest]) -> list[_PendingRequest]:
         """The requests that can be served, with their token ids; the others get their error."""
@@ -335,7 +368,7 @@ class Scheduler:
         """The longest context that the unit begins with, prefilled now where it is new and worth it."""
         asked = unit.request.asked
         if isinstance(asked, Prompts):
-            return None
+            return self._slots_before(unit.token[:-1])  # a run of their own: others may begin with their key's tokens
         if (slots := self._slots_before(unit.token)) is not None:
             unit.request.result.cached_tokens += len(slots.token)
             return slots
@@ -362,10 +395,76 @@ class Scheduler:
         slots = self._slots
         return None if slots is None else self._in_store(lambda _: slots.before(token))
 
+    def _reuse(self, members: list[tuple[_PendingRequest, int]], top: int, slots: Context | None) -> Reuse:
+        """The contexts that prompts, ascending by tokens, begin from, and those of them that are kept.
+
+        All begin from `slots` where there are some, and none is kept: what stands behind slots is no text's.
+        """
+        starts: dict[int, Context] = {}
+        keep: dict[int, int] = {}
+        kept, new_bytes = np.empty(0, np.int32), 0  # the last prompt to be kept, and the memory of all of them
+        counted = set()
+        row_bytes = footprint_of(self.model).kv_row_bytes + 4 * self.model.head.weight.shape[1]
+        for i, (request, r) in enumerate(members):
+            token = np.asarray(request.pairs[r][0], np.int32)
+            if slots is None and (not self.contexts.max_bytes or len(token) <= WORTH_TOKENS):
+                continue
+            start, known = self._nearest(token[:-1]) if slots is None else (slots, len(slots.token))
+            if start is not None:
+                starts[i] = start
+            if (request, token.tobytes()) not in counted:  # a prompt that a request repeats is forwarded once
+                counted.add((request, token.tobytes()))
+                request.result.cached_tokens += known
+            more = len(token) * row_bytes
+            is_worth = len(token) - max(known, common_tokens(kept, token)) >= WORTH_TOKENS
+            if slots is None and is_worth and new_bytes + more <= self.contexts.max_bytes:
+                keep[i], kept, new_bytes = len(token), token, new_bytes + more
+
+        def on_context(i: int, context: Context) -> None:
+            near = starts.get(i)
+            was_whole = near is not None and common_tokens(near.token, context.token) == len(near.token)
+            if near is not None and was_whole and near in self._of_prompts:
+                self.contexts.remove(near)  # the turn before of the same conversation
+            self._of_prompts.add(context)
+            self.contexts.add(context)
+
+        return Reuse(starts, keep, on_context, top)
+
+    def _nearest(self, token: NDArray[np.int32]) -> tuple[Context | None, int]:
+        """The kept context that shares most of its beginning with a prompt, and how much; not less than is worth it."""
+        near = self.contexts.find(token, whole=False)
+        known = common_tokens(near.token, token) if near else 0
+        if token[:WORTH_TOKENS].tobytes() not in self._seen:  # else what is saved was found before, or saved here
+            saved = self._in_store(lambda store: store.find(token.tolist(), like=self._like(token)))
+            if saved is not None and len(saved.token) >= known + WORTH_TOKENS:
+                near, known = saved, len(saved.token)
+                self._saved.append(saved.token)
+                self.contexts.add(saved)
+        if near is None or known < WORTH_TOKENS:
+            return None, 0
+        self.contexts.use(near)
+        return near, known
+
+    def _save_beginning(self, token: NDArray[np.int32], declared: int) -> None:
+        """Save what a prompt begins with and later ones will or do, unless half of that is saved already."""
+        if self.store is None or not self.contexts.max_bytes:
+            return
+        before = self._seen.get(token[:WORTH_TOKENS].tobytes())
+        shared = max(declared, 0 if before is None else common_tokens(before, token[:-1]))
+        least = max([WORTH_TOKENS, *(2 * len(s) for s in self._saved if common_tokens(s, token) == len(s))])
+        near = self.contexts.find(token, whole=False)
+        shared = min(shared, common_tokens(near.token, token) if near else 0)
+        if near is not None and shared >= least:
+            self._saved.append(token[:shared])
+            self._in_store(lambda store: store.add(near.prefix(shared)))
+
+    def _like(self, token: NDArray[np.int32]) -> Context:
+        return prefill(self.model, token[:1].tolist())
+
     def _prefilled(self, token: NDArray[np.int32]) -> Context:
         """The context of these tokens: mapped from the store, or forwarded and, if there is a store, saved there."""
         ids = token.tolist()
-        saved = self._in_store(lambda store: store.find(ids, like=prefill(self.model, ids[:1])))
+        saved = self._in_store(lambda store: store.find(ids, like=self._like(token)))
         if saved is not None and len(saved.token) == len(ids):
             return saved
         near = saved or self.contexts.find(token, whole=False)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from threading import Event
@@ -25,7 +27,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.detokenize import pieces
-from icl_ft_fast.engine.generate import GenerateError, Generation, end_tokens
+from icl_ft_fast.engine.generate import GenerateError, Generation, NewToken, end_tokens
 from icl_ft_fast.engine.likelihood import ScoreError
 from icl_ft_fast.integrations.guard import Guard, Limits
 from icl_ft_fast.integrations.protocol import (
@@ -54,11 +56,15 @@ from icl_ft_fast.integrations.scheduler import (
     SchedulerClosedError,
     Sequences,
 )
-from icl_ft_fast.integrations.streaming import DONE, StreamedText, event
+from icl_ft_fast.integrations.streaming import DONE, Chunks, StreamedText, event
 from icl_ft_fast.runtime.reasoning import opened, split_reasoning
-from icl_ft_fast.runtime.templates import render_chat
+from icl_ft_fast.runtime.templates import ChatText, fix_date, render_chat, set_template_arguments
+
+_log = logging.getLogger(__name__)
 
 STATUS = {SchedulerBusyError: 429, SchedulerClosedError: 503, ScoreError: 400, GenerateError: 400}
+# What a chat template, and transformers before it, make of messages and arguments that they do not expect.
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
@@ -83,6 +89,8 @@ def make_app(
     key: str | None = None,
     limits: Limits | None = None,
     allow_origins: Sequence[str] = (),
+    template_date: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application; it closes the scheduler when it shuts down.
 
@@ -92,6 +100,11 @@ def make_app(
         key: what clients must give as bearer token; None lets everyone in.
         limits: of what one client may ask for.
         allow_origins: of web pages whose scripts may use the server; "*" is all.
+        template_date: YYYY-MM-DD that a chat template writes; None is the day on which this is called.
+        template_arguments: of the chat template, where a request gives no others.
+
+    Raises:
+        DateError: template_date is no date.
     """
 
     @asynccontextmanager
@@ -101,7 +114,7 @@ def make_app(
         service.tokenizing.shutdown()
 
     limits = limits or Limits()
-    service = _Service(scheduler, name, limits)
+    service = _Service(scheduler, name, limits, template_date, template_arguments or {})
     app = FastAPI(
         title="icl_ft_fast",
         lifespan=lifespan,
@@ -113,7 +126,7 @@ def make_app(
     if allow_origins:  # added last, so it is met first: a preflight has no key
         app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
     gets = {"/health": service.health, "/v1/models": service.models, "/tokenizer_info": service.tokenizer_info}
-    for path, endpoint in gets.items():
+    for path, endpoint in (*gets.items(), ("/v1/models/{name:path}", service.one_model)):
         app.get(path)(endpoint)
         app.head(path, include_in_schema=False)(endpoint)
     app.post("/tokenize")(service.tokenize)
@@ -143,15 +156,20 @@ Result = TypeVar("Result")
 class _Service:
     """The endpoints."""
 
-    def __init__(self, scheduler: Scheduler, name: str, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, name: str, limits: Limits, date: str | None, arguments: Mapping[str, Any]
+    ) -> None:
         self.scheduler, self.name, self.limits = scheduler, name, limits
         self.tokenizer = copy.deepcopy(scheduler.model.tokenizer)  # a tokenizer belongs to one thread
+        self.template_date = fix_date(self.tokenizer, date)
+        set_template_arguments(self.tokenizer, arguments)
         self.reader = copy.deepcopy(scheduler.model.tokenizer)  # the event loop's
         self.tokenizing = ThreadPoolExecutor(1, "tokenizer")
         self.created = int(time.time())
         self.ends_text = end_tokens(scheduler.model)
         self._anchor = self._encode(["a"], False)[0]  # a token behind a text, where it keeps its space
         self._name = functools.cache(lambda token: pieces(self.tokenizer, [token], self._anchor)[0])
+        self._streamed_name = functools.cache(lambda token: pieces(self.reader, [token], self._anchor)[0])
 
     async def health(self) -> dict[str, str]:
         """Whether the server is up; needs no key."""
@@ -159,26 +177,41 @@ class _Service:
 
     async def models(self) -> dict[str, Any]:
         """The one model."""
+        return {"object": "list", "data": [await self.one_model(self.name)]}
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        """What is told of the one model."""
+        self._check_model(name)
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "icl_ft_fast"}
-        return {"object": "list", "data": [model | {"max_model_len": self.scheduler.model.max_positions}]}
+        return model | {"max_model_len": self.scheduler.model.max_positions}
 
     async def tokenizer_info(self) -> dict[str, Any]:
-        """Special tokens and chat template."""
+        """Special tokens, the chat template and the date that it writes."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
         info = {name: getattr(self.tokenizer, name, None) for name in names}
-        return {"tokenizer_class": type(self.tokenizer).__name__, **info}
+        return {"tokenizer_class": type(self.tokenizer).__name__, "template_date": self.template_date, **info}
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a text."""
         self._check_model(body.model)
-        (tokens,) = await self._in_tokenizer(self._encode, [body.prompt], body.add_special_tokens)
+        text = self._one_of(body.prompt, body.messages)
+        if body.messages is not None:
+            arguments = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
+            text, _ = await self._in_tokenizer(self._rendered, body.messages, arguments)
+        (tokens,) = await self._in_tokenizer(self._encode, [text], body.add_special_tokens)
         return {"count": len(tokens), "max_model_len": self.scheduler.model.max_positions, "tokens": tokens}
 
     async def score_choices(self, body: ChoicesRequest, request: Request) -> dict[str, Any]:
         """Log-likelihood of each choice after context + prompt; the context stays cached."""
         self._check_model(body.model)
         self._check_number("choices", len(body.choices))
-        found = await self._result(request, Choices(body.context, body.prompt, tuple(body.choices)))
+        context, prompt = body.context, self._one_of(body.prompt, body.messages)
+        if body.messages is not None:
+            if body.context:
+                raise RefusedError(400, "context: not with messages", "context")
+            text, known = await self._in_tokenizer(self._rendered, body.messages, body.chat_template_kwargs or {})
+            context, prompt = ChatText(text[:known]), text[known:]
+        found = await self._result(request, Choices(context, prompt, tuple(body.choices)))
         scores = [
             {"index": c, "logprob": result.logp, "num_tokens": num_tokens, "is_greedy": result.is_greedy}
             for c, (result, (_, num_tokens)) in enumerate(zip(found.results, found.num_tokens, strict=True))
@@ -205,10 +238,11 @@ class _Service:
         of_prompt = body.prompt_logprobs is not None or (bool(body.echo) and body.logprobs is not None)
         scored = of_prompt or body.logprobs is not None
         if body.stream:
-            if scored or drawn > n or not new_tokens[0]:
-                raise RefusedError(400, "stream: not with logprobs, best_of above n or max_tokens 0", "stream")
-            befores = await self._in_tokenizer(self._texts, given) if body.echo else [""] * len(given)
-            starts = [{"text": before} if before else {} for before in befores for _ in range(n)]
+            if of_prompt or drawn > n or not new_tokens[0]:
+                with_prompt = "prompt_logprobs, echo with logprobs"
+                raise RefusedError(400, f"stream: not with {with_prompt}, best_of above n or max_tokens 0", "stream")
+            befores = await self._in_tokenizer(self._texts, given)
+            starts = [{"text": before} for before in befores for _ in range(n)]
             return await self._stream(request, body, repeated, new_tokens, starts)
         top = max(1, body.logprobs or 0, body.prompt_logprobs or 0) if scored else None
         completions, cached = await self._complete(request, repeated, new_tokens, body, of_prompt, top)
@@ -222,24 +256,22 @@ class _Service:
     async def chat(self, body: ChatRequest, request: Request) -> dict[str, Any] | StreamingResponse:
         """The next turn of a conversation, put to the model through the tokenizer's chat template."""
         self._check_model(body.model)
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
+        if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
             raise RefusedError(400, "max_tokens: give either it or max_completion_tokens", "max_tokens")
         if body.top_logprobs and not body.logprobs:
             raise RefusedError(400, "top_logprobs: needs logprobs", "top_logprobs")
         n = body.n or 1
         self._check_number("n", n)
-        prompt, mark = await self._in_tokenizer(self._conversation, body)
+        prompt, declared, mark = await self._in_tokenizer(self._conversation, body)
         room = self.scheduler.model.max_positions - len(prompt) + 1  # the last token needs no position
         new_tokens = self._check_new_tokens(
             body.max_completion_tokens or body.max_tokens, max(1, min(room, self.limits.new_tokens))
         )
         if body.stream:
-            if body.logprobs:
-                raise RefusedError(400, "stream: not with logprobs", "stream")
             starts: list[dict[str, str]] = [{"role": "assistant", "content": ""}] * n
-            return await self._stream(request, body, [prompt] * n, [new_tokens] * n, starts, mark)
+            return await self._stream(request, body, [prompt] * n, [new_tokens] * n, starts, mark, declared)
         top = max(1, body.top_logprobs or 0) if body.logprobs else None
-        completions, cached = await self._complete(request, [prompt] * n, [new_tokens] * n, body, False, top)
+        completions, cached = await self._complete(request, [prompt] * n, [new_tokens] * n, body, False, top, declared)
         choices = []
         for index, one in enumerate(completions):
             reasoning, answer = split_reasoning(mark + one.text)
@@ -264,21 +296,24 @@ class _Service:
         body: CompletionRequest | ChatRequest,
         of_prompt: bool,
         top: int | None,
+        declared: int = 0,
     ) -> tuple[list[Completion], int]:
-        """Continue prompts; with `top`, score what is generated, with `of_prompt` the prompts too; cached tokens."""
+        """Continue prompts; with `top`, tell of what is generated, with `of_prompt` score it all; cached tokens."""
         # One greedy token is the likeliest behind the prompt: nothing is decoded.
-        read_off = top is not None and body.temperature == 0 and max(new_tokens) == 1
+        read_off = top is not None and body.temperature == 0 and max(new_tokens) == 1 and not body.repetition_penalty
         generated = [Generation("", (), (), "length")] * len(prompts)
         cached, lists = 0, [[ScoredToken(token) for token in prompt] for prompt in prompts]
         if max(new_tokens) and not read_off:
-            found = await self._generated(request, prompts, body, new_tokens)
+            found = await self._generated(request, prompts, body, new_tokens, top or 0, declared)
             generated, cached = found.results, found.cached_tokens
-        if top is not None:
+            for p, one in enumerate(generated):
+                lists[p] += [ScoredToken(*token) for token in one.tokens]
+        if top is not None and (of_prompt or read_off):
             first = [1 if of_prompt else len(prompt) for prompt in prompts]
             pairs = [(p[:f], [*p[f:], *one.ids]) for p, f, one in zip(prompts, first, generated, strict=True)]
             with_after = read_off or not all(rest for _, rest in pairs)
             found = await self._result(request, Sequences(pairs, top, with_after))
-            cached += found.cached_tokens
+            cached = cached if max(new_tokens) and not read_off else found.cached_tokens
             for p, ((context, rest), result) in enumerate(zip(pairs, found.results, strict=True)):
                 scored = [ScoredToken(*one) for one in zip(rest, result.logp, result.rank, result.top, strict=True)]
                 if read_off:
@@ -300,10 +335,13 @@ class _Service:
         prompts: Sequence[list[int]],
         body: CompletionRequest | ChatRequest,
         new_tokens: Sequence[int],
+        top: int,
+        declared: int,
     ) -> RequestResult:
         """Generations; none goes on when the client has gone."""
         gone = Event()
-        asked = Prompts(prompts, samplings(body, prompts, new_tokens), lambda *_: not gone.is_set())
+        made = samplings(body, prompts, new_tokens)
+        asked = Prompts(prompts, made, lambda *_: not gone.is_set(), top, declared)
         try:
             return await self._result(request, asked)
         finally:
@@ -317,18 +355,19 @@ class _Service:
         new_tokens: Sequence[int],
         starts: Sequence[dict[str, str]],
         mark: str | None = None,
+        declared: int = 0,
     ) -> StreamingResponse:
-        """Server-sent events: `starts`, what each token adds, and at last why each choice ended."""
-        loop, events, gone = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None](), Event()
-        is_chat = isinstance(body, ChatRequest)
+        """Server-sent events: what choices start with, what each token adds, and at last why each choice ended."""
+        loop, events, gone = asyncio.get_running_loop(), asyncio.Queue[tuple[int, NewToken] | None](), Event()
         made = samplings(body, prompts, new_tokens)
-        streams = [StreamedText(self.reader, p, how.stop, mark) for p, how in zip(prompts, made, strict=True)]
+        texts = [StreamedText(self.reader, p, how.stop, mark) for p, how in zip(prompts, made, strict=True)]
 
-        def on_token(r: int, token: int) -> bool:
+        def on_token(r: int, token: NewToken) -> bool:
             loop.call_soon_threadsafe(events.put_nowait, (r, token))
             return not gone.is_set()
 
-        future = self.scheduler.submit(Prompts(prompts, made, on_token))
+        chunks = Chunks(body, self._envelope, texts, self._streamed_name, starts)
+        future = self.scheduler.submit(Prompts(prompts, made, on_token, chunks.top, declared))
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(events.put_nowait, None))
         try:
             first = await self._unless_gone(request, asyncio.ensure_future(events.get()))
@@ -338,44 +377,39 @@ class _Service:
             raise
         if first is None and future.exception() is not None:
             future.result()  # refused like any request: nothing was sent
-        kind = ("chat.completion.chunk", "chatcmpl") if is_chat else ("text_completion", "cmpl")
-        envelope = self._envelope(*kind)
 
-        def chunk(index: int, new: dict[str, str], finish: str | None = None) -> str:
-            told: dict[str, Any] = {"delta": new} if is_chat else {"text": new.get("content", new.get("text", ""))}
-            return event(envelope | {"choices": [{"index": index, **told, "logprobs": None, "finish_reason": finish}]})
-
-        async def chunks() -> AsyncIterator[str]:
+        async def sent() -> AsyncIterator[str]:
             try:
-                for index, start in enumerate(starts):
-                    if start:
-                        yield chunk(index, start)
+                for begun in chunks.begin():
+                    yield begun
                 one = first
                 while one is not None:
-                    if new := streams[one[0]].push(one[1]):
-                        yield chunk(one[0], new)
+                    if new := chunks.push(*one):
+                        yield new
                     one = await events.get()
                 try:
                     result = future.result()
                 except Exception as error:
                     status = STATUS.get(type(error), 500)
+                    if status == 500:
+                        _log.exception("a stream ended with an error")
                     message = str(error) if status < 500 else "internal error; the server's log has more"
                     yield event({"error": {"message": message, "code": status}})
                     return
                 for index, generation in enumerate(result.results):
-                    if new := streams[index].finish(generation.text):
-                        yield chunk(index, new)
-                    yield chunk(index, {}, "length" if generation.finish == "length" else "stop")
+                    for new in chunks.finish(index, generation):
+                        yield new
                 if body.stream_options is not None and body.stream_options.include_usage:
                     written = sum(len(generation.ids) for generation in result.results)
                     num_prompt = sum(map(len, prompts)) // (body.n or 1)
-                    yield event(envelope | {"choices": [], "usage": usage(num_prompt, written, result.cached_tokens)})
+                    counts = usage(num_prompt, written, result.cached_tokens)
+                    yield event(chunks.envelope | {"choices": [], "usage": counts})
                 yield DONE
             finally:
                 gone.set()
                 future.cancel()
 
-        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return StreamingResponse(sent(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     def _choices(
         self,
@@ -405,11 +439,12 @@ class _Service:
         return choices
 
     def _echoed(self, ids: list[int], before: str) -> list[str]:
-        """The text of each token of an echoed prompt and what follows it, without a space that the tokenizer added."""
-        texts = pieces(self.tokenizer, ids)
-        first = next((i for i, text in enumerate(texts) if i or before.startswith(text)), 0)
-        if texts and texts[first][:1] == " " and not before.startswith(" "):
-            texts[first] = texts[first][1:]
+        """The text of each token of an echoed prompt and what follows it, without spaces that the tokenizer added."""
+        texts, at = pieces(self.tokenizer, ids), 0
+        for i, text in enumerate(texts):
+            if at < len(before) and not before.startswith(text, at) and text[:1] == " ":
+                texts[i] = text[1:] if before.startswith(text[1:], at) else text
+            at += len(texts[i]) if before.startswith(texts[i], at) else 0
         return texts
 
     def _texts(self, given: Sequence[str | list[int]]) -> list[str]:
@@ -440,21 +475,43 @@ class _Service:
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return encoding.encode(self.tokenizer, texts, bos=None if add_special_tokens else False)
 
-    def _conversation(self, body: ChatRequest) -> tuple[list[int], str]:
-        """Token ids of a conversation, and the mark of reasoning that it ends in."""
+    def _one_of(self, prompt: str | None, messages: Sequence[ChatMessage] | None) -> str:
+        if (prompt is None) == (messages is None):
+            raise RefusedError(400, "prompt: give either it or messages", "prompt")
+        return prompt or ""
+
+    def _conversation(self, body: ChatRequest) -> tuple[list[int], int, str]:
+        """Token ids of a conversation, how many come before its last turn, and the mark of reasoning it ends in."""
+        arguments = dict(body.chat_template_kwargs or {})
+        for name, value in (("enable_thinking", body.enable_thinking), ("reasoning_effort", body.reasoning_effort)):
+            if value is not None:
+                if value and name not in str(self.tokenizer.chat_template):
+                    raise RefusedError(400, f"{name}: this model's chat template does not read it", name)
+                arguments.setdefault(name, value)
+        text, known = self._rendered(body.messages, arguments)
+        (ids,) = self._encode([text], True)
+        (before,) = self._encode([ChatText(text[:known])], True) if known else ([],)
+        return ids, encoding.common(ids, before), opened(text)
+
+    def _rendered(self, messages: Sequence[ChatMessage], arguments: Mapping[str, Any]) -> tuple[ChatText, int]:
+        """What the chat template makes of a conversation, and how many characters of it come before the last turn."""
         template = self.tokenizer.chat_template
         if not template:
             raise RefusedError(400, "messages: this model's tokenizer has no chat template; use /v1/completions")
-        turns = [_turn(message, "developer" in str(template)) for message in body.messages]
-        options = dict(body.chat_template_kwargs or {})
+        turns = [_turn(message, "developer" in str(template)) for message in messages]
+        options = dict(arguments)
         if taken := options.keys() & {"tokenize", "messages", "conversation", "chat_template", "return_dict"}:
             name = "chat_template_kwargs"
             raise RefusedError(400, f"{name}: {', '.join(sorted(taken))} cannot be set", name)
         try:
-            prompt = render_chat(self.tokenizer, turns, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            text = render_chat(self.tokenizer, turns, **options)
+        except REFUSALS as error:
             raise RefusedError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
-        return self._encode([prompt], True)[0], opened(prompt)
+        try:  # a template may refuse turns that end so
+            before = render_chat(self.tokenizer, turns[:-1], **options | {"add_generation_prompt": False})
+        except REFUSALS:
+            before = ChatText("")
+        return text, encoding.common(text, before)
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -478,5 +535,18 @@ def _turn(message: ChatMessage, knows_developer: bool) -> dict[str, Any]:
     content = message.content or ""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
     role = "system" if message.role == "developer" and not knows_developer else message.role
-    names = ("name", "reasoning_content", "tool_calls", "tool_call_id")
-    return {"role": role, "content": text} | {name: value for name in names if (value := getattr(message, name))}
+    names = ("name", "reasoning_content", "tool_call_id")
+    turn = {"role": role, "content": text} | {name: value for name in names if (value := getattr(message, name))}
+    return turn | ({"tool_calls": [_tool_call(call) for call in message.tool_calls]} if message.tool_calls else {})
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as templates take it: its arguments, which clients give as the text of an object, as that object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call

@@ -14,6 +14,7 @@ from icl_ft_fast.cli.options import (
     open_store,
 )
 from icl_ft_fast.cli.serve import KEY_VARIABLE
+from icl_ft_fast.runtime.templates import fix_date
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -31,6 +32,8 @@ def run_serve(options: argparse.Namespace) -> None:
     if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
     model = load_model(options)
+    if date := fix_date(model.tokenizer, options.template_date):
+        print(f"The chat template writes the date {date}; --template-date sets it.", file=sys.stderr)
     scheduler = Scheduler(
         model,
         context_bytes=options.context_memory * 10**6,
@@ -38,9 +41,19 @@ def run_serve(options: argparse.Namespace) -> None:
         store=open_store(options, model),
     )
     limits = Limits(body_bytes=options.max_body * 10**6, choices=options.max_choices, new_tokens=options.max_new_tokens)
-    app = make_app(scheduler, name, key=key, limits=limits, allow_origins=options.allow_origins)
+    app = make_app(
+        scheduler,
+        name,
+        key=key,
+        limits=limits,
+        allow_origins=options.allow_origins,
+        template_date=date,
+        template_arguments=options.chat_template_kwargs,
+    )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("icl_ft_fast").setLevel(options.log_level.upper())
+    if options.log_level == "info":  # a line for each request, not another for each batch
+        logging.getLogger("icl_ft_fast.engine.memory").setLevel("WARNING")
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
     uvicorn.run(
         app,
@@ -51,6 +64,7 @@ def run_serve(options: argparse.Namespace) -> None:
         timeout_graceful_shutdown=options.shutdown_timeout,
         log_level="debug" if options.log_level == "debug" else "warning",
         access_log=False,
+        workers=1,  # WEB_CONCURRENCY, which hosts set, means processes; here one thread owns the model
     )
 
 
