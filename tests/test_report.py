@@ -1,6 +1,7 @@
 """The HTML report: escaped, self-contained, within its size; and in a browser: charts, sorting, themes, no requests."""
 
 import csv
+import html
 import html.parser
 import io
 import itertools
@@ -111,9 +112,9 @@ def results_of(number, text="the cat", arms=("base", "icl", "ft", "augmented-ft"
         machine,
         Sweep(700, POINTS),
         tuple(runs),
-        4000,
-        (QuestionsOfSeeds(tuple(seeds), questions),),
-        {"phases": {"load": PHASE}},
+        weight_bytes=4000,
+        questions=(QuestionsOfSeeds(tuple(seeds), questions),),
+        load={"phases": {"load": PHASE}},
     )
 
 
@@ -225,6 +226,20 @@ def test_in_a_notebook(study):
     assert curves[(curves.arm == "ft") & (curves.step == 3)].loss.tolist() == [1.0, 1.0]
     means = frame.groupby(["arm", "split"]).is_correct.mean()
     assert means["icl", study.splits[0]] == pytest.approx(study.accuracy("icl", study.splits[0]).value)
+
+
+def test_the_page_says_all_that_the_verdict_says(study):
+    served = replace(study, service=Service(changes_per_month=3, cost_of_wrong=0.01, concurrency=8))
+    second = replace(served, name="slow", service=Service(max_latency_s=1e-9))
+    text = html.unescape(page.render([served, second], 3000.0))
+    verdict = verdict_of(served, 3000.0, 2.0)
+    for sentence in (*verdict.unknown, verdict.told, *verdict.served, verdict.certainty):
+        assert sentence in text
+    assert len(verdict.served) >= 3
+    assert "No decision: no way answers 95% of queries within --max-latency." in text
+    assert f'<a href="#s0">{served.name}</a>' in text
+    assert '<a href="#s1">slow</a>' in text
+    assert f'<td class="text">ICL (0.900)</td><td class="text">{verdict.decision.chosen.name}</td>' in text
 
 
 def test_rows_hold_every_answer_in_every_format(study, tmp_path):

@@ -15,7 +15,7 @@ from icl_ft_fast.engine.ledger import HOW
 from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import break_even_words, count, interval_words
-from icl_ft_fast.report.verdict import verdict_of
+from icl_ft_fast.report.verdict import verdict_of, why_none
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.settings import NORMALIZATIONS
@@ -110,11 +110,24 @@ def _part(study: Derived, key: str, queries: float | None, points: float, limit:
         and [(name, f.coefficients, f.residuals) for name, f in zip(("reading", "query"), fits, strict=True)],
         "decision": verdict and verdict.decision,
         "verdict": verdict,
+        "why_none": why_none(study) if queries and verdict is None else "",
+        "num_seeds": len({run.seed for run in study.results.runs}),
+        "best": _best(study),
         "unit": study.decided_by[1],
         "wrong": wrong,
         "num_wrong": num_wrong,
         "samples": [(run, sample) for run in study.results.runs for sample in run.samples],
     }
+
+
+def _best(study: Derived) -> str:
+    """The most accurate arm that can be chosen, with its accuracy."""
+    arms = [arm for arm in study.arms if not recorded_arm(arm).asking.is_control]
+    found = {arm: accuracy for arm in arms if (accuracy := study.mixed_accuracy(arm, study.common_seeds)) is not None}
+    if not found:
+        return "-"
+    arm = max(found, key=found.__getitem__)
+    return f"{_title(arm)} ({found[arm]:.3f})"
 
 
 def _phases(study: Derived) -> list[tuple[str, str, dict[str, float | None]]]:
