@@ -147,4 +147,4 @@ def test_tokens_of_a_hosted_model_are_counted_by_hand():
     assert tuned.cost(1000) == pytest.approx(setup + 1000 * (100 * 3 + 20 * 12) / 2 / 1e6)
     assert ways("ft", 200.0, HOSTED.model_copy(update={"training": None})) == {}
     assert ways("distilled", 200.0) == {}  # needs the teacher's distributions
-    assert ways("compacted", 200.0) == {}  # no text
+    assert ways("compacted", 200.0) == ways("prefix", 200.0) == {}  # no text

@@ -53,7 +53,8 @@ def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
 
 def trained_prefix(num_tokens: int) -> Asking:
     """Slots of `num_tokens` tokens, trained on conversations that the model has about the documents."""
-    return Asking(ways_behind_slots, prepare=partial(_prepare_prefix, num_tokens), batches=_conversations)
+    prepare = partial(_prepare_prefix, num_tokens)
+    return Asking(ways_behind_slots, prepare=prepare, batches=_conversations, has_slots=True)
 
 
 def _conversations(
