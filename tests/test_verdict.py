@@ -201,6 +201,11 @@ def test_machines_and_hosted_models_stand_side_by_side():
     names = {way.name for way in verdict.decision.ways}
     assert {"base on own", "base on there", "ICL on there", "fine-tuned on own"} <= names
     assert "fine-tuned on there" not in names  # no price of training
+    (_, first), (times, second) = verdict.by_price
+    assert (first, second) == ("fine-tuned on own", "ICL on there")
+    for by, name in ((times * 0.99, first), (times * 1.01, second)):
+        dearer = both.model_copy(update={"machines": (Machine(name="own", per_hour=by),)})
+        assert verdict_of(replace(study, prices=dearer), 1000, 2.0).decision.chosen.name == name
     assert "give --answer-tokens" in verdict.text
     assert any(note.startswith("Electricity is not counted") for note in replace(study, prices=both).notes)
     only = Prices(currency="EUR", hosted=both.hosted)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -66,6 +67,28 @@ class CheapestWays:
         return self.accurate(self.varied(changes, scale), queries)
 
 
+def at_machine_prices(study: Derived, by: float) -> Derived:
+    """The study where an hour of every machine costs so many times as much, and hosted models what they do."""
+    if study.prices is None:
+        return study
+    machines = tuple(m.model_copy(update={"per_hour": by * m.per_hour}) for m in study.prices.all_machines)
+    prices = study.prices.model_copy(update={"machine_per_hour": None, "machines": machines})
+    return replace(study, prices=prices)
+
+
+def chosen_by(name_at: Callable[[float], str], grid: Sequence[float]) -> tuple[tuple[float, str], ...]:
+    """(value, name) from each value on at which another name is found, by search between the values of a grid."""
+    found = [(grid[0], name_at(grid[0]))]
+    for left, right in itertools.pairwise(grid):
+        if (after := name_at(right)) == found[-1][1]:
+            continue
+        while right - left > 1e-3 * right:
+            middle = (left + right) / 2
+            left, right = (middle, right) if name_at(middle) == found[-1][1] else (left, middle)
+        found.append((right, after))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Factor:
     """An input varied alone.
@@ -126,6 +149,10 @@ def tornado(study: Derived, queries: float, points: float) -> tuple[str, list[Fa
         price = study.service.cost_of_wrong or 0.0
         priced = (replace(study, service=replace(study.service, cost_of_wrong=price * by)) for by in (0.1, 10.0))
         factors.append(factor("price of a wrong answer, a tenth to tenfold", of(priced)))
+    if study.prices is not None and study.prices.all_machines and study.prices.hosted:
+        factors.append(
+            factor("price of machines, half to double", of(at_machine_prices(study, by) for by in (0.5, 2.0)))
+        )
     return chosen, sorted(factors, key=lambda f: -abs(f.high - f.low))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.sensitivity import CheapestWays
+from icl_ft_fast.report.sensitivity import CheapestWays, at_machine_prices, chosen_by
 from icl_ft_fast.study.amortise import Decision, Line, Way, decide
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import DAY_S, Bill
@@ -36,6 +35,8 @@ class Verdict:
         shares: how often each way is chosen when facts, timings and setups are drawn again, the most frequent first.
         served: what the decision counts beside queries, in sentences: changes, a mix, a price of wrong answers.
         by_changes: (changes a month, way) from which on it is the chosen one, at the same number of queries.
+        by_price: (times, way) from which on it is the chosen one, if machines cost so many times as much and hosted
+            models what they do; empty without both.
         regret: what the choice costs more than the best one of each resample, on average; None without a price of wrong
             answers, since only then one number says which is the best.
     """
@@ -48,6 +49,7 @@ class Verdict:
     served: tuple[str, ...] = ()
     by_changes: tuple[tuple[float, str], ...] = ()
     regret: float | None = None
+    by_price: tuple[tuple[float, str], ...] = ()
 
     @property
     def certainty(self) -> str:
@@ -72,6 +74,9 @@ class Verdict:
         if len(self.by_changes) > 1:
             ranges = ", ".join(f"{name} (from {rate:.3g})" for rate, name in self.by_changes)
             text += f" By changes of the documents a month it would be {ranges}."
+        if len(self.by_price) > 1:
+            ranges = ", ".join(f"{name} (from {by:.2g} times)" for by, name in self.by_price)
+            text += f" By the price of machines it would be {ranges}."
         return text
 
 
@@ -104,6 +109,7 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
         ),
         _by_changes(study, queries, points),
         regret if study.service.cost_of_wrong is not None else None,
+        _by_price(study, queries, points),
     )
 
 
@@ -125,16 +131,19 @@ def _by_changes(study: Derived, queries: float, points: float) -> tuple[tuple[fl
     def chosen(rate: float) -> str:
         return choices.at(queries, rate)[0].name if choices.at(queries, rate) else "none"
 
-    grid = [0.0, *np.geomspace(0.01, MOST_CHANGES, 15).tolist()]
-    found = [(0.0, chosen(0.0))]
-    for left, right in itertools.pairwise(grid):
-        if (after := chosen(right)) == found[-1][1]:
-            continue
-        while right - left > 1e-3 * right:
-            middle = (left + right) / 2
-            left, right = (middle, right) if chosen(middle) == found[-1][1] else (left, middle)
-        found.append((right, after))
-    return tuple(found)
+    return chosen_by(chosen, [0.0, *np.geomspace(0.01, MOST_CHANGES, 15).tolist()])
+
+
+def _by_price(study: Derived, queries: float, points: float) -> tuple[tuple[float, str], ...]:
+    """The chosen way by the price of machines beside hosted models, in times of what it is; () without both."""
+    if study.prices is None or not (study.prices.hosted and study.prices.all_machines):
+        return ()
+
+    def chosen(by: float) -> str:
+        found = CheapestWays.of(at_machine_prices(study, by), points).at(queries)
+        return found[0].name if found else "none"
+
+    return chosen_by(chosen, np.geomspace(0.01, 100.0, 9).tolist())
 
 
 def _mix(study: Derived) -> list[str]:
@@ -382,6 +391,7 @@ def summary(study: Derived, queries: float | None = None, points: float = 2.0) -
         "chosen_in": verdict.shares,
         "served": list(verdict.served),
         "by_changes": [{"changes_per_month": rate, "chosen": name} for rate, name in verdict.by_changes],
+        "by_price": [{"times": by, "chosen": name} for by, name in verdict.by_price],
         "regret": verdict.regret,
     }
     return study.summary(points) | {"decision": told}
