@@ -500,6 +500,10 @@ def test_a_document_too_long_for_the_augmentation_prompt(files, refused):
             "--train-batch-size: expected a whole number",
         ),
         (["compare", "--model", "m", "--task", "t", "--learning-rate", "fast"], "--learning-rate: invalid float value"),
+        (["report", "r", "--queries-per-day", "1e18"], "--queries-per-day: expected at most 1e+15, got '1e18'"),
+        (["report", "r", "--changes-per-month", "nan"], "--changes-per-month: expected a number from 0 on, got 'nan'"),
+        (["report", "r", "--cost-of-wrong", "-1"], "--cost-of-wrong: expected a number from 0 on, got '-1'"),
+        (["report", "r", "--max-latency", "inf"], "--max-latency: expected a number above 0, got 'inf'"),
         (["compare", "--model", "m", "--task", "t", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["score", "--model", "m"], "the following arguments are required: --questions, --out"),
         (["task", "riddles", "--out", "o"], "invalid choice: 'riddles'"),
@@ -739,6 +743,17 @@ def test_compare_ends_with_a_decision(files, run, refused, monkeypatch):
     prices.write_text("{}")
     assert refused(files.compare("--overwrite", **BARE, **volume)).startswith(f"{prices}: currency: Field required")
     assert refused(["report", str(prices)]) == f"{prices}: schema_version: expected 3 or 4, got None"
+
+
+def test_a_service_that_makes_no_sense_is_refused_before_any_work(files, refused):
+    for options, message in (
+        ({"cost_of_wrong": 1}, "--cost-of-wrong: needs --prices, in whose currency it is"),
+        ({"queries_per_day": 0.001}, "--queries-per-day: expected at least one query in all --days"),
+        ({"weights": "nosuch=1"}, "weights: 'nosuch' is no split of this study; it has "),
+        ({"weights": "a=1", "weights_file": "w.json"}, "--weights: give it or --weights-file, not both"),
+    ):
+        assert refused(files.compare(**options)).startswith(message)
+        assert not (files.folder / "run" / "results.json").exists()
 
 
 def test_machines_get_json(files, run):
