@@ -234,6 +234,10 @@ def test_latency_is_a_constraint(monkeypatch):
         in verdict.text
     )
     assert verdict_of(study, 10, 2.0).decision.chosen.name == "ICL cached"
+    between = with_service(study, concurrency=30)
+    assert (
+        "With 8 (measured; 30 were asked for) at once, a query of ICL cached takes" in verdict_of(between, 10, 2.0).text
+    )
     none = with_service(study, max_latency_s=0.01)
     assert verdict_of(none, 10, 2.0) is None
     assert why_none(none) == "No decision: no way answers 95% of queries within --max-latency."

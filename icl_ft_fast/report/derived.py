@@ -274,13 +274,18 @@ class Derived:
         plain = way.partition(ON)[0]
         return next(arm for arm in self.arms if plain in (recorded_arm(arm).title, *self.ways_of(arm)))
 
+    @property
+    def measured_concurrency(self) -> int:
+        """The measured batch that is nearest to the queries that come at once."""
+        return self._nearest(self.service.concurrency)
+
     def latency(self, way: str) -> tuple[float, float] | None:
         """Median and 95th percentile of a query's seconds, where as many come at once as the service says.
 
         Queries that come at once are answered in one batch, and each waits for all of it. A reading of the context is
         waited for where it falls due for half of the batches, or for one in 20. None of hosted models.
         """
-        batch = self._nearest(self.service.concurrency)
+        batch = self.measured_concurrency
         name, _, where = way.partition(ON)
         found = self.ways("seconds", batch=batch).get(name)
         if found is None or (where and self.prices and where in [one.name for one in self.prices.hosted]):

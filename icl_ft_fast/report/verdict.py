@@ -205,12 +205,14 @@ def _latency(study: Derived, decision: Decision) -> list[str]:
         return []
     if found is None:
         return [f"How long {decision.chosen.name} takes to answer is not known here."]
-    limit, out = service.max_latency_s, []
+    limit, out, at_once = service.max_latency_s, [], str(study.measured_concurrency)
+    if study.measured_concurrency != service.concurrency:
+        at_once += f" (measured; {service.concurrency} were asked for)"
     if limit is not None:
         names = study.priced(study.decided_by[0])
         out = [name for name in names if not study.is_fast(name)]
     text = (
-        f"With {service.concurrency} at once, a query of {decision.chosen.name} takes {1e3 * found[0]:,.4g} ms "
+        f"With {at_once} at once, a query of {decision.chosen.name} takes {1e3 * found[0]:,.4g} ms "
         f"(median) and {1e3 * found[1]:,.4g} ms (95th percentile)."
     )
     if out:
