@@ -41,15 +41,31 @@ def study_of(counts, n, costs=COSTS, setups=(100.0,)):
 
 
 def test_few_questions_are_said_to_be_few():
-    """A new user's case: 24 questions, 10, 9 and 9 right, two choices."""
-    verdict = verdict_of(study_of({"base": 13, "icl": 14, "ft": 13}, 24), 1000, 2.0)
-    chance, apart = verdict.unknown
-    assert chance.startswith(
-        "No way is clearly above chance (0.500): fix the model, the prompt or the questions first."
-    )
+    """A new user's case: 24 questions, a few more or less right, two choices."""
+    verdict = verdict_of(study_of({"base": 19, "icl": 20, "ft": 19}, 24), 1000, 2.0)
+    (apart,) = verdict.unknown
     assert apart.startswith("Within 2 points of accuracy, ICL cannot be told apart from base, fine-tuned: about ")
-    assert verdict.text.startswith(chance)
+    assert verdict.text.startswith(apart)
     assert " is chosen in " in verdict.certainty
+
+
+def test_what_is_not_above_chance_is_not_ranked():
+    study = study_of({"base": 13, "icl": 14, "ft": 13}, 24)
+    assert verdict_of(study, 1000, 2.0) is None
+    (concern,) = study.concerns
+    assert concern == "No way is clearly above chance (0.500): fix the model, the prompt or the questions first."
+    assert why_none(study) == f"No decision. {concern}"
+    assert summary(study, 1000)["concerns"] == [concern]
+
+
+def test_an_arm_without_augmentation_is_not_chosen():
+    study = study_of({"icl": 900, "augmented-ft": 990}, 1000)
+    assert {way.name for way in study.decision_ways("seconds")} >= {"ICL", "augmented"}
+    notes = {"augmentation_prompts": 30, "augmentation_productive": 2, "augmentations": 2}
+    runs = tuple(replace(run, notes=notes if run.arm == "augmented-ft" else {}) for run in study.results.runs)
+    empty = replace(study, results=replace(study.results, runs=runs))
+    assert "augmented" not in {way.name for way in empty.decision_ways("seconds")}
+    assert empty.concerns[0].startswith("augmented: only 2 of 30 prompts gave a row (2 rows)")
 
 
 def test_what_is_clear_is_said_without_doubt():

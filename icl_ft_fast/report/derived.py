@@ -102,15 +102,35 @@ class Derived:
             return None
         return fmean(a.predicted_by[normalization] in a.correct for a in answers)
 
+    @cached_property
+    def not_above_chance(self) -> str:
+        """A sentence where no arm's interval over all questions lies above chance; else empty."""
+        chance = self.chance(None)
+        lows = [interval[0] for arm in self.arms if (interval := self.interval(arm)) is not None]
+        if chance is None or not lows or max(lows) > chance:
+            return ""
+        return f"No way is clearly above chance ({chance:.3f}): fix the model, the prompt or the questions first."
+
+    def is_augmented(self, arm: str) -> bool:
+        """Whether an arm's augmentation gave more than next to nothing, if it was to have one."""
+        prompts, productive = self._augmentation(arm)
+        return 10 * productive >= prompts
+
+    def _augmentation(self, arm: str) -> tuple[int, int]:
+        """Prompts of an arm's augmentation, and those that gave a row, over its seeds."""
+        notes = [run.notes for run in self.of(arm)]
+        prompts, productive = (
+            sum(its.get(name, 0) for its in notes) for name in ("augmentation_prompts", "augmentation_productive")
+        )
+        return prompts, productive
+
     @property
     def concerns(self) -> list[str]:
-        """What to know before any ranking: augmentation that gave little, training that was too short."""
-        found = []
+        """What to know before any ranking: nothing above chance, little augmentation, training that was too short."""
+        found = [self.not_above_chance] if self.not_above_chance else []
         for arm in self.arms:
             title, notes = recorded_arm(arm).title, [run.notes for run in self.of(arm)]
-            prompts, productive = (
-                sum(its.get(name, 0) for its in notes) for name in ("augmentation_prompts", "augmentation_productive")
-            )
+            prompts, productive = self._augmentation(arm)
             if 2 * productive < prompts:
                 rows = sum(its.get("augmentations", 0) for its in notes)
                 found.append(
@@ -352,7 +372,8 @@ class Derived:
     def decision_ways(self, resource: str) -> list[Way]:
         """The ways with their accuracies over all splits and the seeds that all arms have.
 
-        Each is paid for every version of the documents. Without controls, and without arms that `max_harm` excludes.
+        Each is paid for every version of the documents. Without controls, arms that `max_harm` excludes, and augmented
+        arms that were trained on next to no augmentation.
         """
         found, price = [], self.service.cost_of_wrong if resource == "money" else None
         for name, samples in self.decision_costs(resource).items():
@@ -360,7 +381,7 @@ class Derived:
             accuracy = self.mixed_accuracy(arm, self.common_seeds)
             if accuracy is None or recorded_arm(arm).asking.is_control:
                 continue
-            if self.is_harmless(arm) and self.is_fast(name):
+            if self.is_harmless(arm) and self.is_augmented(arm) and self.is_fast(name):
                 found.append(Way(name, accuracy, samples.line, (1 - accuracy) * (price or 0.0)))
         return found
 

@@ -83,15 +83,18 @@ class Verdict:
 def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
     """The verdict on so many queries, by money under a price file, else by seconds; None where it cannot be given.
 
-    Where wrong answers have a price, all ways are compared by it, and `points` play no part.
+    Where wrong answers have a price, all ways are compared by it, and `points` play no part. Where no way is clearly
+    above chance, none is chosen.
     """
+    if study.not_above_chance:
+        return None
     resource, unit = study.decided_by
     asked = study.decision_ways(resource)
     if not (ways := [way for way in asked if not math.isinf(way.line.cost(queries))]):
         return None
     counted = points if study.service.cost_of_wrong is None else math.inf
     decision = decide(ways, queries, counted)
-    unknown = (*_not_above_chance(study), *_not_told_apart(study, decision, points))
+    unknown = tuple(_not_told_apart(study, decision, points))
     shares, regret = _resampled(study, resource, ways, decision)
     return Verdict(
         decision,
@@ -246,6 +249,8 @@ def why_none(study: Derived) -> str:
     """Why there is no verdict."""
     if not any(run.answers for run in study.results.runs):
         return "No decision: no question of this task has a known answer."
+    if study.not_above_chance:
+        return f"No decision. {study.not_above_chance}"
     if ways := study.decision_ways(study.decided_by[0]):
         return f"No decision: no machine of the price file can serve so many queries, in any of {len(ways)} ways."
     points = study.results.sweep.points
@@ -284,17 +289,6 @@ def decision_text(decision: Decision, unit: str) -> str:
     return text + "".join(
         f" Accepting {gap:.1f} points less would allow {named(way)}." for gap, way in decision.tolerances
     )
-
-
-def _not_above_chance(study: Derived) -> list[str]:
-    """A sentence where no arm's interval over all questions lies above chance."""
-    chance, lows = study.chance(None), {}
-    for arm in study.arms:
-        if (interval := study.interval(arm)) is not None:
-            lows[arm] = interval[0]
-    if chance is None or not lows or max(lows.values()) > chance:
-        return []
-    return [f"No way is clearly above chance ({chance:.3f}): fix the model, the prompt or the questions first."]
 
 
 def _not_told_apart(study: Derived, decision: Decision, points: float) -> list[str]:
