@@ -29,6 +29,7 @@ from icl_ft_fast import cli
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator
 from icl_ft_fast.augmentation.self_study import ConversationBatch
+from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import shards
 from icl_ft_fast.finetuning import distributed
@@ -376,11 +377,16 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
 SMALL_CALLS = """
 import sys
 from icl_ft_fast.augmentation.self_study import ConversationBatch
+from dataclasses import replace
 from icl_ft_fast.augmentation.generators import LocalGenerator
+from icl_ft_fast.augmentation.strategies import STRATEGIES
+from icl_ft_fast.augmentation.strategy import Parsed
 from icl_ft_fast.cli import main
 
 if __name__ == "__main__":
     LocalGenerator.prompts_per_call = 4
+    any_text = lambda source, reply: Parsed([("document", f"{source} {reply}")], 0, 0)  # a random model keeps no form
+    STRATEGIES["document"] = replace(STRATEGIES["document"], read=any_text, is_lines=False)
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -412,6 +418,8 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
         return {row["key"]: (row["text"], row["logp"], row["seed"]) for row in rows}
 
     monkeypatch.setattr(LocalGenerator, "prompts_per_call", 4)
+    strategy = replace(STRATEGIES["document"], read=study.any_text, is_lines=False)
+    monkeypatch.setitem(STRATEGIES, "document", strategy)
     assert main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
     code, told = run([*TORCHRUN, script, *asked, "--out", tmp_path / "two"])
     assert code == 0, told

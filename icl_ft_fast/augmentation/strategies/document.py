@@ -11,6 +11,6 @@ STRATEGY = Strategy(
     labels=LABELS,
     read=labelled_lines(LABELS),
     examples=("rivers", "brooks", "puddles", "torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey"),
-    begins=("Rephrased:", "Inferred:"),
+    begins=("Rephrased:", "Inferred:", "Inferred: Whoever", "Inferred: The one"),
     begun_stop=("\n\n",),
 )
