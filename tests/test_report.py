@@ -22,7 +22,7 @@ from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.study import Study
 from icl_ft_fast.report.verdict import verdict_of
 from icl_ft_fast.study.evaluate import Answer, accuracies
-from icl_ft_fast.study.prices import Prices
+from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.records import Run, Sample
 from icl_ft_fast.study.results import AskedQuestion, QuestionsOfSeeds, Results
 from icl_ft_fast.study.service import Service
@@ -240,6 +240,16 @@ def test_the_page_says_all_that_the_verdict_says(study):
     assert f'<a href="#s0">{served.name}</a>' in text
     assert '<a href="#s1">slow</a>' in text
     assert f'<td class="text">ICL (0.900)</td><td class="text">{verdict.decision.chosen.name}</td>' in text
+
+
+def test_a_page_with_machines_and_hosted_models(study):
+    prices = read_prices(Path(__file__).parents[1] / "examples" / "prices.json")
+    priced = replace(study, prices=prices)
+    assert priced.arm_of("ICL cached on small hosted") == "icl"
+    text = page.render([priced], 3000.0)
+    for way in ("ICL cached on small hosted", "base on held all day", "augmented on by the hour"):
+        assert f'<th scope="row">{way}' in text
+    assert text.count("<svg") == 11
 
 
 def test_rows_hold_every_answer_in_every_format(study, tmp_path):

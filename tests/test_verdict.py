@@ -224,6 +224,9 @@ def test_machines_and_hosted_models_stand_side_by_side():
         assert verdict_of(replace(study, prices=dearer), 1000, 2.0).decision.chosen.name == name
     assert "give --answer-tokens" in verdict.text
     assert any(note.startswith("Electricity is not counted") for note in replace(study, prices=both).notes)
+    undecoded = verdict_of(with_service(replace(study, prices=both), answer_tokens=9), 1000, 2.0)
+    assert "Machines are left out: decoding was not measured" in undecoded.text
+    assert {way.name for way in undecoded.decision.ways} == {"base on there", "ICL on there"}
     only = Prices(currency="EUR", hosted=both.hosted)
     assert {way.name for way in verdict_of(replace(study, prices=only), 1000, 2.0).decision.ways} == {"base", "ICL"}
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.derived import ON, Derived
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.table import count, interval_words
 from icl_ft_fast.runtime.printable import printable
@@ -129,7 +129,8 @@ def _look(study: Derived, way: str) -> tuple[str, str]:
 
 def _rank(study: Derived, way: str) -> int:
     """The place of a way among those of its arm: 0 for the plainest."""
-    return study.ways_of(study.arm_of(way)).index(way)
+    ways, plain = study.ways_of(study.arm_of(way)), way.partition(ON)[0]
+    return ways.index(plain) if plain in ways else 0
 
 
 def _accuracy(study: Derived) -> Chart | None:
@@ -384,6 +385,8 @@ def _plain(*logarithmic: Axis) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    rows = math.ceil(len(labels) / 3)
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 4))  # many ways leave no room for the axes
     figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.8, columnspacing=1.2)
 
 

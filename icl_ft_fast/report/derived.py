@@ -290,9 +290,12 @@ class Derived:
         return {}
 
     def arm_of(self, way: str) -> str:
-        """The arm that answers in a way."""
-        plain = way.partition(ON)[0]
-        return next(arm for arm in self.arms if plain in (recorded_arm(arm).title, *self.ways_of(arm)))
+        """The arm that answers in a way, whose name begins with the arm's title."""
+        plain = f"{way.partition(ON)[0]} "
+        return max(
+            (arm for arm in self.arms if plain.startswith(f"{recorded_arm(arm).title} ")),
+            key=lambda arm: len(recorded_arm(arm).title),
+        )
 
     @property
     def measured_concurrency(self) -> int:

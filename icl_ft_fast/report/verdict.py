@@ -230,6 +230,8 @@ def _hosted(study: Derived) -> list[str]:
     text = "Hosted models are taken to be as accurate as this one, and to count tokens as it does."
     if not study.service.answer_tokens:
         text += " Their output is not counted: give --answer-tokens."
+    elif study.prices.all_machines and not any(point.decode_s for point in study.results.sweep.points):
+        text += " Machines are left out: decoding was not measured; run `compare` with --answer-tokens."
     return [text]
 
 
