@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from icl_ft_fast.study.compare import compare as compare
     from icl_ft_fast.study.evaluate import Accuracy as Accuracy
     from icl_ft_fast.study.evaluate import evaluate as evaluate
+    from icl_ft_fast.study.prices import Prices as Prices
+    from icl_ft_fast.study.prices import read_prices as read_prices
     from icl_ft_fast.study.results import Results as Results
     from icl_ft_fast.study.results import ResultsError as ResultsError
+    from icl_ft_fast.study.service import Service as Service
     from icl_ft_fast.study.settings import StudySettings as StudySettings
     from icl_ft_fast.tasks.files import TaskError as TaskError
     from icl_ft_fast.tasks.task import Document as Document
@@ -79,7 +82,9 @@ _NAMES = {
     "runtime.errors": "UserError",
     "study.compare": "StudyOptions compare",
     "study.evaluate": "Accuracy evaluate",
+    "study.prices": "Prices read_prices",
     "study.results": "Results ResultsError",
+    "study.service": "Service",
     "study.settings": "StudySettings",
     "tasks.files": "TaskError",
     "tasks.task": "Document Question Task",

@@ -217,6 +217,7 @@ def test_in_a_notebook(study):
     frame = shown.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
     assert len(frame) == 60 * 8
+    assert shown.verdict(3000, tolerance=5.0).text == verdict_of(study, 3000, 5.0).text
     costs, curves = shown.costs(), shown.curves()
     line = study.ways("seconds")["ICL cached"].line
     row = costs[(costs.way == "ICL cached") & (costs.resource == "seconds")].iloc[0]

@@ -15,6 +15,7 @@ from rich.console import Console
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.rows import answer_rows
+from icl_ft_fast.report.verdict import Verdict, verdict_of
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.study.evaluate import Accuracy
 from icl_ft_fast.study.results import Results
@@ -59,6 +60,15 @@ class Study:
         table.print_study(self.derived, console, tolerance)
         if queries is not None:
             table.print_decision_at(self.derived, queries, tolerance, console)
+
+    def verdict(self, queries: float, *, tolerance: float = 2.0) -> Verdict | None:
+        """The decision on so many queries with its certainty; None where it cannot be given.
+
+        Args:
+            queries: how many, over all days of the service.
+            tolerance: accuracy that may be lost against the best arm, in percentage points.
+        """
+        return verdict_of(self.derived, queries, tolerance)
 
     def to_pandas(self) -> Any:
         """A pandas frame with a row for every answer, see answer_rows(); needs pandas."""

@@ -110,13 +110,20 @@ class Prices(BaseModel):
         return energy / 3.6e6 * self.electricity_per_kwh
 
 
-def read_prices(path: Path) -> Prices:
+def read_prices(path: str | Path) -> Prices:
     """Read a price file: one JSON object with the fields of Prices.
 
     Raises:
         PriceError: no UTF-8 JSON, or a field that is missing, unknown or out of range.
         OSError: the file cannot be read.
+
+    Example:
+        >>> with open("prices.json", "w") as file:
+        ...     _ = file.write('{"currency": "EUR", "machine_per_hour": 1.5}')
+        >>> iff.read_prices("prices.json").names
+        ['machine']
     """
+    path = Path(path)
     try:
         prices: Prices = Prices.model_validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
