@@ -263,6 +263,7 @@ def test_results_json(llama, runs, tmp_path):
         "use_peft": None,
         "eval_steps": None,
         "template_date": None,
+        "chat_template_kwargs": None,
         "special_tokens": "text",
         "strategy": "local",
         "samples": 1,
