@@ -1,6 +1,7 @@
 """What a study is at, as another process reads it, and its pause."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from icl_ft_fast.tasks.task import Document, Question, Task
 def clock(monkeypatch):
     """Seconds that pass when a test says so."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: now[0]))
     return now
 
 
@@ -67,7 +68,7 @@ def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
         if len(looks) == 3:
             assert cli.main(["resume", str(tmp_path)]) == 0
 
-    monkeypatch.setattr(progress.time, "sleep", look)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=progress.time.time, sleep=look))  # threads sleep too
     with locked(tmp_path / ".lock"):
         mine = StudyProgress(tmp_path)
         mine.begin(("base",), (0,))
