@@ -344,8 +344,8 @@ def test_a_directory_that_is_no_checkpoint(change, message, broken, files, refus
 
 
 def test_no_directory_at_all(files, refused):
-    assert refused(files.score(model=files.questions)).startswith(f"{files.questions}: not a directory with a check")
-    assert refused(files.score(model=files.folder / "no")).startswith(f"{files.folder / 'no'}: not a directory")
+    assert refused(files.score(model=files.questions)).startswith(f"{files.questions}: neither a directory with a ch")
+    assert refused(files.score(model=files.folder / "no")).startswith(f"{files.folder / 'no'}: no such directory or")
     assert refused(files.score(model="nobody/nothing")).startswith("nobody/nothing: cannot be loaded")
 
 

@@ -167,7 +167,7 @@ def test_a_conversion_that_fails_leaves_nothing(file, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "_write", full)
     with pytest.raises(OSError, match="No space"):
         load(file, cache=tmp_path)
-    assert not [*(tmp_path / "gguf").iterdir()]
+    assert not [*tmp_path.rglob("*")]
 
 
 def test_too_little_space_is_told_before(file, tmp_path, monkeypatch):

@@ -16,5 +16,6 @@ def add(commands: Commands) -> None:
         "write the model in a GGUF file as a checkpoint folder: float32 safetensors, tokenizer and chat template",
         "icl-ft-fast convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2/",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="GGUF file; --model takes it as it is")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, which must not exist")
+    group = parser.group("model")
+    group.add_argument("file", type=Path, metavar="FILE", help="GGUF file; --model takes it as it is")
+    group.add_argument("folder", type=Path, metavar="DIR", help="folder to write, which must not exist")
