@@ -167,8 +167,8 @@ def _read(
     """A checkpoint's network and tokenizer, as transformers reads them; raises ModelError."""
     import transformers
 
-    wanted = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     try:
+        wanted = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
         config = transformers.AutoConfig.from_pretrained(name, **origin)
         for count in COUNTS:
             if (getattr(config.get_text_config(), count, None) or 0) > MAX_MODULES:
