@@ -20,6 +20,7 @@ from icl_ft_fast.study.billing import DAY_S, Bill
 from icl_ft_fast.study.paired import pair
 
 DRAWS = 2000
+GROUPS = 2000  # of clusters that are drawn together, where there are more: as many groups tell the same spread
 MOST_SWITCHES = 6  # that a paragraph names
 MOST_CHANGES = 1000.0  # a month, up to which the choice is followed
 
@@ -344,9 +345,9 @@ def _resampled_accuracies(study: Derived, seed: int) -> dict[str, NDArray[np.flo
     counted: dict[tuple[str, str], Counter[tuple[int, bool]]] = {}
     for run in study.results.runs:
         for answer in run.answers:
-            c = names.setdefault(study.clusters[run.seed, answer.topic], len(names))
+            c = names.setdefault(study.clusters[run.seed, answer.topic], len(names)) % GROUPS
             counted.setdefault((run.arm, answer.split), Counter())[c, answer.is_correct] += 1
-    n, weights = len(names), study.service.weights
+    n, weights = min(len(names), GROUPS), study.service.weights
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
 
     def sums(counts: Counter[tuple[int, bool]], *kinds: bool) -> NDArray[np.float64]:
