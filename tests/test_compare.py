@@ -61,14 +61,6 @@ def test_accuracy_by_step_changes_nothing_else(llama):
     assert watched.curve[0].accuracy == {s: a.value for s, a in results_of(llama, again).runs[0].accuracy.items()}
 
 
-def test_adapters_in_bfloat16_are_watched_too(llama_directory):
-    pytest.importorskip("peft")
-    model, adapters = load(llama_directory, dtype="bfloat16"), replace(SETTINGS, use_peft=True)
-    (watched,), (plain,) = (results_of(model, replace(adapters, eval_steps=n)).runs for n in (1, None))
-    assert [point.step for point in watched.curve] == [1, 2, 3]
-    assert watched.losses == plain.losses
-
-
 def short(monkeypatch, read):
     """Prompts that fit the tiny model, and replies of a few tokens."""
     strategy = replace(STRATEGIES["document"], max_new_tokens=6, read=read, is_lines=False)
