@@ -387,14 +387,15 @@ def test_a_template_that_fails_or_reaches_out_is_refused(tmp_path, source, messa
 def test_every_strategy_has_a_prompt_that_names_its_labels(strategy, is_chat):
     prompting = Prompting.of(strategy, is_chat=is_chat)
     made = prompting.prompts([Document("d", "femp are odd")], [Document("e", "others are even")])
-    assert len(made) == max(1, len(STRATEGIES[strategy].begins) if is_chat else 1)
+    begins = len(STRATEGIES[strategy].begins) if is_chat else 1
+    assert len(made) == max(1, begins) * len(STRATEGIES[strategy].units(Document("d", "femp are odd")))
     for prompt in made:
         assert "femp are odd" in prompt.text
         assert ("others are even" in prompt.text) == (strategy == "global")
         assert not prompt.begun or f"{label_of(prompt.begun)}:" in prompt.text  # shown in the examples
     if strategy != "global" or is_chat:
-        texts = "".join(prompt.text for prompt in made)
-        assert len([label for label in STRATEGIES[strategy].labels if f"{label}:" in texts]) >= 2
+        texts, labels = "".join(prompt.text for prompt in made), STRATEGIES[strategy].labels
+        assert len([label for label in labels if f"{label}:" in texts]) >= min(2, len(labels))
     assert len({Prompting.of(s, is_chat=c).digest for s in BY_MODEL for c in (False, True)}) == 2 * len(BY_MODEL)
 
 

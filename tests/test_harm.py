@@ -1,6 +1,7 @@
 """study/harm.py: KL as plain PyTorch has it, the same texts each time, and arms with their documents in place."""
 
 import io
+import json
 import re
 from dataclasses import replace
 
@@ -19,11 +20,12 @@ from icl_ft_fast.report.verdict import why_none
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import compare
 from icl_ft_fast.study.evaluate import Accuracy
-from icl_ft_fast.study.harm import HarmError, divergence, general_questions, own_texts
+from icl_ft_fast.study.harm import SHARED_WITH_GENERAL, divergence, general_questions, shared_with
+from icl_ft_fast.study.own_texts import HarmError, own_texts
 from icl_ft_fast.study.records import Harm
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.reversals import simple_reversals
-from icl_ft_fast.tasks.task import Question, Task
+from icl_ft_fast.tasks.task import Document, Question, Task
 
 TASK = simple_reversals(3, num_facts=2, num_articles=1)
 
@@ -90,9 +92,9 @@ def test_own_texts_are_drawn_once(llama, monkeypatch):
     assert len({tuple(text) for text in texts}) > 1
     assert all(1 <= len(text) <= 6 for text in texts)
     assert own_texts(llama, 3, num_texts=4, tokens=6) == texts != own_texts(llama, 4, num_texts=4, tokens=6)
-    monkeypatch.setattr("icl_ft_fast.study.harm.generate", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr("icl_ft_fast.study.own_texts.generate", lambda *_, **__: pytest.fail("written again"))
     assert own_texts(llama, 3, journal=journal, num_texts=4, tokens=6) == texts
-    monkeypatch.setattr("icl_ft_fast.study.harm.generate", lambda *_: [])
+    monkeypatch.setattr("icl_ft_fast.study.own_texts.generate", lambda *_, **__: [])
     with pytest.raises(HarmError, match="writes nothing"):
         own_texts(llama, 3)
 
@@ -150,3 +152,18 @@ def test_the_table_and_the_decision_know_harm(results):
     none = Derived(replace(results, runs=tuple(replace(run, harm=None) for run in runs)), "x", max_harm=1.0)
     assert none.decision_ways("seconds") == []
     assert "every arm loses more than --max-harm" in why_none(none)
+
+
+def test_a_general_task_that_shares_documents_or_questions_is_told(results, tmp_path):
+    task = Task((Document("d", "own"), Document("e", "theirs too")), (Question("q", "a", ("b", "c"), answer=0),))
+    (tmp_path / "documents.jsonl").write_text('{"id": "x", "text": "theirs too"}\n')
+    questions = [
+        {"id": "r", "prompt": "a", "choices": ["b", "c"], "answer": 1},
+        {"id": "s", "prompt": "z", "choices": ["b", "c"], "answer": 1},
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    assert shared_with(str(tmp_path), task) == 2
+    assert shared_with("shipped", task) == shared_with("", task) == 0
+    runs = tuple(replace(run, notes=run.notes | {SHARED_WITH_GENERAL: 2}) for run in results.runs)
+    (note,) = set(Derived(replace(results, runs=runs), "x").notes) - set(Derived(results, "x").notes)
+    assert note.startswith("The general task has 2 documents or questions of the task itself")

@@ -17,7 +17,7 @@ from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_cont
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.runtime.durable import ResultJournal
-from icl_ft_fast.study import arms, compare, sweep
+from icl_ft_fast.study import arms, compare, sweep, synthetic
 from icl_ft_fast.study import runs as study_runs
 from icl_ft_fast.study.arm import Workspace
 from icl_ft_fast.study.evaluate import (
@@ -134,7 +134,7 @@ def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):
         with ledger.phase("filter"):
             return augment_by_rule(task.documents)
 
-    monkeypatch.setattr(arms, "augment_by_model", by_rule)
+    monkeypatch.setattr(synthetic, "augment_by_model", by_rule)
     settings = replace(SETTINGS, arms=("icl", "augmented-ft", "distilled"), seeds=(3,))
     task = task_of_seed(3)
     _, augmented, distilled = runs_of(llama, lambda _: task, settings)
@@ -267,6 +267,10 @@ def test_results_json(llama, runs, tmp_path):
         "special_tokens": "text",
         "strategy": "local",
         "samples": 1,
+        "questions": "",
+        "mix": None,
+        "replay": 0.0,
+        "synthetic_tokens": [],
         "general": "",
         "retriever": "bm25",
         "embedding_url": "",

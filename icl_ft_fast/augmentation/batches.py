@@ -171,6 +171,7 @@ def prompt_batches(
     among: Callable[[int], Sequence[Document]] | None = None,
     seed: int = 0,
     key: str = "",
+    apart: bool = False,
 ) -> list[PromptBatch]:
     """The prompts about documents, call by call (Lampinen et al. 2025, section 2.2).
 
@@ -182,6 +183,7 @@ def prompt_batches(
         among: the documents to show, see prompts().
         seed: of sampling, and of the documents to show.
         key: of the model, under which the batches are named together with their prompts and sampling.
+        apart: whether each sample of the prompts has batches of its own, the first sample's first.
 
     Raises:
         AugmentError: an unknown strategy, or several samples of one that is greedy.
@@ -192,9 +194,9 @@ def prompt_batches(
         raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} replies would be all alike")
     sampling = Sampling(limit, temperature, stop=stop_of(prompting, generator), seed=seed)
     made, _ = prompts(prompting, documents, generator, limit, samples=samples, among=among, seed=seed)
+    layers = [[prompt for prompt in made if prompt.sample == n] for n in range(samples)] if apart else [made]
     found, size = [], generator.prompts_per_call or PROMPTS_PER_BATCH
-    for first in range(0, len(made), size):
-        call = tuple(made[first : first + size])
+    for call in (tuple(layer[first : first + size]) for layer in layers for first in range(0, len(layer), size)):
         name = digest(key, prompting.digest, asdict(sampling), [(p.id, p.sample, p.text, p.begun) for p in call])
         found.append(PromptBatch(name, prompting, call, sampling))
     return found

@@ -10,14 +10,14 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icl_ft_fast.augmentation import strategies
-from icl_ft_fast.augmentation.strategy import AugmentError, Strategy
+from icl_ft_fast.augmentation.strategy import AugmentError, Strategy, Unit
 from icl_ft_fast.runtime.templates import bounded
 from icl_ft_fast.tasks.files import TaskError, read_text
 from icl_ft_fast.tasks.task import Document
@@ -33,7 +33,7 @@ class Prompt:
     Attributes:
         id: the document's id, followed by the unit's suffix, such as #2 for its third sentence.
         source_ids: ids of the documents that the prompt shows, the one it is about first.
-        source: the sentence or document that it is about.
+        unit: what it is about.
         text: the rendered template.
         sample: number of this prompt among those about the same unit, from 0.
         begun: how the reply begins; the generator continues from there.
@@ -42,11 +42,16 @@ class Prompt:
 
     id: str
     source_ids: tuple[str, ...]
-    source: str
+    unit: Unit
     text: str
     sample: int = 0
     begun: str = ""
     copied: frozenset[str] = frozenset()
+
+    @property
+    def source(self) -> str:
+        """The sentence or document that it is about."""
+        return self.unit.source
 
 
 @dataclass(frozen=True)
@@ -124,16 +129,41 @@ class Prompting:
         for document in documents:
             ids = tuple(dict.fromkeys((document.id, *(other.id for other in shown))))
             for unit, begun in itertools.product(self.strategy.units(document), self.begins):
-                seen = {**unit.variables, "label": label_of(begun), "begun": begun}
-                try:
-                    with bounded():
-                        text = template.render({**seen, "document": unit.source, "documents": texts})
-                except TemplateError as error:
-                    raise AugmentError(f"template: {self.name}: document {document.id!r}: {error}") from error
-                whole, own = text.casefold(), " ".join((unit.source, *texts)).casefold()
-                copied = frozenset(word for word in self.strategy.examples if word in whole and word not in own)
-                made.append(Prompt(document.id + unit.suffix, ids, unit.source, text, begun=begun, copied=copied))
+                made.append(self._prompt(template, document.id + unit.suffix, ids, unit, texts, begun))
         return made
+
+    def follow_ups(self, prompt: Prompt, reply: str, *, is_cut: bool = False) -> list[Prompt]:
+        """The prompts that follow a reply to a prompt, in order; they show no other documents.
+
+        Raises:
+            AugmentError: a template that fails.
+        """
+        units = self.strategy.follow_up(prompt.unit, reply, is_cut=is_cut)
+        template = self._template() if units else None
+        return [
+            replace(self._prompt(template, prompt.id + unit.suffix, prompt.source_ids[:1], unit), sample=prompt.sample)
+            for unit in units
+            if template is not None
+        ]
+
+    def _prompt(
+        self,
+        template: Template,
+        id: str,
+        source_ids: tuple[str, ...],
+        unit: Unit,
+        documents: Sequence[str] = (),
+        begun: str = "",
+    ) -> Prompt:
+        seen = {**unit.variables, "label": label_of(begun), "begun": begun}
+        try:
+            with bounded():
+                text = template.render({**seen, "document": unit.source, "documents": documents})
+        except TemplateError as error:
+            raise AugmentError(f"template: {self.name}: document {source_ids[0]!r}: {error}") from error
+        whole, own = text.casefold(), " ".join((unit.source, *documents)).casefold()
+        copied = frozenset(word for word in self.strategy.examples if word in whole and word not in own)
+        return Prompt(id, source_ids, unit, text, begun=begun, copied=copied)
 
 
 def label_of(begun: str) -> str:

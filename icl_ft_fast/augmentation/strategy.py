@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl_ft_fast.runtime.errors import UserError
-from icl_ft_fast.tasks.sentences import split_sentences, words_of
+from icl_ft_fast.tasks.sentences import count_words, split_sentences, words_of
 from icl_ft_fast.tasks.task import Document
 
 FOLDER = Path(__file__).parent / "strategies"
+LEAST_WORDS = 30  # of a reply that is a text of its own
 _LINE = re.compile(r"(\w+): (\S.*)")
 
 
@@ -69,11 +70,13 @@ class Unit(NamedTuple):
         suffix: ends the prompt's id after the document's: "#2" for its third sentence.
         source: the sentence or document, which the template sees as `document`.
         variables: what else the template sees.
+        kind: of the row that the whole reply becomes; "" where the strategy reads rows out of the reply.
     """
 
     suffix: str
     source: str
     variables: Mapping[str, Any] = {}
+    kind: str = ""
 
 
 class Parsed(NamedTuple):
@@ -104,6 +107,9 @@ class Strategy:
         labels: of the lines of a reply that become rows.
         read: the rows of a reply, given the unit's source and the reply.
         units: what the prompts about a document are about, one after the other.
+        follow: what is asked about the document after a reply, given the reply's unit and the reply; the suffixes are
+            added to the reply's own.
+        follow_ups: the most prompts that follow one of `units`, all later rounds together.
         shows_documents: whether each prompt shows other documents too, as many as fit.
         max_new_tokens: limit of a reply, unless asked otherwise.
         temperature: of sampling, unless asked otherwise; 0 is greedy.
@@ -112,6 +118,7 @@ class Strategy:
             small model that cannot write three kinds of lines in one reply writes one kind behind its label.
         begun_stop: strings that end a reply that was begun.
         is_lines: whether a reply is lines, so that the last line of one that was cut off is half a line, and no row.
+        words: the fewest and the most of a row, unless asked otherwise.
         infer: the rows, for a strategy without a model; None for those of a model.
     """
 
@@ -121,6 +128,8 @@ class Strategy:
     labels: tuple[str, ...] = ()
     read: Callable[[str, str], Parsed] = lambda source, reply: Parsed([], 0, 0)
     units: Callable[[Document], Sequence[Unit]] = whole
+    follow: Callable[[Unit, str], Sequence[Unit]] = lambda unit, reply: ()
+    follow_ups: int = 0
     shows_documents: bool = False
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -128,11 +137,22 @@ class Strategy:
     begins: tuple[str, ...] = ()
     begun_stop: tuple[str, ...] = ("\n",)
     is_lines: bool = True
+    words: tuple[int, int] = (2, 200)
     infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
 
     def template(self, *, is_chat: bool = False) -> Path:
         """The file of the prompt for base or for chat models."""
         return FOLDER / f"{self.name}.{'chat' if is_chat else 'base'}.jinja"
+
+    def parse(self, unit: Unit, reply: str, *, is_cut: bool = False) -> Parsed:
+        """The rows of a reply about a unit; of one that was cut off, without what is half a line or half a sentence."""
+        if unit.kind:
+            return whole_reply(unit.kind, reply, is_cut=is_cut)
+        return self.read(unit.source, _without_half_line(reply) if is_cut and self.is_lines else reply)
+
+    def follow_up(self, unit: Unit, reply: str, *, is_cut: bool = False) -> Sequence[Unit]:
+        """What is asked after a reply about a unit."""
+        return self.follow(unit, _without_half_line(reply) if is_cut and self.is_lines else reply)
 
 
 LOOP_WORDS, LOOPS = 3, 3
@@ -195,6 +215,26 @@ def questions_and_answers(source: str, reply: str) -> Parsed:
                 seen.add(statement)
                 statements.append(("answer", statement))
     return Parsed(statements, unparsed + (question is not None), repeats)
+
+
+def whole_reply(kind: str, reply: str, *, is_cut: bool = False) -> Parsed:
+    """The reply as one statement, without an opening such as "Here is a summary:"; too short a one is none.
+
+    Paragraphs stay, the spaces within them become single ones. Of a reply that was cut off the last sentence is left
+    out.
+    """
+    lines = reply.strip().split("\n")
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines = lines[1:]
+    paragraphs = [text for part in "\n".join(lines).split("\n\n") if (text := normalized(part))]
+    if is_cut and paragraphs:
+        paragraphs[-1] = " ".join(split_sentences(paragraphs[-1], "independent")[:-1])
+    text = "\n\n".join(filter(None, paragraphs))
+    return Parsed([(kind, text)], 0, 0) if count_words(text) >= LEAST_WORDS else Parsed([], 1, 0)
+
+
+def _without_half_line(reply: str) -> str:
+    return reply.rpartition("\n")[0]
 
 
 def lines_of(reply: str) -> list[tuple[str, str]]:

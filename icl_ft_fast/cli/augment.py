@@ -57,15 +57,15 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--limit", type=positive, metavar="N", help="ask for at most N replies in this run")
     sampling = parser.group("sampling")
     sampling.add_argument("--samples", type=positive, default=1, metavar="N", help="replies per prompt")
-    help = "sampling temperature; 0 is greedy (default: 1 in the global strategy, else 0)"
+    help = "sampling temperature; 0 is greedy (default: the strategy's: 0 in local, document and self-qa, else 1)"
     sampling.add_argument("--temperature", type=float, help=help)
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability mass to sample from")
     help = "tokens per reply (default: the strategy's, 64 to 512)"
     sampling.add_argument("--max-new-tokens", type=positive, metavar="N", help=help)
     sampling.add_argument("--seed", type=int, default=0, help="random seed of the generated task and of sampling")
     filters = parser.group("filters")
-    help = "keep texts of A to B words (default: 2-200)"
-    filters.add_argument("--words", type=_range, default=(2, 200), metavar="A-B", help=help)
+    help = "keep texts of A to B words (default: 2-200; up to 2000 in strategies that write whole texts)"
+    filters.add_argument("--words", type=_range, metavar="A-B", help=help)
     filters.add_argument(
         "--near-duplicates",
         type=_fraction,

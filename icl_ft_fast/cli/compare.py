@@ -38,6 +38,7 @@ from icl_ft_fast.study.settings import (
     NORMALIZATIONS,
     PREFIX_SIZES,
     RETRIEVERS,
+    SELF_ASK,
     TOLERANCE,
 )
 from icl_ft_fast.tasks.sentences import SPLITTINGS
@@ -152,8 +153,17 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     augmentation.add_argument("--generator", default="", metavar="NAME", help=f"{help}the model itself)")
     help = "OpenAI-compatible chat server of --generator; OPENAI_API_KEY holds its key"
     augmentation.add_argument("--generator-url", default="", metavar="URL", help=help)
-    help = "replies per document in the global strategy (default: the preset's, or 1)"
+    help = "replies per document in strategies that sample (default: the preset's, or 1)"
     augmentation.add_argument("--samples", type=positive, metavar="N", help=help)
+    help = "tokens that the model writes for an arm to train on; with several budgets arms run once with each"
+    augmentation.add_argument("--synthetic-tokens", metavar="N[,N...]", help=f"{help} (default: --samples decide)")
+    help = "questions and what --strategy writes, in parts of the synthetic tokens, such as 1:1 (default: no questions)"
+    augmentation.add_argument("--mix", metavar="QUESTIONS:DOCUMENTS", help=help)
+    help = "strategy of the questions of --mix and of the arm distilled"
+    more = f"{SELF_ASK} for a model with a chat template, else --strategy"
+    augmentation.add_argument("--questions", choices=BY_MODEL, default="", help=f"{help} (default: {more})")
+    help = "the model's own general text, as a fraction of the tokens to train on, such as 0.1, against forgetting"
+    augmentation.add_argument("--replay", type=float, default=0.0, metavar="FRACTION", help=help)
     parser.group(OUTPUT).add_argument(
         "--out",
         type=Path,
@@ -166,6 +176,8 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "time limit for measuring query costs"
     seconds = parser.group("cost and decision")
     seconds.add_argument("--measure-seconds", type=amount, default=MEASURE_S, metavar="SECONDS", help=help)
+    help = "plan only: tokens, FLOPs, seconds, disk and break-even of each arm, from a calibration of 20 s; no arm runs"
+    seconds.add_argument("--dry-run", action="store_true", help=help)
     add_store_options(parser)
     add_json_option(parser)
 

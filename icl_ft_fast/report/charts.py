@@ -21,6 +21,7 @@ from icl_ft_fast.report.derived import ON, Derived
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.table import count, interval_words
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.arm import SYNTHETIC_TOKENS
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.settings import ARM_NAMES
 
@@ -78,7 +79,7 @@ def draw(study: Derived, queries: float | None = None, points: float = 2.0) -> l
     With `queries`, also what would change the choice among ways within `points` of the best accuracy.
     """
     with mpl.rc_context(STYLE):
-        made = [_accuracy(study), _paired(study), _curves(study), _by_step(study), _sweep(study)]
+        made = [_accuracy(study), _paired(study), _synthetic(study), _curves(study), _by_step(study), _sweep(study)]
         made += [_amortisation(study, resource, queries) for resource in study.resources]
         priced = [resource for resource in study.resources if resource in ("seconds", "money")]
         made += [_pareto(study, resource, queries or 1e6) for resource in priced]
@@ -290,6 +291,45 @@ def _map(study: Derived, queries: float, points: float) -> Chart | None:
 def _place(rates: list[float], rate: float) -> float:
     """Where a rate lies on the map's axis, whose steps are one rate each."""
     return float(np.interp(rate, rates, range(len(rates))))
+
+
+def _synthetic(study: Derived) -> Chart | None:
+    """Accuracy against the tokens that the model wrote, of arms that ran with several budgets of them."""
+    budgets: dict[str, list[tuple[float, str]]] = {}
+    for arm in study.arms:
+        weights, plus, asked = arm.partition("+")
+        name, at, _ = weights.partition("@")
+        written = [run.notes[SYNTHETIC_TOKENS] for run in study.of(arm) if SYNTHETIC_TOKENS in run.notes]
+        if at and written:
+            budgets.setdefault(name + plus + asked, []).append((float(np.mean(written)), arm))
+    budgets = {name: sorted(its) for name, its in budgets.items() if len(its) > 1}
+    if not budgets:
+        return None
+    figure, axes = _axes()
+    shown = []
+    for name, its in budgets.items():
+        for s, split in enumerate(study.splits):
+            found = [(tokens, arm, accuracy) for tokens, arm in its if (accuracy := study.accuracy(arm, split))]
+            bounds = [study.interval(arm, split) or accuracy.interval for _, arm, accuracy in found]
+            values, tokens = [accuracy.value for *_, accuracy in found], [count for count, *_ in found]
+            errors = np.array([[v - low, high - v] for v, (low, high) in zip(values, bounds, strict=True)]).T
+            colour, mark = _looks(study)[its[0][1]]
+            axes.errorbar(
+                tokens,
+                values,
+                np.maximum(errors, 0),
+                color=colour,
+                marker=mark,
+                markersize=5,
+                linestyle=(0, DASHES[s % len(DASHES)] or (1, 0)),
+                label=f"{recorded_arm(name).title}, {split}",
+            )
+            told = ", ".join(f"{value:.2f} with {count:,.0f}" for value, count in zip(values, tokens, strict=True))
+            shown.append(f"{recorded_arm(name).title}, {split}: {told} tokens")
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="synthetic tokens", ylabel="accuracy")
+    _plain(axes.xaxis)
+    _legend(figure, axes)
+    return Chart("synthetic", "Accuracy by what the model wrote to train on", "; ".join(shown), figure)
 
 
 def _curves(study: Derived) -> Chart | None:

@@ -20,6 +20,7 @@ from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.compare import context_lengths
 from icl_ft_fast.study.costs import ArmCosts, nearest_point
 from icl_ft_fast.study.evaluate import Accuracy, Answer
+from icl_ft_fast.study.harm import SHARED_WITH_GENERAL
 from icl_ft_fast.study.paired import Paired, mix_of, pair, paired_tests
 from icl_ft_fast.study.prices import Prices
 from icl_ft_fast.study.records import Harm, Run
@@ -169,18 +170,25 @@ class Derived:
             lengths = ", ".join(f"{length:,}" for length in self.measured_once)
             once = f"Queries behind {lengths} tokens were measured once: break-even numbers have no interval. "
             once += "A longer --measure-seconds repeats them."
-        return [
-            note
-            for note in (
-                self.unfinished,
-                self.beside,
-                WEIGHTS_NOTE if few else "",
-                batch,
-                once,
-                ENERGY_NOTE * uncounted,
-            )
-            if note
-        ]
+        told = (
+            self.unfinished,
+            self.beside,
+            self.shared,
+            WEIGHTS_NOTE if few else "",
+            batch,
+            once,
+            ENERGY_NOTE * uncounted,
+        )
+        return [note for note in told if note]
+
+    @property
+    def shared(self) -> str:
+        """That the general task has documents or questions of the task; empty where it has none."""
+        count = max(run.notes.get(SHARED_WITH_GENERAL, 0) for run in self.results.runs)
+        return (
+            f"The general task has {count} documents or questions of the task itself: what it measures is not harm "
+            "elsewhere."
+        ) * bool(count)
 
     @property
     def unfinished(self) -> str:

@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from icl_ft_fast.augmentation.batches import PromptBatch, prompt_batches
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, TextGenerator
 from icl_ft_fast.augmentation.self_study import ConversationBatch
+from icl_ft_fast.augmentation.strategies import find
 from icl_ft_fast.augmentation.strategy import Augmented, AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore
@@ -22,21 +24,24 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import has_chat_template, prompt_context
-from icl_ft_fast.finetuning.data import Example
+from icl_ft_fast.finetuning.data import Example, encode
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import RunOptions, Watch, training_concerns
+from icl_ft_fast.finetuning.settings import FinetuneSettings, RunOptions, Watch, training_concerns
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
+from icl_ft_fast.study.calibration import Calibration
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import CurvePoint, Sample
 from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.study.synthetic import general_texts, samples_for, token_count, writers
 from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import Document, Task
 
 SAMPLES = 40  # augmentations in a run's record, for the report
+SYNTHETIC_TOKENS = "synthetic_tokens"  # the note of a run that has the tokens of what the model wrote
 
 
 @dataclass(frozen=True)
@@ -147,18 +152,40 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What an asking is expected to do before the first question, and what then stands there.
+
+    Attributes:
+        slots: keys and values that stand before every question.
+        read_tokens, flops, seconds: of making them.
+    """
+
+    slots: int = 0
+    read_tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Training:
     """How an arm's weights are made.
 
     Attributes:
         augment: writes texts to train on beside the documents; None to train on the documents alone.
         generates: whether the model writes them, call by call: ArmJob.batches then has the prompts.
+        asks_itself: whether it writes questions alone, see synthetic.writers().
+        tokens: of what the model writes; None for what one go through the prompts gives.
+        is_control: whether it is trained on the documents alone, for as many tokens as with what `augment` writes,
+            whose cost is not its own.
         has_teacher: whether the training follows the model itself with the documents in its context.
         check: raises ProtocolError on a task that the training cannot take.
     """
 
     augment: Callable[[ArmJob], Augmented] | None = None
     generates: bool = False
+    asks_itself: bool = False
+    tokens: int | None = None
+    is_control: bool = False
     has_teacher: bool = False
     check: Callable[[Task], None] = lambda _: None
 
@@ -176,6 +203,8 @@ class Asking:
         batches: what the model is asked to write before `prepare`, from model, task, seed, settings and a key; arms of
             one function share what it writes under a seed. None for nothing.
         is_kept: whether what `prepare` puts before several questions is looked up in the study's store and left there.
+        is_quick: whether `prepare` takes no time to speak of, so that a plan does it too.
+        expect: what `prepare` will take, for a plan, where it is not quick; None where that is not known.
         is_control: whether it shows what others could reach and cannot itself be chosen, such as an oracle.
         has_slots: whether keys and values that are no text stand there, which no hosted model takes.
     """
@@ -186,6 +215,8 @@ class Asking:
     check: Callable[[Task], None] = lambda _: None
     batches: Callable[[Model, Task, int, StudySettings, str], Sequence[WritingBatch]] | None = None
     is_kept: bool = False
+    is_quick: bool = False
+    expect: Callable[[ArmJob, Calibration], Expected] | None = None
     is_control: bool = False
     has_slots: bool = False
 
@@ -261,7 +292,7 @@ class Arm:
     def writes(self) -> object:
         """What tells arms apart that have other things written under a seed; None where nothing is."""
         if self.training is not None and self.training.generates:
-            return "augmentations"
+            return "augmentations", self.training.asks_itself, self.training.tokens
         return self.asking.batches
 
     def batches(
@@ -270,17 +301,23 @@ class Arm:
         """What the model, or the generator of augmentations, is asked to write for the arm; nothing for most."""
         if self.asking.batches is not None:
             return self.asking.batches(model, task, seed, settings, key)
-        if writer is None or self.training is None or not self.training.generates:
-            return []
-        return prompt_batches(
-            writer,
-            task.documents,
-            settings.strategy,
-            samples=settings.samples,
-            among=lambda drawn: _chosen_documents(task, drawn, settings),
-            seed=seed,
-            key=key,
-        )
+        training, made = self.training, list[PromptBatch]()
+        if writer is None or training is None or not training.generates:
+            return made
+        for strategy, share in writers(writer.is_chat, settings, asks_itself=training.asks_itself).items():
+            units = sum(len(find(strategy).units(document)) for document in task.documents)
+            budget = None if training.tokens is None else training.tokens * share
+            made += prompt_batches(
+                writer,
+                task.documents,
+                strategy,
+                samples=samples_for(strategy, units, budget, settings.samples),
+                among=lambda drawn: _chosen_documents(task, drawn, settings),
+                seed=seed,
+                key=key,
+                apart=budget is not None,
+            )
+        return made
 
 
 def writer_of(model: Model, settings: StudySettings) -> TextGenerator:
@@ -315,14 +352,24 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     notes = dict(ready.notes)
     examples = [Example(document.text, where=f"document {document.id!r}") for document in job.task.documents]
     samples: tuple[Sample, ...] = ()
-    if training.augment is not None:
+    settings = job.settings.finetune
+    if training.augment is not None and training.is_control:
+        others = training.augment(replace(job, ledger=Ledger(meter=job.ledger.meter)))
+        settings = _as_many_tokens(job, [row.text for row in others.rows])
+        notes["steps"] = settings.steps
+    elif training.augment is not None:
         augmented = training.augment(job)
         if not augmented.rows:
             lost = "".join(f", {count} {step.replace('_', ' ')}" for step, count in augmented.dropped.items() if count)
+            asked = (batch for batch in job.batches if isinstance(batch, PromptBatch))
+            names = dict.fromkeys(batch.prompting.strategy.name for batch in asked)
+            strategy = ", ".join(names) or job.settings.strategy
             raise AugmentError(
-                f"strategy: {job.settings.strategy}: {augmented.prompts} prompts gave no row{lost}; try another "
-                "strategy or a stronger generator, or leave the arm out"
+                f"strategy: {strategy}: {augmented.prompts} prompts gave no row{lost}; try "
+                "another strategy or a stronger generator, or leave the arm out"
             )
+        if training.generates:
+            notes[SYNTHETIC_TOKENS] = token_count(job.model, [row.text for row in augmented.rows])
         examples += [Example(row.text, where=f"a row of document {row.source_id!r}") for row in augmented.rows]
         sources = {document.id: document.text for document in job.task.documents}
         shown = augmented.rows[:: -(-len(augmented.rows) // SAMPLES) or 1]
@@ -330,6 +377,11 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
         notes["augmentations"] = len(augmented.rows)
         notes |= {"augmentation_prompts": augmented.prompts, "augmentation_productive": augmented.productive}
         notes |= {f"dropped_{step}": count for step, count in augmented.dropped.items()}
+    if share := job.settings.replay:
+        tokens = token_count(job.model, [example.completion for example in examples]) * share / (1 - share)
+        replayed = general_texts(job.model, tokens, job.seed, journal=job.workspace.journal, ledger=job.ledger)
+        notes["replay_tokens"] = token_count(job.model, replayed)
+        examples += [Example(text, where="the model's own text") for text in replayed]
     watch = None
     if job.settings.eval_steps is not None:
         watch = Watch(job.settings.eval_steps, lambda model: _accuracy_of(job, model, ready.context))
@@ -338,7 +390,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     tuned = finetune(
         job.model,
         examples,
-        job.settings.finetune,
+        settings,
         seed=job.seed,
         teacher_context=teacher,
         ledger=job.ledger,
@@ -352,7 +404,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
         ),
     )
     notes["final_loss"] = tuned.losses[-1]
-    if concerns := training_concerns(job.settings.finetune, tuned.losses):
+    if concerns := training_concerns(settings, tuned.losses):
         notes["training_concerns"] = concerns
     curve = tuple(CurvePoint(step, figures) for step, figures in tuned.watched)
     return replace(ready, model=tuned.model, notes=notes, losses=tuned.losses, curve=curve, samples=samples)
@@ -371,6 +423,19 @@ def kept_store(job: ArmJob) -> ContextStore | None:
     if (store := job.workspace.store) is None:
         return None
     return store.with_only(job.workspace.journal.once(digest(job.key, "stored contexts"), store.ids))
+
+
+def _as_many_tokens(job: ArmJob, more: Sequence[str]) -> FinetuneSettings:
+    """Settings with the steps that see as many tokens of the documents as the settings' steps see with `more`."""
+    settings, documents = job.settings.finetune, [document.text for document in job.task.documents]
+
+    def length(texts: Sequence[str]) -> float:
+        encoded = encode(
+            job.model.tokenizer, texts, max_positions=job.model.max_positions, splitting=settings.splitting
+        )
+        return fmean(len(example.ids) for example in encoded)
+
+    return replace(settings, steps=max(1, round(settings.steps * length([*documents, *more]) / length(documents))))
 
 
 def _store_as_begun(job: ArmJob, context: str) -> ContextStore | None:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from icl_ft_fast.augmentation.batches import PromptBatch, augment_by_model, augment_by_rule
+from icl_ft_fast.augmentation.batches import PromptBatch, augment_by_rule
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.arm import Arm, ArmJob, Asking, Training, all_documents, writer_of
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.passages import ORACLE, retrieved
-from icl_ft_fast.study.settings import ARM_NAMES, PREFIX_SIZES
+from icl_ft_fast.study.settings import ARM_NAMES, PREFIX_SIZES, StudySettings
 from icl_ft_fast.study.slotted import compacted, trained_prefix
+from icl_ft_fast.study.synthetic import writers, written
 from icl_ft_fast.tasks.task import Task
 
 ALL = "all"
@@ -60,10 +62,18 @@ IN_CONTEXT = Asking(ways_behind_context, context=all_documents)
 # How to train ---------------------------------------------------------------------------------------------------------
 
 
-def _by_model(job: ArmJob) -> Augmented:
+def _by_model(job: ArmJob, *, tokens: int | None = None, asks_itself: bool = False) -> Augmented:
     writer = job.workspace.writer or writer_of(job.model, job.settings)
-    batches = [batch for batch in job.batches if isinstance(batch, PromptBatch)]
-    return augment_by_model(writer, batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress)
+    return written(
+        job.model,
+        writer,
+        [batch for batch in job.batches if isinstance(batch, PromptBatch)],
+        writers(writer.is_chat, job.settings, asks_itself=asks_itself),
+        tokens=tokens,
+        journal=job.workspace.journal,
+        ledger=job.ledger,
+        progress=job.progress,
+    )
 
 
 def _by_rule(job: ArmJob) -> Augmented:
@@ -87,6 +97,21 @@ def _sized(name: str, title: str, of: Callable[[int], Asking], sizes: tuple[int,
     return replace(sized(usual), name=name, sizes=sizes)
 
 
+def _written(name: str, title: str, asking: Asking, made: Training) -> Arm:
+    """An arm that trains on what the model writes; its size is a budget of tokens."""
+
+    def training(tokens: int | None) -> Training:
+        augment = partial(_by_model, tokens=tokens, asks_itself=made.asks_itself)
+        return replace(made, augment=augment, generates=True, tokens=tokens)
+
+    def sized(tokens: int) -> Arm:
+        if tokens < 1:
+            raise ProtocolError(f"arms: {name}@{tokens}: expected a budget of at least 1 token")
+        return Arm(f"{name}@{tokens}", f"{title} {tokens:,} tokens", asking, training(tokens), sized=sized)
+
+    return Arm(name, title, asking, training(None), sized=sized)
+
+
 _ASKED = (
     Arm("base", "base", CLOSED_BOOK),
     Arm("icl", "ICL", IN_CONTEXT),
@@ -97,9 +122,10 @@ _ASKED = (
 )
 _TRAINED = (
     Arm("ft", "fine-tuned", CLOSED_BOOK, Training()),
-    Arm("augmented-ft", "augmented", CLOSED_BOOK, Training(_by_model, generates=True)),
+    _written("augmented-ft", "augmented", CLOSED_BOOK, Training()),
     Arm("rules-ft", "by rule", CLOSED_BOOK, Training(_by_rule, check=_check_rules)),
-    Arm("distilled", "distilled", CLOSED_BOOK, Training(_by_model, generates=True, has_teacher=True)),
+    _written("repeated-ft", "repeated", Asking(ways_without_context, is_control=True), Training(is_control=True)),
+    _written("distilled", "distilled", CLOSED_BOOK, Training(asks_itself=True, has_teacher=True)),
 )
 _BY_NAME = {arm.name: arm for arm in (*_ASKED, *_TRAINED)}
 _COMBINED = ("icl", "rag")  # ways of asking that a trained arm may be put together with
@@ -112,20 +138,25 @@ def arm_named(name: str) -> Arm:
         ValueError: no arm has it.
     """
     trained, plus, asked = name.partition("+")
-    plain, at, size = (asked if plus else trained).partition("@")
-    arm = _BY_NAME.get(plain)
-    weights = _BY_NAME.get(trained) if plus else None
-    is_known = arm is not None and (not plus or (weights is not None and weights.training and plain in _COMBINED))
-    if arm is None or not is_known or (at and (arm.sized is None or not size.isdecimal())):
+    arm, weights = _part(asked if plus else trained), _part(trained) if plus else None
+    is_whole = weights is not None and weights.training is not None and asked.partition("@")[0] in _COMBINED
+    if arm is None or (plus and not is_whole):
         raise ValueError(
             f"arms: expected some of {', '.join(ARM_NAMES)}, a trained one with +icl or +rag, or a size such as rag@8, "
             f"got {name!r}"
         )
-    if at and arm.sized is not None:
-        arm = arm.sized(int(size))
     if weights is None:
         return arm
     return Arm(name, f"{weights.title} + {arm.title}", arm.asking, weights.training)
+
+
+def _part(name: str) -> Arm | None:
+    """The arm of a name without "+"; None if there is none."""
+    plain, at, size = name.partition("@")
+    arm = _BY_NAME.get(plain)
+    if arm is None or not at:
+        return arm
+    return arm.sized(int(size)) if arm.sized is not None and size.isdecimal() else None
 
 
 ARMS = tuple(map(arm_named, ARM_NAMES))
@@ -139,7 +170,7 @@ def expand_arms(
     Args:
         names: as arm_named() takes them, or "all": every arm that can take the task.
         task: needed for "all".
-        sizes: by plain name, in place of the arm's own.
+        sizes: by plain name, of an arm or of the trained one in a combination, in place of the arm's own.
 
     Raises:
         ValueError: an unknown arm.
@@ -148,10 +179,18 @@ def expand_arms(
     for name in names:
         arms = ARMS if name == ALL else (arm_named(name),)
         for arm in arms:
-            own = (sizes or {}).get(arm.name, arm.sizes)
-            its = [f"{arm.name}@{size}" for size in own] or [arm.name]
+            part, plus, asked = arm.name.partition("+")
+            own = (sizes or {}).get(part, arm.sizes)
+            its = [f"{part}@{size}{plus}{asked}" for size in own] or [arm.name]
             found += [one for one in its if name != ALL or task is None or _takes(one, task)]
     return tuple(dict.fromkeys(found)) if ALL in names else tuple(found)
+
+
+def sizes_of(settings: StudySettings) -> dict[str, tuple[int, ...]]:
+    """The sizes that settings ask for, by the plain names of the arms that have them."""
+    written = [arm.name for arm in _TRAINED if arm.training is not None and arm.training.generates]
+    budgets = dict.fromkeys(written, settings.synthetic_tokens) if settings.synthetic_tokens else {}
+    return {"prefix": settings.prefix_tokens} | budgets
 
 
 def _takes(name: str, task: Task) -> bool:

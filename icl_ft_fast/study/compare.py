@@ -31,7 +31,7 @@ from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arm import Workspace, writer_of
-from icl_ft_fast.study.arms import ALL, arm_named, expand_arms
+from icl_ft_fast.study.arms import ALL, arm_named, expand_arms, sizes_of
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import Run
@@ -126,8 +126,7 @@ def compare(
     settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))
     first_task = task(settings.seeds[0]) if callable(task) and ALL in settings.arms else task
     arms_of = None if callable(first_task) else first_task
-    sizes = {"prefix": settings.prefix_tokens}
-    settings = replace(settings, arms=expand_arms(settings.arms, arms_of, sizes))
+    settings = replace(settings, arms=expand_arms(settings.arms, arms_of, sizes_of(settings)))
     folder = None if out is None else Path(out)
     with nullcontext() if folder is None or options.executor.rank else _begun(folder, options):
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before

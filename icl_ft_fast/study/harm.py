@@ -18,29 +18,24 @@ import torch
 
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.forward import ScoringOptions, forward_chunks
-from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import check_fit
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.transfer import Sent
-from icl_ft_fast.runtime.durable import ResultJournal, digest
-from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.arm import ArmJob, Prepared, ask
 from icl_ft_fast.study.evaluate import Accuracy
+from icl_ft_fast.study.own_texts import HarmError, own_texts
 from icl_ft_fast.study.records import Harm
-from icl_ft_fast.tasks.task import Question, Task, read_questions
+from icl_ft_fast.tasks.task import Question, Task, read_documents, read_questions
 
 SHIPPED_GENERAL = "shipped"  # the name of the general task that comes with the package
+SHARED_WITH_GENERAL = "shared_with_general"  # the note of a run whose general task has some of the task's own
 _FOLDER = Path(__file__).parents[1] / "tasks" / "general"
-TEXTS, TEXT_TOKENS = 32, 64  # that the untouched model writes, and the length of each
 LOGIT_ROWS = 64  # rows whose distributions over the vocabulary are held at a time
-
-
-class HarmError(UserError):
-    """A general task without known answers, or a model that writes nothing; the message says which."""
 
 
 def general_questions(general: str) -> tuple[Question, ...]:
@@ -60,32 +55,17 @@ def general_questions(general: str) -> tuple[Question, ...]:
     return known
 
 
-def own_texts(
-    model: Model, seed: int, *, journal: ResultJournal | None = None, num_texts: int = TEXTS, tokens: int = TEXT_TOKENS
-) -> list[list[int]]:
-    """Token ids of texts that a model writes after nothing, sampled at temperature 1; the same each time.
-
-    Args:
-        model: from load().
-        seed: of the draws.
-        journal: where texts are looked up and put.
-        num_texts: some may be shorter than `tokens`, and those without a token are left out.
-        tokens: the most of each text.
-
-    Raises:
-        HarmError: the model wrote nothing.
-    """
-
-    def write() -> list[list[int]]:
-        prompt = [encoding.prefix_token_id(model.tokenizer)]
-        draws = [Sampling(max_new_tokens=tokens, temperature=1.0, seed=seed * num_texts + t) for t in range(num_texts)]
-        return [list(made.ids) for made in generate(model, [prompt] * num_texts, draws) if made.ids]
-
-    key = digest("own texts", model.fingerprint(), seed, num_texts, tokens)
-    texts: list[list[int]] = (journal or ResultJournal(None)).once(key, write)
-    if not texts:
-        raise HarmError(f"{model.name}: writes nothing of its own, so what changes in it cannot be measured")
-    return texts
+def shared_with(general: str, task: Task) -> int:
+    """How many documents and questions of the task a general task has too; harm measured on those is none elsewhere."""
+    if not general:
+        return 0
+    path = Path(general)
+    documents = path / "documents.jsonl"
+    is_there = documents.is_file() and documents.stat().st_size > 0
+    theirs = {document.text for document in read_documents(documents)} if is_there else set()
+    asked = {(question.prompt, question.choices) for question in general_questions(general)}
+    own = sum(document.text in theirs for document in task.documents)
+    return own + sum((question.prompt, question.choices) in asked for question in task.questions)
 
 
 @torch.inference_mode()

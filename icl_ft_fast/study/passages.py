@@ -41,7 +41,7 @@ CONTEXT_TOKENS = "query_context_tokens"  # the note of a run that has the mean t
 def retrieved(k: int) -> Asking:
     """The k passages that fit the question best, in the order of the documents."""
     prepare, check = partial(_prepare_retrieval, k), partial(_check_k, k)
-    return Asking(ways_behind_own_context, prepare=prepare, check=check, is_kept=True)
+    return Asking(ways_behind_own_context, prepare=prepare, check=check, is_kept=True, is_quick=True)
 
 
 def _check_k(k: int, task: Task) -> None:
@@ -150,6 +150,7 @@ ORACLE = Asking(
     lambda title, costs: ways_behind_own_context(title, costs),
     prepare=_prepare_oracle,
     check=_check_sources,
+    is_quick=True,
     is_control=True,
 )
 

@@ -22,7 +22,7 @@ from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, WritingBatch, ask, writer_of
 from icl_ft_fast.study.arms import arm_named
 from icl_ft_fast.study.costs import ANSWERING
-from icl_ft_fast.study.harm import general_questions, measure_harm
+from icl_ft_fast.study.harm import SHARED_WITH_GENERAL, general_questions, measure_harm, shared_with
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -34,7 +34,7 @@ def study_key(model: Model, settings: StudySettings) -> str:
     """A digest of what decides every run: weights, settings except arms and seeds, the machine and its versions."""
     machine = fingerprint(model.device) | {"device": model.device.type}
     del machine["memory_bytes"]  # machines of one kind differ in it by a little
-    shared = asdict(replace(settings, arms=(), seeds=(), prefix_tokens=()))
+    shared = asdict(replace(settings, arms=(), seeds=(), prefix_tokens=(), synthetic_tokens=()))
     return digest("study 3", model.fingerprint(), shared, machine)
 
 
@@ -62,6 +62,12 @@ class PlannedRun:
     def trains(self) -> bool:
         """Whether the arm trains weights or a prefix, which takes longest."""
         return arm_named(self.arm).trains
+
+    @property
+    def tokens(self) -> int | None:
+        """The budget of what the model writes for the arm; None for what one go through the prompts gives."""
+        training = arm_named(self.arm).training
+        return None if training is None else training.tokens
 
     @property
     def uses_store(self) -> bool:
@@ -144,6 +150,8 @@ def _make_run(
         answers = ask(job, ready)
         general = general_questions(settings.general)
         harm = measure_harm(job, ready, general) if general else None
+    shared = shared_with(settings.general, task)
+    told = {SHARED_WITH_GENERAL: shared} if shared else {}
     num_questions, query = len(task.questions), ledger.phases["query"]
     run = Run(
         arm=planned.arm,
@@ -155,7 +163,7 @@ def _make_run(
         query_request_tokens=(ledger.request_tokens - before) / num_questions,
         query_forwarded_tokens=query.forwarded_tokens / num_questions,
         counts=ledger.as_dict(),
-        notes=ready.notes,
+        notes=ready.notes | told,
         losses=ready.losses,
         curve=ready.curve,
         samples=ready.samples,

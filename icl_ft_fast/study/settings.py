@@ -11,9 +11,11 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 # Of arms.ARMS, for help without torch.
 ARM_NAMES = (
     *("base", "icl", "rag", "oracle", "compacted", "prefix"),
-    *("ft", "ft+icl", "ft+rag", "augmented-ft", "augmented-ft+icl", "augmented-ft+rag", "rules-ft", "distilled"),
+    *("ft", "ft+icl", "ft+rag", "augmented-ft", "augmented-ft+icl", "augmented-ft+rag", "rules-ft", "repeated-ft"),
+    "distilled",
 )
 FAMILIES = ("trained", "all")  # pairs of arms that are tested together: see paired.family_of()
+SELF_ASK = "self-ask"  # the strategy of questions that a model asks itself
 DEFAULT_ARMS = ("base", "icl", "ft", "augmented-ft")
 NORMALIZATIONS = ("sum", "token", "character", "byte", "pmi")
 RETRIEVERS = ("bm25", "dense")
@@ -44,6 +46,12 @@ class StudySettings:
         samples: answers about each document, in strategies that sample.
         generator: model that writes the augmentations, as load() takes it; "" for the model itself.
         generator_url: OpenAI-compatible chat server where `generator` is the model's name; "" to load it here.
+        questions: the strategy that writes the questions of `mix` and of the distilled arm; "" is "self-ask" for a
+            generator that is asked as a chat, else `strategy`.
+        mix: (questions, documents), the parts of each in the synthetic tokens of augmented arms; None for what
+            `strategy` writes alone.
+        replay: the model's own general text, as a fraction of all tokens that an arm is trained on.
+        synthetic_tokens: budgets; arms that train on what the model writes run once with each.
         general: a general task to measure harm on, "shipped" or a folder with questions.jsonl; "" measures no harm.
         retriever: how passages are found, "bm25" or "dense" (embeddings).
         embedding_url: the OpenAI-compatible server of "dense"; "" for a static model in a folder.
@@ -69,6 +77,10 @@ class StudySettings:
     samples: int = 1
     generator: str = ""
     generator_url: str = ""
+    questions: str = ""
+    mix: tuple[int, int] | None = None
+    replay: float = 0.0
+    synthetic_tokens: tuple[int, ...] = ()
     general: str = ""
     retriever: str = "bm25"
     embedding_url: str = ""

@@ -14,6 +14,7 @@ from icl_ft_fast.augmentation.self_study import ConversationBatch, conversation_
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.compaction import compact
 from icl_ft_fast.engine.contexts import ContextStore
+from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
@@ -21,7 +22,8 @@ from icl_ft_fast.finetuning.prefix import train_slots
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import ArmJob, Asking, Prepared, all_documents
+from icl_ft_fast.study.arm import ArmJob, Asking, ContextText, Expected, Prepared, all_documents
+from icl_ft_fast.study.calibration import Calibration
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -32,16 +34,31 @@ STORE_BYTES = 2**40  # of a temporary folder: no limit
 
 def compacted(ratio: int) -> Asking:
     """One slot for `ratio` tokens of the documents, by attention matching."""
-    return Asking(ways_behind_slots, prepare=partial(_prepare_compaction, ratio), has_slots=True)
+    prepare, expect = partial(_prepare_compaction, ratio), partial(_expect_compaction, ratio)
+    return Asking(ways_behind_slots, prepare=prepare, expect=expect, has_slots=True)
+
+
+def _given(ratio: int, model: Model, read: ContextText) -> tuple[list[int], int, list[list[int]]]:
+    """The context's tokens, the number of slots for them, and the tokens that are read behind it."""
+    (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
+    followers = encoding.encode(model.tokenizer, [f" {document.text}" for document in read.documents], bos=False)
+    num_slots = max(len(encoding.opening(model.tokenizer)) + 1, round(len(token) / ratio))
+    return token, min(num_slots, len(token)), followers
+
+
+def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Expected:
+    read = all_documents(job.model, job.task, job.seed, job.settings)
+    token, num_slots, followers = _given(ratio, job.model, read)
+    tokens = len(token) + sum(map(len, followers))
+    flops = 2 * float(work_of(job.model).path_flops(len(token))[-1])
+    return Expected(num_slots, tokens, flops, calibration.compacting_s(token, ratio, followers))
 
 
 def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
     model = ready.model
     read = all_documents(model, job.task, job.seed, job.settings)
-    (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
-    followers = encoding.encode(model.tokenizer, [f" {document.text}" for document in read.documents], bos=False)
-    num_slots = max(len(encoding.opening(model.tokenizer)) + 1, round(len(token) / ratio))
-    made = compact(model, token, min(num_slots, len(token)), followers, ledger=job.ledger)
+    token, num_slots, followers = _given(ratio, model, read)
+    made = compact(model, token, num_slots, followers, ledger=job.ledger)
     notes = {
         "context_documents": len(read.documents),
         "context_tokens": len(token),

@@ -38,6 +38,7 @@ from icl_ft_fast.study.arm import Workspace, WritingBatch, writer_of
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.runs import PlannedRun, make_run, study_key
 from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.study.synthetic import surely_needed
 
 WORKERS = "workers"
 
@@ -129,7 +130,8 @@ def make_runs(
     folder = start.folder / WORKERS
     # Whoever begins the longest job last keeps all waiting: arms that train nothing come last.
     left = [p for p in sorted(planned, key=lambda p: not p.trains) if p.key not in journal.values]
-    new = {batch.name: batch for p in left for batch in p.batches if batch.name not in journal.values}
+    new = {batch.name: batch for p in left for batch in _beforehand(p)}
+    new = {name: batch for name, batch in new.items() if name not in journal.values}
 
     def run(jobs: dict[str, Any], what: str, *, more: bool = False) -> bool:
         named = [Job(name, job, 0, group=name) for name, job in jobs.items()]
@@ -140,7 +142,15 @@ def make_runs(
     run(new, "augmenting", more=True)
     follow(executor)  # until all is written
     there = journal.values | journaled_in(folder, expected=new)
-    return run({p.key: (p, {batch.name: there[batch.name] for batch in p.batches}) for p in left}, "comparing")
+    written = ({batch.name: there[batch.name] for batch in p.batches if batch.name in there} for p in left)
+    return run({p.key: (p, its) for p, its in zip(left, written, strict=True)}, "comparing")
+
+
+def _beforehand(planned: PlannedRun) -> list[WritingBatch]:
+    """What is written before a run begins: what it surely needs."""
+    if planned.tokens is None:
+        return list(planned.batches)
+    return [*surely_needed([b for b in planned.batches if isinstance(b, PromptBatch)], planned.tokens)]
 
 
 def take_in(journal: ResultJournal, folder: Path) -> None:

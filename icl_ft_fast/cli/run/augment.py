@@ -82,16 +82,19 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
         else:
             fingerprint = model.fingerprint() if model else ""
             date = generator.date if isinstance(generator, LocalGenerator) else None
+            how, kwargs = (run.prompting, run.sampling), options.chat_template_kwargs
             elsewhere = ReplyingElsewhere(
-                options.model, loading(options), fingerprint, generator.is_chat, options.chat_template_kwargs, date
+                *how, options.model, loading(options), fingerprint, generator.is_chat, kwargs, date
             )
-            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else partial(Replying, generator)):
+            here = partial(Replying, generator, *how)
+            if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else here):
                 return
         if isinstance(generator, Recorded):
             _tell_unused(generator.unused({prompt.id for prompt, _ in run.requests}))
         made = run.read()
         report |= {"template_date": run.identity["template_date"]} if "template_date" in run.identity else {}
-    filtered = steps.filtered(made, options.words, options.near_duplicates)
+    words = options.words or STRATEGIES[options.strategy].words
+    filtered = steps.filtered(made, words, options.near_duplicates)
     if options.self_consistent and model is not None:
         by_id = {document.id: document for document in task.documents}
         kept, report["asked_for_consistency"] = steps.self_consistent(

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import Any, TypeVar
 
@@ -35,12 +36,14 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, Pref
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
+from icl_ft_fast.report.plan import PLAN, kept_to, print_forecast, read_plan, write_plan
 from icl_ft_fast.report.verdict import summary
 from icl_ft_fast.runtime.durable import replacing
-from icl_ft_fast.runtime.executors import Executor
+from icl_ft_fast.runtime.executors import Executor, InProcess
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import arm_named, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
+from icl_ft_fast.study.forecast import forecast
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.retrieval import embedder_of
@@ -116,7 +119,9 @@ def run_compare(options: argparse.Namespace) -> None:
     executor = executor_of(options)
     if options.bf16 is not None and parsed("bf16", "--bf16", options.bf16):
         options.dtype = "bfloat16"  # as `finetune` holds them: every arm answers with the weights that are trained
-    if options.task == ALL:
+    if options.dry_run:
+        _plan(options, executor)
+    elif options.task == ALL:
         _compare_all(options, executor)
     else:
         _run_one(options, executor)
@@ -130,6 +135,34 @@ def _run_one(options: argparse.Namespace, executor: Executor) -> Derived | None:
     return study
 
 
+def _plan(options: argparse.Namespace, executor: Executor) -> None:
+    """What the study would take; the same command without --dry-run then says how far off that was."""
+    if options.task == ALL:
+        raise UsageError(f"--dry-run: plans one task at a time, not --task {ALL}")
+    if not isinstance(executor, InProcess):
+        raise UsageError("--dry-run: plans for one process; leave --executor out")
+    make_task, preset = task_of_seed(options)
+    settings = _settings(options, preset)
+    model, _ = _load(options)
+    has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
+    plan = forecast(model, make_task, settings, has_store=has_store, checkpoint_s=checkpoint_s)
+    if options.out is not None:
+        write_plan(options.out, plan, arguments_digest(options))
+    if options.json:
+        print(json.dumps(asdict(plan)))
+        return
+    print_forecast(plan, Terminal())
+    if options.out is not None:
+        print(f"\nWritten to {options.out / PLAN}; the same command without --dry-run says how far off it was")
+
+
+def _print_plan(study: Derived, options: argparse.Namespace) -> None:
+    """How far off the plan was, where there is one of the same arguments."""
+    plan = None if options.out is None else read_plan(options.out, arguments_digest(options))
+    if plan is not None:
+        print("\n" + "\n".join(kept_to(plan, study.results.runs)))
+
+
 def _print(study: Derived, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_summary(study, options)))
@@ -137,6 +170,7 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
     console = Terminal()
     table.print_study(study, console, options.tolerance)
     print_decision(study, options, console)
+    _print_plan(study, options)
     if (date := study.results.settings.get("template_date")) and study.results.settings.get("template") == "chat":
         print(f"\nThe chat template wrote the date {date}; --template-date sets it.")
     if options.out is not None:
@@ -256,6 +290,10 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "icl_tokens": options.icl_tokens,
             "normalization": options.normalization,
             "template": read_template(options.template),
+            "questions": options.questions,
+            "mix": _mix(options.mix),
+            "replay": _replay(options.replay),
+            "synthetic_tokens": _budgets(options.synthetic_tokens),
             "general": options.general,
             "retriever": options.retriever,
             "embedding_url": options.embedding_url,
@@ -314,6 +352,29 @@ def prefix_tokens(text: str) -> tuple[int, ...]:
     if any(size < 1 for size in sizes):
         raise UsageError(f"--prefix-tokens: expected numbers of at least 1, got {text!r}")
     return _distinct("--prefix-tokens", sizes)
+
+
+def _mix(text: str | None) -> tuple[int, int] | None:
+    """Parts of questions and of documents."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--mix: expected two whole numbers above 0 such as 1:1, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _replay(fraction: float) -> float:
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--replay: expected a fraction from 0 to below 1, got {fraction:g}")
+    return fraction
+
+
+def _budgets(text: str | None) -> tuple[int, ...]:
+    numbers = text.split(",") if text is not None else []
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise UsageError(f"--synthetic-tokens: expected whole numbers above 0 separated by commas, got {text!r}")
+    return _distinct("--synthetic-tokens", tuple(sorted(map(int, numbers))))
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -1,0 +1,141 @@
+"""The plan before the run: what is counted is what the run then counts, and what it took stands beside it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from icl_ft_fast.augmentation.prompts import Prompting
+from icl_ft_fast.augmentation.strategies import STRATEGIES
+from icl_ft_fast.augmentation.strategy import Parsed, whole
+from icl_ft_fast.cli import main
+from icl_ft_fast.engine.generate import RUNNING
+from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.report.plan import PLAN, PlanError, kept_to, read_plan, write_plan
+from icl_ft_fast.study.calibration import Calibration, Writing
+from icl_ft_fast.study.compare import StudyOptions, compare
+from icl_ft_fast.study.forecast import ArmForecast, Forecast, forecast, taken_s
+from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.reversals import simple_reversals
+
+TRAINING = FinetuneSettings(steps=30, batch_size=2, learning_rate=1e-3)
+ARMS = ("base", "icl", "rag@1", "compacted@8", "ft", "ft+icl", "augmented-ft", "augmented-ft@600", "repeated-ft")
+
+
+@pytest.fixture(scope="module")
+def planned(llama):
+    """A study's plan, and its runs by arm."""
+    patch = pytest.MonkeyPatch()
+    kept = lambda source, reply: Parsed([("row", f"{source} {reply}".strip())], 0, 0)  # noqa: E731
+    plain = {"units": whole, "follow": lambda unit, reply: (), "follow_ups": 0, "is_lines": False}
+    strategy = replace(STRATEGIES["self-ask"], max_new_tokens=6, read=kept, **plain)
+    patch.setattr(Prompting, "of", lambda *_, **__: Prompting(strategy, "{{ document }}", "short"))
+    task = simple_reversals(3, num_facts=2, num_articles=1)
+    settings = StudySettings(arms=ARMS, seeds=(3,), strategy="self-ask", finetune=TRAINING, replay=0.2)
+    plan = forecast(llama, task, settings, calibration_s=1.0)
+    results = compare(llama, task, settings, options=StudyOptions(measure_s=0))
+    patch.undo()
+    return plan, {run.arm: run for run in results.runs}
+
+
+def test_what_can_be_counted_is_what_the_run_counts(planned):
+    plan, runs = planned
+    assert [arm.arm for arm in plan.arms] == [*ARMS]
+    arms = {arm.arm: arm for arm in plan.arms}
+    for name in ("base", "icl", "rag@1"):
+        counts = runs[name].counts
+        assert arms[name].read_tokens == pytest.approx(counts["forwarded_tokens"], rel=0.02), name
+        assert arms[name].flops == pytest.approx(counts["flops"], rel=0.05), name
+        assert (arms[name].written_tokens, arms[name].trained_tokens) == (0, 0)
+    for name in ("ft", "ft+icl", "augmented-ft", "augmented-ft@600", "repeated-ft"):
+        counts = runs[name].counts
+        assert arms[name].trained_tokens == pytest.approx(counts["trained_tokens"], rel=0.35), name
+        assert arms[name].flops == pytest.approx(counts["flops"], rel=0.35), name
+    assert arms["augmented-ft"].written_tokens == pytest.approx(runs["augmented-ft"].counts["decoded_tokens"], rel=0.5)
+    assert arms["augmented-ft@600"].written_tokens > 2 * arms["augmented-ft"].written_tokens
+    assert arms["compacted@8"].is_planned
+    assert all(arm.disk_bytes > 0 for arm in plan.arms)
+
+
+def test_seconds_have_parts_and_what_arms_share_is_counted_once(planned):
+    plan, _ = planned
+    arms = {arm.arm: arm for arm in plan.arms}
+    assert all(arm.seconds >= arm.setup_s for arm in plan.arms)
+    assert arms["base"].setup_s == arms["icl"].setup_s == 0
+    assert arms["ft+icl"].setup_s == arms["ft"].setup_s > 0
+    assert plan.seconds < math.fsum(arm.seconds for arm in plan.arms) - arms["ft"].setup_s / 2
+    assert plan.rival == "icl"
+    assert {arm.arm for arm in plan.arms if arm.break_even is not None} <= {"ft", "augmented-ft", "augmented-ft@600"}
+
+
+def test_decoding_is_as_long_as_the_longest_until_places_are_refilled():
+    replies = Writing(10, 0.01, 20, 50, step_s=0.1, token_s=0.002, row_tokens=5, rows=1, follow_ups=0)
+    assert replies.seconds(RUNNING) == pytest.approx(RUNNING * 0.01 + 50 * 0.1)
+    assert replies.seconds(1000) == pytest.approx(1000 * 0.01 + 1000 * 20 * 0.002)
+
+
+def test_reading_is_extrapolated_by_flops(llama):
+    times = iter(range(100))
+    calibration = Calibration(llama, 1.0, clock=lambda: float(next(times)))  # whatever is timed takes a second
+    short, long = list(range(2, 102)), list(range(2, 202))
+    assert calibration.read_s(short) == pytest.approx(1.0)
+    assert calibration.read_s(long) > 2.0  # attention grows faster than the length
+    assert calibration.read_s([]) == 0.0
+
+
+def test_a_plan_is_kept_for_the_run_of_the_same_arguments(planned, tmp_path):
+    plan, runs = planned
+    write_plan(tmp_path, plan, "abc")
+    assert read_plan(tmp_path, "abc") == plan
+    assert read_plan(tmp_path, "other") is None
+    assert read_plan(tmp_path / "none", "abc") is None
+    (tmp_path / PLAN).write_text("{")
+    with pytest.raises(PlanError, match=r"plan.json: not a plan: remove it, or plan again with --dry-run"):
+        read_plan(tmp_path, "abc")
+    took = taken_s(runs["base"])
+    made = Forecast((ArmForecast("base", 1, seconds=took / 2), ArmForecast("icl", 1, is_planned=False)), "", 1.0, 2.0)
+    assert kept_to(made, list(runs.values())) == [
+        f"base: planned {took / 2:.1f} s, took {took:.1f} s (2.00 times the plan)"
+    ]
+
+
+def test_the_command_plans_and_the_run_says_how_far_off_it_was(llama_directory, tmp_path, capsys):
+    asked = [
+        "compare",
+        "--model",
+        str(llama_directory),
+        "--task",
+        "simple-reversals",
+        "--preset",
+        "small",
+        "--facts",
+        "2",
+    ]
+    asked += [
+        "--arms",
+        "base,ft",
+        "--steps",
+        "2",
+        "--measure-seconds",
+        "0.1",
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*asked, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PLAN]
+    assert "fine-tuned" in told
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "times the plan)" in told
+    assert main([*asked, "--dry-run", "--json"]) == 0
+    assert [arm["arm"] for arm in json.loads(capsys.readouterr().out)["arms"]] == ["base", "ft"]
+
+
+def test_a_plan_is_for_one_task_in_one_process(tmp_path, capsys):
+    asked = ["compare", "--model", "m", "--dry-run", "--out", str(tmp_path / "out"), "--task"]
+    assert main([*asked, "all"]) == 2
+    assert capsys.readouterr().err == "icl-ft-fast compare: --dry-run: plans one task at a time, not --task all\n"
+    assert not (tmp_path / "out").exists()
