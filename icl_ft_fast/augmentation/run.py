@@ -164,6 +164,10 @@ class AugmentationRun:
                     break
                 asked = [follow for request in asked for follow in self._followed(request)]
 
+    def known(self) -> Iterator[Request]:
+        """All requests, those that follow from stored replies behind these."""
+        return self._all(self.requests)
+
     def missing(self) -> list[tuple[str, Request]]:
         """(key, request) of the replies that are not stored, as far as it is known what will be asked."""
         keyed = ((reply_key(*request), request) for request in self._all(self.requests))

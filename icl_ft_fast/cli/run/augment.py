@@ -90,7 +90,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
             if not run.collect_by(executor, elsewhere if isinstance(executor, Ray) else here):
                 return
         if isinstance(generator, Recorded):
-            _tell_unused(generator.unused({prompt.id for prompt, _ in run.requests}))
+            _tell_unused(generator.unused({prompt.id for prompt, _ in run.known()}))
         made = run.read()
         report |= {"template_date": run.identity["template_date"]} if "template_date" in run.identity else {}
     words = options.words or STRATEGIES[options.strategy].words
