@@ -127,11 +127,16 @@ def test_the_command_plans_and_the_run_says_how_far_off_it_was(llama_directory, 
     told = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PLAN]
     assert "fine-tuned" in told
+    assert "What it can show: " in told
+    assert "a gap of " in told
     assert main(asked) == 0
     told = capsys.readouterr().out
     assert "times the plan)" in told
     assert main([*asked, "--dry-run", "--json"]) == 0
-    assert [arm["arm"] for arm in json.loads(capsys.readouterr().out)["arms"]] == ["base", "ft"]
+    planned = json.loads(capsys.readouterr().out)
+    assert [arm["arm"] for arm in planned["arms"]] == ["base", "ft"]
+    assert planned["power"]["topics"] <= planned["power"]["answers"]
+    assert planned["power"]["tolerance"] == 2.0
 
 
 def test_a_plan_is_for_one_task_in_one_process(tmp_path, capsys):

@@ -44,6 +44,7 @@ from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arms import arm_named, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.forecast import forecast
+from icl_ft_fast.study.power import power_of
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.retrieval import embedder_of
@@ -148,12 +149,20 @@ def _plan(options: argparse.Namespace, executor: Executor) -> None:
     plan = forecast(model, make_task, settings, has_store=has_store, checkpoint_s=checkpoint_s)
     if options.out is not None:
         write_plan(options.out, plan, arguments_digest(options))
+    power = power_of(make_task, settings.seeds, options.tolerance)
     if options.json:
-        print(json.dumps(asdict(plan)))
+        print(json.dumps(asdict(plan) | {"power": None if power is None else _finite(asdict(power))}))
         return
     print_forecast(plan, Terminal())
+    if power is not None:
+        print(f"\nWhat it can show: {power.text}")
     if options.out is not None:
         print(f"\nWritten to {options.out / PLAN}; the same command without --dry-run says how far off it was")
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With None for infinity, which JSON does not have."""
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def _print_plan(study: Derived, options: argparse.Namespace) -> None:
