@@ -406,6 +406,10 @@ def wrong_type(folder):
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
 
 
+def pointer_for_config(folder):
+    (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
 def other_shapes(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
@@ -549,7 +553,8 @@ def lfs_pointer(name):
         (unknown_family, "cannot be loaded as a causal language model: .*nosuch"),
         (no_language_model, "cannot be loaded as a causal language model: .*T5Config"),
         (wrong_type, "cannot be loaded as a causal language model: .*hidden_size"),
-        (other_shapes, "cannot be loaded as a causal language model: "),
+        (other_shapes, "the file has the shape .* and config.json asks for "),
+        (pointer_for_config, "config.json: a Git LFS pointer, not the file itself"),
         (own_code, "cannot be loaded as a causal language model: .*custom code"),
         (pickle_only, "pytorch_model.bin: pickle weights can run code .* convert the checkpoint to safetensors"),
         (no_weights, r"no checkpoint here: no \*\.safetensors file"),

@@ -133,9 +133,9 @@ def load(
             name = conversion.folder_of(Path(name), cache, _check_family)
         except GgufError as error:
             raise ModelError(str(error)) from error
-    _check_directory(Path(name))
     for place in (name, tokenizer or name, *adapters):
         _check_files(Path(place))
+    _check_directory(Path(name))
     register_attention()
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     network, words = _read(name, tokenizer or name, dtype, device, origin)
@@ -187,6 +187,7 @@ def _read(
             dtype=DTYPES.get(wanted, wanted),
             attn_implementation=ATTENTION,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
             **origin,
         )
@@ -195,6 +196,12 @@ def _read(
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
         raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if other := sorted(loading["mismatched_keys"]):
+        tensor, here, wanted_shape = other[0]
+        raise ModelError(
+            f"{name}: {tensor}: the file has the shape {list(here)}, and config.json asks for {list(wanted_shape)}"
+            + (f" ({len(other)} tensors differ so)" if len(other) > 1 else "")
+        )
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise ModelError(f"{name}: the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} first")
     if dtype is None and wanted == "auto":
