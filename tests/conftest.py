@@ -23,7 +23,9 @@ from transformers.utils import logging
 
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.model import Model
+from icl_ft_fast.runtime import progress
 
+progress.FIRST_S = 3600.0  # on a busy machine any test may last; test_progress.py has its own
 # The same examples in every run; --hypothesis-profile=default draws new ones.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")

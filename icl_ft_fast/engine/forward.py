@@ -101,7 +101,7 @@ def forward_chunks(
             raise StartError("start: not every request begins with its tokens")
     size, need = memory.fit(
         partial(trie.extent, tree, known=known, cut=cut),
-        options.chunk_tokens or chunk_tokens_of(model),
+        chunk_tokens_of(model) if options.chunk_tokens is None else options.chunk_tokens,
         model.memory,
         footprint_of(model),
         model.device,

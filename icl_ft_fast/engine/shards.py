@@ -273,7 +273,8 @@ class ShardedRun:
             ledger: what all workers have counted is added to it.
         """
         work = work_of(model)
-        fingerprint, chunk_tokens = model.fingerprint(), options.chunk_tokens or chunk_tokens_of(model)
+        fingerprint, chunk_tokens = model.fingerprint(), options.chunk_tokens
+        chunk_tokens = chunk_tokens_of(model) if chunk_tokens is None else chunk_tokens
         shard_tokens = self.shard_tokens or SHARD_CHUNKS * chunk_tokens_of(model)
         cuts = cut(requests, work, shard_tokens=shard_tokens, stem_tokens=shared_tokens)
         identity = {"model": fingerprint, "chunk_tokens": chunk_tokens, "loading": repr(self.loading)}

@@ -16,6 +16,7 @@ from icl_ft_fast.runtime.printable import printable
 FIRST_S, THEN_S = 3.0, 10.0
 
 _lock = threading.RLock()
+_pause = threading.Event()  # never set: what waits for it sleeps, whoever replaces time.sleep
 _under_way: list[Activity] = []  # outermost first
 _teller: threading.Thread | None = None
 _due = 0.0  # when the next line is, by time.monotonic()
@@ -129,7 +130,7 @@ def _telling() -> None:
     """Print a line when one is due, until no work is left."""
     global _due, _teller
     while True:
-        time.sleep(0.1)
+        _pause.wait(0.1)
         with _lock:
             if not _under_way:
                 _teller = None
