@@ -381,7 +381,7 @@ def test_reading_ones_own_questions_raises_nothing_but_task_errors(cells, conten
         assert read_questions(path.parent / "written" / "questions.jsonl") == questions
 
 
-ROWS = 150_000
+ROWS = 75_000
 STREAM = """
 import resource, sys
 from pathlib import Path
@@ -399,7 +399,7 @@ assert check(iter_documents([Path(sys.argv[1])]), []).same_documents == ()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what a process allocates on Linux only")
 def test_documents_are_streamed_in_constant_memory(tmp_path):
-    """60 MB in 8 MB beyond what one document takes; the ids alone, in a set, would take 20 MB."""
+    """30 MB in 8 MB beyond what one document takes; the ids alone, in a set, would take 14 MB."""
     large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
     with large.open("w") as file:
         for i in range(ROWS):

@@ -70,7 +70,7 @@ def test_what_is_shared_is_what_every_query_sees(trie: Forest, window: int | Non
 )
 def test_the_rectangle_and_the_tree_are_joined(options: dict[str, Any], dtype, device, oracle) -> None:  # noqa: F811
     trie = forest(DEPTHS, start=150, stop=len(DEPTHS))
-    test_trie_attention.check(trie, dtype, device, (4, 2), (40, 40), **options)
+    test_trie_attention.check(trie, dtype, device, (2, 1), (40, 40), **options)
     assert oracle
     queries, keys = oracle[0]
     assert queries == len(trie.row_q)
