@@ -871,3 +871,15 @@ def test_the_home_folder_where_no_shell_has_put_it(llama_directory, tmp_path, mo
     os.mkfifo(tmp_path / "pipe")
     assert main(["score", "--model=~/model", *files[:2], "--out=~/pipe", "--overwrite"]) == 2
     assert "pipe: is no file that could be replaced" in capsys.readouterr().err
+
+
+def test_letters_that_the_locale_has_not_are_spelt_out(tmp_path):
+    (tmp_path / "documents.jsonl").write_text('{"id": "d\u00fc", "text": ""}\n', encoding="utf-8")
+    question = {"id": "q", "prompt": "a", "choices": [" b", " c"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    command = [sys.executable, "-m", "icl_ft_fast.cli", "task", "check", str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "documents without text: 1 (d\\xfc)" in done.stdout

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
+from io import TextIOWrapper
 
 from jinja2 import TemplateError
 
@@ -39,6 +40,9 @@ COMMANDS = (compare, report, status, augment, finetune, score, context, convert,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input or files that fail, 130 when it was interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # in a locale without them, letters are spelt out
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
     options = parser().parse_args(ours)
