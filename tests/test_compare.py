@@ -1,5 +1,7 @@
 """The study as one call: what the settings leave to the model, accuracy by step, and who writes the augmentations."""
 
+import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,13 +10,16 @@ from transformers.utils import logging
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import AugmentError, Parsed
+from icl_ft_fast.cli import main as cli
 from icl_ft_fast.engine.generate import Sampling, generate
 from icl_ft_fast.engine.loading import load
-from icl_ft_fast.engine.prompting import ProtocolError
+from icl_ft_fast.engine.prompting import ProtocolError, prompt_context
 from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.study import compare as study
+from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.compare import StudyOptions, compare
+from icl_ft_fast.study.results import read_results
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Task
@@ -124,3 +129,34 @@ def test_the_results_show_a_prompt_as_the_model_reads_it(llama):
     assert settings["template"] == "base"  # there is no chat template
     assert settings["prompt"].endswith(f"Given these documents: {question.prompt}[{question.choices[question.answer]}]")
     assert settings["boundary"].startswith("... ")
+
+
+def test_trained_models_are_kept_and_the_winner_s_command_is_told(llama_directory, tmp_path, capsys):
+    """Weights or adapters, one folder for arms with the same training; not over another study's, nor too late."""
+    TASK.write(tmp_path / "task")
+    run = ["compare", "--model", str(llama_directory), "--task", str(tmp_path / "task"), "--seeds", "0", "--steps", "3"]
+    run += ["--measure-seconds", "1e-3", "--template", "base", "--normalization", "sum"]
+
+    def keep(name, kept, *more):
+        return cli([*run, "--out", str(tmp_path / name), "--keep-models", str(tmp_path / kept), *more])
+
+    assert keep("full", "kept", "--arms", "base,ft,ft+icl") == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["ft-seed0"]
+    served = shlex.split(told.partition(": icl-ft-fast serve ")[2])
+    assert served in ([str(tmp_path / "kept" / "ft-seed0")], [str(llama_directory)])
+    results = read_results(tmp_path / "full" / "results.json")
+    (answered,) = [run for run in results.runs if run.arm == "ft"]
+    model = load(tmp_path / "kept" / "ft-seed0")
+    again = evaluate.answers(model, TASK.questions, context=prompt_context(model, [], "base"))
+    for one, other in zip(answered.answers, again, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=1e-6)
+
+    assert keep("full", "kept", "--arms", "base,ft,ft+icl") == 0  # a rerun: the model is its own
+    assert keep("lora", "kept", "--arms", "ft", "--lora_r", "2") == 2
+    assert "ft-seed0: holds a model of another study" in capsys.readouterr().err
+    assert keep("lora", "adapters", "--arms", "ft", "--lora_r", "2") == 0
+    assert json.loads((tmp_path / "adapters/ft-seed0/adapter_config.json").read_text())["r"] == 2
+    assert load(tmp_path / "adapters" / "ft-seed0").fingerprint() != load(llama_directory).fingerprint()
+    assert keep("full", "late", "--arms", "base,ft,ft+icl") == 2
+    assert "ft-seed0: not there, though its run is finished" in capsys.readouterr().err

@@ -171,6 +171,8 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
         metavar="DIR",
         help="folder for results.json and finished work, from which the same command resumes, see docs/durability.md",
     )
+    help = "folder that each arm's trained weights or adapter are left in, as DIR/ARM-seedN (default: none are)"
+    parser.group(OUTPUT).add_argument("--keep-models", type=Path, metavar="DIR", help=help)
     add_output_options(parser)
     add_decision_options(parser)
     help = "time limit for measuring query costs"

@@ -293,7 +293,7 @@ def load_model(options: argparse.Namespace) -> Model:
 def arguments_digest(options: argparse.Namespace) -> str:
     """A digest of all arguments but where the output goes, how it is shown and who takes what, for check_new()."""
     apart = {"run", "rest", "given", "out", "overwrite", "quiet", "json", "executor", "workers", "ray_address"}
-    apart |= {"memory", "offload", "cache", "dry_run"}
+    apart |= {"memory", "offload", "cache", "dry_run", "keep_models"}
     return digest(sorted((name, str(value)) for name, value in vars(options).items() if name not in apart))
 
 

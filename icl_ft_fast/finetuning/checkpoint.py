@@ -207,6 +207,26 @@ class RunFolder:
                     shutil.copyfile(file, partial)
 
 
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written, whole or not at all, in the place of what is there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    with _naming_file_errors(folder, "written"):
+        try:
+            partial.mkdir(parents=True)
+            write(partial)
+            for file in _files(partial):
+                follow_umask(file)
+            for file in (*partial.rglob("*"), partial):
+                sync(file)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+            sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def _steps(path: Path | None) -> list[int]:
     found = (_NAME.fullmatch(p.name) for p in path.iterdir()) if path and path.is_dir() else ()
     return sorted(int(match[1]) for match in found if match)

@@ -22,7 +22,7 @@ from icl_ft_fast.engine.flops import Work, work_of
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning import batches, distributed, lora
-from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state, recorded
+from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state, recorded, write_folder
 from icl_ft_fast.finetuning.data import EncodedExample, Example, encode
 from icl_ft_fast.finetuning.distillation import read_in_context
 from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
@@ -431,6 +431,8 @@ def finish(state: RunState) -> Finetuned:
     watched = tuple((step, figures) for step, figures in named if figures)
     network = state.network
     assert isinstance(network, NetworkInTraining)
+    if state.options.keep is not None and distributed.place()[0] == 0:
+        write_folder(state.options.keep, partial(network.write, network.weights()))
     model = network.finished(state.folder.folder(chosen) if is_read else None)
     return Finetuned(model, tuple(progress.losses), watched)
 

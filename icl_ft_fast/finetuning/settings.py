@@ -218,6 +218,7 @@ class RunOptions:
         resume: continue from the last checkpoint in output_dir, if there is one, as if there had been no pause.
         checkpoint_s: write a checkpoint when so many seconds have passed since the last one, replacing it, and none at
             the end: for callers who resume from output_dir but use the returned model. One process, no validation.
+        keep: a folder that the trained model, or its adapters, are written to at the end; whatever is there goes.
         in_place: train the given model itself, which saves the memory of a copy.
         progress: show a progress bar with the loss.
         tell: called with a line of text: once the second step is done, how long all will take here.
@@ -227,6 +228,7 @@ class RunOptions:
     output_dir: str | Path | None = None
     resume: bool = False
     checkpoint_s: float | None = None
+    keep: Path | None = None
     in_place: bool = False
     progress: bool = False
     tell: Callable[[str], None] = silent

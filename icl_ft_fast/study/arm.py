@@ -55,6 +55,7 @@ class Workspace:
         store: contexts that were read before.
         writer: what writes augmentations; None where no arm needs any.
         tell: called with lines of text on what takes long.
+        kept: a folder that each training's weights, or adapters, are left in, under kept_name(); None to leave none.
         trained: the arm that was trained last, under ArmJob.training_key, with its ledger: an arm with the same
             training does not repeat it, and books what it took.
         progress: where runs say that they are made.
@@ -66,6 +67,7 @@ class Workspace:
     store: ContextStore | None = None
     writer: TextGenerator | None = None
     tell: Callable[[str], None] = silent
+    kept: Path | None = None
     trained: dict[str, tuple[Prepared, dict[str, Any]]] = field(default_factory=dict)
     progress: StudyProgress = field(default_factory=lambda: StudyProgress(None))
 
@@ -86,6 +88,7 @@ class ArmJob:
         training_key: a digest of all that decides the run's weights.
         batches: what the model is to write, in arms that train on that.
         progress: show bars.
+        arm: the arm's name.
     """
 
     model: Model
@@ -98,6 +101,7 @@ class ArmJob:
     training_key: str = ""
     batches: tuple[WritingBatch, ...] = ()
     progress: bool = False
+    arm: str = ""
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,11 @@ def writer_of(model: Model, settings: StudySettings) -> TextGenerator:
     return LocalGenerator(model, is_chat=settings.template != "base" and has_chat_template(model))
 
 
+def kept_name(arm: str, seed: int) -> str:
+    """The folder of a training's weights; arms that differ only in what stands before a question share it."""
+    return f"{arm.partition('+')[0]}-seed{seed}"
+
+
 def _trained(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     """The arm after training: that of the workspace, if it was the last, else a new one, which takes its place."""
     kept = job.workspace.trained
@@ -398,6 +407,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
             output_dir=checkpoints and checkpoints / job.key,
             resume=checkpoints is not None,
             checkpoint_s=None if checkpoints is None else job.workspace.checkpoint_s,
+            keep=job.workspace.kept and job.workspace.kept / kept_name(job.arm, job.seed),
             progress=job.progress,
             tell=job.workspace.tell,
             watch=watch,

@@ -30,7 +30,7 @@ from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import sweep, workers
-from icl_ft_fast.study.arm import Workspace, writer_of
+from icl_ft_fast.study.arm import Workspace, kept_name, writer_of
 from icl_ft_fast.study.arms import ALL, arm_named, expand_arms, sizes_of
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.progress import StudyProgress
@@ -61,6 +61,8 @@ class StudyOptions:
         task_name: of the task in results.json.
         arguments: a digest of all that the caller was asked for, by which a rerun is told from another study.
         overwrite: replace the results of another study.
+        kept: a folder that each arm's trained weights, or adapters, are left in, one for each training and seed; None
+            to leave none.
         on_run: called with each run as it ends.
         tell: called with lines of text on what takes long and what the settings leave to the model.
     """
@@ -75,6 +77,7 @@ class StudyOptions:
     task_name: str = "task"
     arguments: str = ""
     overwrite: bool = False
+    kept: Path | None = None
     on_run: Callable[[Run], None] | None = None
     tell: Callable[[str], None] = silent
 
@@ -218,12 +221,14 @@ class _Study:
     def run(self, task_of_seed: Callable[[int], Task]) -> Results | None:
         """Make what is not in the journal yet; rank 0 returns the results."""
         model, settings, options, journal = self.model, self.settings, self.options, self.journal
-        before, progress = len(journal.values), StudyProgress(self.folder)
+        progress = StudyProgress(self.folder)
         if not options.executor.rank:
             progress.begin(settings.arms, settings.seeds)
         generates = any(t.generates for name in settings.arms if (t := arm_named(name).training) is not None)
         writer = writer_of(model, settings) if generates else None
         planned = plan(model, task_of_seed, settings, journal, writer=writer, has_store=options.store is not None)
+        self._check_kept(planned)
+        before = len(journal.values)
         _check_room(model, planned[0].task, settings)
         if not isinstance(options.executor, InProcess) and not self._make_elsewhere(planned, writer):
             return None
@@ -243,7 +248,14 @@ class _Study:
         checkpoints = None if self.folder is None else self.folder / CHECKPOINTS
         store = None if options.store is None else ContextStore(options.store, model, options.store_bytes)
         workspace = Workspace(
-            journal, checkpoints, options.checkpoint_s, store, writer, options.tell, progress=progress
+            journal,
+            checkpoints,
+            options.checkpoint_s,
+            store,
+            writer,
+            options.tell,
+            progress=progress,
+            kept=options.kept,
         )
         make_runs(model, planned, settings, workspace, progress=self.progress, on_run=keep)
         key, costs, best, load = study_key(model, settings), sweep.Sweep(), None, self.load
@@ -270,6 +282,18 @@ class _Study:
         progress.end()
         return parse_results(found)
 
+    def _check_kept(self, planned: Sequence[PlannedRun]) -> None:
+        """Refuse to replace models that are not this study's, and to go on where a finished run left none."""
+        kept, journal = self.options.kept, self.journal
+        for run in planned if kept is not None else ():
+            path, mark = kept / kept_name(run.arm, run.seed), digest(run.training_key, "kept")
+            if run.trains and path.exists() and mark not in journal.values and not self.options.overwrite:
+                raise ResultsError(f"{path}: holds a model of another study; choose another folder or overwrite it")
+            if run.trains and not path.exists() and run.key in journal.values:
+                raise ResultsError(f"{path}: not there, though its run is finished; compare into another folder")
+            if run.trains and not self.options.executor.rank:
+                journal.once(mark, lambda: True)
+
     def _make_elsewhere(self, planned: Sequence[PlannedRun], writer: TextGenerator | None) -> bool:
         """Have the executor's workers make the runs; whether this process is the one that goes on."""
         if self.folder is None:
@@ -288,6 +312,7 @@ class _Study:
             None if isinstance(options.executor, Ray) else writer,
             None if options.store is None else options.store.absolute(),
             options.store_bytes,
+            kept=options.kept and options.kept.absolute(),
         )
         # What an arm finds in a store is what was left there before: rank 0 goes through such arms in their order.
         shared = [one for one in planned if options.store is None or not one.uses_store]

@@ -141,7 +141,7 @@ def _make_run(
 ) -> dict[str, Any]:
     ledger, task = Ledger(meter=Meter(model.device)), planned.task
     keys = planned.key, planned.training_key
-    job = ArmJob(model, task, planned.seed, settings, ledger, workspace, *keys, planned.batches, progress)
+    job = ArmJob(model, task, planned.seed, settings, ledger, workspace, *keys, planned.batches, progress, planned.arm)
     arm: Arm = arm_named(planned.arm)
     ready = arm.prepare(job)
     setup_s = math.fsum(seconds for phase, seconds in ledger.seconds.items() if phase not in ANSWERING)

@@ -57,6 +57,7 @@ class StudyWorkers:
         writer: of augmentations; None where each worker makes its own.
         store, store_bytes: where slots are left, if it is seen; None for nowhere.
         events: what this worker's process has begun.
+        kept: see Workspace.
     """
 
     name: str
@@ -70,6 +71,7 @@ class StudyWorkers:
     store: Path | None = None
     store_bytes: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
+    kept: Path | None = None
 
     def __call__(self) -> Worker:
         """A worker elsewhere, that loads its own model; raises ExecutorError where that or the machine is another."""
@@ -98,7 +100,9 @@ class StudyWorkers:
         progress = StudyProgress(self.folder if is_seen else None, self.events)
         has_store = self.store is not None and self.store.is_dir()
         store = ContextStore(self.store, model, self.store_bytes) if self.store is not None and has_store else None
-        workspace = Workspace(journal, checkpoints, self.checkpoint_s, store, self.writer, progress=progress)
+        workspace = Workspace(
+            journal, checkpoints, self.checkpoint_s, store, self.writer, progress=progress, kept=self.kept
+        )
         return make_run(model, planned, self.settings, workspace) | {"workers": self.workers}
 
 

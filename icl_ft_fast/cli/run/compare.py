@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,10 +38,11 @@ from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
 from icl_ft_fast.report.plan import PLAN, kept_to, print_forecast, read_plan, write_plan
-from icl_ft_fast.report.verdict import summary
+from icl_ft_fast.report.verdict import summary, verdict_of
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor, InProcess
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.study.arm import kept_name
 from icl_ft_fast.study.arms import arm_named, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.forecast import forecast
@@ -184,6 +186,27 @@ def _print(study: Derived, options: argparse.Namespace) -> None:
         print(f"\nThe chat template wrote the date {date}; --template-date sets it.")
     if options.out is not None:
         print(f"\nWritten to {options.out / 'results.json'}")
+    if options.keep_models is not None:
+        print(f"\n{_serving(study, options)}")
+
+
+def _serving(study: Derived, options: argparse.Namespace) -> str:
+    """How to serve the arm that the verdict chooses, or the most accurate one where no volume was given."""
+    queries = options.queries_per_day and options.queries_per_day * options.days
+    verdict = verdict_of(study, queries, options.tolerance) if queries else None
+    if verdict is None:
+        arms = [arm for arm in study.arms if not arm_named(arm).asking.is_control]
+        arm, why = max(arms, key=lambda arm: a.value if (a := study.accuracy(arm)) else 0.0), "the most accurate"
+    else:
+        arm, why = study.arm_of(verdict.decision.chosen.name), "the one that the verdict chooses"
+    given = shlex.quote(options.model)
+    given += f" --adapter {shlex.quote(options.adapter)}" if getattr(options, "adapter", None) else ""
+    trained = options.keep_models / kept_name(arm, study.results.runs[0].seed)
+    served = shlex.quote(str(trained)) if arm_named(arm).training is not None else given
+    dtype = "" if options.dtype == "float32" else f" --dtype {options.dtype}"
+    reads = arm_named(arm).asking.context is not None or arm_named(arm).asking.prepare is not None
+    documents = ", with the documents in front of each question" if reads else ""
+    return f"To serve {arm}, {why}{documents}: icl-ft-fast serve {served}{dtype}"
 
 
 def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
@@ -193,7 +216,8 @@ def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
     for name in (name for name, generator in GENERATORS.items() if generator.reads is None):
         if show_progress(options) and executor.rank == 0:
             print(f"{name}:", file=sys.stderr)
-        one = argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name})
+        kept = options.keep_models and options.keep_models / name
+        one = argparse.Namespace(**vars(options) | {"task": name, "out": options.out / name, "keep_models": kept})
         if (study := _compared(one, executor, loaded)) is not None:
             studies.append(study)
     if executor.rank:
@@ -245,6 +269,7 @@ def _compared(
         task_name=options.task,
         arguments=arguments_digest(options),
         overwrite=options.overwrite,
+        kept=options.keep_models,
         tell=silent if options.quiet or executor.rank else tell,
         on_run=_tell_run if progress else None,
     )
