@@ -203,7 +203,7 @@ def _serving(study: Derived, options: argparse.Namespace) -> str:
     given += f" --adapter {shlex.quote(options.adapter)}" if getattr(options, "adapter", None) else ""
     trained = options.keep_models / kept_name(arm, study.results.runs[0].seed)
     served = shlex.quote(str(trained)) if arm_named(arm).training is not None else given
-    dtype = "" if options.dtype == "float32" else f" --dtype {options.dtype}"
+    dtype = f" --dtype {options.dtype}" if options.dtype else ""
     reads = arm_named(arm).asking.context is not None or arm_named(arm).asking.prepare is not None
     documents = ", with the documents in front of each question" if reads else ""
     return f"To serve {arm}, {why}{documents}: icl-ft-fast serve {served}{dtype}"
