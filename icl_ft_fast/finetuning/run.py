@@ -431,8 +431,10 @@ def finish(state: RunState) -> Finetuned:
     watched = tuple((step, figures) for step, figures in named if figures)
     network = state.network
     assert isinstance(network, NetworkInTraining)
-    if state.options.keep is not None and distributed.place()[0] == 0:
-        write_folder(state.options.keep, partial(network.write, network.weights()))
+    if state.options.keep is not None:
+        weights = network.weights()  # every process takes part, one writes
+        if distributed.place()[0] == 0:
+            write_folder(state.options.keep, partial(network.write, weights))
     model = network.finished(state.folder.folder(chosen) if is_read else None)
     return Finetuned(model, tuple(progress.losses), watched)
 
