@@ -131,6 +131,7 @@ def test_the_results_show_a_prompt_as_the_model_reads_it(llama):
     assert settings["boundary"].startswith("... ")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_trained_models_are_kept_and_the_winner_s_command_is_told(llama_directory, tmp_path, capsys):
     """Weights or adapters, one folder for arms with the same training; not over another study's, nor too late."""
     TASK.write(tmp_path / "task")
