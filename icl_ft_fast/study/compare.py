@@ -285,7 +285,9 @@ class _Study:
     def _check_kept(self, planned: Sequence[PlannedRun]) -> None:
         """Refuse to replace models that are not this study's, and to go on where a finished run left none."""
         kept, journal = self.options.kept, self.journal
-        for run in planned if kept is not None else ():
+        if kept is None:
+            return
+        for run in planned:
             path, mark = kept / kept_name(run.arm, run.seed), digest(run.training_key, "kept")
             if run.trains and path.exists() and mark not in journal.values and not self.options.overwrite:
                 raise ResultsError(f"{path}: holds a model of another study; choose another folder or overwrite it")
