@@ -271,7 +271,11 @@ def test_another_model_or_other_questions_reuse_nothing(case, tmp_path, monkeypa
     )
     written, scored = [], []
     for change in changes:
-        assert main(command(out, "--overwrite", *change)) == 0
+        given = command(out, "--overwrite", *change)
+        if "--model" in change:  # in place of the first, or both would be compared
+            at = given.index("--model")
+            del given[at : at + 2]
+        assert main(given) == 0
         written.append(out.read_bytes())
         scored.append(len(calls))
     assert written[0] == written[-1] == whole
