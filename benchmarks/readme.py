@@ -1,6 +1,6 @@
 """Write what is generated in the documents, between its markers: `python -m benchmarks.readme [BLOCK ...]`.
 
-`demo` runs the demo; the others make tables of the newest rows under benchmarks/results/.
+`demo` and `verdict` run the demo; the others make tables of the newest rows under benchmarks/results/.
 """
 
 import csv
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -20,16 +21,32 @@ RESULTS = ROOT / "benchmarks" / "results"
 Newest = dict[tuple[str, str, str], dict[str, str]]  # (suite, case, variant) -> row
 
 
+def _command(*arguments: str, folder: str) -> str:
+    """What a command prints in a folder, on a terminal of 100 columns."""
+    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "icl_ft_fast.cli", *arguments]
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
+    ).stdout.strip()
+
+
+@cache
+def _demo() -> tuple[str, str]:
+    """What the demo prints, run once in a new folder, and its report for 1,000 queries a day."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = _command("demo", folder=folder)
+        return printed, _command("report", "out/demo", "--queries-per-day", "1000", folder=folder)
+
+
 def demo() -> str:
     """The demo's first table, as a user gets it; its tables of differences and calibration are left out."""
-    command = [sys.executable, "-m", "icl_ft_fast.cli", "demo"]
-    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:  # no run of an earlier demo is taken up
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
-        ).stdout
-    table, _, _ = output.partition("\n\ndifference, p")
+    table, _, _ = _demo()[0].partition("\n\ndifference, p")
     return f"```text\n{table.strip()}\n```"
+
+
+def verdict() -> str:
+    """The verdict and its table, which end the report."""
+    return "```text\n" + "\n\n".join(_demo()[1].split("\n\n")[-2:]).strip("\n") + "\n```"
 
 
 def _tables(table: Callable[[Newest], str]) -> str:
@@ -115,6 +132,7 @@ def _others_table(newest: Newest) -> str:
 
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (README, demo),
+    "verdict": (README, verdict),
     "score": (README, lambda: _tables(_score_table)),
     "ops": (RESULTS / "README.md", lambda: _tables(_ops_table)),
     "others": (RESULTS / "README.md", lambda: _tables(_others_table)),
