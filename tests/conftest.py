@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ TINY = {
     "eos_token_id": 1,
 }
 WORDS = "the cat sat on that mat who knows why".split()
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """A command that is run here sets them for its process; the next test gets them as they were."""
+    loggers = [getLogger(name) for name in ("icl_ft_fast", "icl_ft_fast.engine.memory")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
