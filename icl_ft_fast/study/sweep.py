@@ -130,7 +130,7 @@ def sweep(
             if length not in always and (seconds - left_s()) * rounds > seconds:
                 break
             places.append(measuring.place(length))
-        bar.restart(len(places) * len(measuring.sizes) * (rounds + 1))
+        bar.restart(len(places) * len(measuring.sizes) * rounds)
         for i in range(1, rounds + 1):
             fitting = [place for place in places if place.took_s < left_s()]
             for place in fitting:
