@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,19 @@ def test_no_circle_of_imports():
     while leaves := [name for name, ours in left.items() if not ours]:
         left = {name: ours - set(leaves) for name, ours in left.items() if ours}
     assert not left, f"imports go in a circle among {sorted(left)}"
+
+
+def test_the_type_check_needs_no_extra():
+    """`make lint` checks types with the extras of `make setup` alone: what else is imported may be missing there."""
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    [untyped] = [table["module"] for table in configured["tool"]["mypy"]["overrides"] if "follow_imports" in table]
+    may_be_missing = {module.partition(".")[0] for module in untyped}
+    needs = [*configured["project"]["dependencies"], *configured["project"]["optional-dependencies"]["report"]]
+    installed = {re.match(r"[\w-]+", need).group().replace("-", "_") for need in needs}
+    there = installed | set(sys.stdlib_module_names) | {"huggingface_hub", "markupsafe"}  # of transformers and jinja2
+    for name, (_, others) in IMPORTS.items():
+        unknown = others - there - may_be_missing
+        assert not unknown, f"{name} imports {sorted(unknown)}: name it in pyproject.toml, [[tool.mypy.overrides]]"
 
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]), ids=str)
