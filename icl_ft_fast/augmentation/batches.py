@@ -192,7 +192,8 @@ def prompt_batches(
     limit, temperature = prompting.strategy.max_new_tokens, prompting.strategy.temperature
     if samples > 1 and not temperature:
         raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} replies would be all alike")
-    sampling = Sampling(limit, temperature, stop=stop_of(prompting, generator), seed=seed)
+    drawn = seed if temperature else 0  # greedy replies are one batch for all seeds of a study
+    sampling = Sampling(limit, temperature, stop=stop_of(prompting, generator), seed=drawn)
     made, _ = prompts(prompting, documents, generator, limit, samples=samples, among=among, seed=seed)
     layers = [[prompt for prompt in made if prompt.sample == n] for n in range(samples)] if apart else [made]
     found, size = [], generator.prompts_per_call or PROMPTS_PER_BATCH

@@ -191,14 +191,15 @@ class Calibration:
                     state.optimizer.step(settings.rate(0))
 
                 took = self._timed(take)
-                if step:  # the first allocates
+                tokens = sum(len(state.examples[i].ids) for i in indices)
+                if step == 0:  # allocates: it counts only where there is time for no other
+                    first = tokens, took
+                else:
                     taken.setdefault(size, []).append(took)
-                    lengths[size] += sum(len(state.examples[i].ids) for i in indices)
+                    lengths[size] += tokens
                 if self.clock() - begun > TRAINING * self.seconds and (step > 1 or took > self.seconds):
                     break
-                if step == 0:
-                    first = took, sum(len(state.examples[i].ids) for i in indices)
-            points = [(lengths[n] / len(its), median(its)) for n, its in taken.items()] or [(first[1], first[0])]
+            points = [(lengths[n] / len(its), median(its)) for n, its in taken.items()] or [first]
             if len(points) < 2 or points[0][0] == points[1][0]:
                 return 0.0, points[0][1] / points[0][0]
             (short, brief), (long, whole_s) = sorted(points)

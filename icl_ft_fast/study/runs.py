@@ -106,13 +106,13 @@ def plan(
     for seed in settings.seeds:
         task = task_of_seed(seed)
         content = digest(identity, asdict(task))
-        batch_key, batches = digest(content, seed), dict[object, tuple[WritingBatch, ...]]()
+        batches = dict[object, tuple[WritingBatch, ...]]()
         for arm in arms:
             arm.check(task)
             key = digest(content, arm.name, seed, arm.uses_store and has_store)
             writes = None if key in journal.values else arm.writes
             if writes is not None and writes not in batches:  # the same for every such arm of the seed
-                batches[writes] = tuple(arm.batches(model, writer, task, seed, settings, batch_key))
+                batches[writes] = tuple(arm.batches(model, writer, task, seed, settings, content))
             training_key = digest(content, arm.name.partition("+")[0], seed)
             planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(writes, ())))
     return planned
