@@ -84,6 +84,14 @@ def test_reading_is_extrapolated_by_flops(llama):
     assert calibration.read_s([]) == 0.0
 
 
+def test_a_step_that_takes_the_whole_calibration_is_what_there_is(llama):
+    times = iter(range(0, 3000, 30))
+    calibration = Calibration(llama, 1.0, clock=lambda: float(next(times)))
+    fixed_s, token_s = calibration.step_s(["the cat sat", "a dog"], FinetuneSettings(steps=1, batch_size=2), 0)
+    assert fixed_s == 0.0
+    assert token_s > 1.0
+
+
 def test_a_plan_is_kept_for_the_run_of_the_same_arguments(planned, tmp_path):
     plan, runs = planned
     write_plan(tmp_path, plan, "abc")

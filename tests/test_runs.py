@@ -181,6 +181,34 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
         assert done == ["base", "icl"]
 
 
+def test_what_no_seed_changes_is_done_once_for_all_seeds(llama, tmp_path, monkeypatch):
+    """The questions of base and rag; what a greedy strategy writes. A store, another task and harm are each seed's own."""
+    make_run, done = study_runs.make_run, []
+
+    def making(model, planned, *arguments, **named):
+        done.append((planned.arm, planned.seed))
+        return make_run(model, planned, *arguments, **named)
+
+    monkeypatch.setattr(study_runs, "make_run", making)
+    settings = replace(SETTINGS, arms=("base", "rag@1", "icl"), seeds=(5, 6))
+    task = replace(task_of_seed(0), documents=tuple(replace(d, topic="t") for d in task_of_seed(0).documents))
+    task = replace(task, questions=tuple(replace(q, topic="t") for q in task.questions))
+    runs = runs_of(llama, lambda _: task, settings)
+    assert done == [("base", 5), ("rag@1", 5), ("icl", 5), ("icl", 6)]
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for seed in (5, 6) for arm in settings.arms]
+    assert replace(runs[3], seed=5) == runs[0]
+    done.clear()
+    runs_of(llama, lambda _: task, settings, store=ContextStore(tmp_path / "store", llama, 10**9))
+    assert ("base", 6) not in done
+    assert ("rag@1", 6) in done  # it finds there what seed 5 left
+    done.clear()
+    runs_of(llama, task_of_seed, replace(settings, arms=("base",)))
+    assert done == [("base", 5), ("base", 6)]
+    augmented = replace(settings, arms=("augmented-ft",))
+    first, second = study_runs.plan(llama, lambda _: task, augmented, ResultJournal(None))
+    assert [batch.name for batch in first.batches] == [batch.name for batch in second.batches]
+
+
 def test_the_weights_of_a_model_are_read_once_in_a_study(llama_directory, tmp_path, monkeypatch):
     model, read, hashed = load(llama_directory), [], Model._hashed
     monkeypatch.setattr(Model, "_hashed", lambda self: read.append(self.network) or hashed(self))

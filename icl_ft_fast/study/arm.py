@@ -211,6 +211,7 @@ class Asking:
         expect: what `prepare` will take, for a plan, where it is not quick; None where that is not known.
         is_control: whether it shows what others could reach and cannot itself be chosen, such as an oracle.
         has_slots: whether keys and values that are no text stand there, which no hosted model takes.
+        ignores_seed: whether the same stands there under every seed: nothing is drawn or put in an order.
     """
 
     ways: Callable[[str, ArmCosts], dict[str, Samples]]
@@ -223,6 +224,7 @@ class Asking:
     expect: Callable[[ArmJob, Calibration], Expected] | None = None
     is_control: bool = False
     has_slots: bool = False
+    ignores_seed: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,11 @@ class Arm:
     def trains(self) -> bool:
         """Whether weights or slots are trained, which another seed makes others of."""
         return self.training is not None or self.asking.batches is not None
+
+    @property
+    def ignores_seed(self) -> bool:
+        """Whether it answers the same questions alike under every seed."""
+        return self.training is None and self.asking.ignores_seed
 
     @property
     def is_rival(self) -> bool:

@@ -56,7 +56,7 @@ def ways_behind_context(title: str, costs: ArmCosts) -> dict[str, Samples]:
     return found
 
 
-CLOSED_BOOK = Asking(ways_without_context)
+CLOSED_BOOK = Asking(ways_without_context, ignores_seed=True)
 IN_CONTEXT = Asking(ways_behind_context, context=all_documents)
 
 # How to train ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from icl_ft_fast.study.compare import settled
 from icl_ft_fast.study.costs import ANSWERING, ArmCosts
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.records import Run
-from icl_ft_fast.study.runs import PlannedRun, plan
+from icl_ft_fast.study.runs import PlannedRun, is_made_once, plan
 from icl_ft_fast.study.settings import CHECKPOINT_S, StudySettings
 from icl_ft_fast.study.slotted import SLOTS
 from icl_ft_fast.study.sweep import Point, Sweep
@@ -124,7 +124,13 @@ def forecast(
     found = [planner.arm(one) for one in planned]
     rival = next((one.arm for one in planned if arm_named(one.arm).is_rival and one.arm in planner.ways), "")
     made = [replace(each, break_even=planner.break_even(each.arm, rival)) for each in found]
-    return Forecast(tuple(made), rival, planner.calibration.clock() - begun, len(settings.seeds) * planner.seconds)
+    more, seconds = len(settings.seeds) - 1, planner.seconds
+    if more and (not callable(task) or task(settings.seeds[-1]) == first):  # else every run is of another task
+        names = [each.arm for each in made if is_made_once(arm_named(each.arm), settings, has_store)]
+        seconds += more * (planner.seconds - math.fsum(each.seconds for each in made if each.arm in names))
+    else:
+        seconds += more * planner.seconds
+    return Forecast(tuple(made), rival, planner.calibration.clock() - begun, seconds)
 
 
 def taken_s(run: Run) -> float:

@@ -46,7 +46,7 @@ class PlannedRun:
         arm: the name of the arm.
         seed: of the run.
         task: of the seed.
-        key: a digest of all that decides the run.
+        key: a digest of all that decides the run; runs of several seeds share it where the arm ignores the seed.
         training_key: a digest of all that decides its weights.
         batches: prompts that the model answers for the run, call by call; empty where the run was found in the journal.
     """
@@ -109,13 +109,19 @@ def plan(
         batches = dict[object, tuple[WritingBatch, ...]]()
         for arm in arms:
             arm.check(task)
-            key = digest(content, arm.name, seed, arm.uses_store and has_store)
+            same = settings.seeds[0] if is_made_once(arm, settings, has_store) else seed
+            key = digest(content, arm.name, same, arm.uses_store and has_store)
             writes = None if key in journal.values else arm.writes
             if writes is not None and writes not in batches:  # the same for every such arm of the seed
                 batches[writes] = tuple(arm.batches(model, writer, task, seed, settings, content))
             training_key = digest(content, arm.name.partition("+")[0], seed)
             planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(writes, ())))
     return planned
+
+
+def is_made_once(arm: Arm, settings: StudySettings, has_store: bool) -> bool:
+    """Whether one run serves all seeds of a task; in a store a run finds what the seed before left."""
+    return arm.ignores_seed and not settings.general and not (arm.uses_store and has_store)
 
 
 def _elsewhere(writer: TextGenerator | None, model: Model) -> str:
@@ -194,7 +200,7 @@ def make_runs(
     runs, checkpoints = [], workspace.checkpoints
     for one in planned:
         made = workspace.journal.once(one.key, partial(make_run, model, one, settings, workspace, progress=progress))
-        runs.append(replace(_RUN.validate_python(made), questions=one.task.questions))
+        runs.append(replace(_RUN.validate_python(made), seed=one.seed, questions=one.task.questions))
         if checkpoints is not None and (checkpoints / one.key).exists():
             shutil.rmtree(checkpoints / one.key)
             if not any(checkpoints.iterdir()):
