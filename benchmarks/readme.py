@@ -140,16 +140,21 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
 }
 
 
+def replace_block(path: Path, name: str, made: str) -> None:
+    """Put a text between a page's markers of a name."""
+    block = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
+    pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+    text, count = pattern.subn(lambda _: block, path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise SystemExit(f"{path}: expected one <!-- {name} --> block, found {count}")
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Replace the blocks named on the command line, or all."""
     for name in sys.argv[1:] or BLOCKS:
         path, make = BLOCKS[name]
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
-        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        text, count = pattern.subn(lambda _, block=block: block, path.read_text(encoding="utf-8"))
-        if count != 1:
-            raise SystemExit(f"{path}: expected one <!-- {name} --> block, found {count}")
-        path.write_text(text, encoding="utf-8")
+        replace_block(path, name, make())
         print(f"{path.relative_to(ROOT)}: {name} updated")
 
 

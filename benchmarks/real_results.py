@@ -1,0 +1,94 @@
+"""`python -m benchmarks.real_results PAGE DIR [DIR ...]`: writes the tables of finished studies into a page.
+
+A study of DIR takes the place between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is the folder's own name.
+"""
+
+import math
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.readme import replace_block
+from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.table import break_even_words, count, interval_words
+from icl_ft_fast.report.verdict import verdict_of, why_none
+from icl_ft_fast.study.arms import recorded_arm
+
+QUERIES, POINTS = 15_000, 2.0  # 500 a day for 30 days; accuracy that may be lost
+
+
+def block(study: Derived) -> str:
+    """The study's ways in one table, what differs between them, its verdict, and what is to be known before any."""
+    runs, seeds = study.results.runs, sorted({run.seed for run in study.results.runs})
+    asked = len({answer.question_id for run in runs for answer in run.answers})
+    hours = math.fsum(p["wall_s"] for run in runs for p in run.counts["phases"].values()) / 3600
+    told = f"{asked} questions, {len(seeds)} seeds" if len(seeds) > 1 else f"{asked} questions, seed {seeds[0]}"
+    parts = [f"{told}, {hours:.1f} hours of reading, writing, training and answering.", _accuracies(study), _costs(study)]
+    if differences := _differences(study):
+        parts.append(differences)
+    verdict = verdict_of(study, QUERIES, POINTS)
+    parts.append(f"Verdict for {QUERIES:,} queries: " + (why_none(study) if verdict is None else verdict.text))
+    parts += [f"- {line}" for line in (*study.concerns, *study.notes)]
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def _accuracies(study: Derived) -> str:
+    """Accuracy of each way and split with its interval, the seeds pooled, and the range of the seeds' accuracies."""
+    splits: list[str | None] = [*study.splits, None] if len(study.splits) > 1 else [None]
+    rows = [["way", *(split or "all" for split in splits), "least and most of a seed"]]
+    chances = [study.chance(split) for split in splits]
+    rows.append(["chance", *("-" if chance is None else f"{chance:.2f}" for chance in chances), ""])
+    for arm in study.arms:
+        cells = []
+        for split in splits:
+            accuracy, interval = study.accuracy(arm, split), study.interval(arm, split)
+            told = accuracy is not None and interval is not None
+            cells.append(f"{accuracy.value:.2f} ({interval[0]:.2f}-{interval[1]:.2f})" if told else "-")
+        each = [fmean(answer.is_correct for answer in run.answers) for run in study.of(arm)]
+        rows.append([recorded_arm(arm).title, *cells, f"{min(each):.2f}, {max(each):.2f}" if len(each) > 1 else ""])
+    return _table(rows)
+
+
+def _costs(study: Derived) -> str:
+    """What is paid once and a query, and from how many queries on a trained way takes less than ICL."""
+    ways, rows = study.ways("seconds", batch=1), [["way", "written s", "trained s", "read s", "s a query", "pays from"]]
+    for arm in study.arms:
+        mine, title = study.of(arm), recorded_arm(arm).title
+        trained = fmean(run.counts["phases"].get("train", {"wall_s": 0.0})["wall_s"] for run in mine)
+        written = fmean(run.setup_s for run in mine) - trained
+        line = ways[title].line if title in ways else None
+        found = study.break_evens.get("seconds", {}).get((title, recorded_arm("icl").title))
+        pays = "" if found is None else f"{break_even_words(found)} ({interval_words(found)})"
+        query = "-" if line is None else f"{line.query:.2f}"
+        reading = "" if line is None or not line.reading else f"{line.reading:.1f}"
+        rows.append([title, *(f"{s:.0f}" if s >= 0.5 else "" for s in (written, trained)), reading, query, pays])
+    return _table(rows)
+
+
+def _differences(study: Derived) -> str:
+    """The paired tests whose adjusted p is below .05, over all questions and by split."""
+    titles = {arm: recorded_arm(arm).title for arm in study.arms}
+    found = [test for test in study.paired if test.p < 0.05]
+    lines = [
+        f"- {titles[t.first]} - {titles[t.second]}, {t.split or 'all'}: {t.difference:+.2f} ({t.low:+.2f} to {t.high:+.2f})"
+        for t in found
+    ]
+    tests = count(len(study.paired))
+    return "\n".join([f"Differences with an adjusted p below .05, of {tests} tested:\n", *lines]) if lines else ""
+
+
+def main() -> None:
+    """Fill the page's blocks."""
+    page, *folders = map(Path, sys.argv[1:])
+    for folder in folders:
+        replace_block(page, folder.name, block(Derived.read(folder)))
+        print(f"{page}: {folder.name} updated")
+
+
+if __name__ == "__main__":
+    main()
