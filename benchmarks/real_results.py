@@ -23,7 +23,8 @@ def block(study: Derived) -> str:
     asked = len({answer.question_id for run in runs for answer in run.answers})
     hours = math.fsum(p["wall_s"] for run in runs for p in run.counts["phases"].values()) / 3600
     told = f"{asked} questions, {len(seeds)} seeds" if len(seeds) > 1 else f"{asked} questions, seed {seeds[0]}"
-    parts = [f"{told}, {hours:.1f} hours of reading, writing, training and answering.", _accuracies(study), _costs(study)]
+    spent = f"{told}, {hours:.1f} hours of reading, writing, training and answering."
+    parts = [spent, _accuracies(study), _costs(study)]
     if differences := _differences(study):
         parts.append(differences)
     verdict = verdict_of(study, QUERIES, POINTS)
@@ -75,8 +76,9 @@ def _differences(study: Derived) -> str:
     titles = {arm: recorded_arm(arm).title for arm in study.arms}
     found = [test for test in study.paired if test.p < 0.05]
     lines = [
-        f"- {titles[t.first]} - {titles[t.second]}, {t.split or 'all'}: {t.difference:+.2f} ({t.low:+.2f} to {t.high:+.2f})"
-        for t in found
+        f"- {titles[test.first]} - {titles[test.second]}, {test.split or 'all'}: {test.difference:+.2f} "
+        f"({test.low:+.2f} to {test.high:+.2f})"
+        for test in found
     ]
     tests = count(len(study.paired))
     return "\n".join([f"Differences with an adjusted p below .05, of {tests} tested:\n", *lines]) if lines else ""

@@ -182,7 +182,7 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
 
 
 def test_what_no_seed_changes_is_done_once_for_all_seeds(llama, tmp_path, monkeypatch):
-    """The questions of base and rag; what a greedy strategy writes. A store, another task and harm are each seed's own."""
+    """The questions of base and rag, and what a greedy strategy writes; not behind a store, nor of another task."""
     make_run, done = study_runs.make_run, []
 
     def making(model, planned, *arguments, **named):

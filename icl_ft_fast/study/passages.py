@@ -41,9 +41,7 @@ CONTEXT_TOKENS = "query_context_tokens"  # the note of a run that has the mean t
 def retrieved(k: int) -> Asking:
     """The k passages that fit the question best, in the order of the documents."""
     prepare, check = partial(_prepare_retrieval, k), partial(_check_k, k)
-    return Asking(
-        ways_behind_own_context, prepare=prepare, check=check, is_kept=True, is_quick=True, ignores_seed=True
-    )
+    return Asking(ways_behind_own_context, prepare=prepare, check=check, is_kept=True, is_quick=True, ignores_seed=True)
 
 
 def _check_k(k: int, task: Task) -> None:
