@@ -128,6 +128,8 @@ def test_names_are_put_together():
     assert arm.training is arms.arm_named("augmented-ft").training
     assert arms.expand_arms(["rag", "base"]) == ("rag@1", "rag@4", "rag@8", "base")
     assert arms.expand_arms(["compacted"], sizes={"compacted": (3,)}) == ("compacted@3",)
+    asked = ["ft", "augmented-ft@9", "icl", "ft+rag@4"]  # the weights of ft are trained once
+    assert arms.expand_arms(asked) == ("ft", "ft+rag@4", "augmented-ft@9", "icl")
     assert arms.recorded_arm("rag@3").title == "RAG k=3"
     for name in ("rag@", "rag@0", "rag@x", "base@2", "icl+rag", "ft+oracle", "ft+", "+rag", "rag+ft", "ft+rag+icl"):
         with pytest.raises(ValueError, match="arms: "):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from icl_ft_fast.augmentation.batches import augment_by_rule
-from icl_ft_fast.engine import encoding
+from icl_ft_fast.engine import encoding, machine
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.loading import load
 from icl_ft_fast.engine.machine import fingerprint
@@ -179,6 +179,15 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
         done.clear()
         runs_of(*other, journal=ResultJournal(path))
         assert done == ["base", "icl"]
+
+
+def test_a_dtype_that_the_processor_has_no_instructions_for_is_told(monkeypatch):
+    seconds = iter([4.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(machine, "_least_s", lambda *_: next(seconds))
+    told = "bfloat16: its products take 2.0 times float32's seconds on this CPU"
+    assert machine.slow_dtype("cpu", torch.bfloat16) == told
+    assert machine.slow_dtype("cpu", torch.bfloat16) == ""
+    assert machine.slow_dtype("cpu", torch.float32) == machine.slow_dtype("cuda", torch.bfloat16) == ""
 
 
 def test_what_no_seed_changes_is_done_once_for_all_seeds(llama, tmp_path, monkeypatch):

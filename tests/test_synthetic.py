@@ -34,7 +34,7 @@ def test_budgets_are_sizes_of_arms_that_train_on_what_the_model_writes():
     sizes = sizes_of(StudySettings(synthetic_tokens=(10, 20)))
     asked = ["base", "ft+rag", "augmented-ft", "augmented-ft+icl", "augmented-ft@7", "distilled", "repeated-ft"]
     assert expand_arms(asked, sizes=sizes) == (
-        *("base", "ft+rag", "augmented-ft@10", "augmented-ft@20", "augmented-ft@10+icl", "augmented-ft@20+icl"),
+        *("base", "ft+rag", "augmented-ft@10", "augmented-ft@10+icl", "augmented-ft@20", "augmented-ft@20+icl"),
         *("augmented-ft@7", "distilled@10", "distilled@20", "repeated-ft@10", "repeated-ft@20"),
     )
     assert "augmented-ft" not in sizes_of(StudySettings())

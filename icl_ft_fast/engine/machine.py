@@ -65,9 +65,26 @@ def ceilings(device: torch.device | str, dtype: torch.dtype, *, seconds: float =
     return Ceilings(str(dtype).removeprefix("torch."), 2 * size**3 / product_s, 2 * source.nbytes / copy_s)
 
 
-def _least_s(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+SLOWER = 1.5  # times float32's seconds, from which on a dtype is told to be slow
+
+
+def slow_dtype(device: torch.device | str, dtype: torch.dtype) -> str:
+    """A sentence on a dtype whose matrix products a CPU has no instructions for; else empty."""
+    if torch.device(device).type != "cpu" or dtype == torch.float32:
+        return ""
+    taken = []
+    for each in (dtype, torch.float32):
+        a, b = (torch.randn(512, 512).to(each) for _ in range(2))
+        taken.append(_least_s(lambda a=a, b=b: a @ b, "cpu", 0.05))  # type: ignore[misc]
+    times = taken[0] / taken[1]
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}: its products take {times:.1f} times float32's seconds on this CPU" if times > SLOWER else ""
+
+
+def _least_s(call: Callable[[], object], device: torch.device | str, seconds: float) -> float:
     """Least seconds of a call, after one that warms up: what others do meanwhile lowers no ceiling."""
     samples: list[float] = []
+    device = torch.device(device)
     call()
     while len(samples) < 3 or sum(samples) < seconds:
         if device.type == "cuda":

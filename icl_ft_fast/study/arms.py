@@ -167,6 +167,8 @@ def expand_arms(
 ) -> tuple[str, ...]:
     """The names with "all" and the plain names of arms in several sizes replaced by what they stand for.
 
+    Arms that ask the same trained weights follow one another, so that these are trained once and then given up.
+
     Args:
         names: as arm_named() takes them, or "all": every arm that can take the task.
         task: needed for "all".
@@ -183,7 +185,9 @@ def expand_arms(
             own = (sizes or {}).get(part, arm.sizes)
             its = [f"{part}@{size}{plus}{asked}" for size in own] or [arm.name]
             found += [one for one in its if name != ALL or task is None or _takes(one, task)]
-    return tuple(dict.fromkeys(found)) if ALL in names else tuple(found)
+    found = list(dict.fromkeys(found)) if ALL in names else found
+    weights = [arm.name.partition("+")[0] if (arm := arm_named(name)).training is not None else name for name in found]
+    return tuple(found[i] for i in sorted(range(len(found)), key=lambda i: weights.index(weights[i])))
 
 
 def sizes_of(settings: StudySettings) -> dict[str, tuple[int, ...]]:

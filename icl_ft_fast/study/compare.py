@@ -22,7 +22,7 @@ from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.engine.contexts import ContextStore
 from icl_ft_fast.engine.control_tokens import set_mode
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.machine import Ceilings, ceilings
+from icl_ft_fast.engine.machine import Ceilings, ceilings, slow_dtype
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, check_prompts, chosen_template, shown_prompt
 from icl_ft_fast.finetuning.settings import LoraSettings
@@ -143,7 +143,8 @@ def compare(
             options = replace(options, arguments=digest(study_key(loaded, settings), settings.arms, settings.seeds))
         if folder is not None:
             _check_folder(folder, options)
-        for line in _left_to_model(loaded, settings, asked):
+        slow = "" if options.executor.rank else slow_dtype(loaded.device, loaded.network.dtype)
+        for line in [*_left_to_model(loaded, settings, asked), *filter(None, [slow])]:
             options.tell(line)
         study = _Study(loaded, load, settings, options, folder, journal, progress)
         return study.run(task if callable(task) else lambda _: task)

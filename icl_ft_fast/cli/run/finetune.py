@@ -13,6 +13,7 @@ from typing import Any
 from icl_ft_fast.cli.finetune import GROUPS, OPTIONS
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.machine import slow_dtype
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.data import read_examples, split_validation
@@ -95,6 +96,9 @@ def run_finetune(options: argparse.Namespace) -> None:
             trust_remote_code=given.get("trust_remote_code", False),
             special_tokens=given.get("special_tokens", "text"),
         )
+        slow = slow_dtype(model.device, model.network.dtype)
+        if slow and distributed.place()[0] == 0 and not given.get("quiet", False):
+            tell(f"icl-ft-fast finetune: {slow}")
         context = None
         if "teacher" in given:
             context = prompt_context(model, read_documents(given["teacher_documents"]))
