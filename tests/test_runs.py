@@ -15,7 +15,7 @@ from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import ProtocolError, icl_context, prompt_context
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, PrefixSettings
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, compare, sweep, synthetic
 from icl_ft_fast.study import runs as study_runs
@@ -181,6 +181,31 @@ def test_only_what_is_not_kept_is_run(llama, llama_directory, tmp_path, monkeypa
         assert done == ["base", "icl"]
 
 
+def test_an_arm_has_training_settings_of_its_own(llama):
+    """They decide its weights and its key, and no other arm's."""
+    base = replace(SETTINGS, arms=("ft", "ft+icl", "rules-ft"), seeds=(0,))
+    own = replace(base, arm_training={"rules-ft": {"steps": 3, "learning_rate": 1}})
+    assert (own.training_of("rules-ft").steps, own.training_of("rules-ft").learning_rate) == (3, 1)
+    assert own.training_of("ft+icl") == base.finetune
+    sized = replace(base, arm_training={"augmented-ft": {"steps": 5, "batch_size": 3}, "augmented-ft@9": {"steps": 7}})
+    made = sized.training_of("augmented-ft@9+rag@2")
+    assert (made.steps, made.batch_size) == (7, 3)
+    keys = [[p.key for p in study_runs.plan(llama, task_of_seed, each, ResultJournal(None))] for each in (base, own)]
+    assert [a == b for a, b in zip(*keys, strict=True)] == [True, True, False]
+    journal = ResultJournal(None)
+    runs_of(llama, task_of_seed, replace(base, arms=("ft",)), journal)
+    runs = runs_of(llama, task_of_seed, replace(own, arms=("ft", "rules-ft")), journal)
+    assert [len(run.losses) for run in runs] == [2, 3]
+    for bad, told in (
+        ({"stepz": 3}, r"^ft: stepz: expected one of steps, batch_size"),
+        ({"steps": 1.5}, r"^ft: steps: expected int, got 1.5"),
+        ({"steps": True}, r"^ft: steps: expected int, got True"),
+        ({"steps": 0}, r"^steps: "),
+    ):
+        with pytest.raises(FinetuneError, match=told):
+            replace(base, arm_training={"ft": bad}).training_of("ft")
+
+
 def test_a_dtype_that_the_processor_has_no_instructions_for_is_told(monkeypatch):
     seconds = iter([4.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr(machine, "_least_s", lambda *_: next(seconds))
@@ -298,6 +323,7 @@ def test_results_json(llama, runs, tmp_path):
         "generator": "",
         "generator_url": "",
         "use_peft": None,
+        "arm_training": None,
         "eval_steps": None,
         "template_date": None,
         "chat_template_kwargs": None,

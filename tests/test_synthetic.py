@@ -194,6 +194,12 @@ def test_own_texts_cost_the_same_when_they_are_found_again(llama):
             "--synthetic-tokens: expected whole numbers above 0 separated by commas, got '5,-1'",
         ),
         ("--synthetic-tokens 5,5", "--synthetic-tokens: 5 is given twice"),
+        (
+            '--arm-training {"icl":{}}',
+            "--arm-training: icl: expected an arm of --arms that trains: augmented-ft, ft",
+        ),
+        ('--arm-training {"ft":{"steps":0}}', "--arm-training: steps: expected at least 1, got 0"),
+        ('--arm-training {"ft":3}', "--arm-training: ft: expected an object of settings, got 3"),
     ],
 )
 def test_options_that_say_nothing_are_refused(given, message, tmp_path, capsys):

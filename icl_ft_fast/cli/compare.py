@@ -21,6 +21,7 @@ from icl_ft_fast.cli.options import (
     amount,
     amount_or_0,
     command,
+    json_object,
     later,
     place,
     positive,
@@ -36,6 +37,7 @@ from icl_ft_fast.study.settings import (
     LORA_FROM,
     MEASURE_S,
     NORMALIZATIONS,
+    OWN,
     PREFIX_SIZES,
     RETRIEVERS,
     SELF_ASK,
@@ -140,6 +142,9 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = f"train LoRA adapters instead of all weights (default: true from {LORA_FROM:,} parameters on)"
     training.add_argument("--use_peft", nargs="?", const="true", choices=("true", "false"), metavar="BOOL", help=help)
     add_training_options(training, IN_A_STUDY)
+    help = 'settings of an arm\'s own in place of these as JSON, such as \'{"augmented-ft": {"steps": 900}}\', out of '
+    help = f"{help}{', '.join(OWN)}"
+    training.add_argument("--arm-training", type=json_object, default={}, metavar="JSON", help=help)
     help = "training steps after which the questions are answered, for accuracy by step (default: at the end only)"
     training.add_argument("--eval-steps", type=positive, metavar="N", help=help)
     help = "time between checkpoints in --out"

@@ -368,7 +368,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
     notes = dict(ready.notes)
     examples = [Example(document.text, where=f"document {document.id!r}") for document in job.task.documents]
     samples: tuple[Sample, ...] = ()
-    settings = job.settings.finetune
+    settings = job.settings.training_of(job.arm)
     if training.augment is not None and training.is_control:
         others = training.augment(replace(job, ledger=Ledger(meter=job.ledger.meter)))
         settings = _as_many_tokens(job, [row.text for row in others.rows])
@@ -444,7 +444,7 @@ def kept_store(job: ArmJob) -> ContextStore | None:
 
 def _as_many_tokens(job: ArmJob, more: Sequence[str]) -> FinetuneSettings:
     """Settings with the steps that see as many tokens of the documents as the settings' steps see with `more`."""
-    settings, documents = job.settings.finetune, [document.text for document in job.task.documents]
+    settings, documents = job.settings.training_of(job.arm), [document.text for document in job.task.documents]
 
     def length(texts: Sequence[str]) -> float:
         encoded = encode(

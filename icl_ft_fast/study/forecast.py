@@ -218,7 +218,8 @@ class _Planner:
 
     def _train(self, training: Training, one: PlannedRun, setup: _Part) -> int:
         """Add writing and training; returns the bytes of a checkpoint, 0 where none will be written."""
-        settings, texts, calibration = self.settings.finetune, [d.text for d in self.task.documents], self.calibration
+        settings, calibration = self.settings.training_of(one.arm), self.calibration
+        texts = [document.text for document in self.task.documents]
         own = calibration.example_tokens(texts, settings)
         count, tokens = float(len(texts)), own * len(texts)
         if training.generates:

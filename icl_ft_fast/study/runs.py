@@ -34,7 +34,7 @@ def study_key(model: Model, settings: StudySettings) -> str:
     """A digest of what decides every run: weights, settings except arms and seeds, the machine and its versions."""
     machine = fingerprint(model.device) | {"device": model.device.type}
     del machine["memory_bytes"]  # machines of one kind differ in it by a little
-    shared = asdict(replace(settings, arms=(), seeds=(), prefix_tokens=(), synthetic_tokens=()))
+    shared = asdict(replace(settings, arms=(), seeds=(), prefix_tokens=(), synthetic_tokens=(), arm_training=None))
     return digest("study 3", model.fingerprint(), shared, machine)
 
 
@@ -110,11 +110,13 @@ def plan(
         for arm in arms:
             arm.check(task)
             same = settings.seeds[0] if is_made_once(arm, settings, has_store) else seed
-            key = digest(content, arm.name, same, arm.uses_store and has_store)
+            own = [settings.own_training(arm.name)] if arm.training is not None else []
+            own = own if any(own) else []  # decides this arm's runs and no others
+            key = digest(content, arm.name, same, arm.uses_store and has_store, *own)
             writes = None if key in journal.values else arm.writes
             if writes is not None and writes not in batches:  # the same for every such arm of the seed
                 batches[writes] = tuple(arm.batches(model, writer, task, seed, settings, content))
-            training_key = digest(content, arm.name.partition("+")[0], seed)
+            training_key = digest(content, arm.name.partition("+")[0], seed, *own)
             planned.append(PlannedRun(arm.name, seed, task, key, training_key, batches.get(writes, ())))
     return planned
 

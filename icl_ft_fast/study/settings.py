@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, PrefixSettings
 
 # Of arms.ARMS, for help without torch.
 ARM_NAMES = (
@@ -24,6 +24,9 @@ PREFIX_SIZES = (16, 64)  # that the arm "prefix" stands for
 TOLERANCE = 2.0  # percentage points of accuracy that may be lost
 MEASURE_S = 30.0  # of measuring what a query costs
 LORA_FROM = 100_000_000  # parameters from which on adapters are trained unless all weights are asked for
+
+# Settings of training that an arm may have of its own.
+OWN = ("steps", "batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "splitting")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class StudySettings:
         embedding_model: its name there, or that folder.
         finetune: steps, batch size, learning rate and the rest of the training.
         use_peft: train LoRA adapters; False trains all weights, None does so below LORA_FROM parameters.
+        arm_training: by name of an arm that trains, with or without its size: settings of its own out of OWN, in place
+            of those in `finetune`.
         eval_steps: training steps after which the questions are answered, for accuracy by step; None for the end alone.
         prefix_tokens: sizes that the arm "prefix" stands for.
         prefix: conversations, steps and learning rate of a trained prefix.
@@ -87,6 +92,27 @@ class StudySettings:
     embedding_model: str = ""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     use_peft: bool | None = None
+    arm_training: Mapping[str, Mapping[str, Any]] | None = None
     eval_steps: int | None = None
     prefix_tokens: tuple[int, ...] = PREFIX_SIZES
     prefix: PrefixSettings = field(default_factory=PrefixSettings)
+
+    def own_training(self, arm: str) -> dict[str, Any]:
+        """The settings of training that an arm has of its own; arms that ask the same weights have the same."""
+        sized, given = arm.partition("+")[0], self.arm_training or {}
+        return dict(given.get(sized.partition("@")[0], {})) | dict(given.get(sized, {}))
+
+    def training_of(self, arm: str) -> FinetuneSettings:
+        """How an arm is trained.
+
+        Raises:
+            FinetuneError: an own setting that is none of OWN, of another type, or out of range.
+        """
+        own = self.own_training(arm)
+        for name, value in own.items():
+            if name not in OWN:
+                raise FinetuneError(f"{arm}: {name}: expected one of {', '.join(OWN)}")
+            kind = type(getattr(self.finetune, name))
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise FinetuneError(f"{arm}: {name}: expected {kind.__name__}, got {value!r}")
+        return replace(self.finetune, **own)

@@ -33,7 +33,7 @@ from icl_ft_fast.cli.run.task import check_task_options, read_template, task_of_
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
-from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, PrefixSettings
+from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, PrefixSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -316,7 +316,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
     if options.retriever == "dense":  # a bad address or folder is refused before the model is loaded
         embedder_of(options.embedding_url, options.embedding_model)
-    return StudySettings(
+    settings = StudySettings(
         **study
         | {
             "arms": _arms(arms),
@@ -338,12 +338,31 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "generator": options.generator,
             "generator_url": options.generator_url,
             "use_peft": use_peft,
+            "arm_training": options.arm_training or None,
             "eval_steps": options.eval_steps,
             "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
             "prefix_tokens": prefix_tokens(options.prefix_tokens),
             "prefix": prefix_settings(options),
         }
     )
+    _check_arm_training(settings)
+    return settings
+
+
+def _check_arm_training(settings: StudySettings) -> None:
+    """Refuse own settings of an arm that the study has not, or does not train, before the model is loaded."""
+    trained = {name.partition("+")[0] for name in expand_arms(settings.arms) if arm_named(name).training is not None}
+    known = trained | {name.partition("@")[0] for name in trained}
+    for name, own in (settings.arm_training or {}).items():
+        if name not in known:
+            names = ", ".join(sorted(known)) or "none"
+            raise UsageError(f"--arm-training: {name}: expected an arm of --arms that trains: {names}")
+        if not isinstance(own, dict):
+            raise UsageError(f"--arm-training: {name}: expected an object of settings, got {own!r}")
+        try:
+            settings.training_of(name)
+        except FinetuneError as error:
+            raise UsageError(f"--arm-training: {error}") from error
 
 
 def _training(options: argparse.Namespace) -> tuple[bool | None, dict[str, Any]]:
