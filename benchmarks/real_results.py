@@ -56,18 +56,19 @@ def _accuracies(study: Derived) -> str:
 
 
 def _costs(study: Derived) -> str:
-    """What is paid once and a query, and from how many queries on a trained way takes less than ICL."""
-    ways, rows = study.ways("seconds", batch=1), [["way", "written s", "trained s", "read s", "s a query", "pays from"]]
+    """What is paid once and for a query, and from how many queries on a trained way takes less than ICL."""
+    titles = ["way", "written s", "trained s", "read s", "s a query", "pays from, by seconds", "by FLOPs"]
+    ways, rows = study.ways("seconds", batch=1), [titles]
     for arm in study.arms:
         mine, title = study.of(arm), recorded_arm(arm).title
         trained = fmean(run.counts["phases"].get("train", {"wall_s": 0.0})["wall_s"] for run in mine)
         written = fmean(run.setup_s for run in mine) - trained
         line = ways[title].line if title in ways else None
-        found = study.break_evens.get("seconds", {}).get((title, recorded_arm("icl").title))
-        pays = "" if found is None else f"{break_even_words(found)} ({interval_words(found)})"
+        found = [study.break_evens.get(by, {}).get((title, recorded_arm("icl").title)) for by in ("seconds", "FLOPs")]
+        pays = ["" if each is None else f"{break_even_words(each)} ({interval_words(each)})" for each in found]
         query = "-" if line is None else f"{line.query:.2f}"
         reading = "" if line is None or not line.reading else f"{line.reading:.1f}"
-        rows.append([title, *(f"{s:.0f}" if s >= 0.5 else "" for s in (written, trained)), reading, query, pays])
+        rows.append([title, *(f"{s:.0f}" if s >= 0.5 else "" for s in (written, trained)), reading, query, *pays])
     return _table(rows)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import real_results
 from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import accuracy_table
@@ -287,6 +288,32 @@ def test_figures_taken_beside_other_workers_say_so(study):
     shown = [page.render([noted]), page.fragment(noted), console.file.getvalue(), accuracy_table([noted, noted])]
     assert [text.count(noted.beside) for text in shown] == [1, 1, 1, 1]
     assert noted.summary()["notes"][0] == noted.beside
+
+
+def test_a_page_shows_a_study_between_its_markers(study, tmp_path, monkeypatch):
+    """Accuracies with intervals and the seeds' spread, what is paid, and the verdict or why there is none."""
+    text = real_results.block(replace(study, prices=None))
+    assert "60 questions, 2 seeds, 0.0 hours" in text
+    right = study.accuracy("icl").value
+    assert re.search(rf"^\| ICL \|.*\| {right:.2f} \(0\.\d\d-\d\.\d\d\) \| 0\.\d\d, 0\.\d\d \|$", text, re.MULTILINE)
+    assert re.search(
+        r"^\| fine-tuned \| 18 \| 2 \|  \| 0\.\d\d \| [\d,]+ \(.*\) \| [\d,]+ \(.*\) \|$", text, re.MULTILINE
+    )
+    assert "Verdict for 15,000 queries: " in text
+    unmeasured = real_results.block(replace(study, results=replace(study.results, sweep=Sweep())))
+    assert "Verdict for 15,000 queries: No decision: " in unmeasured
+    page_md = tmp_path / "page.md"
+    page_md.write_text("before\n<!-- study -->\nout of date\n<!-- /study -->\nafter")
+    (tmp_path / "study").mkdir()
+    monkeypatch.setattr(Derived, "read", lambda path: replace(study, name=path.name))
+    monkeypatch.setattr("sys.argv", ["real_results", str(page_md), str(tmp_path / "study")])
+    real_results.main()
+    assert page_md.read_text().startswith("before\n<!-- study -->\n60 questions")
+    assert page_md.read_text().endswith("\n<!-- /study -->\nafter")
+    assert "out of date" not in page_md.read_text()
+    monkeypatch.setattr("sys.argv", ["real_results", str(page_md), str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="expected one <!-- other --> block, found 0"):
+        real_results.main()
 
 
 def test_what_an_old_file_lacks_is_left_out(study):
