@@ -5,6 +5,9 @@ SOURCES := $(wildcard csrc/*)
 CLANG ?= clang++-14
 SANITIZE_S ?= 20
 
+# What pip may install; constraints-oldest.txt has the oldest torch that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+
 .PHONY: setup demo real test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs wheel \
 	wheel-check clean
 
@@ -14,10 +17,10 @@ setup: .venv/installed
 # extra lm-eval too: some 640 MB and a minute that the demo does without.
 .venv/installed: EXTRAS := test,lint,report
 .venv/tested: EXTRAS := test,lint,report,lm-eval,lora,gguf,trl,augment,dense,serve,test-serve,ray
-.venv/installed .venv/tested: pyproject.toml constraints.txt setup.py $(SOURCES)
+.venv/installed .venv/tested: pyproject.toml $(CONSTRAINTS) setup.py $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing icl_ft_fast and building its extension (about two minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]" 2> .venv/pip.log \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]" 2> .venv/pip.log \
 		|| { cat .venv/pip.log >&2; exit 1; }
 	@touch .venv/installed $@
 
@@ -96,6 +99,8 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h fuzz/*.cpp
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/zizmor --offline --quiet .github/workflows
 
 format: setup
 	@$(BIN)/ruff check --fix .

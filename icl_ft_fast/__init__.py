@@ -1,7 +1,7 @@
 """Score, augment, fine-tune and compare language models on documents: `import icl_ft_fast as iff`.
 
-Everything in `__all__` is public and documented, and stays. Each name is imported when it is first used: importing the
-package alone loads no torch.
+Everything in `__all__` is public and documented, and stays (docs/stability.md). Each name is imported when it is first
+used: importing the package alone loads no torch.
 """
 
 from importlib import import_module

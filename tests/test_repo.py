@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import icl_ft_fast
 from icl_ft_fast import _C
@@ -134,6 +135,30 @@ def defined(node):
             yield part.name
         elif isinstance(part, ast.Import | ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in part.names)
+
+
+def test_the_oldest_constraints_are_the_lower_bounds():
+    """What CONSTRAINTS=constraints-oldest.txt installs is what pyproject.toml says that it allows."""
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = "\n".join([*configured["dependencies"], *configured["optional-dependencies"]["test"]])
+    pinned = re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    assert {name for name, _ in pinned} == {"torch", "triton", "transformers"}
+    for name, version in pinned:
+        [bound] = re.findall(rf"^{name}>=([\d.]+)", stated, re.MULTILINE)
+        assert version in (bound, f"{bound}.0"), (
+            f"{name}: {version} in constraints-oldest.txt, {bound} in pyproject.toml"
+        )
+
+
+def test_hosted_tests_run_on_every_python_that_is_stated():
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    stated = [c.rpartition(" ")[2] for c in configured["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    matrix = workflow["jobs"]["matrix"]["strategy"]["matrix"]
+    assert matrix["python"] == stated
+    assert all((ROOT / file).is_file() for file in matrix["constraints"])
+    wheels = configured["tool"]["cibuildwheel"]["build"].split()
+    assert wheels == [f"cp{version.replace('.', '')}-*" for version in stated]
 
 
 def test_every_room_is_there_and_says_what_it_is():
