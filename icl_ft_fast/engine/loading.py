@@ -258,6 +258,7 @@ def _merged(network: Any, adapter: str | Path) -> Any:
         if not Path(adapter).is_dir():
             huggingface_hub.hf_hub_download(str(adapter), weights)  # fails where there are only pickle weights
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's
             warnings.filterwarnings("error", message=".*Found missing adapter keys")  # peft would leave them random
             adapted = peft.PeftModel.from_pretrained(network, str(adapter)).eval()
             if not hasattr(adapted.base_model, "merge_and_unload"):
