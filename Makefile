@@ -54,8 +54,9 @@ test: .venv/tested
 # What a change to a unit may break, in less than a minute: all but the files that start processes, run Triton's
 # interpreter, train, write whole studies or compare kernels on many shapes.
 SLOW := augment_run benchmarks cli cli_finetune docs durable executors finetune_distributed finetune_run generators gpu \
-	gpu_benchmark invariant lm_eval memory native own real recipe repo report saved_contexts security server shipped \
-	shipped_train target_logprob trie_attention triton trl
+	gpu_benchmark invariant lm_eval memory native own real recipe repo report saved_contexts scheduler security server \
+	server_chat server_contexts server_refusals server_streams shipped shipped_train target_logprob trie_attention \
+	triton trl
 test-fast: .venv/tested
 	@$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 

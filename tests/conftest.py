@@ -2,7 +2,9 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,30 @@ def llama_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
 def llama(llama_directory: Path) -> Model:
     """The tiny llama, loaded."""
     return load(llama_directory)
+
+
+@pytest.fixture(scope="module")
+def live(llama: Model) -> Iterator[tuple[int, Any]]:
+    """Port and scheduler of a live server of the tiny llama, with a key, a chat template and small limits."""
+    from serving import KEY, TEMPLATE, serving
+
+    from icl_ft_fast.integrations.guard import Limits
+
+    words = deepcopy(llama.tokenizer)
+    words.chat_template = TEMPLATE
+    limits = Limits(body_bytes=100_000, body_s=0.3, choices=100, new_tokens=50)
+    with serving(replace(llama, tokenizer=words), key=KEY, limits=limits) as (port, scheduler):
+        yield port, scheduler
+
+
+@pytest.fixture(scope="module")
+def client(live: tuple[int, Any]) -> Iterator[Any]:
+    """OpenAI's client of the live server."""
+    import openai
+    from serving import KEY
+
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{live[0]}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

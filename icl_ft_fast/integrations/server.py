@@ -68,18 +68,37 @@ REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeE
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
-async def _refusal(_: Request, error: Exception) -> JSONResponse:
+async def _refusal(request: Request, error: Exception) -> JSONResponse:
     """What the client is told; what nobody foresaw is told to the log only."""
     if isinstance(error, RequestValidationError):
-        place = str([*error.errors()[0]["loc"], "body"][1])
-        reasons = dict.fromkeys(fault["msg"] for fault in error.errors() if place in map(str, fault["loc"]))
-        return error_response(400, f"{place}: {'; or: '.join(reasons)}", place)  # a union's members each have a reason
+        return _wrong_field(error)
     if isinstance(error, RefusedError):
         return error_response(error.status, str(error), error.param, error.code)
     if isinstance(error, HTTPException):
-        return error_response(error.status_code, error.detail)
+        at = f"{request.method} {request.url.path}: " if error.status_code in (404, 405) else ""
+        return error_response(error.status_code, f"{at}{error.detail}")
     status = STATUS.get(type(error), 500)
     return error_response(status, "internal error; the server's log has more" if status == 500 else str(error))
+
+
+def _wrong_field(error: RequestValidationError) -> JSONResponse:
+    """The refusal of a body: the place in it, and why; where several kinds are taken, why it is none of them."""
+    first = error.errors()[0]
+    field = str([*first["loc"], "body"][1])
+    if first["type"] == "json_invalid":
+        return error_response(400, f"body: not valid JSON at character {field}: {first['ctx']['error']}", "body")
+    if field == "body":
+        return error_response(400, "body: expected a JSON object, sent with content-type: application/json", "body")
+    place, node = field, error.body.get(field) if isinstance(error.body, dict) else None
+    for part in first["loc"][2:]:
+        if isinstance(part, int) and isinstance(node, list) and part < len(node):
+            place, node = f"{place}[{part}]", node[part]
+        elif isinstance(node, dict) and (part in node or first["type"] == "missing"):
+            place, node = f"{place}.{part}", node.get(part)
+        else:
+            break  # the name of one of the kinds
+    reasons = dict.fromkeys(fault["msg"] for fault in error.errors() if field in map(str, fault["loc"]))
+    return error_response(400, f"{place}: {'; or: '.join(reasons)}", field)
 
 
 def make_app(

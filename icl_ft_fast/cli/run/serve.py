@@ -15,6 +15,7 @@ from icl_ft_fast.cli.options import (
 )
 from icl_ft_fast.cli.serve import KEY_VARIABLE
 from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.tasks.files import read_text
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -70,7 +71,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def _key(file: Path | None) -> str | None:
     """The bearer key of a file or of the environment; it is no option, since command lines are seen by everyone."""
-    text = os.environ.get(KEY_VARIABLE) if file is None else (file.read_text(encoding="utf-8").splitlines() or [""])[0]
+    text = os.environ.get(KEY_VARIABLE) if file is None else (read_text(file).splitlines() or [""])[0]
     if text is not None and not text.strip():
         raise UsageError(f"{file or '$' + KEY_VARIABLE}: the key is empty")
     return None if text is None else text.strip()
