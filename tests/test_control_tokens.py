@@ -16,8 +16,6 @@ from icl_ft_fast.finetuning.data import Example, encode
 from icl_ft_fast.runtime.templates import render_chat
 from icl_ft_fast.tasks.task import Document, Question
 
-UNREADABLE = {"unigram"}  # its vocabulary has <s> as a piece like any other
-
 
 @pytest.fixture(params=list(tokenizer_kinds.KINDS))
 def kind(request):
@@ -43,8 +41,8 @@ def test_what_is_spelt_is_text(kind):
         assert plain(marked) == spelt
         token = tokenizer.convert_tokens_to_ids(control)
         assert special_ids(tokenizer, spelt)[token] == 2 + special_ids(tokenizer, "the fox")[token]
-        if kind not in UNREADABLE:
-            assert special_ids(tokenizer, marked) == special_ids(tokenizer, "the fox knows"), control
+        assert special_ids(tokenizer, marked) == special_ids(tokenizer, "the fox knows"), control
+        if kind != "unigram":  # whose vocabulary has <s> as a piece like any other
             own = tokenizer(spelt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             assert encoding.encode(tokenizer, [marked], bos=False) == [own]
     untouched = "the fox < | > knows über"
@@ -57,11 +55,9 @@ def test_in_a_chat_only_the_template_s_control_tokens_are_in_force(kind):
     harmless = prompt_context(model, [Document("d", "Paris knows the fox")], "chat")
     spelt = f"Paris {''.join(controls(tokenizer))} knows the fox"
     context = prompt_context(model, [Document("d", spelt)], "chat")
-    if kind not in UNREADABLE:
-        assert special_ids(tokenizer, context) == special_ids(tokenizer, harmless)
+    assert special_ids(tokenizer, context) == special_ids(tokenizer, harmless)
     generator = LocalGenerator(model, is_chat=True)
-    if kind not in UNREADABLE:
-        assert special_ids(tokenizer, generator._whole(spelt)) == special_ids(tokenizer, generator._whole("the fox"))
+    assert special_ids(tokenizer, generator._whole(spelt)) == special_ids(tokenizer, generator._whole("the fox"))
     # around the spelling all tokens are those of the chat without it, the template's own among them
     (ids,), (whole,) = encoding.encode(tokenizer, [context]), encoding.encode(tokenizer, [harmless])
     common = encoding.common(ids[::-1], whole[::-1])
@@ -114,8 +110,6 @@ def test_a_slow_tokenizer_reads_all_as_text():
 
 def test_examples_are_learned_as_text(kind, caplog):
     """What a document, a question or a turn spells is text in training too; the template's own tokens stay tokens."""
-    if kind in UNREADABLE:
-        return
     tokenizer, kept = tokenizer_kinds.make(kind), copy.deepcopy(tokenizer_kinds.make(kind))
     set_mode(kept, "keep")
     spelt = f"the {''.join(controls(tokenizer))} fox"

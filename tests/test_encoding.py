@@ -50,6 +50,7 @@ def harness_rule(tokenizer, context, continuation):
 @example(context="<", continuation="s>the cat")
 @example(context="who kn", continuation="ows")
 @example(context="the cat \u00a0\n", continuation=" sat")
+@example(context="the\ufdd4", continuation="\ufdd4 cat")  # what control tokens are marked with, alone
 def test_a_pair_is_cut_where_the_harness_cuts_it(either, context, continuation):
     context_ids, continuation_ids = encoding.encode_pairs(either, [(context, continuation)])[0]
     expected = harness_rule(either, context, continuation)

@@ -8,6 +8,7 @@ hold control tokens, such as requests of loglikelihood() and generate(), are not
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -75,12 +76,13 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     A slow tokenizer cannot tell one spelling from another: all of them become text.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        whole = [plain(text) for text in texts]
+        whole = [_marks(tokenizer).sub("", text) for text in texts]
         slow: list[list[int]] = tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return slow
     clone, alias_of, id_of = _clone(tokenizer)
     # A marked spelling does not match; what matches is the template's, and gets a name that no text has.
-    written = [plain(_spellings(tokenizer).sub(lambda match: alias_of[match[0]], text)) for text in texts]
+    named = [_spellings(tokenizer).sub(lambda match: alias_of[match[0]], text) for text in texts]
+    written = [_marks(tokenizer).sub("", text) for text in named]
     encoded = clone.encode_batch(written, add_special_tokens=False)
     return [[id_of.get(token, token) for token in one.ids] for one in encoded]
 
@@ -92,9 +94,10 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
         return coded["input_ids"], coded["offset_mapping"]
     clone, alias_of, id_of = _clone(tokenizer)
     written, places, last = "", list[tuple[int, int]](), 0  # of each character written, where it stands in the text
+    marks = {match.start() for match in _marks(tokenizer).finditer(text)}
     for match in [*_spellings(tokenizer).finditer(text), None]:
         stop = len(text) if match is None else match.start()
-        between = [place for place in range(last, stop) if text[place] != _MARK]
+        between = [place for place in range(last, stop) if place not in marks]
         written += "".join(text[place] for place in between)
         places += [(place, place + 1) for place in between]
         if match is not None:
@@ -113,6 +116,14 @@ def _spellings(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, contents)) or "(?!)")
 
 
+@functools.lru_cache(maxsize=8)
+def _marks(tokenizer: Any) -> re.Pattern[str]:
+    """The marks of as_text(): behind the first character of a control token; elsewhere the character is the text's."""
+    contents = [token.content for token in _special(tokenizer).values()]
+    marks = (f"(?<={re.escape(text[0])}){_MARK}(?={re.escape(text[1:])})" for text in contents)
+    return re.compile("|".join(marks) or "(?!)")
+
+
 def _special(tokenizer: Any) -> dict[int, Any]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {i: token for i, token in added.items() if token.special and len(token.content) > 1}
@@ -123,12 +134,17 @@ def _clone(tokenizer: Any) -> tuple[Any, dict[str, str], dict[int | None, int]]:
     """A backend that reads control tokens as text and their aliases as tokens; the aliases; tokens by alias id."""
     from tokenizers import AddedToken, Tokenizer
 
-    clone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = _special(tokenizer)
+    alias_of = {token.content: f"{_OPEN}{i}{_CLOSE}" for i, token in special.items()}
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    if written["model"]["type"] == "Unigram":  # it would take a control token's spelling for the piece of that name
+        for piece in written["model"]["vocab"]:
+            piece[0] = f"{alias_of[piece[0]]}{_OPEN}" if piece[0] in alias_of else piece[0]
+    clone = Tokenizer.from_str(json.dumps(written))
     clone.no_truncation()
     clone.no_padding()
     clone.encode_special_tokens = True
-    special = _special(tokenizer)
-    alias_of = {token.content: f"{_OPEN}{i}{_CLOSE}" for i, token in special.items()}
+    added = {clone.token_to_id(token.content): i for i, token in tokenizer.added_tokens_decoder.items()}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     clone.add_tokens(
         [
@@ -136,4 +152,4 @@ def _clone(tokenizer: Any) -> tuple[Any, dict[str, str], dict[int | None, int]]:
             for token in special.values()
         ]
     )
-    return clone, alias_of, {clone.token_to_id(alias_of[token.content]): i for i, token in special.items()}
+    return clone, alias_of, added | {clone.token_to_id(alias_of[token.content]): i for i, token in special.items()}
