@@ -536,6 +536,11 @@ def broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
 
 
+def holding(file, content):
+    content = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / file).write_bytes(content)
+
+
 def lfs_pointer(name):
     def spoil(folder):
         (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
@@ -549,7 +554,13 @@ def lfs_pointer(name):
         (without_config, "no checkpoint here: config.json is missing"),
         (broken_config, "config.json: not valid JSON: "),
         (undecodable_config, "config.json: not valid JSON: "),
-        (null_config, "cannot be loaded as a causal language model: "),
+        (null_config, "config.json: expected a JSON object, got NoneType"),
+        (holding("tokenizer_config.json", "[1]"), "tokenizer_config.json: expected a JSON object, got list"),
+        (holding("generation_config.json", "{"), "generation_config.json: not valid JSON: "),
+        (holding("generation_config.json", '{"eos_token_id": -1}'), "generation_config.json: eos_token_id: expected"),
+        (holding("chat_template.jinja", b"\xff"), r"chat_template\.jinja: damaged, or not such a file: "),
+        (of_config(max_position_embeddings=-5), "config.json: max_position_embeddings: expected at least 1, got -5"),
+        (of_config(hidden_act="zork"), "cannot be loaded as a causal language model: KeyError: 'zork'"),
         (no_family, "cannot be loaded as a causal language model: Unrecognized model"),
         (unknown_family, "cannot be loaded as a causal language model: .*nosuch"),
         (no_language_model, "cannot be loaded as a causal language model: .*T5Config"),
@@ -559,16 +570,16 @@ def lfs_pointer(name):
         (own_code, "cannot be loaded as a causal language model: .*custom code"),
         (pickle_only, "pytorch_model.bin: pickle weights can run code .* convert the checkpoint to safetensors"),
         (no_weights, r"no checkpoint here: no \*\.safetensors file"),
-        (truncated_weights, "cannot be loaded as a causal language model: .*header"),
+        (truncated_weights, r"model\.safetensors: damaged, or not such a file: .*header"),
         (missing_tensor, r"lacks 1 of the network's tensors, model\.layers\.1\.mlp\.up_proj\.weight first"),
-        (oversized_header, "cannot be loaded as a causal language model: .*header too large"),
-        (overlapping_tensors, "cannot be loaded as a causal language model: .*invalid offset"),
-        (tensors_beyond_the_file, "cannot be loaded as a causal language model: .*header"),
+        (oversized_header, r"model\.safetensors: damaged, or not such a file: .*header too large"),
+        (overlapping_tensors, r"model\.safetensors: damaged, or not such a file: .*invalid offset"),
+        (tensors_beyond_the_file, r"model\.safetensors: damaged, or not such a file: .*header"),
         (one_value_not_finite(float("nan")), r"model\.embed_tokens\.weight: has values that are not finite"),
         (one_value_not_finite(float("-inf")), r"model\.embed_tokens\.weight: has values that are not finite"),
         (nested("config.json"), "config.json: not valid JSON: maximum recursion depth"),
-        (nested("tokenizer.json"), "cannot be loaded as a causal language model: "),
-        (nested("generation_config.json"), "cannot be loaded as a causal language model: "),
+        (nested("tokenizer.json"), "tokenizer.json: not valid JSON: maximum recursion depth"),
+        (nested("generation_config.json"), "generation_config.json: not valid JSON: maximum recursion depth"),
         (a_huge_number, "config.json: not valid JSON: "),
         (of_config(vocab_size=10**12), "cannot be loaded as a causal language model: "),
         (of_config(intermediate_size=10**12), "cannot be loaded as a causal language model: "),
@@ -590,7 +601,7 @@ def lfs_pointer(name):
             r"quantised weights \(gptq\) are not served",
         ),
         (no_tokenizer, "cannot be loaded as a causal language model: .*tokenizer"),
-        (broken_tokenizer, "cannot be loaded as a causal language model: "),
+        (broken_tokenizer, "tokenizer.json: not valid JSON: "),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused_by_name(spoil, message, llama_directory, tmp_path):
@@ -599,6 +610,12 @@ def test_a_spoilt_checkpoint_is_refused_by_name(spoil, message, llama_directory,
     with pytest.raises(ModelError, match=f"spoilt.*{message}") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mark_at_the_beginning_of_a_chat_template_is_no_part_of_it(llama_directory, tmp_path):
+    folder = shutil.copytree(llama_directory, tmp_path / "marked")
+    holding("chat_template.jinja", "\ufeff{{ messages[0].content }}")(folder)
+    assert load(folder, self_check=False).tokenizer.chat_template == "{{ messages[0].content }}"
 
 
 def test_shards_and_the_hub_s_links_are_no_reason_to_refuse(llama_directory, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from icl_ft_fast.engine import control_tokens, conversion, selfcheck
 from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
@@ -195,7 +196,11 @@ def _read(
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
-        raise ModelError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+        broken = _unreadable(Path(name)) or _unreadable(Path(tokenizer))
+        raise ModelError(
+            broken or f"{name}: cannot be loaded as a causal language model: {_in_a_line(error)}"
+        ) from error
+    _check_template(tokenizer, words)
     if other := sorted(loading["mismatched_keys"]):
         tensor, here, wanted_shape = other[0]
         raise ModelError(
@@ -280,11 +285,54 @@ def _merged(network: Any, adapter: str | Path) -> Any:
     except ModelError:
         raise
     except Exception as error:  # peft, huggingface_hub, safetensors and torch each raise their own
-        raise ModelError(f"adapter: {adapter}: cannot be added to this network: {_first_line(error)}") from error
+        broken = _unreadable(Path(adapter))
+        raise ModelError(
+            f"adapter: {broken or f'{adapter}: cannot be added to this network: {_in_a_line(error)}'}"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _in_a_line(error: Exception) -> str:
+    """What an error says, on one line; of errors that say a value only, their kind too."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if not said or isinstance(error, LookupError) else said
+
+
+def _unreadable(folder: Path) -> str | None:
+    """The first file of a local folder that is damaged, and how; the libraries that read them name none."""
+    for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+        try:
+            if file.suffix == ".json":
+                _json_object(file)
+            elif file.suffix in (".jinja", ".txt"):
+                file.read_text(encoding="utf-8")
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except ModelError as error:
+            return str(error)
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{file}: damaged, or not such a file: {_in_a_line(error)}"
+    return None
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds; raises ModelError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _check_template(tokenizer: str | Path, words: Any) -> None:
+    """Take the byte-order mark off a chat template, which would begin every prompt; refuse one that is no text."""
+    template = getattr(words, "chat_template", None)
+    if isinstance(template, str):
+        words.chat_template = template.lstrip("\ufeff")
+    elif template is not None and not isinstance(template, dict):
+        raise ModelError(f"{tokenizer}: chat_template: expected a text, got {type(template).__name__}")
 
 
 def from_network(
@@ -310,7 +358,12 @@ def from_network(
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):
             module.attn_temperature_tuning = False
-    positions = _max_positions(network.config)
+    if (positions := _max_positions(network.config)) < 1:
+        raise ModelError(f"{name}: config.json: max_position_embeddings: expected at least 1, got {positions}")
+    ends = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and (not isinstance(token, int) or token < 0):
+            raise ModelError(f"{name}: generation_config.json: eos_token_id: expected token ids, got {ends!r}")
     model = Model(network, tokenizer, name, positions, batch_invariant, memory or Memory(), adapter)
     if batch_invariant:
         selfcheck.check_can_be_invariant(model)
@@ -346,10 +399,9 @@ def _check_directory(path: Path) -> None:
         found = sorted(path.glob("*.gguf"))
         hint = f"; give the GGUF file itself: {found[0]}" if found else ""
         raise ModelError(f"{path}: no checkpoint here: config.json is missing{hint}")
-    try:
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path / 'config.json'}: not valid JSON: {error}") from error
+    for settings in (path / "config.json", path / "generation_config.json"):
+        if settings.is_file():  # transformers passes over a second one that it cannot read, and so over how texts end
+            _json_object(settings)
     if not list(path.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         if pickles:
@@ -405,4 +457,4 @@ def _max_positions(config: Any) -> int:
         if parameters.get("rope_type") == "longrope":
             limits.append(parameters.get("original_max_position_embeddings"))
     known = [int(limit) for limit in limits if limit]
-    return min(known) if known else 2**31 - 1
+    return min([*known, 2**31 - 1])
