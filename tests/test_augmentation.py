@@ -483,6 +483,8 @@ def test_every_strategy_is_one_file_with_its_prompts_beside_it():
         ("<think mode='x'>a</THINK>b", "a", "b"),
         ("<thinker>a</thinker>b", "", "<thinker>a</thinker>b"),
         ("<|channel|>final <|constrain|>json<|message|>b<|return|>", "", "b"),
+        ("<analysis>a</analysis>b<Reflection>c</reflection>", "a\nc", "b"),
+        ("<internal_monologue>a", "a", ""),
     ],
 )
 def test_reasoning_is_told_from_the_answer(text, reasoning, answer):
@@ -497,6 +499,8 @@ def test_reasoning_is_told_from_the_answer(text, reasoning, answer):
         ("<think>a</think><answer> b </answer>", "b"),
         ("<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>", "b"),
         ("analysis a assistantfinal b", "b"),  # channels whose control tokens were left out
+        ("analysisWe need to", ""),  # cut off in the first of them
+        ("<thinking>a</thinking><output>b</output>", "b"),
         ("Here is my thought process: a\nHere is my response: b", "b"),
         ("Here's my thought process: a", ""),
         ("an analysis of the answer", "an analysis of the answer"),

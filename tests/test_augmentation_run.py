@@ -309,6 +309,8 @@ def test_an_endpoint_that_refuses_for_good_is_named_and_loses_nothing(server, tm
         ({"choices": [{"message": {"content": 7}}]}, "empty"),
         ("<html>Log in</html>", "of another schema"),
         ("{", "not JSON"),
+        pytest.param("[" * 100_000, "not JSON", id="nested"),
+        ({"choices": [{"message": {"content": "\u200b\ufeff"}}]}, "empty"),
     ],
 )
 def test_what_is_no_reply_is_told_and_asked_for_again(server, tmp_path, body, reason):

@@ -176,7 +176,7 @@ def test_an_endpoint_embeds_in_batches_and_is_asked_again(server):
     [
         ([401], 0, 2, "status 401$"),
         ([500] * 9, 0, 2, "status 500$"),
-        ([], 1, 2, "expected 2 embeddings, got 1"),
+        ([], 1, 2, "expected 2 embeddings, of index 0 to 1, got 1: 0"),
         ([], 0, None, "differ in length"),
     ],
 )
@@ -193,6 +193,7 @@ def test_an_endpoint_that_fails_is_named_without_its_key(server, trouble, lost, 
     [
         (b"<html>Log in</html>", "what it sent is no list of embeddings"),
         (b"", "what it sent is no list of embeddings"),
+        pytest.param(b"[" * 100_000, "what it sent is no list of embeddings", id="nested"),
         (b'{"data": null}', "what it sent is no list of embeddings"),
         (b'{"error": {"message": "overloaded"}}', "what it sent is no list of embeddings"),
         (
@@ -204,6 +205,12 @@ def test_an_endpoint_that_fails_is_named_without_its_key(server, trouble, lost, 
             "embeddings of zeros, or with values that are not finite",
         ),
         (b'{"data": [{"index": 0, "embedding": ["a"]}]}', "differ in length, or are no numbers"),
+        (b'{"data": [{"index": 0, "embedding": [[1, 2], [3, 4]]}]}', "differ in length, or are no numbers"),
+        pytest.param(
+            b'{"data": [{"index": 0, "embedding": [1%s]}]}' % (b"0" * 400), "no list of embeddings", id="beyond a float"
+        ),
+        (b'{"data": [{"index": 0, "embedding": [1e308, 1e308]}]}', "with values that are not finite"),
+        (b'{"data": [{"index": "0", "embedding": [1]}]}', "expected 1 embeddings, of index 0 to 0, got 1: 0"),
     ],
 )
 def test_what_is_no_list_of_embeddings_is_named(server, instead, message):

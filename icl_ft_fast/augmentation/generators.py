@@ -27,6 +27,7 @@ from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import text_field
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+MOST_TOKENS = 2**31  # of one request; a server that tells more counts something else
 CHARACTERS_PER_TOKEN = 3  # where the tokenizer is not here: estimates rather too many tokens than too few
 
 
@@ -258,7 +259,7 @@ class Endpoint:
                 made = client.chat.completions.create(messages=[{"role": "user", "content": prompt.text}], **options)
             else:
                 made = client.completions.create(prompt=prompt.text, **options)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets without end are of no depth that a parser takes
             return "not JSON"
         choices = getattr(made, "choices", None)
         said = choices[0] if isinstance(choices, list) and choices else None
@@ -269,14 +270,14 @@ class Endpoint:
         text = _text_of(getattr(said, "content" if self.is_chat else "text", None))
         if finish == "content_filter":
             return "filtered"
-        if not answer_in(text).strip():
+        if not any(character.isprintable() and not character.isspace() for character in answer_in(text)):
             if getattr(said, "refusal", None) or getattr(said, "tool_calls", None):
                 return "refused" if getattr(said, "refusal", None) else "a tool call instead"
             return "cut off in its reasoning" if finish == "length" else "empty"
         usage = getattr(made, "usage", None)
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         prompt_tokens, completion_tokens = (
-            count if isinstance(count, int) and count > 0 else self.prompt_tokens(own)
+            count if type(count) is int and 0 < count < MOST_TOKENS else self.prompt_tokens(own)
             for count, own in zip(counts, (prompt.text, text), strict=True)
         )
         return Reply(text, prompt_tokens, completion_tokens, None, finish == "length")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# How models begin and end their reasoning: DeepSeek and Qwen, prompts of one's own, Magistral, Seed, Kimi,
-# Open-Thoughts, Command, Gemma 4, Apertus.
+# How models begin and end their reasoning: DeepSeek and Qwen, prompts of one's own and Reflection, LongCat, K2,
+# Magistral, Seed, Kimi, Open-Thoughts, Command, Gemma 4, Apertus.
 MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -13,6 +13,14 @@ MARKS = (
     ("<thoughts>", "</thoughts>"),
     ("<reasoning>", "</reasoning>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<analysis>", "</analysis>"),
+    ("<reflection>", "</reflection>"),
+    ("<inner_thoughts>", "</inner_thoughts>"),
+    ("<inner_monologue>", "</inner_monologue>"),
+    ("<internal_monologue>", "</internal_monologue>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<think_fast>", "</think_fast>"),
+    ("<think_faster>", "</think_faster>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("◁think▷", "◁/think▷"),
@@ -28,11 +36,12 @@ _CHANNEL = re.compile(
 )
 # The same channels where their control tokens were left out, and Granite's two headings.
 _HEADINGS = (
-    re.compile(r"\s*analysis.*?assistantfinal(.*)", re.DOTALL),
+    re.compile(r"\s*analysis(?:.*?assistantfinal(.*)|(?=[A-Z]).*)", re.DOTALL),
     re.compile(r"\s*Here(?:'s| is) my thought process:.*?(?:Here(?:'s| is) my response:(.*)|$)", re.DOTALL),
 )
 _WRAPPERS = re.compile(
-    r"</?(?:answer|response)>|<\|(?:START|END)_RESPONSE\|>|<\|(?:begin|end)_of_solution\|>", re.IGNORECASE
+    r"</?(?:answer|response|output|final_answer)>|<\|(?:START|END)_RESPONSE\|>|<\|(?:begin|end)_of_solution\|>",
+    re.IGNORECASE,
 )
 
 

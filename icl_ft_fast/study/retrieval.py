@@ -27,6 +27,8 @@ from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.tasks.chunks import Passage
 from icl_ft_fast.tasks.task import Question, Task
 
+# What the client raises of a page with status 200, of another schema, or of numbers that are none.
+WRONG = (ValueError, TypeError, AttributeError, RecursionError, OverflowError)
 K1, B = 1.2, 0.75  # BM25's usual constants: how soon a word's repetitions stop to count, and how much length counts
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Scripts that put no spaces between words, by the first word of their characters' Unicode names.
@@ -212,10 +214,12 @@ class EmbeddingEndpoint:
             what = f"status {status}" if status else type(error).__name__  # a message may repeat the key
             raise RetrievalError(f"endpoint: {self.url}: {what}") from None
         try:
-            found = np.asarray(vectors, np.float64).reshape(len(texts), -1)
-        except (ValueError, TypeError) as error:
+            found = np.asarray(vectors, np.float64).reshape(len(texts), len(vectors[0]) if vectors else 0)
+        except WRONG as error:
             raise RetrievalError(f"endpoint: {self.url}: its embeddings differ in length, or are no numbers") from error
-        if texts and not (found.any(axis=1) & np.isfinite(found).all(axis=1)).all():
+        with np.errstate(over="ignore"):
+            lengths = np.linalg.norm(found, axis=1)
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
             raise RetrievalError(f"endpoint: {self.url}: embeddings of zeros, or with values that are not finite")
         return found
 
@@ -223,10 +227,14 @@ class EmbeddingEndpoint:
         try:
             made = client.embeddings.create(model=self.model, input=batch, encoding_format="float")
             found = {item.index: item.embedding for item in made.data}
-        except (ValueError, TypeError, AttributeError) as error:  # a page with status 200, or another schema
+        except WRONG as error:
             raise RetrievalError(f"endpoint: {self.url}: what it sent is no list of embeddings") from error
         if found.keys() != set(range(len(batch))) or len(made.data) != len(batch):
-            raise RetrievalError(f"endpoint: {self.url}: expected {len(batch)} embeddings, got {len(made.data)}")
+            given = ", ".join(str(item.index)[:20] for item in made.data[:5])
+            raise RetrievalError(
+                f"endpoint: {self.url}: expected {len(batch)} embeddings, of index 0 to {len(batch) - 1}, got "
+                f"{len(made.data)}: {given}"
+            )
         return [found[i] for i in range(len(batch))]
 
 
