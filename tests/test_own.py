@@ -97,7 +97,8 @@ def test_other_encodings(encoding, tmp_path):
         ("a.csv", "text\nä\nb".encode() + b"\xff", ":3: not UTF-8 text (byte 2 of the line, 0xff;"),
         ("a.csv", b"text,id\na,b\nc,b", ":3: column 2: id: 'b' was used before"),
         ("a.csv", b"text,id,text\n", ":1: column 3: 'text' is there twice"),
-        ("a.csv", b"text\n" + b"a" * 200_000, ":2: not valid CSV: field larger than field limit (131072)"),
+        ("a.txt", b"one\ntwo\0three\n", ":2: a zero byte, which no text has"),
+        ("a.csv", b"text\n" + b"\0" * 5000, ":2: a zero byte, which no text has"),
         ("a.txt", "one\ntwö ".encode() + b"\xe9\n", ":2: not UTF-8 text (byte 6 of the line, 0xe9; cp1252 reads 'é'"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ": a Git LFS pointer, not the file"),
         ("a.pdf", b"", ": expected a folder or a file that ends in .jsonl, .json, .csv, .tsv, .txt, .md"),
@@ -110,6 +111,12 @@ def test_bad_files_name_line_and_field(name, content, message, tmp_path):
         list(iter_documents([tmp_path / name]))
     assert str(caught.value).startswith(f"{tmp_path / name}{message}")
     assert "\n" not in str(caught.value)
+
+
+def test_an_article_in_a_cell_and_the_marks_of_joined_files_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "a" * 200_000)
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "b"}\n\ufeff{"text": "c\ufeff"}\n')
+    assert [len(document.text) for document in iter_documents([tmp_path])] == [200_000, 1, 2]
 
 
 def test_missing_files_and_wrong_encodings(tmp_path):

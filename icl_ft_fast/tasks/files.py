@@ -1,7 +1,8 @@
 """Text files as others write them: byte-order marks, line ends, encodings and JSON lines.
 
-Lines end in a line feed whatever a file ends them in, and a mark at a file's beginning is no text. Files are read a
-line at a time. What was assumed about a file is told to the caller, who shows it.
+Lines end in a line feed whatever a file ends them in, and a mark at a file's beginning, or at that of a line, where
+joining files leaves it, is no text. Files are read a line at a time. What was assumed about a file is told to the
+caller, who shows it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_MARK = "\ufeff"
 _BLOCK = 1 << 16
 SCANNED = 1 << 26  # bytes that tell a file's encoding; a file may be a device without an end
 _PIECE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -92,7 +94,7 @@ def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, s
                 where = f"{path}:{number}"
                 line = raw if isinstance(raw, str) else _decoded(where, raw, is_first=number == 1)
                 for piece in _PIECE.findall(line.replace("\r\n", "\n").replace("\r", "\n")):
-                    yield f"{path}:{next(numbers)}", piece
+                    yield f"{path}:{next(numbers)}", piece.lstrip(_MARK)
     except UnicodeError as error:
         raise TaskError(f"{path}:{_broken_line(path, encoding)}: not {encoding} text: {error}") from error
     except OSError as error:
@@ -132,7 +134,7 @@ def _checked(path: Path, encoding: str | None) -> str:
         raise TaskError(f"{path}: begins with the mark of {marked}, not of {encoding}; leave --encoding out")
     if b"\0" in start[:4] and not name.startswith(("utf-16", "utf-32")):
         raise TaskError(
-            f"{path}: begins with zero bytes, as utf-16 and utf-32 do; give --encoding utf-16-le or its like"
+            f"{path}: begins with zero bytes, as utf-16 and utf-32 do without a byte-order mark: save it as UTF-8"
         )
     return name if name == "utf-8" else encoding
 
@@ -186,7 +188,7 @@ def find_encoding(path: Path, tell: Callable[[str], None]) -> str:
     if any(start.startswith(mark) for mark in _MARKS):
         return _checked(path, None)
     if b"\0" in start:
-        found = _by_zeros(start)
+        found = _by_zeros(path, start)
     elif _is_utf8(path):
         return "utf-8"
     else:
@@ -195,12 +197,25 @@ def find_encoding(path: Path, tell: Callable[[str], None]) -> str:
     return found
 
 
-def _by_zeros(start: bytes) -> str:
-    """The encoding whose zero bytes stand where those of a mostly Latin text in it do."""
+def _by_zeros(path: Path, start: bytes) -> str:
+    """The encoding whose zero bytes stand where those of a mostly Latin text in it do; refuses zeros of no encoding."""
     zeros = [start[place::4].count(0) for place in range(4)]
+    least, most = sorted((zeros[0] + zeros[2], zeros[1] + zeros[3]))
+    is_wide = 4 * sum(zeros) > len(start) and (10 * least < most or min(zeros) == 0)
+    if not is_wide and (4 * least > most or _reads_as_utf8(start)):
+        line = start[: start.index(0)].count(b"\n") + 1
+        raise TaskError(f"{path}:{line}: a zero byte, which no text has: the file is damaged, or is no text")
     if len(start) >= 4 and sum(count > len(start) // 8 for count in zeros) == 3:
         return "utf-32-be" if zeros[0] > zeros[3] else "utf-32-le"
     return "utf-16-be" if zeros[0] + zeros[2] > zeros[1] + zeros[3] else "utf-16-le"
+
+
+def _reads_as_utf8(start: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_utf8(path: Path) -> bool:

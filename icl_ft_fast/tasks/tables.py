@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icl_ft_fast.tasks.files import Problems, TaskError, find_encoding, parsed, read_lines, read_text
+from icl_ft_fast.tasks.files import LINE, Problems, TaskError, find_encoding, parsed, read_lines, read_text
 
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".jsonl", ".json", *TABLES)
@@ -168,6 +168,7 @@ def _cells(path: Path, encoding: str, form: Format, problems: Problems, check: H
         yield first
         yield from lines
 
+    csv.field_size_limit(LINE)  # the module's own is shorter than an article
     reader = csv.reader(given(), strict=True, delimiter=delimiter)
     try:
         spelt = next(reader, [])
