@@ -191,7 +191,7 @@ def test_own_texts_cost_the_same_when_they_are_found_again(llama):
         ("--replay 1", "--replay: expected a fraction from 0 to below 1, got 1"),
         (
             "--synthetic-tokens 5,-1",
-            "--synthetic-tokens: expected whole numbers above 0 separated by commas, got '5,-1'",
+            "--synthetic-tokens: expected a whole number above 0, got '-1'; separate several by commas",
         ),
         ("--synthetic-tokens 5,5", "--synthetic-tokens: 5 is given twice"),
         (

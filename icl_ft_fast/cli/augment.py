@@ -14,9 +14,13 @@ from icl_ft_fast.cli.options import (
     add_output_options,
     add_template_arguments_option,
     add_template_option,
+    amount_or_0,
+    between,
     command,
+    day,
     later,
     positive,
+    seed,
 )
 from icl_ft_fast.cli.task import add_task_options
 
@@ -49,7 +53,7 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--chat", action="store_true", help="the same as --template chat")
     add_template_arguments_option(prompts)
     help = "day that a chat template writes as today's (default: the day of the first reply in --out)"
-    prompts.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    prompts.add_argument("--template-date", type=day, metavar="YYYY-MM-DD", help=help)
     help = "jinja2 file that replaces the strategy's prompt"
     prompts.add_argument("--prompt-template", type=Path, metavar="FILE", help=help)
     help = "documents in the context of the global strategy, drawn by --seed (default: as many as fit)"
@@ -58,17 +62,18 @@ def add(commands: Commands) -> None:
     sampling = parser.group("sampling")
     sampling.add_argument("--samples", type=positive, default=1, metavar="N", help="replies per prompt")
     help = "sampling temperature; 0 is greedy (default: the strategy's: 0 in local, document and self-qa, else 1)"
-    sampling.add_argument("--temperature", type=float, help=help)
-    sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability mass to sample from")
+    sampling.add_argument("--temperature", type=between(0, 100), help=help)
+    help_p = "nucleus sampling: probability mass to sample from"
+    sampling.add_argument("--top-p", type=between(0, 1, above=True), default=1.0, metavar="P", help=help_p)
     help = "tokens per reply (default: the strategy's, 64 to 512)"
     sampling.add_argument("--max-new-tokens", type=positive, metavar="N", help=help)
-    sampling.add_argument("--seed", type=int, default=0, help="random seed of the generated task and of sampling")
+    sampling.add_argument("--seed", type=seed, default=0, help="random seed of the generated task and of sampling")
     filters = parser.group("filters")
     help = "keep texts of A to B words (default: 2-200; up to 2000 in strategies that write whole texts)"
     filters.add_argument("--words", type=_range, metavar="A-B", help=help)
     filters.add_argument(
         "--near-duplicates",
-        type=_fraction,
+        type=between(0, 1, above=True),
         default=0.9,
         metavar="J",
         help="drop texts whose 3-word shingles have this Jaccard similarity with an earlier text's; 1 drops none",
@@ -82,7 +87,7 @@ def add(commands: Commands) -> None:
     help = "US dollars per million prompt and completion tokens"
     cost.add_argument("--price", type=_price, default=(0.0, 0.0), metavar="IN,OUT", help=f"{help} (default: 0,0)")
     help = "spending limit in US dollars, earlier runs included"
-    cost.add_argument("--max-cost", type=float, metavar="USD", help=help)
+    cost.add_argument("--max-cost", type=amount_or_0, metavar="USD", help=help)
     cost.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and cost; ask for nothing")
     help = "folder for replies/, rows.jsonl and report.json; the same command resumes from stored replies"
     parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
@@ -97,21 +102,9 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
-    return value
-
-
 def _price(text: str) -> tuple[float, float]:
     try:
-        prompt_usd, completion_usd = (float(part) for part in text.split(","))
+        prompt_usd, completion_usd = text.split(",")
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected IN,OUT in dollars a million tokens, got {text!r}") from error
-    if not (prompt_usd >= 0 and completion_usd >= 0):
-        raise argparse.ArgumentTypeError(f"expected dollars of 0 or more, got {text!r}")
-    return prompt_usd, completion_usd
+    return amount_or_0(prompt_usd), amount_or_0(completion_usd)

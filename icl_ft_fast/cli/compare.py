@@ -20,15 +20,18 @@ from icl_ft_fast.cli.options import (
     add_template_option,
     amount,
     amount_or_0,
+    between,
     command,
+    day,
     json_object,
     later,
     place,
     positive,
+    seed,
 )
 from icl_ft_fast.cli.task import add_task_options
 from icl_ft_fast.engine.defaults import SHIPPED
-from icl_ft_fast.finetuning.settings import SCHEDULES, FinetuneSettings, PrefixSettings
+from icl_ft_fast.finetuning.settings import MOST_RATE, SCHEDULES, FinetuneSettings, PrefixSettings
 from icl_ft_fast.study.settings import (
     ARM_NAMES,
     CHECKPOINT_S,
@@ -87,7 +90,7 @@ def add(commands: Commands) -> None:
     add_task_options(comparison, more=f"; {ALL} for every one of them that is made from a seed")
     comparison.group("data").add_argument(
         "--task-seed",
-        type=int,
+        type=seed,
         metavar="SEED",
         help="generate the task from this seed only; --seeds then vary the documents' order and the training (default: "
         "a task per seed)",
@@ -109,7 +112,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     study.add_argument("--normalization", choices=NORMALIZATIONS, default="sum", help=help)
     add_template_option(study, files=True)
     help = "day that a chat template writes as today's (default: the day the study began)"
-    study.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    study.add_argument("--template-date", type=day, metavar="YYYY-MM-DD", help=help)
     add_template_arguments_option(study)
     context = parser.group("in-context learning")
     help = "documents per topic in the context (default: the preset's, or all)"
@@ -134,7 +137,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "examples per training step"
     training.add_argument("--train-batch-size", type=positive, default=defaults.batch_size, metavar="N", help=help)
     help = f"peak learning rate (default: the preset's, or {defaults.learning_rate})"
-    training.add_argument("--learning-rate", type=float, metavar="RATE", help=help)
+    training.add_argument("--learning-rate", type=between(0, MOST_RATE, above=True), metavar="RATE", help=help)
     help = f"learning rate schedule (default: the preset's, or {defaults.lr_scheduler_type})"
     training.add_argument("--lr-scheduler-type", choices=SCHEDULES, help=help)
     help = "how documents are split into training examples (default: the preset's, or none)"
@@ -149,7 +152,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     training.add_argument("--eval-steps", type=positive, metavar="N", help=help)
     help = "time between checkpoints in --out"
     minutes = CHECKPOINT_S / 60
-    training.add_argument("--checkpoint-minutes", type=float, default=minutes, metavar="MINUTES", help=help)
+    training.add_argument("--checkpoint-minutes", type=amount_or_0, default=minutes, metavar="MINUTES", help=help)
     add_prefix_options(parser)
     augmentation = parser.group("augmentation")
     help = "how statements are generated (default: the preset's, or local)"
@@ -200,7 +203,13 @@ def add_prefix_options(parser: Parser) -> None:
     help = "training steps of the prefix"
     group.add_argument("--prefix-steps", type=positive, default=defaults.steps, metavar="N", help=help)
     help = "peak learning rate of the prefix"
-    group.add_argument("--prefix-rate", type=float, default=defaults.learning_rate, metavar="RATE", help=help)
+    group.add_argument(
+        "--prefix-rate",
+        type=between(0, MOST_RATE, above=True),
+        default=defaults.learning_rate,
+        metavar="RATE",
+        help=help,
+    )
 
 
 def add_decision_options(parser: Parser) -> None:
@@ -225,7 +234,7 @@ def add_decision_options(parser: Parser) -> None:
     help = "price file for a decision by cost, see docs/cost.md (default: decide by seconds)"
     cost.add_argument("--prices", type=Path, metavar="FILE", help=help)
     help = "accuracy that may be lost against the best arm, or against ICL, in percentage points"
-    cost.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="POINTS", help=help)
+    cost.add_argument("--tolerance", type=between(0, 100), default=TOLERANCE, metavar="POINTS", help=help)
     help = "pairs of arms that are tested together: trained arms against ICL and plain fine-tuning, or every two arms"
     cost.add_argument("--family", choices=FAMILIES, default="trained", help=help)
     help = "accuracy on the general task (see --general) that a recommended arm may lose, in percentage points"

@@ -13,6 +13,7 @@ from icl_ft_fast.cli.options import (
     add_template_option,
     command,
     later,
+    seed,
 )
 
 
@@ -45,7 +46,7 @@ def add(commands: Commands) -> None:
         add_memory_options(action)
     add_prefix_options(train)
     add_template_option(train.group("trained prefix"))
-    train.group("trained prefix").add_argument("--seed", type=int, default=0, metavar="SEED", help="random seed")
+    train.group("trained prefix").add_argument("--seed", type=seed, default=0, metavar="SEED", help="random seed")
     help = "show no progress bars"
     train.group("display").add_argument("--quiet", action="store_true", help=help)
     listing = command(actions, "list", later("context", "run_list"), "list saved contexts, most recently used first")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from rich.console import Console
 from rich.text import Text
@@ -21,6 +21,7 @@ from icl_ft_fast.runtime.durable import digest, locked
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores, launched, threads_wanted
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.templates import DateError, check_date
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,18 @@ class Parser(argparse.ArgumentParser):
         if name not in self._named:
             self._named[name] = self.add_argument_group(name)
         return self._named[name]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what this parser does not know: a command's own error names the command, not the program."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """End the process by one line on standard error and exit code 2."""
+        told = printable(" ".join(message.removeprefix("argument ").split()))
+        self.exit(2, f"{self.prog}: {told}; `{self.prog} --help` shows the options\n")
 
 
 def command(
@@ -334,11 +347,15 @@ def add_template_arguments_option(group: argparse._ArgumentGroup) -> None:
 
 def place(text: str) -> str:
     """An argument's type: a path, in which ~ is the home folder also where no shell has put it there, or a name."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return os.path.expanduser(text)
 
 
 def path(text: str) -> Path:
     """An argument's type: a path, see place(); what a Parser takes Path for."""
+    if not text:  # as an unset variable of a shell gives it; it would be the folder one is in
+        raise argparse.ArgumentTypeError("expected a path, got ''")
     return Path(place(text))
 
 
@@ -346,18 +363,55 @@ def json_object(text: str) -> dict[str, Any]:
     """An argument's type: a JSON object."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shortened(text)}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
 
 
+MOST_WHOLE = 10**12  # of tokens, steps, questions: nobody means more
+
+
 def positive(text: str) -> int:
     """An argument's type: a whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+    if not text.isdecimal() or not (value := _whole(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {shortened(text)}")
+    if value > MOST_WHOLE:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_WHOLE:,}, got {shortened(text)}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argument's type: a random seed; negative ones would draw what positive ones do."""
+    if not text.isdecimal() or not (value := _whole(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {shortened(text)}")
+    return value
+
+
+def port(text: str) -> int:
+    """An argument's type: a TCP port."""
+    if not text.isdecimal() or not (value := _whole(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {shortened(text)}")
+    return value
+
+
+def day(text: str) -> str:
+    """An argument's type: a date as YYYY-MM-DD."""
+    try:
+        check_date(text)
+    except DateError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
+    return text
+
+
+def _whole(text: str) -> int:
+    return int(text[:40])  # enough to know that it is too much, and no more digits than int() takes
+
+
+def shortened(text: str) -> str:
+    """What was given, for a message: its first characters where it is long."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def memory_size(text: str) -> int:
@@ -366,6 +420,22 @@ def memory_size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def between(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """An argument's type: a number in a range, `above` its lower end or from it on."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or (above and value == least):
+            asked = f"{'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {asked}, got {shortened(text)}")
+        return value
+
+    return number
 
 
 MOST = 1e15  # of any amount: beyond it sums lose their digits

@@ -11,7 +11,9 @@ from icl_ft_fast.cli.options import (
     add_store_options,
     add_template_arguments_option,
     command,
+    day,
     later,
+    port,
     positive,
 )
 
@@ -32,7 +34,7 @@ def add(commands: Commands) -> None:
     server = serving.group("server")
     server.add_argument("--name", help="model name in the API (default: the last part of MODEL)")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    server.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
+    server.add_argument("--port", type=port, default=8000, help="port to listen on; 0 picks a free one")
     help = "origins of web pages whose scripts may use the server, such as https://example.org, or * for all"
     server.add_argument("--allow-origins", nargs="+", default=(), metavar="ORIGIN", help=help)
     help = "what is logged: info has a line for each request, without its text"
@@ -41,7 +43,7 @@ def add(commands: Commands) -> None:
     help = f"file whose first line is the API key (default: the environment variable {KEY_VARIABLE})"
     server.add_argument("--key-file", type=Path, metavar="FILE", help=help)
     help = "YYYY-MM-DD, the date that a chat template writes which reads it (default: the day of the start)"
-    server.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    server.add_argument("--template-date", type=day, metavar="YYYY-MM-DD", help=help)
     add_template_arguments_option(server)
     limits: dict[str, tuple[int, str, str]] = {
         "--max-waiting": (256, "N", "requests in the queue; further ones get status 429"),

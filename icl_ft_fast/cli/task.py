@@ -15,9 +15,11 @@ from icl_ft_fast.cli.options import (
     add_template_arguments_option,
     add_template_option,
     command,
+    day,
     later,
     place,
     positive,
+    seed,
 )
 from icl_ft_fast.engine.defaults import SHIPPED
 from icl_ft_fast.tasks.generated import GENERATORS
@@ -78,12 +80,12 @@ def add(commands: Commands) -> None:
     add_template_option(prompts)
     add_template_arguments_option(prompts)
     help = "day that a chat template writes as today's (default: the day of the first question in the folder's journal)"
-    prompts.add_argument("--template-date", metavar="YYYY-MM-DD", help=help)
+    prompts.add_argument("--template-date", type=day, metavar="YYYY-MM-DD", help=help)
     help = "sentences to ask about per document (default: all)"
     prompts.add_argument("--per-document", type=positive, metavar="N", help=help)
     prompts.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens per question")
     help = "random seed of the choice of sentences and of the order of choices"
-    prompts.add_argument("--seed", type=int, default=0, help=help)
+    prompts.add_argument("--seed", type=seed, default=0, help=help)
     add_output_options(asked)
     checked = command(
         names,
@@ -122,7 +124,7 @@ def _add_generated(parser: Parser, generator: TaskGenerator) -> None:
         data.add_argument(f"--{option.name}", type=positive, metavar="N", help=option.help)
     if generator.reads is not None:
         data.add_argument("--data", type=place, required=True, help=generator.reads)
-    data.add_argument("--seed", type=int, default=0, help="random seed of the generated task")
+    data.add_argument("--seed", type=seed, default=0, help="random seed of the generated task")
     _add_exclude_option(parser)
     help = "folder for documents.jsonl and questions.jsonl"
     parser.group(OUTPUT).add_argument("--out", type=Path, required=True, metavar="DIR", help=help)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from icl_ft_fast.engine.model import Model
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+MOST_STEPS, MOST_RATE, MOST_AMOUNT = 10**9, 10.0, 1e15  # beyond them a number is a slip
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -39,7 +40,7 @@ class LoraSettings:
         use_dora: weight-decomposed adaptation.
 
     Raises:
-        FinetuneError: r below 1 or a dropout outside [0, 1).
+        FinetuneError: a number out of range.
     """
 
     r: int = 16
@@ -51,6 +52,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "r")
+        _within(self, "lora_alpha", 0, MOST_AMOUNT, above=True)
         if not 0 <= self.lora_dropout < 1:
             raise FinetuneError(f"lora_dropout: expected 0 or more and below 1, got {self.lora_dropout}")
 
@@ -125,14 +127,18 @@ class FinetuneSettings:
         for name in ("early_stopping_patience", "save_steps", "save_total_limit"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
-        if not 0 < self.learning_rate < math.inf:
-            raise FinetuneError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
+        _within(self, "learning_rate", 0, MOST_AMOUNT, above=True)
+        _within(self, "clip_norm", 0, math.inf, above=True)  # infinity cuts nothing
+        _within(self, "adam_epsilon", 0, 1, above=True)
+        for name, most in (("warmup_steps", MOST_STEPS), ("weight_decay", MOST_RATE)):
+            _within(self, name, 0, most)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise FinetuneError(f"{name}: expected 0 or more and below 1, got {getattr(self, name)}")
         names = (("splitting", SPLITTINGS), ("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS))
         for name, allowed in names:
             if getattr(self, name) not in allowed:
                 raise FinetuneError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.clip_norm <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise FinetuneError("clip_norm, warmup_steps, weight_decay: expected above 0, 0 or more, 0 or more")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -259,5 +265,14 @@ def training_concerns(settings: FinetuneSettings, losses: Sequence[float]) -> li
 
 
 def _at_least_one(settings: object, name: str) -> None:
-    if getattr(settings, name) < 1:
+    if not getattr(settings, name) >= 1:
         raise FinetuneError(f"{name}: expected at least 1, got {getattr(settings, name)}")
+    if getattr(settings, name) > MOST_STEPS:
+        raise FinetuneError(f"{name}: expected at most {MOST_STEPS:,}")
+
+
+def _within(settings: object, name: str, least: float, most: float, *, above: bool = False) -> None:
+    value = getattr(settings, name)
+    if not least <= value <= most or (above and value == least):
+        asked = f"{'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}"
+        raise FinetuneError(f"{name}: expected a number {asked}, got {value}")

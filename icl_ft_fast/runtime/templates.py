@@ -75,6 +75,14 @@ def reads_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 
+def check_date(date: str) -> datetime:
+    """A date from YYYY-MM-DD; raises DateError."""
+    try:
+        return datetime.strptime(date, "%Y-%m-%d")
+    except ValueError as error:
+        raise DateError(f"template_date: expected YYYY-MM-DD, got {date!r}") from error
+
+
 def fix_date(tokenizer: Any, date: str | None = None) -> str | None:
     """Fix the date that the tokenizer's chat template writes from now on; without this it is that of each rendering.
 
@@ -88,10 +96,7 @@ def fix_date(tokenizer: Any, date: str | None = None) -> str | None:
     Raises:
         DateError: not a date.
     """
-    try:
-        fixed = getattr(tokenizer, _DATE, None) if date is None else datetime.strptime(date, "%Y-%m-%d")
-    except ValueError as error:
-        raise DateError(f"template_date: expected YYYY-MM-DD, got {date!r}") from error
+    fixed = getattr(tokenizer, _DATE, None) if date is None else check_date(date)
     if not reads_date(tokenizer):
         return None
     fixed = fixed or datetime.combine(datetime.now().date(), time())

@@ -43,6 +43,8 @@ def run_augment(options: argparse.Namespace) -> None:
     make_task, preset = task_of_seed(options)
     options.strategy = options.strategy or preset.study.get("strategy", "local")
     by_rule = STRATEGIES[options.strategy].infer is not None
+    if options.prompt_template is not None:  # read before the model is loaded
+        Prompting.of(options.strategy, template=options.prompt_template)
     if options.dry_run and by_rule:
         raise UsageError(f"--dry-run: {options.strategy} needs no model; it takes no time and no money")
     if options.self_consistent and (by_rule or options.endpoint or options.recorded):

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any, TypeVar
@@ -25,9 +25,11 @@ from icl_ft_fast.cli.options import (
     executor_of,
     load_model,
     loading,
+    positive,
+    seed,
     show_progress,
 )
-from icl_ft_fast.cli.run.finetune import fields_of, parsed, tell
+from icl_ft_fast.cli.run.finetune import OPTION_OF, fields_of, naming, parsed, tell
 from icl_ft_fast.cli.run.page import check_page, write_page
 from icl_ft_fast.cli.run.task import check_task_options, read_template, task_of_seed
 from icl_ft_fast.engine.ledger import Ledger
@@ -46,6 +48,7 @@ from icl_ft_fast.study.arm import kept_name
 from icl_ft_fast.study.arms import arm_named, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.forecast import forecast
+from icl_ft_fast.study.harm import general_questions
 from icl_ft_fast.study.power import power_of
 from icl_ft_fast.study.prices import Prices, read_prices
 from icl_ft_fast.study.records import Run
@@ -56,13 +59,15 @@ from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
 from icl_ft_fast.tasks.tables import silent
 
+MOST_SLOTS = 2**20
+# Of settings of a training, the options of a study that are not named as `finetune`'s are.
+STUDY_OPTION_OF = {"steps": "steps", "batch_size": "train-batch-size", "learning_rate": "learning-rate"}
+
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The price file, read before any work."""
     if options.max_harm is not None and not getattr(options, "general", True):
         raise UsageError("--max-harm: needs --general, the task that harm is measured on")
-    if not 0 <= options.tolerance <= 100:
-        raise UsageError(f"--tolerance: expected 0 to 100 points, got {options.tolerance:g}")
     if options.queries_per_day is not None and options.queries_per_day * options.days < 1:
         raise UsageError("--queries-per-day: expected at least one query in all --days")
     return None if options.prices is None else read_prices(options.prices)
@@ -253,8 +258,6 @@ def _compared(
     settings, prices, service = _settings(options, preset), prices_of(options), service_of(options)
     if service.weights is not None:
         service.check_splits(list(dict.fromkeys(q.split for q in make_task(settings.seeds[0]).questions)))
-    if not options.checkpoint_minutes >= 0:
-        raise UsageError(f"--checkpoint-minutes: expected 0 or more, got {options.checkpoint_minutes}")
     if options.out is not None and not executor.rank:
         check_new(options.out / RESULTS, options.overwrite, arguments_digest(options))
     progress = show_progress(options) and executor.rank == 0
@@ -309,10 +312,13 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
     training = dict(preset.finetune) | {name: value for name, value in given.items() if value is not None}
     use_peft, more = _training(options)
     training |= more
+    with naming(OPTION_OF | STUDY_OPTION_OF):
+        tuning = FinetuneSettings(**{"batch_size": options.train_batch_size} | training)
     if options.generator_url and not options.generator:
         raise UsageError("--generator-url: needs --generator, the model's name there")
     if options.generator_url:  # a bad address is refused before the model is loaded
         Endpoint(options.generator_url, options.generator)
+    general_questions(options.general)  # read before the model is loaded
     arms = ",".join(study.get("arms", DEFAULT_ARMS)) if options.arms is None else options.arms
     if options.retriever == "dense":  # a bad address or folder is refused before the model is loaded
         embedder_of(options.embedding_url, options.embedding_model)
@@ -340,7 +346,7 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
             "use_peft": use_peft,
             "arm_training": options.arm_training or None,
             "eval_steps": options.eval_steps,
-            "finetune": FinetuneSettings(**{"batch_size": options.train_batch_size} | training),
+            "finetune": tuning,
             "prefix_tokens": prefix_tokens(options.prefix_tokens),
             "prefix": prefix_settings(options),
         }
@@ -376,7 +382,9 @@ def _training(options: argparse.Namespace) -> tuple[bool | None, dict[str, Any]]
     found, lora = fields_of(given, FinetuneSettings), fields_of(given, LoraSettings)
     if lora and use_peft is False:
         raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: excludes --use_peft false")
-    return (True if lora else use_peft), found | ({"lora": LoraSettings(**lora)} if lora or use_peft else {})
+    with naming(OPTION_OF):
+        adapters = {"lora": LoraSettings(**lora)} if lora or use_peft else {}
+    return (True if lora else use_peft), found | adapters
 
 
 def _arms(text: str) -> tuple[str, ...]:
@@ -391,20 +399,18 @@ def _arms(text: str) -> tuple[str, ...]:
 
 def prefix_settings(options: argparse.Namespace) -> PrefixSettings:
     """How a prefix is trained."""
-    return PrefixSettings(
-        conversations=options.conversations, steps=options.prefix_steps, learning_rate=options.prefix_rate
-    )
+    with naming({"learning_rate": "prefix-rate", "steps": "prefix-steps"}):
+        return PrefixSettings(
+            conversations=options.conversations, steps=options.prefix_steps, learning_rate=options.prefix_rate
+        )
 
 
 def prefix_tokens(text: str) -> tuple[int, ...]:
     """The sizes of --prefix-tokens."""
-    try:
-        sizes = tuple(int(size) for size in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--prefix-tokens: expected whole numbers separated by commas, got {text!r}") from error
-    if any(size < 1 for size in sizes):
-        raise UsageError(f"--prefix-tokens: expected numbers of at least 1, got {text!r}")
-    return _distinct("--prefix-tokens", sizes)
+    sizes = _each("--prefix-tokens", text.split(","), positive)
+    if max(sizes) > MOST_SLOTS:
+        raise UsageError(f"--prefix-tokens: expected at most {MOST_SLOTS:,}, got {max(sizes):,}")
+    return _distinct("--prefix-tokens", tuple(sizes))
 
 
 def _mix(text: str | None) -> tuple[int, int] | None:
@@ -425,17 +431,18 @@ def _replay(fraction: float) -> float:
 
 def _budgets(text: str | None) -> tuple[int, ...]:
     numbers = text.split(",") if text is not None else []
-    if not all(number.isdecimal() and int(number) for number in numbers):
-        raise UsageError(f"--synthetic-tokens: expected whole numbers above 0 separated by commas, got {text!r}")
-    return _distinct("--synthetic-tokens", tuple(sorted(map(int, numbers))))
+    return _distinct("--synthetic-tokens", tuple(sorted(_each("--synthetic-tokens", numbers, positive))))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
+    return _distinct("--seeds", tuple(_each("--seeds", text.split(","), seed)))
+
+
+def _each(option: str, texts: Sequence[str], parse: Callable[[str], int]) -> list[int]:
     try:
-        seeds = tuple(int(seed) for seed in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--seeds: expected whole numbers separated by commas, got {text!r}") from error
-    return _distinct("--seeds", seeds)
+        return [parse(text) for text in texts]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{option}: {error}; separate several by commas") from error
 
 
 Item = TypeVar("Item", str, int)

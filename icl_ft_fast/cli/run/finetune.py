@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.data import read_examples, split_validation
 from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import FinetuneSettings, LoraSettings, RunOptions, training_concerns
+from icl_ft_fast.finetuning.settings import (
+    MOST_RATE,
+    MOST_STEPS,
+    FinetuneError,
+    FinetuneSettings,
+    LoraSettings,
+    RunOptions,
+    training_concerns,
+)
 from icl_ft_fast.runtime.durable import locked
-from icl_ft_fast.runtime.templates import fix_date
+from icl_ft_fast.runtime.templates import check_date, fix_date
 from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import read_documents
 
@@ -75,8 +84,18 @@ def run_finetune(options: argparse.Namespace) -> None:
     for name in ("model_name_or_path", "train_file", "output_dir"):
         if name not in given:
             raise UsageError(f"--{name}: required, here or in --config")
-    examples, validation = read_examples(given["train_file"]), []
     seed = given.get("seed", 0)
+    for name, is_fit, asked in (
+        ("seed", 0 <= seed < 2**63, "from 0 to 2^63 - 1"),
+        ("validation_split", 0 < given.get("validation_split", 0.5) < 1, "above 0 and below 1"),
+        ("learning_rate", 0 < given.get("learning_rate", 1.0) <= MOST_RATE, f"above 0 to {MOST_RATE:g}"),
+        ("num_train_epochs", 0 < given.get("num_train_epochs", 1.0) <= MOST_STEPS, f"above 0 to {MOST_STEPS:,}"),
+    ):
+        if not is_fit:
+            raise UsageError(f"--{name}: expected a number {asked}, got {given[name]}")
+    if "template_date" in given:
+        check_date(given["template_date"])
+    examples, validation = read_examples(given["train_file"]), []
     if "validation_file" in given:
         validation = read_examples(given["validation_file"])
     elif "validation_split" in given:
@@ -125,6 +144,21 @@ def run_finetune(options: argparse.Namespace) -> None:
             print(f"{len(tuned.losses)} steps, last loss {tuned.losses[-1]:.4f}. Written to {out}")
 
 
+OPTION_OF = {option.field or name: name for name, option in OPTIONS.items() if option.sets is not None}
+
+
+@contextmanager
+def naming(option_of: Mapping[str, str]) -> Iterator[None]:
+    """Within the block an error about a field of settings names the option that sets it."""
+    try:
+        yield
+    except FinetuneError as error:
+        field, _, reason = str(error).partition(": ")
+        if field not in option_of:
+            raise
+        raise UsageError(f"--{option_of[field]}: {reason}") from error
+
+
 def tell(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -144,7 +178,8 @@ def _settings(given: dict[str, Any], num_examples: int) -> FinetuneSettings:
     ours, lora = fields_of(given, FinetuneSettings), fields_of(given, LoraSettings)
     if lora and not given.get("use_peft"):
         raise UsageError(f"--{next(name for name in GROUPS['LoRA'] if name in given)}: needs --use_peft")
-    settings = FinetuneSettings(**ours, lora=LoraSettings(**lora) if given.get("use_peft") else None)
+    with naming(OPTION_OF):
+        settings = FinetuneSettings(**ours, lora=LoraSettings(**lora) if given.get("use_peft") else None)
     if "num_train_epochs" not in given:
         return settings
     if "max_steps" in given or settings.splitting != "none":
