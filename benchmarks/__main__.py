@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="score, invariant: documents.jsonl and questions.jsonl to use"
     )
+    parser.add_argument("--draws", type=int, metavar="N", help="statistics: simulations of a cell (default: 1,500)")
     args = parser.parse_args()
     if unknown := sorted(set(args.suite) - set(SUITES)):
         parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
@@ -51,6 +52,7 @@ def main() -> None:
     rows: list[Row] = []
     for suite in args.suite or SUITES:
         options = {"data": args.data} if suite in ("score", "batch_invariant") else {}
+        options |= {"draws": args.draws} if suite == "statistics" else {}
         measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured

@@ -1,7 +1,7 @@
 """Do intervals cover what they say, and do tests reject as seldom as they say? By simulation, in a minute or two.
 
 Answers of a cluster share a latent normal variable with the given correlation; training runs add luck to an arm's
-accuracy. The suite fails where a table leaves its bounds.
+accuracy. The suite fails where a table leaves its bounds. `--draws 20000` makes the tables of docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -19,68 +19,104 @@ from icl_ft_fast.study.amortise import Samples, break_even_interval
 Z = {0.5: 0.0, 0.6: 0.2533, 0.8: 0.8416, 0.95: 1.6449, 0.99: 2.3263}  # the normal distribution's quantiles
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool, draws: int | None = None) -> list[Row]:
     """Print coverage and level tables, and refuse them where they leave their bounds."""
-    rng, draws = np.random.default_rng(0), 300 if quick else 1500
-    slack = 3.5 * (0.05 * 0.95 / draws) ** 0.5
-    print("\ncoverage of accuracy_interval(), nominal 95%: clusters x answers each, correlation")
-    for clusters, (each, rho), p in itertools.product((5, 10, 20, 40), ((1, 0.0), (4, 0.0), (4, 0.5), (4, 0.99)), Z):
+    rng, draws = np.random.default_rng(0), draws or (300 if quick else 1500)
+    slack, failed = 3.5 * (0.05 * 0.95 / draws) ** 0.5, list[str]()
+    table = Table("coverage of accuracy_interval(), nominal 95%: clusters x answers each, correlation", slack)
+    kinds = ((1, 0.0), (4, 0.0), (4, 0.5), (4, 0.99), (20, 0.2))
+    for clusters, (each, rho), p in itertools.product((5, 10, 20, 40), kinds, Z):
         names = np.repeat(np.arange(clusters), each).tolist()
         hits = [
             _covers(statistics.accuracy_interval(right, names), p)
             for right in _answers(rng, clusters, each, rho, p, draws)
         ]
-        _report(f"{clusters} x {each}, {rho}, accuracy {p}", np.mean(hits), 0.93 if clusters >= 10 else 0.90, slack)
-    print("\nthe same of a mix: 20 clusters x 4 answers, the first of which counts three times")
+        table.add(f"{clusters} x {each}, {rho}, accuracy {p}", hits, *_bounds(clusters))
+    failed += table.end()
+    table = Table("the same of a mix: 20 clusters x 4 answers, the first of which counts three times", slack)
     for rho, p in itertools.product((0.0, 0.5), (0.6, 0.8, 0.95)):
         names, weights = np.repeat(np.arange(20), 4).tolist(), [3.0, 1.0, 1.0, 1.0] * 20
         rows = list(_answers(rng, 20, 4, rho, p, draws))
         hits = [_covers(statistics.accuracy_interval(right, names, weights=weights), p) for right in rows]
-        _report(f"{rho}, accuracy {p}", np.mean(hits), 0.93, slack)
+        table.add(f"{rho}, accuracy {p}", hits, "accuracies", 0.93)
         others = _answers(rng, 20, 4, rho, p, draws)
         gaps = (_minus(a, b) for a, b in zip(rows, others, strict=True))
         hits = [_covers(statistics.gap_interval(gap, names, weights=weights), 0.0) for gap in gaps]
-        _report(f"{rho}, gap of two at {p}", np.mean(hits), 0.93, slack)
-    print("\ncoverage of gap_interval(), nominal 95%: clusters x answers each, correlation, accuracies")
-    for clusters, (each, rho) in itertools.product((5, 10, 20, 40), ((1, 0.0), (4, 0.5), (4, 0.99))):
+        table.add(f"{rho}, gap of two at {p}", hits, "differences", 0.93)
+    failed += table.end()
+    table = Table("coverage of gap_interval(), nominal 95%: clusters x answers each, correlation, accuracies", slack)
+    for clusters, (each, rho) in itertools.product((5, 10, 20, 40), kinds):
         names = np.repeat(np.arange(clusters), each).tolist()
         for first, second in ((0.8, 0.8), (0.8, 0.6), (0.95, 0.8), (0.99, 0.95)):
             pairs = zip(*(_answers(rng, clusters, each, rho, p, draws) for p in (first, second)), strict=True)
             hits = [_covers(statistics.gap_interval(_minus(a, b), names), first - second) for a, b in pairs]
-            _report(f"{clusters} x {each}, {rho}, {first} - {second}", np.mean(hits), 0.93, slack)
-    print("\nlevel of the mid-p sign-flip test at 5%: clusters x answers each, correlation, accuracy")
+            table.add(f"{clusters} x {each}, {rho}, {first} - {second}", hits, *_bounds(clusters))
+    failed += table.end()
+    table = Table("level of the mid-p sign-flip test at 5%: clusters x answers each, correlation, accuracy", slack)
     for clusters, (each, rho), p in itertools.product(
-        (5, 10, 20, 40), ((1, 0.0), (4, 0.5), (4, 0.99)), (0.5, 0.8, 0.95)
+        (5, 10, 20, 40), ((1, 0.0), (4, 0.5), (4, 0.99), (20, 0.2)), (0.5, 0.8, 0.95)
     ):
         pairs = zip(*(_answers(rng, clusters, each, rho, p, draws) for _ in range(2)), strict=True)
         sums = (np.reshape(_minus(a, b), (clusters, each)).sum(1).tolist() for a, b in pairs)
-        level = np.mean([statistics.sign_flip_test(s, mid=True) < 0.05 for s in sums])
-        _report(f"{clusters} x {each}, {rho}, {p}", level, None, slack, most=0.055)
-    print(
-        "\nluck of training runs, sd 5 points, 40 facts x 4 questions: level of the test over facts and seeds, coverage"
-    )
+        hits = [statistics.sign_flip_test(s, mid=True) < 0.05 for s in sums]
+        table.add(f"{clusters} x {each}, {rho}, {p}", hits, _bounds(clusters)[0], most=0.055)
+    failed += table.end()
+    table = Table("luck of training runs, sd 5 points, 40 facts x 4 questions: the test over facts and seeds", slack)
     for seeds in (4, 8):
-        level, covered = _with_luck(rng, seeds, draws)
-        _report(f"{seeds} seeds, level", level, None, slack, most=0.055)
-        _report(f"{seeds} seeds, coverage of the gap", covered, 0.93, slack)
-    print("\ncoverage of break_even_interval(), nominal 95%: seeds whose setups vary by 10%, readings without error")
+        rejected, covered = _with_luck(rng, seeds, draws)
+        table.add(f"{seeds} seeds, level", rejected, "level", most=0.055)
+        table.add(f"{seeds} seeds, coverage of the gap", covered, "coverage", 0.93)
+    failed += table.end()
+    varying = "seeds whose setups vary by 10%, readings without error"
+    table = Table(f"coverage of break_even_interval(), nominal 95%: {varying}", 2 * slack)
     for seeds in (2, 3, 4, 8):
-        _report(f"{seeds} seeds", _break_evens_covered(rng, seeds, max(100, draws // 5)), 0.93, 2 * slack)
+        table.add(f"{seeds} seeds", _break_evens_covered(rng, seeds, max(100, draws // 5)), "seeds", 0.93)
+    failed += table.end()
+    assert not failed, "; ".join(failed)
     return []
 
 
-def _break_evens_covered(rng: Any, seeds: int, draws: int) -> float:
-    """How often the interval has the break-even of the mean setup: 1,000 s against a reading of 3 s a query."""
+class Table:
+    """A table of simulated coverages or levels, and what of it is out of bounds."""
+
+    def __init__(self, title: str, slack: float) -> None:
+        """Begin one; a value may leave its bounds by `slack`, the simulation's own error."""
+        print(f"\n{title}")
+        self.slack, self.groups, self.failed = slack, dict[str, list[float]](), list[str]()
+
+    def add(self, what: str, hits: list[bool], group: str, least: float = 0.0, most: float = 1.0) -> None:
+        """Print a line."""
+        value = float(np.mean(hits))
+        print(f"  {what:40} {value:.3f}", flush=True)
+        if not least - self.slack <= value <= most + self.slack:
+            self.failed.append(f"{what}: {value:.3f}, expected {least} to {most}")
+        self.groups.setdefault(group, []).append(value)
+
+    def end(self) -> list[str]:
+        """Print each group's lowest and highest value and how many lie within 93 to 97%; returns what is out."""
+        for group, values in self.groups.items():
+            within = sum(0.93 <= value <= 0.97 for value in values)
+            told = f", {within} of them within .93 to .97" if max(values) > 0.5 else ""
+            print(f"  {group}: {min(values):.3f} to {max(values):.3f} in {len(values)} cells{told}")
+        return self.failed
+
+
+def _bounds(clusters: int) -> tuple[str, float]:
+    """A table's group of cells, and the least coverage there."""
+    return ("10 to 40 clusters", 0.93) if clusters >= 10 else ("5 clusters", 0.90)
+
+
+def _break_evens_covered(rng: Any, seeds: int, draws: int) -> list[bool]:
+    """Whether the interval has the break-even of the mean setup: 1,000 s against a reading of 3 s a query."""
     rival = Samples((), (3.0,), (1.0,), 1.0)
     tuned = (Samples(tuple(1000 + 100 * rng.standard_normal(seeds)), (), (1.0,)) for _ in range(draws))
     found = (break_even_interval(one, rival, draws=500, seed=i) for i, one in enumerate(tuned))
-    return float(np.mean([even.low <= 333 <= even.high for even in found]))
+    return [even.low <= 333 <= even.high for even in found]
 
 
-def _with_luck(rng: Any, seeds: int, draws: int) -> tuple[float, float]:
-    """Level and coverage of the comparison of two equal methods whose runs differ by luck."""
-    rejected = covered = 0
-    facts, each = 40, 4
+def _with_luck(rng: Any, seeds: int, draws: int) -> tuple[list[bool], list[bool]]:
+    """Rejections and coverage of the comparison of two equal methods whose runs differ by luck."""
+    rejected, covered, facts, each = list[bool](), list[bool](), 40, 4
     clusters = [fact for _ in range(seeds) for fact in range(facts) for _ in range(each)]
     of_seed = [seed for seed in range(seeds) for _ in range(facts * each)]
     for _ in range(draws):
@@ -95,9 +131,9 @@ def _with_luck(rng: Any, seeds: int, draws: int) -> tuple[float, float]:
             statistics.sign_flip_test(d.sum((0, 2)).tolist(), mid=True),
             statistics.t_test(d.mean((1, 2)).tolist()),
         )
-        rejected += p < 0.05
-        covered += _covers(statistics.gap_interval(d.ravel().tolist(), clusters, of_seed), 0.0)
-    return rejected / draws, covered / draws
+        rejected.append(p < 0.05)
+        covered.append(_covers(statistics.gap_interval(d.ravel().tolist(), clusters, of_seed), 0.0))
+    return rejected, covered
 
 
 def _answers(rng: Any, clusters: int, each: int, rho: float, p: float, draws: int) -> Iterator[list[bool]]:
@@ -113,9 +149,3 @@ def _minus(first: list[bool], second: list[bool]) -> list[int]:
 
 def _covers(interval: tuple[float, float], truth: float) -> bool:
     return interval[0] - 1e-12 <= truth <= interval[1] + 1e-12
-
-
-def _report(what: str, value: float, least: float | None, slack: float, *, most: float = 1.0) -> None:
-    """Print a line of a table; fail where the value is out of bounds by more than the simulation's own error."""
-    print(f"  {what:40} {value:.3f}")
-    assert (least or 0.0) - slack <= value <= most + slack, f"{what}: {value:.3f}, expected {least} to {most}"
