@@ -1,6 +1,8 @@
 """What a study is at, as another process reads it, and its pause."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,14 +52,37 @@ def test_two_processes_on_one_disk(tmp_path, clock, monkeypatch):
         )
         assert told(found).splitlines() == [
             "running: 2 of 4 runs done, about 35 s left",
-            "  running fine-tuned, seed 1, for 5 s",
+            "  running ft, seed 1, for 5 s",
             "  base: 3 of 4 correct (0.75)",
-            "  fine-tuned: 1 of 4 correct (0.25)",
+            "  ft: 1 of 4 correct (0.25)",
             "  last error: ZeroDivisionError: no luck",
         ]
     assert not is_locked(tmp_path / ".lock")
     assert status_of(tmp_path).state == "stopped"  # killed, or failed
     assert status_of(tmp_path).running == ()
+
+
+def test_what_killed_processes_left_is_not_running(tmp_path, clock, monkeypatch):
+    with locked(tmp_path / ".lock"):
+        first, killed, begun = StudyProgress(tmp_path), StudyProgress(tmp_path), []
+        first.begin(("base", "ft"), (0,))
+        with pytest.raises(ZeroDivisionError), first.running("base", 0):
+            raise ZeroDivisionError("no luck")
+        for pid, process in enumerate((killed, StudyProgress(tmp_path))):
+            monkeypatch.setattr(progress.os, "getpid", lambda pid=pid: pid)
+            begun.append(process.running("ft", 0))  # not collected: that would end it
+            begun[-1].__enter__()  # another one takes it on, as Ray's actors do
+            clock[0] += 7
+        assert status_of(tmp_path).running == (("ft", 0, 7.0),)
+        clock[0] += 100
+        again = StudyProgress(tmp_path)
+        again.begin(("base", "ft"), (0,))  # the same command, after a kill of all
+        found = status_of(tmp_path)
+        assert (found.state, found.running, found.error) == ("running", (), "")
+        for arm in ("base", "ft"):
+            with again.running(arm, 0) as ended:
+                ended(1, 2)
+        assert told(status_of(tmp_path)).splitlines()[0] == "measuring what a query takes: 2 of 2 runs done"
 
 
 def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
@@ -86,10 +111,20 @@ def test_a_study_tells_as_it_goes_and_leaves_its_results(llama, tmp_path, capsys
     task, seen = Task((Document("d", "the cat sat on the mat"),), (question,)), []
     options = StudyOptions(measure_s=0, on_run=lambda _: seen.append(status_of(tmp_path)))
     compare(llama, task, arms=["base", "icl"], seeds=[0, 1], out=tmp_path, options=options)
-    assert [(one.state, one.planned, one.done) for one in seen] == [("running", 4, n) for n in (1, 2, 3, 4)]
+    assert [(one.state, one.planned, one.done) for one in seen] == [("running", 4, n) for n in (1, 2, 3)] + [
+        ("measuring", 4, 4)
+    ]
     assert not (tmp_path / progress.PROGRESS).exists()
     assert cli.main(["status", str(tmp_path), "--watch", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["done"], found["accuracy"]["icl"][1]) == ("finished", 4, 2)
     assert cli.main(["status", str(tmp_path / "none")]) == 2
     assert "no study was begun here" in capsys.readouterr().err
+
+
+def test_the_commands_load_no_torch(tmp_path):
+    """A study holds the cores: their seconds of imports are its minutes."""
+    code = f"import sys; from icl_ft_fast import cli; cli.main(['status', {str(tmp_path)!r}])"
+    code += "; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stdout, "no study was begun here" in ended.stderr) == ("False\n", True)

@@ -92,13 +92,13 @@ class Status:
     """What a study is at.
 
     Attributes:
-        state: "starting" (the model is loaded), "running", "paused", "stopped" (nobody is at work; the same command
-            resumes) or "finished".
+        state: "starting" (the model is loaded), "running", "measuring" (all runs are done; what a query takes is
+            measured), "paused", "stopped" (nobody is at work; the same command resumes) or "finished".
         planned, done: runs, an arm under a seed each.
         running: (arm, seed, seconds so far).
         accuracy: by arm, correct and total answers so far.
         seconds_left: by what like runs took, over the processes at work; None before the first has ended.
-        error: of the last run that failed; "" for none.
+        error: of the last run that failed since the study was begun or resumed; "" for none.
     """
 
     state: str
@@ -131,15 +131,19 @@ def status_of(folder: Path) -> Status:
         counts[run["arm"], run["seed"]] = sum(a["correct"] for a in some), sum(a["total"] for a in some)
     counts |= {(e["arm"], e["seed"]): (e["correct"], e["total"]) for e in events if "ended" in e}
     is_held, now = is_locked(folder / ".lock"), time.time()
-    at_work = [e for e in events if is_held and not {"ended", "error"} & e.keys()]
+    since = plan.get("began", 0.0)  # of what was begun before that, the processes are gone
+    latest = {(e["arm"], e["seed"]): e for e in events if e["began"] >= since}  # another took on what a killed one left
+    at_work = [e for e in latest.values() if is_held and not {"ended", "error"} & e.keys()]
     accuracy: dict[str, tuple[int, int]] = {}
     for (arm, _), (correct, total) in counts.items():
         before = accuracy.get(arm, (0, 0))
         accuracy[arm] = before[0] + correct, before[1] + total
     state = "finished" if set(planned) <= counts.keys() and not plan else "running" if is_held else "stopped"
-    if state == "running" and (folder / PROGRESS / PAUSED).exists():
+    if state == "running" and set(planned) <= counts.keys():
+        state = "measuring"
+    elif state == "running" and (folder / PROGRESS / PAUSED).exists():
         state = "paused"
-    errors = [e["error"] for e in events if "error" in e]
+    errors = [e["error"] for e in events if "error" in e and e["began"] >= since]
     return Status(
         state,
         len(planned),

@@ -1,4 +1,4 @@
-"""The work of `icl-ft-fast status`, `pause` and `resume`."""
+"""The work of `icl-ft-fast status`, `pause` and `resume`; loads no torch, which would take seconds beside a study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict
 
 from icl_ft_fast.runtime.printable import printable
-from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.progress import Status, set_paused, status_of
 
 
@@ -23,15 +22,14 @@ def run_status(options: argparse.Namespace) -> None:
 
 
 def told(status: Status) -> str:
-    """The status in lines."""
+    """The status in lines; arms have the names that --arms takes."""
     left = "" if status.seconds_left is None else f", about {_duration(status.seconds_left)} left"
-    lines = [f"{status.state}: {status.done} of {status.planned} runs done{left if status.state != 'finished' else ''}"]
+    what = "measuring what a query takes" if status.state == "measuring" else status.state
+    is_open = status.state in ("running", "paused", "stopped")
+    lines = [f"{what}: {status.done} of {status.planned} runs done{left if is_open else ''}"]
+    lines += [f"  running {arm}, seed {seed}, for {_duration(seconds)}" for arm, seed, seconds in status.running]
     lines += [
-        f"  running {recorded_arm(arm).title}, seed {seed}, for {_duration(seconds)}"
-        for arm, seed, seconds in status.running
-    ]
-    lines += [
-        f"  {recorded_arm(arm).title}: {correct} of {total} correct ({correct / total:.2f})"
+        f"  {arm}: {correct} of {total} correct ({correct / total:.2f})"
         for arm, (correct, total) in status.accuracy.items()
         if total
     ]
