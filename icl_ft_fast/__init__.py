@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from icl_ft_fast.augmentation.strategy import Augmentation as Augmentation
     from icl_ft_fast.augmentation.strategy import Augmented as Augmented
     from icl_ft_fast.augmentation.strategy import AugmentError as AugmentError
+    from icl_ft_fast.engine.compaction import CompactionError as CompactionError
     from icl_ft_fast.engine.contexts import ContextError as ContextError
     from icl_ft_fast.engine.contexts import ContextStore as ContextStore
     from icl_ft_fast.engine.contexts import load_context as load_context
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from icl_ft_fast.finetuning.settings import RunOptions as RunOptions
     from icl_ft_fast.report.study import Study as Study
     from icl_ft_fast.runtime.errors import UserError as UserError
+    from icl_ft_fast.study.compaction import CompactedContext as CompactedContext
+    from icl_ft_fast.study.compaction import compact as compact
     from icl_ft_fast.study.compare import StudyOptions as StudyOptions
     from icl_ft_fast.study.compare import compare as compare
     from icl_ft_fast.study.evaluate import Accuracy as Accuracy
@@ -53,8 +56,17 @@ if TYPE_CHECKING:
     from icl_ft_fast.study.prices import read_prices as read_prices
     from icl_ft_fast.study.results import Results as Results
     from icl_ft_fast.study.results import ResultsError as ResultsError
+    from icl_ft_fast.study.retrieval import Bm25 as Bm25
+    from icl_ft_fast.study.retrieval import Dense as Dense
+    from icl_ft_fast.study.retrieval import EmbeddingEndpoint as EmbeddingEndpoint
+    from icl_ft_fast.study.retrieval import RetrievalError as RetrievalError
+    from icl_ft_fast.study.retrieval import StaticEmbeddings as StaticEmbeddings
+    from icl_ft_fast.study.retrieval import hit_rate as hit_rate
+    from icl_ft_fast.study.retrieval import retrieve as retrieve
     from icl_ft_fast.study.service import Service as Service
     from icl_ft_fast.study.settings import StudySettings as StudySettings
+    from icl_ft_fast.tasks.chunks import Passage as Passage
+    from icl_ft_fast.tasks.chunks import split_documents as split_documents
     from icl_ft_fast.tasks.files import TaskError as TaskError
     from icl_ft_fast.tasks.task import Document as Document
     from icl_ft_fast.tasks.task import Question as Question
@@ -66,6 +78,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "augmentation.batches": "augment",
     "augmentation.strategy": "AugmentError Augmentation Augmented",
+    "engine.compaction": "CompactionError",
     "engine.contexts": "ContextError ContextStore load_context save_context",
     "engine.generate": "GenerateError Generation Sampling generate",
     "engine.kv_cache": "Context",
@@ -80,12 +93,15 @@ _NAMES = {
     "finetuning.settings": "FinetuneError FinetuneSettings LoraSettings PrefixSettings RunOptions",
     "report.study": "Study",
     "runtime.errors": "UserError",
+    "study.compaction": "CompactedContext compact",
     "study.compare": "StudyOptions compare",
     "study.evaluate": "Accuracy evaluate",
     "study.prices": "Prices read_prices",
     "study.results": "Results ResultsError",
+    "study.retrieval": "Bm25 Dense EmbeddingEndpoint RetrievalError StaticEmbeddings hit_rate retrieve",
     "study.service": "Service",
     "study.settings": "StudySettings",
+    "tasks.chunks": "Passage split_documents",
     "tasks.files": "TaskError",
     "tasks.task": "Document Question Task",
 }

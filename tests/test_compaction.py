@@ -1,17 +1,22 @@
 """engine/compaction.py and engine/slots.py: fewer keys and values that stand for a context's, found by their key."""
 
+import json
+
 import pytest
 import torch
 
+from icl_ft_fast import compact as compact_documents
+from icl_ft_fast.cli import main
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.compaction import OPEN, CompactionError, _matched, _read, compact
 from icl_ft_fast.engine.contexts import ContextError, ContextStore, load_context
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill
 from icl_ft_fast.engine.loading import load
+from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.engine.slots import key_of, slots_context
-from icl_ft_fast.tasks.task import Question
+from icl_ft_fast.tasks.task import Document, Question
 
 TEXT = "the cat sat on a mat and the dog ran to the cat in the sun"
 AFTER = [" the dog sat", " a cat ran in the sun"]
@@ -101,6 +106,36 @@ def test_a_store_finds_slots_by_their_text(llama, llama_directory, tmp_path, tin
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ContextError, match="other weights"):
         load_context(path, load(tmp_path / "other"))
+
+
+def test_documents_by_themselves_in_python_and_on_the_command_line(llama, llama_directory, tmp_path, capsys):
+    documents = [Document(f"d{n}", f"the cat sat on mat {n} .") for n in range(4)]
+    made = compact_documents(llama, documents, 4)
+    (whole,) = encoding.encode(llama.tokenizer, [prompt_context(llama, documents, "base").rstrip()])
+    assert len(made.context.token) == round(len(whole) / 4)
+    store = ContextStore(tmp_path / "mine", llama, 10**9)
+    store.add(made.context)
+    (tmp_path / "documents.jsonl").write_text(
+        "".join(json.dumps({"id": d.id, "text": d.text}) + "\n" for d in documents)
+    )
+    command = ["context", "compact", "--model", str(llama_directory), "--documents", str(tmp_path / "documents.jsonl")]
+    command += ["--store", str(tmp_path / "theirs"), "--template", "base", "--ratio"]
+    assert main([*command, "4,2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f" {len(made.context.token)} slots for 4 documents" in first
+    assert f"error of attention's output {made.error:.3f};" in first
+    assert f" {round(len(whole) / 2)} slots" in second
+    ledger = Ledger()
+    behind = [
+        score(llama, QUESTIONS, context=made.key, store=its, ledger=ledger)
+        for its in (store, ContextStore(tmp_path / "theirs", llama, 10**9))
+    ]
+    assert behind[0] == behind[1]  # the same key, the same slots
+    assert ledger.cached_tokens == 2 * len(made.context.token)
+    with pytest.raises(CompactionError, match=r"^ratio: expected a number from 1 on, got 0.5$"):
+        compact_documents(llama, documents, 0.5)
+    assert main([*command, "0"]) == 2
+    assert capsys.readouterr().err == "icl-ft-fast context: --ratio: expected numbers of at least 1, got '0'\n"
 
 
 def test_the_ledger_has_the_phase(llama):

@@ -11,7 +11,7 @@ from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import Parsed, whole
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.generate import RUNNING
-from icl_ft_fast.finetuning.settings import FinetuneSettings
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.report.plan import PLAN, PlanError, kept_to, read_plan, write_plan
 from icl_ft_fast.study.calibration import Calibration, Writing
 from icl_ft_fast.study.compare import StudyOptions, compare
@@ -20,7 +20,19 @@ from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 TRAINING = FinetuneSettings(steps=30, batch_size=2, learning_rate=1e-3)
-ARMS = ("base", "icl", "rag@1", "compacted@8", "ft", "ft+icl", "augmented-ft", "augmented-ft@600", "repeated-ft")
+PREFIX = PrefixSettings(conversations=6, steps=4, batch_size=2, conversation_tokens=4)
+ARMS = (
+    "base",
+    "icl",
+    "rag@1",
+    "compacted@8",
+    "prefix@4",
+    "ft",
+    "ft+icl",
+    "augmented-ft",
+    "augmented-ft@600",
+    "repeated-ft",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,7 @@ def planned(llama):
     strategy = replace(STRATEGIES["self-ask"], max_new_tokens=6, read=kept, **plain)
     patch.setattr(Prompting, "of", lambda *_, **__: Prompting(strategy, "{{ document }}", "short"))
     task = simple_reversals(3, num_facts=2, num_articles=1)
-    settings = StudySettings(arms=ARMS, seeds=(3,), strategy="self-ask", finetune=TRAINING, replay=0.2)
+    settings = StudySettings(arms=ARMS, seeds=(3,), strategy="self-ask", finetune=TRAINING, replay=0.2, prefix=PREFIX)
     plan = forecast(llama, task, settings, calibration_s=1.0)
     results = compare(llama, task, settings, options=StudyOptions(measure_s=0))
     patch.undo()
@@ -55,6 +67,11 @@ def test_what_can_be_counted_is_what_the_run_counts(planned):
     assert arms["augmented-ft"].written_tokens == pytest.approx(runs["augmented-ft"].counts["decoded_tokens"], rel=0.5)
     assert arms["augmented-ft@600"].written_tokens > 2 * arms["augmented-ft"].written_tokens
     assert arms["compacted@8"].is_planned
+    counts = runs["prefix@4"].counts
+    for name, counted in (("written", "decoded"), ("trained", "trained")):
+        assert getattr(arms["prefix@4"], f"{name}_tokens") == pytest.approx(counts[f"{counted}_tokens"], rel=0.35)
+    assert arms["prefix@4"].flops == pytest.approx(counts["flops"], rel=0.35)
+    assert arms["prefix@4"].setup_s > 0
     assert all(arm.disk_bytes > 0 for arm in plan.arms)
 
 

@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
         "save the KV cache of documents to a folder, for --store of other commands",
         "icl-ft-fast context save --model DIR --documents documents.jsonl --store contexts/\n"
         "icl-ft-fast context train --model DIR --documents documents.jsonl --prefix-tokens 64 --store contexts/\n"
+        "icl-ft-fast context compact --model DIR --documents documents.jsonl --ratio 8 --store contexts/\n"
         "icl-ft-fast context list --store contexts/\n"
         "icl-ft-fast context verify --store contexts/\n"
         "icl-ft-fast context remove --store contexts/ 3f2a",
@@ -36,7 +37,10 @@ def add(commands: Commands) -> None:
     help = "train key/value slots that stand for documents (a prefix), and save them as a context"
     train = command(actions, "train", later("context", "run_train"), help)
     add_model_options(train)
-    for action in (save, train):
+    help = "compact documents into fewer key/value slots without training, and save them as a context"
+    compact = command(actions, "compact", later("context", "run_compact"), help)
+    add_model_options(compact)
+    for action in (save, train, compact):
         data = action.group("data")
         help = "JSON lines file with id and text"
         data.add_argument("--documents", type=Path, required=True, metavar="FILE", help=help)
@@ -49,6 +53,9 @@ def add(commands: Commands) -> None:
     train.group("trained prefix").add_argument("--seed", type=seed, default=0, metavar="SEED", help="random seed")
     help = "show no progress bars"
     train.group("display").add_argument("--quiet", action="store_true", help=help)
+    help = "tokens of the documents that a slot stands for"
+    compact.group("compaction").add_argument("--ratio", default="8", metavar="N[,N...]", help=help)
+    add_template_option(compact.group("compaction"))
     listing = command(actions, "list", later("context", "run_list"), "list saved contexts, most recently used first")
     check = command(actions, "verify", later("context", "run_verify"), "check every file against its checksum")
     remove = command(actions, "remove", later("context", "run_remove"), "delete saved contexts")

@@ -161,13 +161,17 @@ class Expected:
 
     Attributes:
         slots: keys and values that stand before every question.
-        read_tokens, flops, seconds: of making them.
+        read_tokens, written_tokens, trained_tokens, flops, seconds: of making them.
+        shared: (a name, seconds) of what arms of the same name make once for all of them.
     """
 
     slots: int = 0
     read_tokens: float = 0.0
     flops: float = 0.0
     seconds: float = 0.0
+    written_tokens: float = 0.0
+    trained_tokens: float = 0.0
+    shared: tuple[str, float] = ("", 0.0)
 
 
 @dataclass(frozen=True)

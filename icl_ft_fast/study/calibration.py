@@ -19,6 +19,7 @@ import torch
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.augmentation.prompts import completed
+from icl_ft_fast.augmentation.self_study import Conversation, ConversationBatch
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.compaction import compact
 from icl_ft_fast.engine.flops import work_of
@@ -27,8 +28,9 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning.data import encode
+from icl_ft_fast.finetuning.prefix import train_slots
 from icl_ft_fast.finetuning.run import prepare, train_step
-from icl_ft_fast.finetuning.settings import FinetuneSettings, RunOptions
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings, RunOptions
 from icl_ft_fast.runtime.reasoning import answer_in
 from icl_ft_fast.study.own_texts import own_texts
 from icl_ft_fast.study.synthetic import token_count
@@ -81,6 +83,25 @@ class Writing:
         if num_replies > RUNNING:  # whoever ends is replaced at once
             decoding = max(decoding, num_replies * self.reply_tokens * self.token_s)
         return num_replies * self.prompt_s + decoding
+
+
+@dataclass(frozen=True)
+class Conversing:
+    """What a conversation about the documents takes, see self_study.py, and a step of a prefix's training on some.
+
+    Attributes:
+        written_tokens: that the model writes.
+        tokens: of the whole.
+        write_s: seconds of writing it, without reading the documents.
+        teach_s: seconds of what the model that read the documents makes of it.
+        step_s: seconds of a step.
+    """
+
+    written_tokens: float
+    tokens: float
+    write_s: float
+    teach_s: float
+    step_s: float
 
 
 @dataclass
@@ -275,6 +296,59 @@ class Calibration:
         shown = taken[last] / taken[last // 2] if last // 2 in taken else 4.0
         power = min(3.0, max(1.0, float(torch.tensor(shown).log2())))
         return float(taken[last] * (len(token) / last) ** power)
+
+    def conversing(
+        self, batch: ConversationBatch, part: Sequence[int], num_slots: int, settings: PrefixSettings
+    ) -> Conversing:
+        """What conversations take, by some of the batch that are cut short, and by two steps on as many tokens."""
+        write_s, written, whole = self._once(("conversations", batch.name), partial(self._conversations, batch))
+        return self._once(
+            ("prefix", batch.name, num_slots),
+            partial(self._prefix, part, num_slots, settings, write_s, written, whole),
+        )
+
+    def _conversations(self, batch: ConversationBatch) -> tuple[float, float, float]:
+        """Seconds of writing a conversation, the tokens written, and all of its tokens."""
+        few = replace(batch, count=min(batch.count, RUNNING))
+        limits = sorted({max(1, batch.tokens // 8), max(2, batch.tokens // 2)})
+        found = []
+        for limit in limits:
+            ledger = Ledger()
+            made = replace(few, tokens=limit).generate(self.model, ledger)["conversations"]
+            found.append((ledger.phases["generate"].wall_s, ledger.decoded_tokens, fmean(len(ids) for _, ids in made)))
+        (first_s, first, _), (second_s, second, length) = found[0], found[-1]
+        token_s = max(0.0, second_s - first_s) / max(1, second - first)
+        written = batch.tokens / limits[-1] * second / few.count
+        return written * token_s, written, length + written - second / few.count
+
+    def _prefix(
+        self,
+        part: Sequence[int],
+        num_slots: int,
+        settings: PrefixSettings,
+        write_s: float,
+        written: float,
+        whole: float,
+    ) -> Conversing:
+        """With the teacher's and the training's seconds, behind at most FIRST_TOKENS of the documents."""
+        seen, size = list(part[:FIRST_TOKENS]), settings.batch_size
+        length = min(round(whole), len(part))
+        text = self.model.tokenizer.decode(seen)
+        taken = []
+        for steps in (1, 3):
+            made = [
+                Conversation(0, tuple(part[n % max(1, len(part) - length) :][:length])) for n in range(size * steps)
+            ]
+            alone, ledger = replace(settings, steps=steps), Ledger()
+            token = list(part[:num_slots])
+            train_slots(self.model, token, [text], made, alone, seed=0, options=RunOptions(), ledger=ledger)
+            taken.append([ledger.phases[phase].wall_s for phase in ("teach", "train")])
+        (short_teach, short_train), (long_teach, long_train) = taken
+        work = work_of(self.model)
+        after, here = (work.path_flops(n + length) for n in (len(part), len(seen)))
+        longer = float(after[-1] - after[len(part)]) / float(here[-1] - here[len(seen)])
+        teach_s = max(0.0, long_teach - short_teach) / (2 * size) * longer
+        return Conversing(written, whole, write_s, teach_s, max(0.0, long_train - short_train) / 2)
 
     def _timed(self, what: Callable[[], object]) -> float:
         begun = self.clock()

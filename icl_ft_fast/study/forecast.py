@@ -304,7 +304,10 @@ class _Planner:
         row_bytes = work_of(self.model).kv_row_bytes
         if asking.expect is not None:
             expected = asking.expect(job, self.calibration)
-            setup.add(read_tokens=expected.read_tokens, flops=expected.flops, seconds=expected.seconds)
+            tokens = {name: getattr(expected, name) for name in ("read_tokens", "written_tokens", "trained_tokens")}
+            setup.add(**tokens, flops=expected.flops, seconds=expected.seconds)
+            self._count_once(expected.shared[0], expected.shared[1])
+            self.seconds -= expected.shared[1]  # which arm() adds
             notes[SLOTS], kept = expected.slots, expected.slots * row_bytes
         elif asking.is_quick and asking.prepare is not None:
             ready = asking.prepare(job, ready)

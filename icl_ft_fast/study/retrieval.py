@@ -299,8 +299,19 @@ def embedder_of(url: str, model: str) -> Embedder:
 def retrieve(retriever: Retriever, queries: Sequence[str], k: int, num_passages: int) -> list[tuple[int, ...]]:
     """The indices of the k best passages for each query, best first; of equals the earlier one.
 
+    Args:
+        retriever: such as Bm25 or Dense, of the passages.
+        queries: texts.
+        k: passages for each.
+        num_passages: that the retriever has.
+
     Raises:
         RetrievalError: k below 1 or above the number of passages.
+
+    Example:
+        >>> passages = ["femp are wider than glon.", "trup are warmer than mib."]
+        >>> iff.retrieve(iff.Bm25(passages), ["mib are colder than"], 1, len(passages))
+        [(1,)]
     """
     if not 1 <= k <= num_passages:
         raise RetrievalError(f"k: expected 1 to the {num_passages} passages of the documents, got {k}")
@@ -341,6 +352,12 @@ def hit_rate(
         passages: of its documents.
         questions: what was asked.
         found: indices of passages for each question.
+
+    Example:
+        >>> question = iff.Question("q", "glon are", (" wider.", " narrower."), answer=1, document="d")
+        >>> task = iff.Task((iff.Document("d", "femp are wider than glon."),), (question,))
+        >>> iff.hit_rate(task, iff.split_documents(task.documents), task.questions, [(0,)])
+        1.0
     """
     sources = source_documents(task)
     hits = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +23,9 @@ from icl_ft_fast.finetuning.prefix import train_slots
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import ArmJob, Asking, ContextText, Expected, Prepared, all_documents
+from icl_ft_fast.study.arm import ArmJob, Asking, Expected, Prepared, all_documents
 from icl_ft_fast.study.calibration import Calibration
+from icl_ft_fast.study.compaction import given
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -38,17 +40,9 @@ def compacted(ratio: int) -> Asking:
     return Asking(ways_behind_slots, prepare=prepare, expect=expect, has_slots=True)
 
 
-def _given(ratio: int, model: Model, read: ContextText) -> tuple[list[int], int, list[list[int]]]:
-    """The context's tokens, the number of slots for them, and the tokens that are read behind it."""
-    (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
-    followers = encoding.encode(model.tokenizer, [f" {document.text}" for document in read.documents], bos=False)
-    num_slots = max(len(encoding.opening(model.tokenizer)) + 1, round(len(token) / ratio))
-    return token, min(num_slots, len(token)), followers
-
-
 def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Expected:
     read = all_documents(job.model, job.task, job.seed, job.settings)
-    token, num_slots, followers = _given(ratio, job.model, read)
+    token, num_slots, followers = given(job.model, read.text, read.documents, ratio)
     tokens = len(token) + sum(map(len, followers))
     flops = 2 * float(work_of(job.model).path_flops(len(token))[-1])
     return Expected(num_slots, tokens, flops, calibration.compacting_s(token, ratio, followers))
@@ -57,7 +51,7 @@ def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Exp
 def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
     model = ready.model
     read = all_documents(model, job.task, job.seed, job.settings)
-    token, num_slots, followers = _given(ratio, model, read)
+    token, num_slots, followers = given(model, read.text, read.documents, ratio)
     made = compact(model, token, num_slots, followers, ledger=job.ledger)
     notes = {
         "context_documents": len(read.documents),
@@ -70,8 +64,8 @@ def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
 
 def trained_prefix(num_tokens: int) -> Asking:
     """Slots of `num_tokens` tokens, trained on conversations that the model has about the documents."""
-    prepare = partial(_prepare_prefix, num_tokens)
-    return Asking(ways_behind_slots, prepare=prepare, batches=_conversations, has_slots=True)
+    prepare, expect = partial(_prepare_prefix, num_tokens), partial(_expect_prefix, num_tokens)
+    return Asking(ways_behind_slots, prepare=prepare, batches=_conversations, has_slots=True, expect=expect)
 
 
 def _conversations(
@@ -87,6 +81,35 @@ def _conversations(
         temperature=prefix.temperature,
         seed=seed,
         key=key,
+    )
+
+
+def _expect_prefix(num_tokens: int, job: ArmJob, calibration: Calibration) -> Expected:
+    model, settings, work = job.model, job.settings.prefix, work_of(job.model)
+    batches = [batch for batch in job.batches if isinstance(batch, ConversationBatch)]
+    texts = [prompt_context(model, part, job.settings.template).rstrip() for part in batches[0].parts]
+    parts = encoding.encode(model.tokenizer, texts)
+    found = calibration.conversing(batches[0], parts[0], num_tokens, settings)
+    written = settings.conversations * found.written_tokens
+    writing_s = settings.conversations * found.write_s
+    per_part, own = settings.conversations / len(parts), found.tokens
+    trained = settings.steps * settings.batch_size * (own + 1)
+    flops = float(work.path_flops(num_tokens)[-1])
+    for part in parts:  # read for the conversations and for what the teacher makes of them
+        path = work.path_flops(math.ceil(len(part) + own))
+        writing_s += len(batches) * calibration.read_s(part)
+        flops += (1 + len(batches)) * float(path[len(part)]) + 2 * per_part * float(path[-1] - path[len(part)])
+    behind = work.path_flops(math.ceil(num_tokens + own + 1))
+    step_flops = settings.batch_size * float(behind[-1] - behind[num_tokens])
+    teach_s = math.fsum(map(calibration.read_s, parts)) + settings.conversations * found.teach_s
+    return Expected(
+        slots=num_tokens,
+        read_tokens=(1 + len(batches)) * sum(map(len, parts)) + settings.conversations * own + num_tokens,
+        written_tokens=written,
+        trained_tokens=trained,
+        flops=flops + 2 * settings.steps * step_flops,
+        seconds=writing_s + teach_s + settings.steps * found.step_s,
+        shared=(batches[0].name, writing_s),
     )
 
 

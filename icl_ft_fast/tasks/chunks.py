@@ -29,7 +29,7 @@ class Passage:
 
 
 def split_documents(documents: Sequence[Document], max_characters: int = MAX_CHARACTERS) -> tuple[Passage, ...]:
-    """The passages of all documents, in their order.
+    r"""The passages of all documents, in their order.
 
     Args:
         documents: a document without any character but spaces has no passage.
@@ -39,6 +39,10 @@ def split_documents(documents: Sequence[Document], max_characters: int = MAX_CHA
 
     Raises:
         ValueError: max_characters below 1.
+
+    Example:
+        >>> [passage.text for passage in iff.split_documents([iff.Document("d", "One.\n\nTwo.")], 4)]
+        ['One.', 'Two.']
     """
     if max_characters < 1:
         raise ValueError(f"max_characters: expected at least 1, got {max_characters}")

@@ -407,10 +407,15 @@ def prefix_settings(options: argparse.Namespace) -> PrefixSettings:
 
 def prefix_tokens(text: str) -> tuple[int, ...]:
     """The sizes of --prefix-tokens."""
-    sizes = _each("--prefix-tokens", text.split(","), positive)
+    sizes = sizes_of_option("--prefix-tokens", text)
     if max(sizes) > MOST_SLOTS:
         raise UsageError(f"--prefix-tokens: expected at most {MOST_SLOTS:,}, got {max(sizes):,}")
-    return _distinct("--prefix-tokens", tuple(sizes))
+    return sizes
+
+
+def sizes_of_option(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, separated by commas."""
+    return _distinct(option, tuple(_each(option, text.split(","), positive)))
 
 
 def _mix(text: str | None) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from icl_ft_fast.cli.options import (
     load_model,
     show_progress,
 )
-from icl_ft_fast.cli.run.compare import prefix_settings, prefix_tokens
+from icl_ft_fast.cli.run.compare import prefix_settings, prefix_tokens, sizes_of_option
 from icl_ft_fast.engine import contexts, encoding
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import stored_context
@@ -26,6 +26,7 @@ from icl_ft_fast.engine.slots import LABEL
 from icl_ft_fast.finetuning.prefix import train_prefix
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
+from icl_ft_fast.study.compaction import compact
 from icl_ft_fast.study.settings import CHECKPOINT_S
 from icl_ft_fast.tasks.task import read_documents
 
@@ -66,6 +67,22 @@ def run_train(options: argparse.Namespace) -> None:
             f"{time.perf_counter() - start:.1f} s; loss {made.losses[0]:.3f} to {made.losses[-1]:.3f} nats a token; "
             f"the teacher read 1 in {teach.request_tokens / teach.forwarded_tokens:.1f} of its tokens; in "
             f"{options.store}"
+        )
+
+
+def run_compact(options: argparse.Namespace) -> None:
+    """`icl-ft-fast context compact`: documents at each ratio, in turn."""
+    documents, ratios = read_documents(options.documents), sizes_of_option("--ratio", options.ratio)
+    model = load_model(options)
+    store = contexts.ContextStore(options.store, model, int(options.store_limit * 1e9))
+    for ratio in ratios:
+        start, ledger = time.perf_counter(), Ledger()
+        made = compact(model, documents, ratio, template=options.template, ledger=ledger)
+        path = store.add(made.context, f"{LABEL}{made.key} | {options.label or options.documents}")
+        print(
+            f"{path.stem[:8]}: {len(made.context.token)} slots for {len(documents)} documents, "
+            f"{made.context.nbytes / 1e6:,.1f} MB, in {time.perf_counter() - start:.1f} s; error of attention's output "
+            f"{made.error:.3f}; in {options.store}"
         )
 
 
