@@ -44,7 +44,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 25_130
+BUDGET = 25_450
 
 
 def room(module):

@@ -6,10 +6,14 @@ import html.parser
 import io
 import itertools
 import json
+import os
 import re
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,15 +21,15 @@ from rich.console import Console
 from benchmarks import real_results
 from icl_ft_fast.report import charts, page, table
 from icl_ft_fast.report.derived import Derived
-from icl_ft_fast.report.markdown import accuracy_table
+from icl_ft_fast.report.markdown import accuracy_table, gap_table, markdown
 from icl_ft_fast.report.rows import RowsError, answer_rows, write_rows
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.study import Study
 from icl_ft_fast.report.verdict import verdict_of
 from icl_ft_fast.study.evaluate import Answer, accuracies
 from icl_ft_fast.study.prices import Prices, read_prices
-from icl_ft_fast.study.records import Run, Sample
-from icl_ft_fast.study.results import AskedQuestion, QuestionsOfSeeds, Results
+from icl_ft_fast.study.records import CurvePoint, Run, Sample
+from icl_ft_fast.study.results import AskedQuestion, QuestionsOfSeeds, Results, write_results
 from icl_ft_fast.study.service import Service
 from icl_ft_fast.study.sweep import Point, Sweep
 
@@ -137,6 +141,79 @@ class Tags(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.tags and self.tags[-1][0] == "script" and data.strip():
             self.scripts.append(data)
+
+
+class Recorder:
+    """A tracker that keeps what it is told; trackio 0.43 and wandb 0.31 take the same calls (the test below)."""
+
+    def __init__(self, **about):
+        self.about, self.logged, self.finished = about, [], False
+
+    def log(self, entry, step):
+        self.logged.append((step, entry))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_tracker_gets_each_run_with_its_curves_and_answers(monkeypatch):
+    runs, results = [], results_of(6)
+    ft = next(i for i, run in enumerate(results.runs) if run.arm == "ft")
+    curve = (CurvePoint(25, {"a": 0.25}),)
+    results = replace(
+        results, runs=(*results.runs[:ft], replace(results.runs[ft], curve=curve), *results.runs[ft + 1 :])
+    )
+
+    def init(**about):
+        runs.append(Recorder(**about))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, Table=lambda columns, data: (columns, data)))
+    assert Study.of(results, "mine").track("trackio") == len(results.runs) == len(runs)
+    run, of_run = runs[ft], results.runs[ft]
+    assert run.about["name"] == "mine, fine-tuned, seed 0"
+    assert (run.about["group"], run.about["config"]["arm"]) == ("mine", "ft")
+    assert [entry["train/loss"] for _, entry in run.logged[:-1]] == list(of_run.losses)
+    assert run.logged[24] == (25, {"train/loss": 3 / 25, "train/accuracy/a": 0.25})
+    step, final = run.logged[-1]
+    right = sum(answer.is_correct for answer in of_run.answers)
+    assert (step, final["accuracy"], final["setup_s"]) == (51, right / 6, 20.0)
+    columns, data = final["answers"]
+    assert [row[columns.index("question_id")] for row in data] == [f"q{i}" for i in range(6)]
+    assert data[0][columns.index("choices")] == '[" the cat more", " the cat less"]'
+    assert all(run.finished for run in runs)
+    assert runs[0].logged[0][0] == 1  # the base model: no training, its figures alone
+    with pytest.raises(ValueError, match=r"^name: expected trackio or wandb, got 'mlflow'$"):
+        Study.of(results).track("mlflow")
+
+
+def test_markdown_has_accuracies_gaps_and_the_verdict():
+    study = Derived(results_of(30), "mine")
+    assert markdown([study]) == f"{accuracy_table([study])}\n\n{gap_table([study])}\n"
+    text = markdown([study], 1000, 5)
+    test = next(t for t in study.paired if (t.first, t.second) == ("ft", "icl"))
+    cell = f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), p < 0.001: {test.word(5)} |"
+    assert [line for line in text.splitlines() if line.startswith(f"| mine: {test.split} |") and cell in line]
+    assert text.endswith(f"**mine**: {verdict_of(study, 1000, 5).text}\n")
+    assert gap_table([Derived(results_of(4, arms=("base",)), "alone")]) == ""
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_the_real_trackers_keep_it_offline(name, tmp_path):
+    pytest.importorskip(name)
+    write_results(tmp_path / "results.json", asdict(results_of(6, arms=("base", "ft"), seeds=(0,))))
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "icl_ft_fast.cli", "report", str(tmp_path / "results.json"), "--report_to", name]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert f"2 runs logged to {name}" in ended.stdout
+    kept = b"".join(
+        path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.suffix in (".db", ".wal", ".wandb", ".json", ".db-wal", ".parquet")
+    )
+    assert b"train/loss" in kept
+    assert b"the cat 5 is" in kept  # the last question's prompt, in the table
 
 
 def test_hostile_texts_stay_texts():

@@ -14,19 +14,24 @@ def add(commands: Commands) -> None:
         commands,
         "report",
         later("report", "run_report"),
-        "results as one HTML page, as chart files, or as tables",
+        "results as one page of HTML or Markdown, as chart files, as rows, or as tables",
         "icl-ft-fast report out/run1 --out report.html\n"
         "icl-ft-fast report out/run1 out/run2 --out both.html --charts charts/\n"
         "icl-ft-fast report out/run1 --rows answers.csv\n"
+        "icl-ft-fast report out/run1 --report_to trackio\n"
         "icl-ft-fast report out/run1 --queries-per-day 1000 --days 30 --prices prices.json",
     )
     help = "results.json files or the folders that hold them"
     report.group("data").add_argument("results", type=Path, nargs="+", metavar="RESULTS", help=help)
     output = report.group(OUTPUT)
-    output.add_argument("--out", type=Path, metavar="FILE", help="write an HTML page (default: print tables)")
+    output.add_argument(
+        "--out", type=Path, metavar="FILE", help="write a page: HTML, or Markdown where FILE ends in .md"
+    )
     output.add_argument("--charts", type=Path, metavar="DIR", help="write each chart as .svg and .png")
     help = "write a row for each answer: FILE ends in .csv, .jsonl or .parquet (the last needs pyarrow)"
     output.add_argument("--rows", type=Path, metavar="FILE", help=help)
+    help = "log each run to a tracker: its figures, its training by step, and a table of its answers"
+    output.add_argument("--report_to", choices=("trackio", "wandb"), help=help)
     output.add_argument("--overwrite", action="store_true", help="replace existing output")
     add_decision_options(report)
     add_json_option(report)

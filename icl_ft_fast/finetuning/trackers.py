@@ -31,10 +31,7 @@ class Trackers:
         for name in names:
             if name not in TRACKERS:
                 raise FinetuneError(f"report_to: expected some of {', '.join(TRACKERS)}, got {name!r}")
-            try:
-                module = import_module(TRACKERS[name])
-            except ModuleNotFoundError as error:
-                raise FinetuneError(f"report_to: {name} is not installed: pip install {name}") from error
+            module = tracker_of(name)
             if name == "tensorboard":
                 writer = module.SummaryWriter(str((folder or Path()) / "runs"))
                 self._log.append(partial(_add_scalars, writer))
@@ -53,6 +50,18 @@ class Trackers:
         """End all."""
         for close in self._close:
             close()
+
+
+def tracker_of(name: str) -> Any:
+    """The module of a key of TRACKERS.
+
+    Raises:
+        FinetuneError: it is not installed.
+    """
+    try:
+        return import_module(TRACKERS[name])
+    except ModuleNotFoundError as error:
+        raise FinetuneError(f"report_to: {name} is not installed: pip install {name}") from error
 
 
 def _add_scalars(writer: Any, entry: dict[str, float], step: int) -> None:

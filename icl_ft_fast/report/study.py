@@ -15,6 +15,7 @@ from rich.console import Console
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.rows import answer_rows
+from icl_ft_fast.report.tracking import track
 from icl_ft_fast.report.verdict import Verdict, verdict_of
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.study.evaluate import Accuracy
@@ -89,6 +90,10 @@ class Study:
             for run in self.derived.results.runs
             for step, loss in enumerate(run.losses, 1)
         )
+
+    def track(self, name: str, *, project: str = "icl_ft_fast") -> int:
+        """Log every run with its curves and a table of answers to Trackio or Weights & Biases; see tracking.track()."""
+        return track([self.derived], name, project=project)
 
     def export(self, folder: Path, queries: float | None = None, *, overwrite: bool = False) -> list[Path]:
         """Write each chart as .svg and .png, each file whole or not at all; needs matplotlib.

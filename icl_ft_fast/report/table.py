@@ -229,10 +229,7 @@ def _paired_tables(study: Derived) -> Iterator[Table]:
     for some in _groups_of(list(dict.fromkeys(split for *_, split in tests)), SPLITS_PAIRED):
         table = _new_table("difference, p", some, PAIRED_CAPTION)
         for first, second in pairs:
-            found = (tests.get((first, second, split)) for split in some)
-            cells = (
-                "-" if t is None else f"{t.difference:+.2f} {_p(t.p)}\n{t.low:+.2f} to {t.high:+.2f}" for t in found
-            )
+            cells = (_paired_cell(tests.get((first, second, split))) for split in some)
             one, other = _cell(_title(first)), _cell(_title(second))
             between = "\n" if "\n" in one + other else " "
             table.add_row(f"{one} -{between}{other}", *cells)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.markdown import markdown
 from icl_ft_fast.runtime.durable import new_folder, replacing
 
 
@@ -19,11 +20,14 @@ def check_page(path: Path) -> None:
 
 
 def write_page(path: Path, studies: list[Derived], queries: float | None, tolerance: float) -> None:
-    """Write the report of studies as one page; raises as check_page() does."""
-    check_page(path)
-    from icl_ft_fast.report import page
+    """Write the report of studies as one page, of Markdown where the name ends in .md; raises as check_page() does."""
+    if path.suffix == ".md":
+        text = markdown(studies, queries, tolerance)
+    else:
+        check_page(path)
+        from icl_ft_fast.report import page
 
-    text = page.render(studies, queries, tolerance)
+        text = page.render(studies, queries, tolerance)
     with new_folder(path.parent), replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"Written to {path}")

@@ -12,6 +12,7 @@ from icl_ft_fast.cli.run.page import write_page
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.rows import check_format, write_rows
+from icl_ft_fast.report.tracking import track
 from icl_ft_fast.report.verdict import summary
 
 
@@ -32,7 +33,7 @@ def run_report(options: argparse.Namespace) -> None:
     queries = options.queries_per_day and options.queries_per_day * options.days
     if options.json:
         print(json.dumps([summary(study, queries, options.tolerance) for study in studies]))
-    elif options.out is options.charts is options.rows is None:
+    elif options.out is options.charts is options.rows is options.report_to is None:
         console = Terminal()
         for study in studies:
             console.print(f"{study.name}:", highlight=False, markup=False)
@@ -40,6 +41,8 @@ def run_report(options: argparse.Namespace) -> None:
             print_decision(study, options, console)
     if options.rows is not None:
         print(f"{write_rows(studies, options.rows):,} rows written to {options.rows}")
+    if options.report_to is not None:
+        print(f"{track(studies, options.report_to):,} runs logged to {options.report_to}")
     if options.charts is not None:
         try:
             from icl_ft_fast.report.study import Study
