@@ -192,7 +192,8 @@ def test_markdown_has_accuracies_gaps_and_the_verdict():
     assert markdown([study]) == f"{accuracy_table([study])}\n\n{gap_table([study])}\n"
     text = markdown([study], 1000, 5)
     test = next(t for t in study.paired if (t.first, t.second) == ("ft", "icl"))
-    cell = f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), p < 0.001: {test.word(5)} |"
+    p = "p < 0.001" if test.p < 0.001 else f"p {test.p:.3f}"
+    cell = f" {test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), {p}: {test.word(5)} |"
     assert [line for line in text.splitlines() if line.startswith(f"| mine: {test.split} |") and cell in line]
     assert text.endswith(f"**mine**: {verdict_of(study, 1000, 5).text}\n")
     assert gap_table([Derived(results_of(4, arms=("base",)), "alone")]) == ""
