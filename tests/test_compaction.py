@@ -135,7 +135,10 @@ def test_documents_by_themselves_in_python_and_on_the_command_line(llama, llama_
     with pytest.raises(CompactionError, match=r"^ratio: expected a number from 1 on, got 0.5$"):
         compact_documents(llama, documents, 0.5)
     assert main([*command, "0"]) == 2
-    assert capsys.readouterr().err == "icl-ft-fast context: --ratio: expected numbers of at least 1, got '0'\n"
+    assert (
+        capsys.readouterr().err
+        == "icl-ft-fast context: --ratio: expected a whole number above 0, got '0'; separate several by commas\n"
+    )
 
 
 def test_the_ledger_has_the_phase(llama):
