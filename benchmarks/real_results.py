@@ -29,7 +29,7 @@ def block(study: Derived) -> str:
         parts.append(differences)
     verdict = verdict_of(study, QUERIES, POINTS)
     parts.append(f"Verdict for {QUERIES:,} queries: " + (why_none(study) if verdict is None else verdict.text))
-    parts += [f"- {line}" for line in (*study.concerns, *study.notes)]
+    parts.append("\n".join(f"- {line}" for line in (*study.concerns, *study.notes)))
     return "\n\n".join(parts)
 
 
