@@ -44,9 +44,10 @@ real: .venv/smollm2
 		--arms $(ARMS) --out $(OUT) --keep-models $(OUT)/models
 	@$(BIN)/icl-ft-fast report $(OUT) --queries-per-day 500 --out $(OUT)/report.html --overwrite
 
-# Two workers, each with the threads of one core beside the other's: WORKERS=0 runs all in one process.
+# Two workers of one thread each: WORKERS=0 runs all in one process. Some hundred processes are started, each of which
+# would compile the package's Python anew.
 WORKERS ?= 2
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test: .venv/tested
 	@$(PYTEST)

@@ -1,5 +1,6 @@
-"""What tests share: no network, two threads, tiny tokenizers, tiny networks of any family, and what they alone say."""
+"""What tests share: no network, few threads, tiny tokenizers, tiny networks of any family, and what they alone say."""
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start processes of their own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that wait would hold the others up
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; what tests threads says how many it wants
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -50,6 +53,12 @@ TINY = {
 WORDS = "the cat sat on that mat who knows why".split()
 
 
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: looking through it again and again took a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _log_levels():
     """A command that is run here sets them for its process; the next test gets them as they were."""
@@ -62,7 +71,7 @@ def _log_levels():
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_and_reproducible():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     logging.disable_progress_bar()
 
 

@@ -33,7 +33,10 @@ def forest(
     for row, pop in enumerate(pops):
         above = paths[-1] if paths else []
         paths.append([*above[: max(0, len(above) - pop)], row])
-    end = [1 + max(row for row, path in enumerate(paths) if node in path) for node in range(len(pops))]
+    end = [0] * len(pops)
+    for row, path in enumerate(paths):
+        for node in path:
+            end[node] = row + 1
     kept = [row for row in range(start) if end[row] > start]
     stack = [*kept, *range(start, stop)]
     queries = range(len(kept), len(stack)) if queries is None else queries
@@ -42,7 +45,10 @@ def forest(
         end_k=[0 if i in unfilled else end[row] - start + len(kept) for i, row in enumerate(stack)],
         depth_q=[len(paths[stack[i]]) - 1 for i in queries],
         depth_k=[len(paths[row]) - 1 for row in stack],
-        visible=[[row in paths[stack[i]] and j not in unfilled for j, row in enumerate(stack)] for i in queries],
+        visible=[
+            [row in path and j not in unfilled for j, row in enumerate(stack)]
+            for path in (set(paths[stack[i]]) for i in queries)
+        ],
     )
 
 

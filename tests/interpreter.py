@@ -1,13 +1,15 @@
 """Triton's interpreter, made to compute what a GPU computes.
 
 It keeps bfloat16 as raw bits, which matrix products, arithmetic and reductions take for integers, and cuts float32 off
-where a GPU rounds it; it ignores how float32 products are to be made; and it knows no libdevice. `counted` counts what
+where a GPU rounds it; it ignores how float32 products are to be made; and it knows no libdevice. It also looks through
+the whole language at every call of a function, which is a third of its time: here once a launch. `counted` counts what
 kernels do.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -53,6 +55,33 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     (a_high, a_middle, a_low), (b_high, b_middle, b_low) = _thirds(a), _thirds(b)
     pairs = (a_middle, b_middle), (a_high, b_low), (a_low, b_high), (a_high, b_middle), (a_middle, b_high)
     return sum((np.matmul(*pair) for pair in pairs), np.float32(0)) + np.matmul(a_high, b_high)
+
+
+@cache
+def _languages(function: Any) -> frozenset[str]:
+    """The modules of the language that a function sees, which the interpreter replaces while a kernel runs."""
+    return frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
+
+
+def _patch_once_a_launch() -> None:
+    patch, scope_type, patched = interpreter._patch_lang, interpreter._LangPatchScope, set()
+
+    class Launch(scope_type):
+        def restore(self) -> None:
+            super().restore()
+            patched.clear()
+
+    def patch_once(function: Any) -> Any:
+        languages = _languages(function)
+        if languages in patched:  # by the kernel, or by a function that it called before
+            return scope_type()
+        scope = patch(function)
+        if not patched:
+            scope.__class__ = Launch
+        patched.add(languages)
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 def install() -> None:
@@ -107,6 +136,7 @@ def install() -> None:
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = dot, cast, round_float
     builder.binary_op, builder.unary_op, builder.ternary_op = binary, unary, ternary
     interpreter.ReduceOps.apply_impl = no_bfloat16
+    _patch_once_a_launch()
     libdevice.tanh = lambda x: tl.tensor(Handle(np.tanh(x.handle.data), x.dtype.scalar), x.type)
 
 

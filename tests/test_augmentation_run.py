@@ -4,15 +4,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from forked import forked
 
 from icl_ft_fast.augmentation.batches import prompts
 from icl_ft_fast.augmentation.generators import Endpoint, Recorded, Reply
@@ -28,33 +27,9 @@ from icl_ft_fast.tasks.files import TaskError, write_jsonl
 from icl_ft_fast.tasks.task import Document
 
 DOCUMENTS = [Document(str(d), f"cat{d} are taller than mat.") for d in range(12)]
+
+
 # Answers each prompt; the process kills itself at answer number argv[2] or, if argv[3], in the middle of writing it.
-CHILD = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_augmentation_run import DOCUMENTS, Echo, run_of
-from icl_ft_fast.augmentation import store
-
-folder, last, torn = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "torn"
-asked = []
-
-class Mortal(Echo):
-    def replies(self, requests):
-        for i, reply in super().replies(requests):
-            asked.append(i)
-            if len(asked) == last:
-                if torn:
-                    with run.store._shard.path.open("ab") as shard:
-                        shard.write(b'{{"key": "half')
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield i, reply
-
-run = run_of(folder, Mortal())
-run.collect()
-"""
-
-
 class Echo:
     """Answers with a line that holds the prompt's last word but one and the seed."""
 
@@ -88,17 +63,32 @@ def without_time(rows):
     return [{**asdict(row), "origin": {k: v for k, v in row.origin.items() if k != "time"}} for row in rows]
 
 
+def killed(folder, last, how):
+    """Run until the last reply, then die; torn: in the middle of a line."""
+    asked = []
+
+    class Mortal(Echo):
+        def replies(self, requests):
+            for i, reply in super().replies(requests):
+                asked.append(i)
+                if len(asked) == last:
+                    if how == "torn":
+                        with run.store._shard.path.open("ab") as shard:
+                            shard.write(b'{"key": "half')
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield i, reply
+
+    run = run_of(folder, Mortal())
+    run.collect()
+
+
 def test_killed_at_any_moment_it_goes_on_and_repeats_nothing(tmp_path):
     rng = random.Random(0)
-    code = CHILD.format(tests=str(Path(__file__).parent))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     finished = 0
     for how in ("torn", "whole", "torn"):
         last = rng.randint(2, 8)
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), str(last), how], env=environment, check=False, timeout=120
-        )
-        assert done.returncode == -signal.SIGKILL
+        codes, told = forked(partial(killed, tmp_path, last, how))
+        assert codes == [-signal.SIGKILL], told
         finished += last - 1
         assert len(lines(tmp_path)) == finished  # all but the one in flight
     run = run_of(tmp_path, Echo())

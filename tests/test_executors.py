@@ -21,6 +21,7 @@ import study
 import torch
 import yaml
 from crash import TASK
+from forked import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -378,43 +379,15 @@ def test_torchrun_of_two_ranks_one_of_them_killed(killed):
     killed([*TORCHRUN, "--max-restarts", "1"])
 
 
-SMALL_CALLS = """
-import sys
-from icl_ft_fast.augmentation.self_study import ConversationBatch
-from dataclasses import replace
-from icl_ft_fast.augmentation.generators import LocalGenerator
-from icl_ft_fast.augmentation.strategies import STRATEGIES
-from icl_ft_fast.augmentation.strategy import Parsed
-from icl_ft_fast.cli import main
-
-if __name__ == "__main__":
-    LocalGenerator.prompts_per_call = 4
-    any_text = lambda source, reply: Parsed([("document", f"{source} {reply}")], 0, 0)  # a random model keeps no form
-    STRATEGIES["document"] = replace(STRATEGIES["document"], read=any_text, is_lines=False)
-    sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monkeypatch):
-    script, template = tmp_path / "small.py", tmp_path / "template.jinja"
-    script.write_text(SMALL_CALLS)
+    template = tmp_path / "template.jinja"
     template.write_text("{{ document }}\nReversed:")
     (tmp_path / "task").mkdir()
     write_jsonl(tmp_path / "task" / "documents.jsonl", [{"id": str(n), "text": f"{text(5)}."} for n in range(10)])
     write_jsonl(tmp_path / "task" / "questions.jsonl", QUESTIONS[:1])
-    asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--strategy", "document", "--quiet"]
-    asked += [
-        "--prompt-template",
-        template,
-        "--max-new-tokens",
-        6,
-        "--temperature",
-        1,
-        "--samples",
-        2,
-        "--near-duplicates",
-        1,
-    ]
+    asked = ["augment", "--model", llama_directory, "--task", tmp_path / "task", "--quiet"]
+    asked += ["--prompt-template", template, "--strategy", "document"]
+    asked += shlex.split("--max-new-tokens 6 --temperature 1 --samples 2 --near-duplicates 1")
 
     def answers(folder):
         rows = [row for kept in (folder / "replies").iterdir() for row in rows_in(kept)]
@@ -425,8 +398,8 @@ def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monk
     strategy = replace(STRATEGIES["document"], read=study.any_text, is_lines=False)
     monkeypatch.setitem(STRATEGIES, "document", strategy)
     assert main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
-    code, told = run([*TORCHRUN, script, *asked, "--out", tmp_path / "two"])
-    assert code == 0, told
+    codes, told = forked(*[partial(main, [*map(str, asked), "--out", str(tmp_path / "two")])] * 2, as_ranks=True)
+    assert codes == [0, 0], told
     assert told.count(f"written to {tmp_path / 'two'}") == 1
     assert answers(tmp_path / "one") == answers(tmp_path / "two")
 

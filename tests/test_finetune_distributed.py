@@ -1,17 +1,18 @@
-"""Two processes against one: DDP and FSDP2 under torchrun, gloo on the CPU."""
+"""Two processes against one: DDP and FSDP2 as under torchrun, gloo on the CPU."""
 
+import itertools
 import json
-import os
-import subprocess
-import sys
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from forked import forked
 from safetensors.torch import load_file
 
 from icl_ft_fast.engine.loading import load
+from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, LoraSettings, RunOptions
 
@@ -21,57 +22,41 @@ ONE = replace(SETTINGS, batch_size=4)  # two processes take two examples each
 RUNS = {"ddp": {}, "fsdp": {"fsdp": True}, "lora": {"lora": LoraSettings(r=4)}}
 RUNS |= {"lora-fsdp": {"lora": LoraSettings(r=3, use_dora=True), "fsdp": True}}
 
-WORKER = """
-import itertools
-import sys
-from dataclasses import replace
-sys.path.insert(0, sys.argv[3])
-import torch
-torch.set_num_threads(1)
-from icl_ft_fast.finetuning import distributed
-from icl_ft_fast.finetuning.run import finetune
-from icl_ft_fast.finetuning.settings import RunOptions
-from icl_ft_fast.engine.loading import load
-from test_finetune_distributed import RUNS, SETTINGS, TEXTS
 
-with distributed.joined():
-    model = load(sys.argv[1])
-    for name, changes in RUNS.items():
-        folder = f"{sys.argv[2]}/{name}"
-        settings, options = replace(SETTINGS, **changes), RunOptions(output_dir=folder)
-        tuned = finetune(model, TEXTS, settings, validation=TEXTS[:1], seed=7, options=options)
-        if distributed.place()[0] == 0:
-            tuned.model.network.save_pretrained(f"{folder}/returned")
-    for name, step in itertools.product(("fsdp", "lora-fsdp"), (3, 4)):  # stops after step 3, then goes on
-        changes = replace(SETTINGS, **RUNS[name])
-        def ask(place=distributed.totals):
-            calls = []
-            def totals(values, device):
-                calls.append(1)
-                return place([values[0], len(calls) == 3 and step == 3], device)
-            return totals
-        distributed.totals, real = ask(), distributed.totals
-        try:
-            options = RunOptions(output_dir=f"{sys.argv[2]}/cut-{name}", resume=step > 3)
-            finetune(model, TEXTS, changes, validation=TEXTS[:1], seed=7, options=options)
-        except ValueError as error:
-            assert "interrupted after step 3" in str(error), error
-        distributed.totals = real
-"""
+def work(folder, model_directory):
+    """What each of the two processes does: every run, then the sharded ones cut after step 3 and resumed."""
+    with distributed.joined():
+        model = load(model_directory)
+        for name, changes in RUNS.items():
+            settings, options = replace(SETTINGS, **changes), RunOptions(output_dir=folder / name)
+            tuned = finetune(model, TEXTS, settings, validation=TEXTS[:1], seed=7, options=options)
+            if distributed.place()[0] == 0:
+                tuned.model.network.save_pretrained(folder / name / "returned")
+        for name, step in itertools.product(("fsdp", "lora-fsdp"), (3, 4)):
+            cut(model, name, step, folder / f"cut-{name}")
+
+
+def cut(model, name, step, folder):
+    """Run to a step; that a process was asked to stop is said to all among their sums."""
+    real, calls = distributed.totals, []
+
+    def totals(values, device):
+        calls.append(1)
+        return real([values[0], len(calls) == 3 and step == 3], device)
+
+    stops = pytest.raises(ValueError, match="interrupted after step 3") if step == 3 else nullcontext()
+    with stops, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "totals", totals)
+        options = RunOptions(output_dir=folder, resume=step > 3)
+        finetune(model, TEXTS, replace(SETTINGS, **RUNS[name]), validation=TEXTS[:1], seed=7, options=options)
 
 
 @pytest.fixture(scope="module")
 def two(llama_directory, tmp_path_factory):
     """Folders of the runs of two processes."""
-    folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
-    script = folder / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = subprocess.run(
-        [*command, llama_directory, folder, tests], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("two")
+    codes, told = forked(*[partial(work, folder, llama_directory)] * 2, as_ranks=True)
+    assert codes == [0, 0], told
     return folder
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import random
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -186,32 +187,23 @@ def test_the_least_recently_used_goes_first(llama, tmp_path):
     assert last.exists()
 
 
-WRITER = """
-import sys
-from pathlib import Path
-import icl_ft_fast as iff
-from icl_ft_fast.engine.contexts import ContextStore
-from icl_ft_fast.engine.likelihood import prefill
-model = iff.load(sys.argv[1])
-store = ContextStore(Path(sys.argv[2]), model, int(sys.argv[4]))
-for n in range(2, 14):
-    store.add(prefill(model, [n, *range(2, 40)]))
-    for m in range(2, 14):
-        found = store.find([m, *range(2, 40)])
-        assert found is None or found.token[0] == m
-"""
+def write(model, folder, limit):
+    """Prefill contexts into a folder and look for them there."""
+    store = ContextStore(folder, model, limit)
+    for n in range(2, 14):
+        store.add(prefill(model, [n, *range(2, 40)]))
+        for m in range(2, 14):
+            found = store.find([m, *range(2, 40)])
+            assert found is None or found.token[0] == m
 
 
-def test_processes_share_a_folder(llama_directory, llama, tmp_path):
+def test_processes_share_a_folder(llama, tmp_path):
     one = tmp_path / "one.safetensors"
     save_context(one, llama, prefill(llama, [2, *range(2, 40)]))
     limit = 5 * one.stat().st_size
     store = tmp_path / "store"
-    command = [sys.executable, "-c", WRITER, str(llama_directory), str(store), "_", str(limit)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in running:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    codes, told = forked(*[partial(write, llama, store, limit)] * 2)
+    assert codes == [0, 0], told
     found = list(contexts.contexts_in(store))
     assert 1 <= len(found) <= 5
     assert [contexts.verify(saved.path) for saved in found] == found

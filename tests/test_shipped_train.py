@@ -2,18 +2,17 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from forked import forked
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_shipped import COURSES, DIRECTIONS, text_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.shipped import corpus, lessons, train
 from icl_ft_fast.shipped.tokenizer import build_tokenizer
 from icl_ft_fast.tasks.comparisons import INVERSE
@@ -151,33 +150,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path / "halves").get_vocab() == build_tokenizer().get_vocab()
 
 
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import pytest, torch
-torch.set_num_threads(1)
-from icl_ft_fast.finetuning import distributed
-from icl_ft_fast.shipped import train
-from test_shipped_train import TOKENS, tiny_recipe
-
-tiny_recipe(pytest.MonkeyPatch())
-with distributed.joined():
-    train.train(__import__("pathlib").Path(sys.argv[1]), TOKENS, 0, "cpu")
-"""
+def work(folder):
+    """What each of the two processes does."""
+    tiny_recipe(pytest.MonkeyPatch())
+    with distributed.joined():
+        train.train(folder, TOKENS, 0, "cpu")
 
 
 def test_two_processes_share_the_batches_of_a_step(tmp_path, monkeypatch):
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, tmp_path / "worker.py", tmp_path / "two", tests],
-        env=os.environ | {"PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    codes, told = forked(*[partial(work, tmp_path / "two")] * 2, as_ranks=True)
+    assert codes == [0, 0], told
     tiny_recipe(monkeypatch)
     train.train(tmp_path / "one", TOKENS, 0, "cpu")
     mine, theirs = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("one", "two"))
