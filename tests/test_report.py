@@ -422,6 +422,19 @@ def test_a_hundred_thousand_questions_stay_under_ten_megabytes(many):
     assert f"{len(range(0, 100_000, 3)) + len(range(0, 100_000, 10)) - len(range(0, 100_000, 30)):,} questions" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("fine-tuned + RAG k=4 - ICL, reversal", "fine-tuned + RAG k=4 - ICL,\nreversal"),
+        ("x" * 40, "x" * 34 + "\n" + "x" * 6),
+        ("x " + "y" * 40, "x " + "y" * 32 + "\n" + "y" * 8),
+        ("ICL - base, trained", "ICL - base, trained"),
+    ],
+)
+def test_names_beside_the_chart_of_differences_are_cut_between_words(text, shown):
+    assert charts._wrap(text, charts.PAIR_WIDTH) == shown
+
+
 # In a browser.
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}

@@ -39,6 +39,7 @@ LIGHT = {
 }
 MARKS = "osD^vP"
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))  # of an arm's ways, in their order
+PAIR_WIDTH = 34  # characters of a line beside the chart of differences
 SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -162,7 +163,13 @@ def _accuracy(study: Derived) -> Chart | None:
 
 def _paired_height(study: Derived) -> float:
     """Of the chart of differences; that of accuracies beside it is no lower."""
-    return max(SIZE[1], 0.7 + 0.16 * min(60, len(study.paired)))
+    is_wrapped = any("\n" in _wrap(name, PAIR_WIDTH) for name in _pairs(study))
+    return max(SIZE[1], 0.7 + (0.25 if is_wrapped else 0.16) * min(60, len(study.paired)))
+
+
+def _pairs(study: Derived) -> list[str]:
+    """What each test of differences is about."""
+    return [f"{recorded_arm(t.first).title} - {recorded_arm(t.second).title}, {t.split}" for t in study.paired]
 
 
 def _paired(study: Derived) -> Chart | None:
@@ -170,16 +177,14 @@ def _paired(study: Derived) -> Chart | None:
     if not tests or len(tests) > 60:
         return None
     figure, axes = _axes(height=_paired_height(study))
-    names = []
+    names = _pairs(study)
     for i, test in enumerate(tests):
         sure = test.p < 0.05
         colour = _looks(study)[test.first if test.difference >= 0 else test.second][0]
         axes.barh(i, test.difference, color=colour if sure else "none", edgecolor=colour, height=0.6)
-        pair = " - ".join(recorded_arm(arm).title for arm in (test.first, test.second))
         axes.plot([test.low, test.high], [i, i], color=LIGHT["ink"], linewidth=1)
-        names.append(f"{pair}, {test.split}")
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
-    axes.set_yticks(range(len(tests)), [_wrap(name, 34) for name in names], fontsize=8)
+    axes.set_yticks(range(len(tests)), [_wrap(name, PAIR_WIDTH) for name in names], fontsize=8)
     axes.set(
         xlim=(-1.05, 1.05),
         ylim=(len(tests) - 0.4, -0.6),
@@ -433,4 +438,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _wrap(text: str, width: int = 16) -> str:
     text = printable(text)
     shown = text if len(text) <= 2 * width else text[: 2 * width - 1] + "…"
-    return shown if len(shown) <= width else f"{shown[:width]}\n{shown[width:]}"
+    if len(shown) <= width:
+        return shown
+    space = shown.rfind(" ", 0, width + 1)
+    cut = space if space > 0 and len(shown) - space - 1 <= width else width
+    return f"{shown[:cut]}\n{shown[cut:].lstrip()}"

@@ -49,7 +49,10 @@ def _check_k(k: int, task: Task) -> None:
     if not any(words(passage.text) for passage in passages):
         raise RetrievalError("documents: no passage has a word, so nothing can be retrieved from them")
     if not 1 <= k <= len(passages):
-        raise RetrievalError(f"arms: rag@{k}: expected 1 to the {len(passages)} passages of the documents")
+        raise RetrievalError(
+            f"arms: rag@{k}: expected 1 to the {len(passages)} passages of the documents; name such a number, "
+            f"as in rag@{min(4, len(passages))}: rag alone is 1, 4 and 8"
+        )
 
 
 def _prepare_retrieval(k: int, job: ArmJob, ready: Prepared) -> Prepared:
