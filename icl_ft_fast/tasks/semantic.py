@@ -247,7 +247,8 @@ def _question(
     else:  # as often as facts name them, so that what is told most is no likelier to be true
         rivals = [getattr(own, side) for own in alike if getattr(own, side) not in world.held_out]
     truth = getattr(fact, side)
-    false = [rival for rival in rivals if rival != truth and not world.may_hold(replace(fact, **{side: rival}))]
+    holds = {rival for rival in {*rivals} - {truth} if world.may_hold(replace(fact, **{side: rival}))} | {truth}
+    false = [rival for rival in rivals if rival not in holds]
     wrong = list(dict.fromkeys(rng.sample(false, len(false))))[: CHOICES - 1]
     if len(wrong) < CHOICES - 1:
         return None
