@@ -59,7 +59,6 @@ def print_forecast(plan: Forecast, console: Console) -> None:
 
 def write_plan(folder: Path, plan: Forecast, arguments: str) -> None:
     """Leave a plan in a study's folder, for the run of the same arguments."""
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / PLAN) as partial:
         partial.write_text(json.dumps({"arguments": arguments} | asdict(plan), indent=1) + "\n", encoding="utf-8")
 

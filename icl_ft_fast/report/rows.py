@@ -71,7 +71,6 @@ def write_rows(studies: Sequence[Derived], path: Path) -> int:
     """
     check_format(path)
     rows = [row for study in studies for row in answer_rows(study)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         if path.suffix == ".jsonl":
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

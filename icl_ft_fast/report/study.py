@@ -115,7 +115,6 @@ class Study:
         for path in made:
             if path.exists() and not overwrite:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        folder.mkdir(parents=True, exist_ok=True)
         for path, data in made.items():
             with replacing(path) as partial:
                 partial.write_bytes(data)

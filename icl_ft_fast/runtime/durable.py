@@ -120,7 +120,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Its mode follows the umask, whatever wrote it: safetensors gives its files to one user alone. A link stays one: what
     it leads to is replaced.
 
-    If the block fails, `path` is as it was and nothing else is left. One writer at a time: hold a lock.
+    Its folder is made when missing, see new_folder(). If the block fails, `path` is as it was and nothing else is left.
+    One writer at a time: hold a lock.
 
     Raises:
         OSError: with `path` as its file name, where the block's own error had none.
@@ -129,16 +130,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(errno.EEXIST, "is no file that could be replaced", str(path))
     path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with _named(path):
-            yield partial
-            follow_umask(partial)
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with new_folder(path.parent):
+        try:
+            with _named(path):
+                yield partial
+                follow_umask(partial)
+                sync(partial)
+                os.replace(partial, path)
+                sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def follow_umask(path: Path) -> None:

@@ -82,7 +82,6 @@ class StudyProgress:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(value), encoding="utf-8")
 

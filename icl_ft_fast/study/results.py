@@ -160,7 +160,6 @@ def _public(name: str) -> str:
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write results.json atomically, with a digest of it all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(results | {"checksum": digest(results)}, indent=1) + "\n", encoding="utf-8")
 

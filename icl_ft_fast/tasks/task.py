@@ -88,7 +88,6 @@ class Task:
     def write(self, folder: str | Path) -> None:
         """Write both files into `folder`, which is made; each replaces its predecessor atomically."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "documents.jsonl", (asdict(document) for document in self.documents))
         write_jsonl(folder / "questions.jsonl", (asdict(question) for question in self.questions))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from icl_ft_fast.cli.options import UsageError
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.markdown import markdown
-from icl_ft_fast.runtime.durable import new_folder, replacing
+from icl_ft_fast.runtime.durable import replacing
 
 
 def check_page(path: Path) -> None:
@@ -28,6 +28,6 @@ def write_page(path: Path, studies: list[Derived], queries: float | None, tolera
         from icl_ft_fast.report import page
 
         text = page.render(studies, queries, tolerance)
-    with new_folder(path.parent), replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"Written to {path}")
