@@ -54,10 +54,10 @@ test: .venv/tested
 
 # What a change to a unit may break, in less than a minute: all but the files that start processes, run Triton's
 # interpreter, train, write whole studies or compare kernels on many shapes.
-SLOW := augment_run benchmarks cli cli_finetune compare docs durable executors finetune_distributed finetune_run \
-	forecast generators gpu gpu_benchmark harm invariant lm_eval lora memory native own prefix real recipe repo \
-	report saved_contexts scheduler security server server_chat server_contexts server_refusals server_streams \
-	shipped shipped_train target_logprob trie_attention triton triton_rectangle trl
+SLOW := augmentation_run benchmarks cli cli_finetune compare docs durable executors finetune_distributed finetune_run \
+	forecast gpu gpu_benchmark harm invariant lm_eval lora memory native own prefix real repo report saved_contexts \
+	scheduler security server server_chat server_contexts server_refusals server_streams shipped shipped_train \
+	target_logprob trie_attention triton triton_rectangle trl
 test-fast: .venv/tested
 	@$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 

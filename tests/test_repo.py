@@ -277,6 +277,12 @@ def test_one_class_a_name():
     assert not doubles
 
 
+def test_what_the_quick_tests_leave_out_is_there():
+    listed = re.search(r"^SLOW := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    for name in listed.replace("\\", "").split():
+        assert (ROOT / "tests" / f"test_{name}.py").exists(), name
+
+
 def test_no_drawer_for_everything():
     generated = {"build", "out", "node_modules"}
     for folder, folders, files in os.walk(ROOT):
