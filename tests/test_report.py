@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import real_results
 from icl_ft_fast.report import charts, page, table
-from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.derived import FORM_NOTE, Derived
 from icl_ft_fast.report.markdown import accuracy_table, gap_table, markdown
 from icl_ft_fast.report.rows import RowsError, answer_rows, write_rows
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
@@ -366,6 +366,16 @@ def test_figures_taken_beside_other_workers_say_so(study):
     shown = [page.render([noted]), page.fragment(noted), console.file.getvalue(), accuracy_table([noted, noted])]
     assert [text.count(noted.beside) for text in shown] == [1, 1, 1, 1]
     assert noted.summary()["notes"][0] == noted.beside
+
+
+def test_being_asked_in_another_form_than_was_trained_is_told():
+    def notes(template, *arms):
+        results = results_of(4, arms=arms)
+        return Derived(replace(results, settings=results.settings | {"template": template}), "a study").notes
+
+    assert FORM_NOTE in notes("chat", "base", "ft")
+    assert FORM_NOTE not in notes("base", "base", "ft")
+    assert FORM_NOTE not in notes("chat", "base", "icl")
 
 
 def test_a_page_shows_a_study_between_its_markers(study, tmp_path, monkeypatch):

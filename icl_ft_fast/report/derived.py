@@ -34,6 +34,10 @@ WEIGHTS_NOTE = (
     f"With fewer than {SEEDS_AS_UNIT} seeds, intervals and p-values of trained arms are about these weights: another "
     "training run may differ by more."
 )
+FORM_NOTE = (
+    "Trained arms learned the documents as plain text and were asked through the chat template. A small model may hold "
+    "what it learned in that form only: --template base asks in it."
+)
 ENERGY_NOTE = "Electricity is not counted: this machine has no energy counter, and the price file names no watts."
 ON = " on "  # between a way and the machine or hosted model that it is on
 RESOURCES = {"seconds": "s", "FLOPs": "FLOP", "joules": "J"}  # and money, under a price file
@@ -154,10 +158,12 @@ class Derived:
 
     @property
     def notes(self) -> list[str]:
-        """What to know of the figures: unfinished runs, workers that ran at once, too few seeds."""
+        """What to know of the figures: unfinished runs, workers that ran at once, too few seeds, another form."""
         seeds = {run.seed for run in self.results.runs}
         trains = any(recorded_arm(arm).trains for arm in self.arms)
         few = trains and len(seeds) < SEEDS_AS_UNIT
+        made = [training for arm in self.arms if (training := recorded_arm(arm).training) is not None]
+        is_other_form = self.results.settings.get("template") == "chat" and not all(its.has_teacher for its in made)
         costs = self.costs(self.arms[0], "money", self.batch, self.cache_lifetime)
         uncounted = self.prices is not None and uncounted_electricity(self.prices, costs)
         batch = ""
@@ -175,6 +181,7 @@ class Derived:
             self.beside,
             self.shared,
             WEIGHTS_NOTE if few else "",
+            FORM_NOTE * is_other_form,
             batch,
             once,
             ENERGY_NOTE * uncounted,
