@@ -28,7 +28,7 @@ def block(study: Derived) -> str:
     if differences := _differences(study):
         parts.append(differences)
     verdict = verdict_of(study, QUERIES, POINTS)
-    parts.append(f"Verdict for {QUERIES:,} queries: " + (why_none(study) if verdict is None else verdict.text))
+    parts.append(f"Verdict on {QUERIES:,} queries: " + (why_none(study) if verdict is None else verdict.text))
     parts.append("\n".join(f"- {line}" for line in (*study.concerns, *study.notes)))
     return "\n\n".join(parts)
 

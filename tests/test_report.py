@@ -387,9 +387,9 @@ def test_a_page_shows_a_study_between_its_markers(study, tmp_path, monkeypatch):
     assert re.search(
         r"^\| fine-tuned \| 18 \| 2 \|  \| 0\.\d\d \| [\d,]+ \(.*\) \| [\d,]+ \(.*\) \|$", text, re.MULTILINE
     )
-    assert "Verdict for 15,000 queries: " in text
+    assert "Verdict on 15,000 queries: " in text
     unmeasured = real_results.block(replace(study, results=replace(study.results, sweep=Sweep())))
-    assert "Verdict for 15,000 queries: No decision: " in unmeasured
+    assert "Verdict on 15,000 queries: No decision: " in unmeasured
     page_md = tmp_path / "page.md"
     page_md.write_text("before\n<!-- study -->\nout of date\n<!-- /study -->\nafter")
     (tmp_path / "study").mkdir()
