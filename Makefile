@@ -10,6 +10,7 @@ CONSTRAINTS ?= constraints.txt
 
 .PHONY: setup demo real test test-fast harnesses fuzz sanitize lint format bench kernels readme figures models docs wheel \
 	wheel-check clean
+.PHONY: tutorials commands accessibility picture
 
 setup: .venv/installed
 
@@ -127,9 +128,31 @@ readme: setup
 figures: setup
 	@$(BIN)/python docs/figures.py
 
+# The tutorials of docs/tutorials, run on the shipped model; what they print and draw is in build/tutorials.
+tutorials: .venv/tested
+	@$(BIN)/python docs/render_tutorials.py
+
+# The commands of README.md and docs/ as they stand there; ends with those that are not run, each with its reason.
+commands: .venv/tested
+	@$(BIN)/python tests/run_commands.py
+
 # The documentation site in build/site; a broken link or an unknown reference is an error.
 docs: build/docs/installed
 	@NO_MKDOCS_2_WARNING=1 build/docs/bin/python docs/website.py
+
+# axe-core in Chromium over the site and the tutorials' reports: no serious fault, nothing asked for from elsewhere.
+accessibility: build/axe/installed
+	@$(BIN)/python docs/accessibility.py
+
+# axe-core lies in this package, whose own dependencies are not needed.
+build/axe/installed: Makefile
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/axe \
+		axe-playwright-python==0.1.8
+	@touch $@
+
+# The picture of the report in the README, of the demo's study in out/demo.
+picture: setup
+	@$(BIN)/python docs/picture.py
 
 build/docs/installed: Makefile
 	@test -x build/docs/bin/python || $(PYTHON) -m venv build/docs

@@ -1,8 +1,8 @@
 """Build the documentation site into build/site: `make docs`. A broken link or an unknown reference is an error.
 
-The pages of docs/, the README, the log and the results are gathered in build/pages; a page for each part of the public
-API is made from its docstrings; the navigation is the index's. Beside every page lies its Markdown, and llms.txt lists
-them for language models.
+The pages of docs/, the README, the log and the results are gathered in build/pages, and the tutorials with their output
+as `make tutorials` left them; a page for each part of the public API is made from its docstrings; the navigation is the
+index's. Beside every page lies its Markdown, and llms.txt lists them for language models.
 """
 
 import logging
@@ -28,6 +28,8 @@ OTHERS = {
     "benchmarks/results/README.md": "speed.md",
 }
 LINK = re.compile(r"(\]\()([^)#\s:]+)(#[^)\s]*)?(\))")
+TUTORIALS = {f"docs/tutorials/{path.name}": path for path in sorted((ROOT / "docs" / "tutorials").glob("*.py"))}
+RENDERED = ROOT / "build" / "tutorials"
 # The public names by the room that they live in, as a reader looks for them.
 TOPICS = {
     "engine": "Scoring and generation",
@@ -46,6 +48,13 @@ def gather() -> None:
     shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.yml", "__pycache__"))
     (PAGES / "index.md").unlink()
     sources = {path.relative_to(ROOT).as_posix(): path.name for path in (ROOT / "docs").glob("*.md")} | OTHERS
+    tutorials = {name: f"tutorials/{path.stem}.md" for name, path in TUTORIALS.items()}
+    targets = sources | tutorials
+    for path in TUTORIALS.values():
+        if not (RENDERED / f"{path.stem}.md").exists():
+            raise SystemExit(f"{path.stem}: has not been run; run `make tutorials`")
+        for file in (path, *RENDERED.glob(f"{path.stem}*.*")):
+            shutil.copyfile(file, PAGES / "tutorials" / file.name)
     for source, name in sources.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         folder = (ROOT / source).parent
@@ -55,7 +64,7 @@ def gather() -> None:
             if not target.exists() or not target.is_relative_to(ROOT):
                 raise SystemExit(f"{source}: {match[2]}: there is no such file")
             path = target.relative_to(ROOT).as_posix()
-            return f"{match[1]}{sources.get(path) or linked(path)}{match[3] or ''}{match[4]}"
+            return f"{match[1]}{targets.get(path) or linked(path)}{match[3] or ''}{match[4]}"
 
         (PAGES / name).write_text(LINK.sub(turned, text), encoding="utf-8")
 

@@ -283,6 +283,7 @@ def test_relative_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{page}: {target}: no such heading"
 
 
-def test_every_page_is_in_the_index():
-    linked = set(re.findall(r"\]\(([\w-]+\.md)", TEXTS["docs/index.md"]))
+def test_every_page_and_tutorial_is_in_the_index():
+    linked = set(re.findall(r"\]\(([\w/-]+\.(?:md|py))", TEXTS["docs/index.md"]))
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked
+    assert {f"tutorials/{path.name}" for path in (ROOT / "docs" / "tutorials").glob("*.py")} <= linked

@@ -113,8 +113,13 @@ def test_the_type_check_needs_no_extra():
         assert not unknown, f"{name} imports {sorted(unknown)}: name it in pyproject.toml, [[tool.mypy.overrides]]"
 
 
-@pytest.mark.parametrize("path", sorted([*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]), ids=str)
-def test_what_tests_and_benchmarks_import_is_there(path):
+IMPORTING = [
+    path for folder in ("tests", "benchmarks", "docs/tutorials", "examples") for path in (ROOT / folder).glob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", sorted(IMPORTING), ids=str)
+def test_what_tests_benchmarks_and_examples_import_is_there(path):
     """Also in the programs that tests write out as text."""
     imports = r"^from (icl_ft_fast[\w.]*) import (?:\(([^)]*)\)|([\w, ]*))"
     for target, *names in re.findall(imports, path.read_text(encoding="utf-8"), re.MULTILINE):

@@ -185,7 +185,7 @@ def train_prefix(
         FinetuneError: num_tokens out of range, files that do not fit, or a loss that is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived and there is an output_dir.
 
-    Example:
+    Examples:
         >>> documents, model = [iff.Document("d", "femp are wider than glon.")], iff.load("shipped")
         >>> settings = iff.PrefixSettings(conversations=4, steps=2)
         >>> prefix = iff.train_prefix(model, documents, 4, settings)

@@ -54,7 +54,7 @@ def compact(
 
     Source: attention matching (arXiv 2602.16284), see engine/compaction.py.
 
-    Example:
+    Examples:
         >>> documents = [iff.Document("d", "femp are wider than glon. glon are warmer than trup.")]
         >>> made = iff.compact(iff.load("shipped"), documents, 2)
         >>> len(made.context.token) < 12

@@ -117,7 +117,7 @@ def read_prices(path: str | Path) -> Prices:
         PriceError: no UTF-8 JSON, or a field that is missing, unknown or out of range.
         OSError: the file cannot be read.
 
-    Example:
+    Examples:
         >>> with open("prices.json", "w") as file:
         ...     _ = file.write('{"currency": "EUR", "machine_per_hour": 1.5}')
         >>> iff.read_prices("prices.json").names

@@ -308,7 +308,7 @@ def retrieve(retriever: Retriever, queries: Sequence[str], k: int, num_passages:
     Raises:
         RetrievalError: k below 1 or above the number of passages.
 
-    Example:
+    Examples:
         >>> passages = ["femp are wider than glon.", "trup are warmer than mib."]
         >>> iff.retrieve(iff.Bm25(passages), ["mib are colder than"], 1, len(passages))
         [(1,)]
@@ -353,7 +353,7 @@ def hit_rate(
         questions: what was asked.
         found: indices of passages for each question.
 
-    Example:
+    Examples:
         >>> question = iff.Question("q", "glon are", (" wider.", " narrower."), answer=1, document="d")
         >>> task = iff.Task((iff.Document("d", "femp are wider than glon."),), (question,))
         >>> iff.hit_rate(task, iff.split_documents(task.documents), task.questions, [(0,)])

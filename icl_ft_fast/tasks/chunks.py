@@ -40,7 +40,7 @@ def split_documents(documents: Sequence[Document], max_characters: int = MAX_CHA
     Raises:
         ValueError: max_characters below 1.
 
-    Example:
+    Examples:
         >>> [passage.text for passage in iff.split_documents([iff.Document("d", "One.\n\nTwo.")], 4)]
         ['One.', 'Two.']
     """
