@@ -57,8 +57,8 @@ def compact(
     Examples:
         >>> documents = [iff.Document("d", "femp are wider than glon. glon are warmer than trup.")]
         >>> made = iff.compact(iff.load("shipped"), documents, 2)
-        >>> len(made.context.token) < 12
-        True
+        >>> len(made.context.token)  # of 27, with the template's words
+        14
     """
     shown = documents.documents if isinstance(documents, Task) else documents
     if not 1 <= ratio < math.inf:
