@@ -102,8 +102,14 @@ def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
             assert looks == ["paused"] * 3
             ended(1, 1)
     assert "icl-ft-fast resume" in capsys.readouterr().out
-    with pytest.raises(StatusError, match="no study is at work here"):
-        set_paused(tmp_path / "elsewhere", True)
+    with locked(tmp_path / ".lock"):
+        set_paused(tmp_path, True)
+    for folder in (tmp_path, tmp_path / "elsewhere"):  # killed, or never begun
+        with pytest.raises(StatusError, match="no study is at work here"):
+            set_paused(folder, True)
+    with locked(tmp_path / ".lock"):
+        StudyProgress(tmp_path).begin(("base",), (0,))
+        assert status_of(tmp_path).state != "paused"
 
 
 def test_a_study_tells_as_it_goes_and_leaves_its_results(llama, tmp_path, capsys):

@@ -43,8 +43,9 @@ class StudyProgress:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
-        """Say what is to be run, before anything is."""
+        """Say what is to be run, before anything is; whoever begins again ends a pause."""
         if self.folder is not None:
+            (self.folder / PROGRESS / PAUSED).unlink(missing_ok=True)
             _write(self.folder / PROGRESS / PLAN, {"arms": list(arms), "seeds": list(seeds), "began": time.time()})
 
     def end(self) -> None:
@@ -181,7 +182,7 @@ def set_paused(folder: Path, paused: bool) -> None:
     Raises:
         StatusError: no study is at work there.
     """
-    if not (folder / PROGRESS / PLAN).exists():
+    if not (folder / PROGRESS / PLAN).exists() or not is_locked(folder / ".lock"):
         raise StatusError(f"{folder}: no study is at work here; expected the --out of compare")
     path = folder / PROGRESS / PAUSED
     if paused:
