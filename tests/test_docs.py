@@ -14,6 +14,8 @@ import pytest
 import icl_ft_fast
 from icl_ft_fast import _C, cli
 from icl_ft_fast.ops import cpu
+from icl_ft_fast.report.derived import Derived
+from icl_ft_fast.report.markdown import markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -256,6 +258,18 @@ def test_python_compiles(page, code):
 def test_public_names_exist(page):
     for name in re.findall(r"\biff\.(\w+)", TEXTS[page]):
         assert name in icl_ft_fast.__all__ or name in ("__all__", "__version__"), f"{page}: iff.{name}"
+
+
+# Results.
+
+
+def test_results_are_what_the_published_files_give():
+    """Every line of tables and verdicts, anew from each answer: docs/results.md names the command."""
+    files = sorted((ROOT / "docs" / "results").glob("*/results.json"))
+    studies = [Derived.read(path.parent, cache_lifetime=1000) for path in files]  # --queries-per-day
+    lines = markdown(studies, 30_000).splitlines()
+    assert [line for line in lines if line not in TEXTS["docs/results.md"].splitlines()] == []
+    assert len(studies) == 4
 
 
 # Links.
