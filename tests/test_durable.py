@@ -124,9 +124,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="No space") as caught, replacing(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(path)
-    with pytest.raises(OSError, match="No space"), replacing(tmp_path / "new" / "folder" / "file"):
+    fresh = tmp_path / "new" / "folder" / "file"
+    with pytest.raises(OSError, match="No space"), replacing(fresh):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == ["file"]
+    with replacing(fresh) as partial:
+        partial.write_text("made")
+    assert fresh.read_text() == "made"
 
 
 def test_a_journal_is_what_was_written(tmp_path):

@@ -206,6 +206,18 @@ def test_whatever_the_document_allows_or_forbids_gets_an_answer(path, mode, docu
     check()
 
 
+def test_an_address_in_use_is_refused_before_the_model_is_loaded(llama_directory, monkeypatch, capsys):
+    monkeypatch.setattr("icl_ft_fast.cli.run.serve.load_model", lambda _: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for more, told in (
+            ((), f"127.0.0.1:{port}: Address already in use"),
+            (("--host", "203.0.113.1"), "203.0.113.1:"),
+        ):
+            assert cli.main(["serve", str(llama_directory), "--port", port, *more]) == 2
+            assert f"icl-ft-fast serve: --host, --port: {told}" in capsys.readouterr().err
+
+
 def test_the_key_is_no_argument(tmp_path, monkeypatch, capsys, llama_directory):
     empty = tmp_path / "key"
     empty.write_text("\n")

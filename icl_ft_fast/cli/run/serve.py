@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def run_serve(options: argparse.Namespace) -> None:
     name = options.name or Path(options.model).name or options.model
     if key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"icl-ft-fast serve: whoever reaches {options.host} may use this server: no key is set", file=sys.stderr)
+    _check_address(options.host, options.port)
     model = load_model(options)
     if date := fix_date(model.tokenizer, options.template_date):
         print(f"The chat template writes the date {date}; --template-date sets it.", file=sys.stderr)
@@ -67,6 +69,17 @@ def run_serve(options: argparse.Namespace) -> None:
         access_log=False,
         workers=1,  # WEB_CONCURRENCY, which hosts set, means processes; here one thread owns the model
     )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before the model is loaded; raises UsageError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn's own
+            trial.bind(address)
+    except OSError as error:
+        raise UsageError(f"--host, --port: {host}:{port}: {error.strerror or error}") from error
 
 
 def _key(file: Path | None) -> str | None:
