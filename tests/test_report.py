@@ -432,6 +432,14 @@ def test_a_hundred_thousand_questions_stay_under_ten_megabytes(many):
     assert f"{len(range(0, 100_000, 3)) + len(range(0, 100_000, 10)) - len(range(0, 100_000, 30)):,} questions" in text
 
 
+def test_arms_of_a_chart_are_told_apart():
+    names = ("base", "icl", "rag@1", "rag@4", "rag@8", "prefix@16", "ft", "ft+icl", "augmented-ft", "rules-ft")
+    looks = charts._looks(SimpleNamespace(arms=names))
+    assert len({looks[arm] for arm in names}) == len(names)
+    usual = ("base", "icl", "rag@4", "ft", "augmented-ft", "rules-ft")
+    assert len({looks[arm][0] for arm in usual}) == len(usual)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -75,8 +75,8 @@ print(f"once: {training_s:.1f} s to train the prefix; each time: {reading_s:.2f}
 print(f"so the training is paid back after {training_s / reading_s:,.0f} readings of the documents that it saves")
 
 # %% [markdown]
-# That is many readings for 12 short documents, and the accuracy is below that of the documents themselves after so
-# short a training: this page trains for seconds. [Ways of answering](../ways.md) has the measurements with full
-# settings, and `compare --arms icl,prefix,compacted` puts the prefix beside its rivals on documents of your own.
+# That is many readings of 12 short documents; of long ones it is fewer. So short a training suffices for so few
+# facts. [Ways of answering](../ways.md) has the measurements with more documents, and `compare --arms
+# icl,prefix,compacted` puts the prefix beside its rivals on documents of your own.
 #
 # Next: [a harness and the server](6_harness_and_server.py).

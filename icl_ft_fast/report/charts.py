@@ -38,6 +38,7 @@ LIGHT = {
     "arm5": "#b81f5c",
 }
 MARKS = "osD^vP"
+COLOURED_FIRST = ("base", "icl", "ft", "augmented-ft", "rag@4", "rules-ft")  # often side by side: a colour each
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (1, 1.5), (6, 2, 1, 2))  # of an arm's ways, in their order
 PAIR_WIDTH = 34  # characters of a line beside the chart of differences
 SIZE = (4.5, 3.2)  # inches: on a phone the text is still readable, on a desktop two are side by side
@@ -120,9 +121,9 @@ def _axes(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes
 
 
 def _looks(study: Derived) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each arm, the same in every chart and every study of a page."""
-    known = [*ARM_NAMES, *sorted(set(study.arms) - set(ARM_NAMES))]
-    return {arm: (LIGHT[f"arm{i % 6}"], MARKS[i % 6]) for i, arm in enumerate(known)}
+    """Colour and mark of each arm, the same in every chart and every study of a page; no two arms share both."""
+    known = dict.fromkeys((*COLOURED_FIRST, *ARM_NAMES, *sorted(study.arms)))
+    return {arm: (LIGHT[f"arm{i % 6}"], MARKS[(i + i // 6) % 6]) for i, arm in enumerate(known)}
 
 
 def _look(study: Derived, way: str) -> tuple[str, str]:
