@@ -108,7 +108,7 @@ def main() -> int:
     chosen = [path for path in TUTORIALS if not sys.argv[1:] or path.stem[0] in sys.argv[1:]]
     if chosen == TUTORIALS:
         shutil.rmtree(OUT, ignore_errors=True)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "84"}
     environment = os.environ | offline | {"PYTHONPATH": str(ROOT)}
     total_s = 0.0
     for path in chosen:

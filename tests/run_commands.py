@@ -107,6 +107,8 @@ def run(arguments: str) -> tuple[int, str]:
         except Exception:
             traceback.print_exc(file=said)
             code = 1
+    if words[:2] == ["task", "new"] and "--questions" not in words and not code:  # `task questions` is not run
+        shutil.copyfile("questions.jsonl", Path(words[2]) / "questions.jsonl")
     return code, said.getvalue()
 
 
