@@ -85,6 +85,26 @@ def test_what_killed_processes_left_is_not_running(tmp_path, clock, monkeypatch)
         assert told(status_of(tmp_path)).splitlines()[0] == "measuring what a query takes: 2 of 2 runs done"
 
 
+def test_the_time_left_is_that_of_runs_that_train_or_do_not(tmp_path, clock):
+    with locked(tmp_path / ".lock"):
+        mine = StudyProgress(tmp_path)
+        mine.begin(("base", "icl", "ft", "augmented-ft"), (0,), ("ft", "augmented-ft"))
+        for arm, seconds, left in (("icl", 2, None), ("ft", 60, 60 + 2), ("base", 4, 60)):
+            with mine.running(arm, 0) as ended:
+                clock[0] += seconds
+                ended(1, 1)
+            assert status_of(tmp_path).seconds_left == left
+    other = tmp_path / "other"
+    other.mkdir()
+    with locked(other / ".lock"):
+        mine = StudyProgress(other)
+        mine.begin(("base", "ft"), (0, 1), ("ft",))
+        with mine.running("ft", 0) as ended:  # workers take what trains first
+            clock[0] += 50
+            ended(1, 1)
+        assert status_of(other).seconds_left == 50  # nothing is known of base
+
+
 def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
     looks = []
 

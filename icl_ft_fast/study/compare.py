@@ -224,7 +224,8 @@ class _Study:
         model, settings, options, journal = self.model, self.settings, self.options, self.journal
         progress = StudyProgress(self.folder)
         if not options.executor.rank:
-            progress.begin(settings.arms, settings.seeds)
+            trained = [name for name in settings.arms if arm_named(name).training is not None]
+            progress.begin(settings.arms, settings.seeds, trained)
         generates = any(t.generates for name in settings.arms if (t := arm_named(name).training) is not None)
         writer = writer_of(model, settings) if generates else None
         planned = plan(model, task_of_seed, settings, journal, writer=writer, has_store=options.store is not None)

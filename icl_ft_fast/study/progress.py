@@ -42,11 +42,12 @@ class StudyProgress:
     folder: Path | None
     events: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
-        """Say what is to be run, before anything is; whoever begins again ends a pause."""
+    def begin(self, arms: Sequence[str], seeds: Sequence[int], trained: Sequence[str] = ()) -> None:
+        """Say what is to be run, and which arms train, before anything is; whoever begins again ends a pause."""
         if self.folder is not None:
             (self.folder / PROGRESS / PAUSED).unlink(missing_ok=True)
-            _write(self.folder / PROGRESS / PLAN, {"arms": list(arms), "seeds": list(seeds), "began": time.time()})
+            plan = {"arms": list(arms), "seeds": list(seeds), "trained": list(trained), "began": time.time()}
+            _write(self.folder / PROGRESS / PLAN, plan)
 
     def end(self) -> None:
         """Take it all away: the study has ended well."""
@@ -97,7 +98,8 @@ class Status:
         planned, done: runs, an arm under a seed each.
         running: (arm, seed, seconds so far).
         accuracy: by arm, correct and total answers so far.
-        seconds_left: by what like runs took, over the processes at work; None before the first has ended.
+        seconds_left: by what runs of the same arm took, else of arms that train or do not, over the processes at
+            work; runs without training count from the first one's end on. None before one that trains has ended.
         error: of the last run that failed since the study was begun or resumed; "" for none.
     """
 
@@ -150,25 +152,32 @@ def status_of(folder: Path) -> Status:
         len(set(planned) & counts.keys()),
         tuple((e["arm"], e["seed"], now - e["began"]) for e in at_work),
         accuracy,
-        _seconds_left([key for key in planned if key not in counts], events, at_work, now),
+        _seconds_left([key for key in planned if key not in counts], events, at_work, now, plan.get("trained", ())),
         errors[-1] if errors else "",
     )
 
 
 def _seconds_left(
-    left: Sequence[tuple[str, int]], events: Sequence[dict[str, Any]], at_work: Sequence[dict[str, Any]], now: float
+    left: Sequence[tuple[str, int]],
+    events: Sequence[dict[str, Any]],
+    at_work: Sequence[dict[str, Any]],
+    now: float,
+    trained: Sequence[str],
 ) -> float | None:
-    """By the mean of like runs, or of all where none is like, less what those at work have had."""
+    """By the mean of the arm's runs, or of its kind's where it has none, less what those at work have had."""
     took: dict[str, list[float]] = {}
     for event in events:
         if "ended" in event:
             took.setdefault(event["arm"], []).append(event["ended"] - event["began"])
     if not left:
         return 0.0
-    if not took:
+    of_kind = {
+        kind: [s for arm, some in took.items() if (arm in trained) == kind for s in some] for kind in (True, False)
+    }
+    unknown = {arm in trained for arm, _ in left if arm not in took and not of_kind[arm in trained]}
+    if not took or True in unknown:
         return None
-    usual = fmean(seconds for some in took.values() for seconds in some)
-    needed = {key: fmean(took[key[0]]) if key[0] in took else usual for key in left}
+    needed = {key: fmean(took.get(key[0]) or of_kind[key[0] in trained] or [0.0]) for key in left}
     for event in at_work:
         key = event["arm"], event["seed"]
         if key in needed:
