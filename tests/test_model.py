@@ -560,6 +560,10 @@ def lfs_pointer(name):
         (holding("generation_config.json", '{"eos_token_id": -1}'), "generation_config.json: eos_token_id: expected"),
         (holding("chat_template.jinja", b"\xff"), r"chat_template\.jinja: damaged, or not such a file: "),
         (of_config(max_position_embeddings=-5), "config.json: max_position_embeddings: expected at least 1, got -5"),
+        (
+            holding("config.json", json.dumps({"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 4})),
+            "falcon: this family cannot be served: its attention does not use transformers",
+        ),
         (of_config(hidden_act="zork"), "cannot be loaded as a causal language model: KeyError: 'zork'"),
         (no_family, "cannot be loaded as a causal language model: Unrecognized model"),
         (unknown_family, "cannot be loaded as a causal language model: .*nosuch"),

@@ -20,6 +20,7 @@ from icl_ft_fast.engine.gguf import GgufError
 from icl_ft_fast.engine.memory import Memory
 from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention
 
+NO_INTERFACE = "its attention does not use transformers' attention interface"
 # Families whose mathematics the interval rule does not express; the self-check finds others.
 UNSERVED = {
     "bloom": "ALiBi position biases",
@@ -39,7 +40,7 @@ UNSERVED = {
         ("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
         "its attention sees only the tokens that an index of its own picks",
     ),
-    "gptj": "its attention does not use transformers' attention interface",
+    "gptj": NO_INTERFACE,
 }
 
 READ = (".json", ".safetensors", ".model", ".txt", ".jinja")  # what transformers, tokenizers and peft open
@@ -196,6 +197,8 @@ def _read(
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and torch each raise their own
+        if isinstance(error, KeyError) and error.args == (ATTENTION,):
+            raise ModelError(f"{name}: {config.model_type}: this family cannot be served: {NO_INTERFACE}") from error
         broken = _unreadable(Path(name)) or _unreadable(Path(tokenizer))
         raise ModelError(
             broken or f"{name}: cannot be loaded as a causal language model: {_in_a_line(error)}"
