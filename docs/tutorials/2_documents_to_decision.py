@@ -50,7 +50,7 @@ print(f"picking the longest choice is right in {found.longest_is_right:.0%}, at 
 # %%
 asked = [q for q in task.questions if q.split in ("recall", "rephrase")][::2]
 first = replace(task, questions=tuple(asked))
-settings = iff.StudySettings(arms=("base", "icl", "rag@4", "oracle"), seeds=(0,), icl_tokens=1000)
+settings = iff.StudySettings(arms=("base", "icl", "rag@4", "oracle"), seeds=(0,), icl_tokens=600)
 options = iff.StudyOptions(measure_s=1, task_name="handbook")
 results = iff.compare(iff.load(name), first, settings, options=options, out="out/tutorials/handbook")
 study = iff.Study.of(results, "handbook")
