@@ -150,7 +150,7 @@ build/axe/installed: Makefile
 		axe-playwright-python==0.1.8
 	@touch $@
 
-# The picture of the report in the README, of the demo's study in out/demo.
+# The picture of the report in the README, of the study in docs/results/simple-reversals.
 picture: setup
 	@$(BIN)/python docs/picture.py
 

@@ -1,7 +1,7 @@
 """Take the picture of a report that the README shows: `make picture`, or `python docs/picture.py RESULTS`.
 
-RESULTS is the folder of a study, by default the demo's. Its report is made for 1,000 queries a day and opened in
-Chromium without a window; what a desk's screen shows first becomes docs/images/report.png.
+RESULTS is the folder of a study, by default that of simple reversals in docs/results. Its report is made for 1,000
+queries a day and opened in Chromium without a window; what a desk's screen shows first becomes docs/images/report.png.
 """
 
 import base64
@@ -22,7 +22,7 @@ FLAGS = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-b
 
 def main() -> int:
     """Write the picture."""
-    results = sys.argv[1] if sys.argv[1:] else "out/demo"
+    results = sys.argv[1] if sys.argv[1:] else str(ROOT / "docs" / "results" / "simple-reversals")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         command = [sys.executable, "-m", "icl_ft_fast.cli", "report", results, "--out", str(page)]

@@ -47,7 +47,7 @@ NOT_RUN = {
     r"^compare .*(--arms all|,prefix)": "trains prefixes for minutes; tests/test_prefix.py, tests/test_compare.py",
     r"^(pause|resume) |--watch": "of a study that is running; tests/test_status.py",
     r"--nproc-per-node|--output_dir out/two": "starts two processes; tests/test_finetune_distributed.py",
-    r"\$task|docs/results/": "a loop over studies of hours, whose results are not in the repository",
+    r"\$task|docs/results/": "a shell's loop or pattern, over studies of hours",
     r"--exclude-words english": "looks for English words in a list of the system",
 }
 
