@@ -547,10 +547,10 @@ def test_two_workers_compare_and_one_is_killed_as_it_trains(compared, tmp_path):
         assert told.count("Written to") == 1
         assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "results.json"]
         begun = Counter((marks / "begun").read_text().splitlines())
-        arms = {f"{arm} {seed}" for arm in COMPARED for seed in (0, 1)}
+        arms = {f"{arm} {seed}" for arm in COMPARED for seed in (0, 1)} - {"base 1"}  # no seed changes base
         assert begun.keys() > arms
         parts = {written: times for written, times in begun.items() if written not in arms}
-        assert list(parts.values()) == [1] * 6  # each for all arms of its seed, and though a worker was killed
+        assert list(parts.values()) == [1] * 4  # greedy ones for both seeds, and though a worker was killed
         assert begun[study.MORTAL] == 2
         assert max(begun.values()) <= 2
         assert (marks / "steps").read_text() == "." * (1 + 1 + 2)  # kept in a checkpoint, deadly, and those left
@@ -565,7 +565,7 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
 
     def dies(self, model, job):
         begun.append(job)
-        if len(begun) == 9:
+        if len(begun) == 7:
             raise KilledError
         return real(self, model, job)
 
@@ -579,8 +579,8 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
             main(command(out, "--store", tmp_path / "store"))
         with locked(out / ".lock"):
             assert main(command(out, "--store", tmp_path / "store")) == 2
-    assert Counter(type(job) for job in begun[:6]) == {PromptBatch: 4, ConversationBatch: 2}
-    assert [job[0].arm for job in begun[6:]] == ["ft", "augmented-ft", "distilled"]
+    assert Counter(type(job) for job in begun[:4]) == {PromptBatch: 2, ConversationBatch: 2}
+    assert [job[0].arm for job in begun[4:]] == ["ft", "augmented-ft", "distilled"]
     make_run = runs.make_run
 
     def making(model, planned, *arguments, **named):
@@ -590,7 +590,8 @@ def test_compare_goes_on_alone_from_what_a_rank_left(compared, tmp_path, monkeyp
     monkeypatch.setattr(runs, "make_run", making)
     monkeypatch.setattr(LocalGenerator, "replies", None)  # all is written
     assert main(command(out, "--store", tmp_path / "store")) == 0
-    assert made == [(0, arm) for arm in ("base", "icl", "distilled", "prefix@4")] + [(1, arm) for arm in COMPARED]
+    first = [(0, arm) for arm in ("base", "icl", "distilled", "prefix@4")]
+    assert made == first + [(1, arm) for arm in COMPARED[1:]]
     assert unmeasured_bytes(out) == unmeasured_bytes(tmp_path / "one")
     assert not (out / "workers").exists()
 

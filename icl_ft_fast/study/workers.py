@@ -134,6 +134,7 @@ def make_runs(
     folder = start.folder / WORKERS
     # Whoever begins the longest job last keeps all waiting: arms that train nothing come last.
     left = [p for p in sorted(planned, key=lambda p: not p.trains) if p.key not in journal.values]
+    left = [p for i, p in enumerate(left) if p.key not in {other.key for other in left[:i]}]  # what seeds share, once
     new = {batch.name: batch for p in left for batch in _beforehand(p)}
     new = {name: batch for name, batch in new.items() if name not in journal.values}
 
