@@ -1,8 +1,10 @@
 """Processes that start as copies of this one: importing torch and transformers takes each other process seconds."""
 
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ def forked(*calls: Callable[[], object], as_ranks: bool = False) -> tuple[list[i
     """Make every call in a process of its own, of one thread, at once; their exit codes and all that they print.
 
     Args:
-        as_ranks: with the environment that torchrun gives to the processes of one launch.
+        as_ranks: as torchrun does it: with the environment of one launch's processes, and all end where one fails.
     """
     environment = {}
     if as_ranks:
@@ -27,10 +29,18 @@ def forked(*calls: Callable[[], object], as_ranks: bool = False) -> tuple[list[i
             own = environment and {**environment, "RANK": rank, "LOCAL_RANK": rank}
             _end_with(call, told, {name: str(value) for name, value in own.items()})
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = dict[int, int]()
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[child] = os.waitstatus_to_exitcode(ended[1])
+        if as_ranks and any(codes.values()):
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
     with open(told, "rb") as file:
         file.seek(0)
-        return codes, file.read().decode()
+        return [codes[child] for child in children], file.read().decode()
 
 
 def _end_with(call: Callable[[], object], told: int, environment: dict[str, str]) -> None:

@@ -584,7 +584,7 @@ def test_help_shows_examples_that_parse(command, capsys):
 def test_commands_of_the_documentation_are_taken(page):
     text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^    icl-ft-fast (.*)$", text, re.MULTILINE)
-    assert len(commands) > 2
+    assert len(commands) > 1
     for line in commands:
         cli.parser().parse_args(shlex.split(line))
 
@@ -802,7 +802,8 @@ def test_machines_get_json(files, run, monkeypatch):
     assert json.loads(told)["phases"]["query"]["how"]["joules"] in ("unavailable", "measured")
 
 
-def test_doctor(run, refused):
+def test_doctor(run, refused, monkeypatch):
+    monkeypatch.setattr("icl_ft_fast.engine.machine.ceilings", functools.cache(ceilings))  # a second each
     code, printed, errors = run(["doctor"])
     assert (code, errors) == (0, [])
     assert any(line.startswith("float32 matmul ") for line in printed)

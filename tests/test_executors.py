@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import study
@@ -358,14 +361,14 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def killed(case, tmp_path):
-    """A function that runs `score` in a launcher, where one of two workers is killed, and checks what comes of it."""
+    """A function that has `score` launched, where one of two workers is killed, and checks what comes of it."""
     command, whole = case
     script, marks, out = tmp_path / "killing.py", tmp_path / "marks", tmp_path / "scores.jsonl"
     script.write_text(KILL_ONE)
     marks.mkdir()
 
-    def call(launcher, *more):
-        code, told = run([*launcher, script, marks, *command(out, *more)])
+    def call(launch, *more):
+        code, told = launch([script, marks, *command(out, *more)])
         assert code == 0, told
         assert (marks / "killed").exists()
         assert out.read_bytes() == whole
@@ -375,8 +378,18 @@ def killed(case, tmp_path):
     return call
 
 
-def test_torchrun_of_two_ranks_one_of_them_killed(killed):
-    killed([*TORCHRUN, "--max-restarts", "1"])
+def test_two_ranks_one_of_them_killed(killed):
+    def launch(command):
+        """As torchrun with --max-restarts 1, which is itself started below."""
+        script, *arguments = map(str, command)
+        rank = partial(run_path, script, run_name="__main__")
+        with mock.patch.object(sys, "argv", [script, *arguments]):
+            codes, _ = forked(rank, rank, as_ranks=True)
+            assert -signal.SIGKILL in codes
+            codes, told = forked(rank, rank, as_ranks=True)
+        return max(codes), told
+
+    killed(launch)
 
 
 def test_augment_asks_two_ranks_what_it_asks_one(llama_directory, tmp_path, monkeypatch):
@@ -414,7 +427,7 @@ def test_several_workers_augment_by_a_model_and_without_limits(tmp_path, monkeyp
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'icl_ft_fast[ray]'")
 def test_two_actors_of_ray_one_of_them_killed(killed):
-    killed([sys.executable], "--executor", "ray", "--workers", "2")
+    killed(lambda command: run([sys.executable, *command]), "--executor", "ray", "--workers", "2")
 
 
 def test_ray_is_named_where_it_is_missing(case, tmp_path, monkeypatch, capsys):

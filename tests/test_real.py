@@ -44,4 +44,4 @@ def test_a_real_model_reads_answers_learns_and_writes(tmp_path):
     texts = [document.text for document in documents[:2]]
     tuned = finetune(model, texts, step, options=RunOptions(output_dir=tmp_path / "lora"))
     assert 1 < tuned.losses[0] < 6
-    assert augment(model, documents[:1], "document").rows
+    assert augment(model, documents[:1], "local").rows
