@@ -53,12 +53,13 @@ PYTEST = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytes
 test: .venv/tested
 	@$(PYTEST)
 
-# What a change to a unit may break, in about a minute: all but the files that start processes, run Triton's
-# interpreter, train, decode, write whole studies or data sets, or compare kernels on many shapes.
-SLOW := augmentation_run benchmarks cli cli_finetune compare docs durable executors finetune_distributed finetune_run \
-	forecast generate generated gpu gpu_benchmark harm invariant lm_eval lora memory native own passages prefix real \
-	repo report runs saved_contexts scheduler security server server_chat server_contexts server_refusals \
-	server_streams shipped shipped_train synthetic target_logprob trie_attention triton triton_rectangle trl
+# What a change to a unit may break, in less than a minute: all but the files that start processes or servers, run
+# Triton's interpreter, train, decode, write or read whole studies or data sets, or compare kernels on many shapes.
+SLOW := amortise augmentation_run benchmarks cli cli_finetune compare docs durable executors finetune_distributed \
+	finetune_run forecast generate generated gpu gpu_benchmark harm invariant lm_eval lora memory native own \
+	passages prefix progress questions real repo report results retrieval runs saved_contexts scheduler security \
+	server server_chat server_contexts server_refusals server_streams shipped shipped_train synthetic target_logprob \
+	trie_attention triton triton_rectangle trl
 test-fast: .venv/tested
 	@$(PYTEST) $(SLOW:%=--ignore=tests/test_%.py)
 
