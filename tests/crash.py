@@ -57,7 +57,7 @@ TASK = {
 }
 COMMANDS = {
     "compare": "--task ../task --arms icl,augmented-ft,augmented-ft@60,repeated-ft,distilled,rag@1,oracle,compacted@2,"
-    "prefix@4 --seeds 0 --replay 0.3 --steps 2 --train-batch-size 2 --conversations 3 --prefix-steps 2 "
+    "prefix@4 --seeds 0,1 --replay 0.3 --steps 2 --train-batch-size 2 --conversations 3 --prefix-steps 2 "
     "--store store --icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",

@@ -195,7 +195,7 @@ def document(live):
 def test_whatever_the_document_allows_or_forbids_gets_an_answer(path, mode, document, live):
     options = {"base_url": f"http://127.0.0.1:{live[0]}", "headers": {"Authorization": f"Bearer {KEY}"}}
 
-    @settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
     def check(case):
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
