@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import VOCABULARY
 from hypothesis import HealthCheck, given, settings
+from pydantic import ValidationError
 from serving import ASKED, CHOICES, CONTEXT, KEY, ask, assert_scores, call, openai, schemathesis, serving
 
 from icl_ft_fast import cli
 from icl_ft_fast.cli.serve import KEY_VARIABLE
 from icl_ft_fast.engine import encoding
+from icl_ft_fast.integrations import protocol
 from icl_ft_fast.integrations.scheduler import Choices, Scheduler
+
+jsonschema_rs = pytest.importorskip("jsonschema_rs")  # schemathesis brings it
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,24 @@ def test_a_failure_is_the_culprits_alone_and_leaks_nothing(llama, monkeypatch):
         status, body = ask(port, "culprit")
         assert (status, body["error"]["type"]) == (500, "server_error")
         assert body["error"]["message"] == "internal error; the server's log has more"
+
+
+BODIES = [each for each in vars(protocol).values() if isinstance(each, type) and issubclass(each, protocol.Body)]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_a_boolean_is_no_number_and_a_number_no_boolean(body):
+    """Python's False == 0; the document's const does not say so."""
+    schema = body.model_json_schema()
+    for name, field in schema.get("properties", {}).items():
+        allowed = jsonschema_rs.Draft202012Validator(field | {"$defs": schema.get("$defs", {})})
+        for value in (False, True, 0, 1):
+            try:
+                body.model_validate({name: value})
+                refused = False
+            except ValidationError as error:
+                refused = any(each["loc"][0] == name for each in error.errors())
+            assert refused or allowed.is_valid(value), (name, value)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 from icl_ft_fast.engine.generate import Sampling
 
@@ -20,6 +21,19 @@ Text = Annotated[str, Field(max_length=2**24)]
 Stop = Annotated[str, Field(max_length=1000)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None  # a list that asks for nothing
 TopK = Annotated[int, Field(ge=0, le=20)]
+Zero = Annotated[int, Field(ge=0, le=0)]  # Literal[0] would take false, which Python calls equal
+NoPenalty = Annotated[float, Field(ge=0, le=0)]
+
+
+def _boolean(value: Any) -> Any:
+    """value; Literal[True] by itself would take 1 as well."""
+    if not isinstance(value, bool):
+        raise PydanticKnownError("bool_type")
+    return value
+
+
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes = Annotated[Literal[True], BeforeValidator(_boolean)]
 
 
 ALMOST_GREEDY = 1e-5  # a temperature below is greedy, as in vLLM: logits divided by it would overflow
@@ -35,7 +49,7 @@ class StreamOptions(Body):
     """What a stream says besides its text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class GenerationBody(Body):
@@ -57,12 +71,12 @@ class GenerationBody(Body):
     safety_identifier: Text | None = Field(None, description="not read")
     prompt_cache_key: Text | None = Field(None, description="not read: every prompt is looked up")
     service_tier: Literal["auto", "default"] | None = None
-    ignore_eos: Literal[False] | None = None
-    min_tokens: Literal[0] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    ignore_eos: No | None = None
+    min_tokens: Zero | None = None
+    skip_special_tokens: Yes | None = None
+    include_stop_str_in_output: No | None = None
+    presence_penalty: NoPenalty | None = None
+    frequency_penalty: NoPenalty | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
@@ -138,9 +152,9 @@ class ChatRequest(GenerationBody):
     prediction: None = None
     verbosity: None = None
     web_search_options: None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     response_format: TextFormat | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     modalities: list[Literal["text"]] | None = None
 
 
