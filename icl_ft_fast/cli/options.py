@@ -21,6 +21,7 @@ from icl_ft_fast.runtime.durable import digest, locked
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, Torchrun, cores, launched, threads_wanted
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.ranges import outside
 from icl_ft_fast.runtime.templates import DateError, check_date
 
 if TYPE_CHECKING:
@@ -430,9 +431,8 @@ def between(least: float, most: float, *, above: bool = False) -> Callable[[str]
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most or (above and value == least):
-            asked = f"{'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {asked}, got {shortened(text)}")
+        if expected := outside(value, least, most, above=above):
+            raise argparse.ArgumentTypeError(f"{expected}, got {shortened(text)}")
         return value
 
     return number

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.ranges import outside
 from icl_ft_fast.tasks.sentences import SPLITTINGS
 from icl_ft_fast.tasks.tables import silent
 
@@ -273,6 +274,5 @@ def _at_least_one(settings: object, name: str) -> None:
 
 def _within(settings: object, name: str, least: float, most: float, *, above: bool = False) -> None:
     value = getattr(settings, name)
-    if not least <= value <= most or (above and value == least):
-        asked = f"{'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}"
-        raise FinetuneError(f"{name}: expected a number {asked}, got {value}")
+    if expected := outside(value, least, most, above=above):
+        raise FinetuneError(f"{name}: {expected}, got {value}")

@@ -65,14 +65,14 @@ def compact(
         raise compaction.CompactionError(f"ratio: expected a number from 1 on, got {ratio}")
     if not shown:
         raise compaction.CompactionError("documents: expected at least one")
-    token, num_slots, followers = given(model, prompt_context(model, shown, template), shown, ratio)
+    token, num_slots, followers = tokens_to_compact(model, prompt_context(model, shown, template), shown, ratio)
     made = compaction.compact(model, token, num_slots, followers, ledger=ledger)
     name = hashlib.sha256(json.dumps([token, num_slots, followers]).encode()).hexdigest()
     key, ids = key_of(model, name, num_slots)
     return CompactedContext(key, slots_context(model, made.layers, made.hidden, ids), made.mean_error)
 
 
-def given(
+def tokens_to_compact(
     model: Model, text: str, documents: Sequence[Document], ratio: float
 ) -> tuple[list[int], int, list[list[int]]]:
     """The context's tokens, the number of slots for them, and the tokens that are read behind it."""

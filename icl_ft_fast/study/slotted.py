@@ -25,7 +25,7 @@ from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.arm import ArmJob, Asking, Expected, Prepared, all_documents
 from icl_ft_fast.study.calibration import Calibration
-from icl_ft_fast.study.compaction import given
+from icl_ft_fast.study.compaction import tokens_to_compact
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Task
@@ -42,7 +42,7 @@ def compacted(ratio: int) -> Asking:
 
 def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Expected:
     read = all_documents(job.model, job.task, job.seed, job.settings)
-    token, num_slots, followers = given(job.model, read.text, read.documents, ratio)
+    token, num_slots, followers = tokens_to_compact(job.model, read.text, read.documents, ratio)
     tokens = len(token) + sum(map(len, followers))
     flops = 2 * float(work_of(job.model).path_flops(len(token))[-1])
     return Expected(num_slots, tokens, flops, calibration.compacting_s(token, ratio, followers))
@@ -51,7 +51,7 @@ def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Exp
 def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
     model = ready.model
     read = all_documents(model, job.task, job.seed, job.settings)
-    token, num_slots, followers = given(model, read.text, read.documents, ratio)
+    token, num_slots, followers = tokens_to_compact(model, read.text, read.documents, ratio)
     made = compact(model, token, num_slots, followers, ledger=job.ledger)
     notes = {
         "context_documents": len(read.documents),
