@@ -29,6 +29,7 @@ from icl_ft_fast.finetuning.network import NetworkInTraining, recomputing
 from icl_ft_fast.finetuning.optimizer import Optimizer
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 from icl_ft_fast.finetuning.trackers import Trackers
+from icl_ft_fast.runtime.printable import duration
 from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 
@@ -320,7 +321,7 @@ def _advance(state: RunState, indices: list[int], request: threading.Event) -> t
     state.folder.append_metrics(entry | {"target_tokens": num_targets, "seconds": took_s})
     if progress.step == TIMED_STEP and settings.steps > 10:
         all_s = took_s * settings.steps
-        state.options.tell(f"fine-tuning: {settings.steps} steps of {took_s:.2f} s take about {all_s:,.0f} s here")
+        state.options.tell(f"fine-tuning: {settings.steps} steps of {took_s:.2f} s take about {duration(all_s)} here")
     if progress.step % settings.logging_steps == 0:
         _log(state, entry)
     return loss, bool(stop)

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from icl_ft_fast.report.derived import ON, Derived
 from icl_ft_fast.report.sensitivity import cheapest_map, tornado
 from icl_ft_fast.report.table import count, interval_words
-from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.printable import amount, printable
 from icl_ft_fast.study.arm import SYNTHETIC_TOKENS
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.settings import ARM_NAMES
@@ -233,7 +233,7 @@ def _pareto(study: Derived, resource: str, queries: float) -> Chart | None:
         each = 1e3 * way.line.cost(queries) / queries
         hollow = "none" if _rank(study, way.name) else colour
         axes.plot([each], [way.accuracy], mark, color=colour, markerfacecolor=hollow, label=way.name, markersize=7)
-        shown.append(f"{way.name}: accuracy {way.accuracy:.3f}, {each:.3g} {unit}")
+        shown.append(f"{way.name}: accuracy {way.accuracy:.3f}, {amount(each)} {unit}")
     axes.set(
         xscale="log",
         ylim=(-0.03, 1.05),

@@ -60,7 +60,7 @@ def accuracy_table(studies: Sequence[Derived]) -> str:
     rows = [titles, ["---"] * len(titles)]
     for study in studies:
         phases = [phase for run in study.results.runs for phase in run.counts["phases"].values()]
-        seconds = f"{math.fsum(phase['wall_s'] for phase in phases):.0f}"
+        seconds = f"{math.fsum(phase['wall_s'] for phase in phases):,.0f}"
         for split in study.splits:
             found = [study.accuracy(arm, split) for arm in arms]
             total = max(accuracy.total for accuracy in found if accuracy is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean, median
@@ -16,7 +17,7 @@ from icl_ft_fast.report import charts
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import break_even_words, count, interval_words
 from icl_ft_fast.report.verdict import verdict_of, why_none
-from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.printable import amount, printable
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.settings import NORMALIZATIONS
 
@@ -57,7 +58,7 @@ def _environment() -> jinja2.Environment:
         finalize=_shown,
     )
     environment.policies["json.dumps_function"] = lambda value, **options: json.dumps(_shown(value), **options)
-    environment.filters |= {"count": count, "title_of": _title, "figure": _figure}
+    environment.filters |= {"count": count, "title_of": _title, "figure": _figure, "amount": amount, "told": _told}
     environment.filters |= {"break_even_words": break_even_words, "interval_words": interval_words}
     return environment
 
@@ -164,6 +165,11 @@ def _figure(value: float | int | None) -> str:
         if abs(value) >= factor:
             return f"{value / factor:,.3g} {prefix}"
     return f"{value:,.3g}"
+
+
+def _told(text: str) -> markupsafe.Markup:
+    """A sentence of ours with its `code` in marks of HTML, all else escaped."""
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _title(arm: str) -> str:

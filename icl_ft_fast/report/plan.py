@@ -14,6 +14,7 @@ from rich.table import Table
 
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.printable import duration
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.forecast import Forecast, taken_s
 from icl_ft_fast.study.records import Run
@@ -49,8 +50,8 @@ def print_forecast(plan: Forecast, console: Console) -> None:
         table.add_row(title, *cells, *([even] if rival else []))
     console.print(table)
     console.print(
-        f"\n{plan.seconds:,.0f} s for all arms and seeds, what they share counted once; measuring queries comes on top "
-        f"(--measure-seconds). Planned in {plan.calibration_s:.0f} s.",
+        f"\n{duration(plan.seconds)} for all arms and seeds, what they share counted once; measuring queries comes on "
+        f"top (--measure-seconds). Planned in {duration(plan.calibration_s)}.",
         highlight=False,
     )
     if not all(arm.is_planned for arm in plan.arms):

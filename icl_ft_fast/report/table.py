@@ -15,6 +15,7 @@ from rich.table import Table
 
 from icl_ft_fast.report.derived import ON, Derived
 from icl_ft_fast.report.verdict import Verdict, verdict_of, why_none
+from icl_ft_fast.runtime.printable import amount
 from icl_ft_fast.study.amortise import BreakEven
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.evaluate import Answer
@@ -76,7 +77,7 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
         mine = study.of(arm)
         seconds = [{name: p["wall_s"] for name, p in run.counts["phases"].items()} for run in mine]
         train_s = fmean(phases.get("train", 0.0) for phases in seconds)
-        query_ms = (f"{1e3 * w[_title(arm)].line.query:.1f}" if w else "-" for w in (alone, all_at_once))
+        query_ms = (f"{1e3 * w[_title(arm)].line.query:,.1f}" if w else "-" for w in (alone, all_at_once))
         reading_s = alone[_title(arm)].line.reading if alone else 0.0
         table.add_row(
             _cell(_title(arm)),
@@ -114,11 +115,11 @@ def print_decision(verdict: Verdict, console: Console) -> None:
     for way in decision.ways:
         cost = way.total(decision.queries)
         each = 1e3 * cost / decision.queries
-        right = f"{each / way.accuracy:,.4g}" if way.accuracy else "-"
+        right = amount(each / way.accuracy) if way.accuracy else "-"
         accurate = "" if decision.is_accurate(way) else "\n(less accurate)"
         name = way.name.replace(ON, f"\n{ON.lstrip()}", 1)
         share = f"{verdict.shares.get(way.name, 0.0):.0%}"
-        table.add_row(escape(name + accurate), f"{way.accuracy:.3f}", f"{cost:,.4g}", f"{each:,.4g}", right, share)
+        table.add_row(escape(name + accurate), f"{way.accuracy:.3f}", amount(cost), amount(each), right, share)
     console.print(verdict.text, highlight=False, markup=False)
     console.print()
     console.print(table)
@@ -287,4 +288,4 @@ def _cell(title: str) -> str:
 
 
 def _seconds_cell(seconds: float) -> str:
-    return f"{seconds:.1f}" if seconds else "-"
+    return f"{seconds:,.1f}" if seconds else "-"

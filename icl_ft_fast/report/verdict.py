@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.sensitivity import CheapestWays, at_machine_prices, chosen_by
+from icl_ft_fast.runtime.printable import amount
 from icl_ft_fast.study.amortise import Decision, Line, Way, decide
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import DAY_S, Bill
@@ -60,7 +61,9 @@ class Verdict:
         text = f"{chosen} is chosen in {self.shares.get(chosen, 0.0):.0%} of resamples of facts, timings and setups"
         text += f"; {others[0][0]} in {others[0][1]:.0%}." if others else "."
         if self.regret is not None:
-            text += f" It costs {self.regret:,.3g} {self.unit} more, on average, than the best choice of each resample."
+            text += (
+                f" It costs {amount(self.regret)} {self.unit} more, on average, than the best choice of each resample."
+            )
         return text
 
     @property
@@ -216,8 +219,8 @@ def _latency(study: Derived, decision: Decision) -> list[str]:
         names = study.priced(study.decided_by[0])
         out = [name for name in names if not study.is_fast(name)]
     text = (
-        f"With {at_once} at once, a query of {decision.chosen.name} takes {1e3 * found[0]:,.4g} ms "
-        f"(median) and {1e3 * found[1]:,.4g} ms (95th percentile)."
+        f"With {at_once} at once, a query of {decision.chosen.name} takes {amount(1e3 * found[0])} ms "
+        f"(median) and {amount(1e3 * found[1])} ms (95th percentile)."
     )
     if out:
         text += f" Slower than --max-latency, or not known: {', '.join(out)}."
@@ -243,8 +246,8 @@ def _wrong(study: Derived, decision: Decision) -> list[str]:
     n, chosen, (_, unit) = decision.queries, decision.chosen, study.decided_by
     computing, wrong = chosen.line.cost(n), chosen.wrong * n
     return [
-        f"A wrong answer costs {price:g} {unit}, so accuracy has its price and no tolerance is used: of "
-        f"{computing + wrong:,.4g} {unit}, {wrong:,.4g} are for wrong answers."
+        f"A wrong answer costs {amount(price)} {unit}, so accuracy has its price and no tolerance is used: of "
+        f"{amount(computing + wrong)} {unit}, {amount(wrong)} are for wrong answers."
     ]
 
 
@@ -273,7 +276,7 @@ def decision_text(decision: Decision, unit: str) -> str:
     n, chosen, best = decision.queries, decision.chosen, decision.best
 
     def named(way: Way) -> str:
-        return f"{way.name} (accuracy {way.accuracy:.3f}, {way.total(n):,.4g} {unit})"
+        return f"{way.name} (accuracy {way.accuracy:.3f}, {amount(way.total(n))} {unit})"
 
     among = "" if math.isinf(decision.points) else f" within {decision.points:g} points of the best accuracy"
     text = f"For {n:,.0f} queries the cheapest way{among} is "

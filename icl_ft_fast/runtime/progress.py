@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.printable import duration, printable
 
 FIRST_S, THEN_S = 3.0, 10.0
 
@@ -95,11 +95,11 @@ class Activity:
         """What it is, how far, since when, and how long it may take."""
         seconds = time.monotonic() - self._start
         if not self.total:
-            return f"{self.what}: {_duration(seconds)}"
-        told = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {_duration(seconds)}"
+            return f"{self.what}: {duration(seconds)}"
+        told = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {duration(seconds)}"
         if self.done > self._initial:
             left = seconds * (self.total - self.done) / (self.done - self._initial)
-            told += f", about {_duration(left)} left"
+            told += f", about {duration(left)} left"
         return told + self._notes
 
 
@@ -109,11 +109,6 @@ def _columns() -> int | None:
         return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else None
     except (OSError, ValueError):
         return None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _tell() -> None:

@@ -29,7 +29,7 @@ from icl_ft_fast.cli.run.task import task_of_seed
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.engine.prompting import chosen_template, icl_context
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray
-from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.printable import duration, printable
 from icl_ft_fast.tasks.check import check
 from icl_ft_fast.tasks.files import write_jsonl
 from icl_ft_fast.tasks.generated import deny
@@ -202,7 +202,7 @@ def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> A
 
 
 def _described(estimate: Estimate) -> str:
-    seconds = "unknown until some replies are stored" if estimate.seconds is None else f"{estimate.seconds:,.0f} s"
+    seconds = "unknown until some replies are stored" if estimate.seconds is None else duration(estimate.seconds)
     return (
         f"{estimate.replies:,} replies to generate, {estimate.stored:,} stored; at most {estimate.prompt_tokens:,} "
         f"prompt tokens and {estimate.completion_tokens:,} completion tokens; at most "

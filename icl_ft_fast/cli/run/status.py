@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import asdict
 
-from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.printable import duration, printable
 from icl_ft_fast.study.progress import Status, set_paused, status_of
 
 
@@ -23,23 +23,17 @@ def run_status(options: argparse.Namespace) -> None:
 
 def told(status: Status) -> str:
     """The status in lines; arms have the names that --arms takes."""
-    left = "" if status.seconds_left is None else f", about {_duration(status.seconds_left)} left"
+    left = "" if status.seconds_left is None else f", about {duration(status.seconds_left)} left"
     what = "measuring what a query takes" if status.state == "measuring" else status.state
     is_open = status.state in ("running", "paused", "stopped")
     lines = [f"{what}: {status.done} of {status.planned} runs done{left if is_open else ''}"]
-    lines += [f"  running {arm}, seed {seed}, for {_duration(seconds)}" for arm, seed, seconds in status.running]
+    lines += [f"  running {arm}, seed {seed}, for {duration(seconds)}" for arm, seed, seconds in status.running]
     lines += [
         f"  {arm}: {correct} of {total} correct ({correct / total:.2f})"
         for arm, (correct, total) in status.accuracy.items()
         if total
     ]
     return "\n".join([*lines, *([f"  last error: {status.error}"] if status.error else [])])
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def run_pause(options: argparse.Namespace) -> None:
