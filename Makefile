@@ -45,9 +45,11 @@ real: .venv/smollm2
 		--arms $(ARMS) --out $(OUT) --keep-models $(OUT)/models
 	@$(BIN)/icl-ft-fast report $(OUT) --queries-per-day 500 --out $(OUT)/report.html --overwrite
 
-# Two workers of one thread each: WORKERS=0 runs all in one process. Some hundred processes are started, each of which
-# would compile the package's Python anew.
-WORKERS ?= 2
+# Workers of one thread each, three on two cores: while one waits for the processes, disks and browsers it has started,
+# the others go on. The quick tests start none. WORKERS=0 runs all in one process. Some hundred processes are started,
+# each of which would compile the package's Python anew.
+WORKERS ?= 3
+test-fast: WORKERS = 2
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test: .venv/tested

@@ -22,7 +22,24 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+class Lazily(dict):
+    """What a function makes of each module, made when asked for: a worker parses what its own tests look at."""
+
+    def __init__(self, make):
+        self.make = make
+        super().__init__()
+
+    def __missing__(self, name):
+        self[name] = self.make(name)
+        return self[name]
+
+    def items(self):
+        return [(name, self[name]) for name in MODULES]
+
+
+TREES = Lazily(lambda name: ast.parse(MODULES[name].read_text(encoding="utf-8")))
 
 # The rooms of the package, lowest first: imports go to an earlier line, or stay in their room. "" is the facade, which
 # `import icl_ft_fast` opens.
@@ -74,7 +91,7 @@ def imported(name, tree, path):
     return ours - {name}, others
 
 
-IMPORTS = {name: imported(name, tree, MODULES[name]) for name, tree in TREES.items()}
+IMPORTS = Lazily(lambda name: imported(name, TREES[name], MODULES[name]))
 
 
 @pytest.mark.parametrize("name", MODULES)

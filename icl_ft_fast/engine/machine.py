@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -29,12 +30,6 @@ def fingerprint(device: torch.device | str) -> dict[str, Any]:
     """The hardware and the versions that figures were taken with."""
     device = torch.device(device)
     cuda = device.type == "cuda"
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "device": str(device),
         "processor": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -43,8 +38,20 @@ def fingerprint(device: torch.device | str) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": dict(_versions()),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of the packages that decide figures, those that are installed; read from their files once."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _processor() -> str:

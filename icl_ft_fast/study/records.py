@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from icl_ft_fast.study.evaluate import Accuracy, Answer
@@ -87,3 +88,8 @@ class Run:
     harm: Harm | None = None
     curve: tuple[CurvePoint, ...] = ()
     questions: tuple[Question, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def as_json(self) -> dict[str, Any]:
+        """The run in results.json, which has the questions elsewhere; made once, though every run writes the file."""
+        return asdict(replace(self, questions=()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def as_json(
             {"seeds": seeds, "questions": [{"id": q.id, "prompt": q.prompt, "choices": q.choices} for q in questions]}
             for questions, seeds in questions_of.items()
         ],
-        "runs": [asdict(replace(run, questions=())) for run in runs],
+        "runs": [run.as_json for run in runs],
     }
 
 
