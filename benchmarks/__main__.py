@@ -36,7 +36,7 @@ def main() -> None:
     if not (root / f"icl_ft_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
         subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True)
     if sys.argv[1:2] == ["gpu"]:
-        sys.exit(import_module("benchmarks.gpu").main(sys.argv[2:], began))
+        sys.exit(import_module("benchmarks.gpu.stages").main(sys.argv[2:], began))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure icl_ft_fast on this machine.")
     parser.add_argument("suite", nargs="*", help=f"which suites to run, all by default: {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="append the rows to DIR/<device>.csv")
