@@ -212,6 +212,18 @@ def test_a_command_parses(page, arguments, capsys):
         assert not end.code, f"{page}: {arguments}: {capsys.readouterr().err.strip()}"  # noqa: PT017
 
 
+def test_why_commands_are_not_run():
+    """Each reason of `make commands` fits a command of a page, and names files of tests that are there."""
+    from run_commands import NOT_RUN  # which imports this module
+
+    found = [" ".join(arguments.split()) for _, arguments in commands()]
+    for pattern, reason in NOT_RUN.items():
+        assert any(re.search(pattern, arguments) for arguments in found), pattern
+        for name in re.findall(r"[\w/]+\.py", reason):
+            assert (ROOT / name).is_file(), f"{pattern}: there is no {name}"
+    assert "make commands" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def options(parser):
     """All option names of a parser and of its commands."""
     found = set(parser._option_string_actions)

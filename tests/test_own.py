@@ -255,6 +255,9 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, capsys):
         f"{tmp_path / 'd.jsonl'}:2:",
     ]
     assert not folder.parent.exists()  # a failed command leaves no folder behind
+    path.write_text("prompt,choice1,choice2,answer\na,b,c,2\nd,e,f,0\ng,h,i,x\n")  # numbers are looked at last
+    with pytest.raises(TaskError, match=r"(?s)q\.csv:2: .*\n.*q\.csv:4: "):
+        own.read_questions(path)
     path.write_text("prompt,choice1\n" + "a,\n" * 30)
     with pytest.raises(TaskError, match=r"(?s)q\.csv:21: .*\n\.\.\. and 10 more$"):
         own.read_questions(path)
@@ -266,6 +269,7 @@ def test_what_is_doubtful_is_told(tmp_path, capsys):
     for name, more in (("a", ""), ("b", " So they say."), ("c", "")):
         (tmp_path / f"{name}.txt").write_text(text + more)
     rows = [{"prompt": "Who?", "choices": ["Anna", "Karl", "Anna"], "answer": 2}, {"prompt": "又", "choices": ["安娜"]}]
+    rows += [{"prompt": " ", "choices": ["Anna", "Karl"]}]
     asked = tmp_path / "q.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = [tmp_path / f"{name}.txt" for name in ("empty", "a", "b", "c")]
@@ -273,20 +277,23 @@ def test_what_is_doubtful_is_told(tmp_path, capsys):
     assert code == 0
     assert out.splitlines()[:3] == [
         "documents without text: 1 (empty.txt)",
-        "choices that run into the prompt, without a space between: 1 (q.jsonl:1)",
+        "choices that run into the prompt, without a space between: 1 (q.jsonl:1)"
+        "; begin such choices with a space, in tables too",
         "questions with equal choices: 1 (q.jsonl:1)",
     ]
     question = Task.read(tmp_path / "t").questions[0]
     assert (question.answer, question.correct) == (0, (0, 2))  # the right text is right wherever it stands
     pytest.importorskip("datasketch")
     code, out, _ = call(capsys, "check", tmp_path / "t")
-    assert out.splitlines()[:6] == [
+    assert out.splitlines()[:7] == [
         "documents without text: 1 (empty.txt)",
         "documents that repeat another: 1 (c.txt)",
         "documents that nearly repeat another: 1 (b.txt)",
         "questions that repeat another: none",
         "questions with equal choices: 1 (q.jsonl:1)",
-        "questions whose choices run into the prompt, without a space between: 1 (q.jsonl:1)",
+        "questions whose choices run into the prompt, without a space between: 1 (q.jsonl:1)"
+        "; begin such choices with a space, in tables too",
+        "questions without a prompt: 1 (q.jsonl:3)",
     ]
 
 
@@ -513,6 +520,7 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
         "questions that repeat another: none",
         "questions with equal choices: none",
         "questions whose choices run into the prompt, without a space between: none",
+        "questions without a prompt: none",
         "answers that the documents state word for word, split test, 1 questions: 1 (q)",
         "accuracy of always picking the longest choice: 1.000; chance: 0.500",
         "correct choices by position among 2 choices: 1, 0",

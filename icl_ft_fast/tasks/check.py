@@ -37,6 +37,7 @@ class Check:
         near_documents: ids of documents that nearly repeat an earlier one; None if none were looked for.
         equal_choices: ids of questions with two choices of one text.
         run_together: ids of questions whose choices follow the prompt without a space.
+        empty_prompts: ids of questions that ask nothing.
     """
 
     same_documents: tuple[str, ...]
@@ -50,6 +51,7 @@ class Check:
     near_documents: tuple[str, ...] | None = None
     equal_choices: tuple[str, ...] = ()
     run_together: tuple[str, ...] = ()
+    empty_prompts: tuple[str, ...] = ()
 
 
 def check(
@@ -117,6 +119,7 @@ def check(
         near_documents=None if near is None else tuple(near_documents),
         equal_choices=tuple(q.id for q in questions if len(set(q.choices)) < len(q.choices)),
         run_together=tuple(q.id for q in questions if runs_together(q)),
+        empty_prompts=tuple(q.id for q in questions if not q.prompt.strip()),
     )
 
 

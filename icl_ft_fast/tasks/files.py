@@ -66,7 +66,16 @@ class Problems:
         """Raise TaskError with all problems, if there are any."""
         if self.found:
             more = self.count - len(self.found)
+            files = list(dict.fromkeys(_place(problem)[0] for problem in self.found))
+            self.found.sort(key=lambda problem: (files.index(_place(problem)[0]), _place(problem)[1]))
             raise TaskError("\n".join([*self.found, *([f"... and {more:,} more"] if more else [])]))
+
+
+def _place(problem: str) -> tuple[str, int]:
+    """The file and line that a problem begins with: one that was found later may stand before."""
+    file, _, rest = problem.partition(":")
+    line = rest.partition(":")[0]
+    return file, int(line) if line.isdecimal() else 0
 
 
 def read_text(path: str | Path, encoding: str | None = None) -> str:

@@ -106,7 +106,7 @@ def run_new(options: argparse.Namespace) -> None:
     if empty:
         print(f"documents without text: {_named(empty)}")
     if together := [question.id for question in given if check.runs_together(question)]:
-        print(f"choices that run into the prompt, without a space between: {_named(together)}")
+        print(f"choices that run into the prompt, without a space between: {_named(together)}; {SPACED}")
     if equal := [question.id for question in given if len(set(question.choices)) < len(question.choices)]:
         print(f"questions with equal choices: {_named(equal)}")
     missing = "" if given else "; questions.jsonl is yours to add"
@@ -177,7 +177,9 @@ def run_check(options: argparse.Namespace) -> None:
         print(f"documents that nearly repeat another: {_named(found.near_documents)}")
     print(f"questions that repeat another: {_named(found.same_questions)}")
     print(f"questions with equal choices: {_named(found.equal_choices)}")
-    print(f"questions whose choices run into the prompt, without a space between: {_named(found.run_together)}")
+    spaced = f"; {SPACED}" if found.run_together else ""
+    print(f"questions whose choices run into the prompt, without a space between: {_named(found.run_together)}{spaced}")
+    print(f"questions without a prompt: {_named(found.empty_prompts)}")
     for split, leaked in found.leaked.items():
         asked = f"split {printable(split)}, {found.answered[split]} questions"
         print(f"answers that the documents state word for word, {asked}: {_named(leaked)}")
@@ -227,6 +229,9 @@ def read_template(name: str) -> str:
         raise UsageError(f"--template: {error}") from error
     except ProtocolError as error:
         raise UsageError(f"--template: {name}: {error}") from error
+
+
+SPACED = "begin such choices with a space, in tables too"
 
 
 def _named(ids: Sequence[str]) -> str:
