@@ -65,6 +65,16 @@ def test_work_that_fails_is_no_longer_under_way(soon, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_nothing_more_is_told_of_what_tells_of_itself(soon, capsys):
+    with Activity("icl-ft-fast serve"):
+        time.sleep(0.35)
+        progress.tell_no_more()
+        told = capsys.readouterr().err
+        time.sleep(0.4)
+    assert told.startswith("icl-ft-fast serve: 0 s\n")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("columns", [0, 100])
 def test_a_terminal_of_any_size_gets_a_bar(columns):
     """As under script(1), whose terminals have no width."""

@@ -34,7 +34,6 @@ from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.threads import bound_spinning
 
-SELF_TELLING = {"serve", "lm-eval", "status"}  # what tells of itself: a server's log, a harness's own bars
 COMMANDS = (compare, report, status, augment, finetune, score, context, convert, task, doctor, serve, lm_eval)
 
 
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given, options.rest = given, given[len(ours) :]
     bound_spinning()  # what a command runs has not been imported yet, torch included
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's
-    shown = is_first and not getattr(options, "quiet", False) and options.command not in SELF_TELLING
+    shown = is_first and not getattr(options, "quiet", False) and options.command != "status"
     try:
         with Activity(f"icl-ft-fast {options.command}", shown=shown):
             options.run(options)

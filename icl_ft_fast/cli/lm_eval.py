@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from icl_ft_fast.cli.options import Commands, UsageError, command
+from icl_ft_fast.runtime.progress import tell_no_more
 
 
 def add(commands: Commands) -> None:
@@ -23,4 +24,5 @@ def _lm_eval(options: argparse.Namespace) -> None:
         from icl_ft_fast.integrations import lm_eval
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[lm-eval]'") from error
+    tell_no_more()  # the harness has its own bars
     lm_eval.run(options.rest)

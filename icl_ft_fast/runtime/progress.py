@@ -62,7 +62,8 @@ class Activity:
         if not self.shown:
             return
         with _lock:
-            _under_way.remove(self)
+            if self in _under_way:  # not so after tell_no_more()
+                _under_way.remove(self)
         if self._bar is not None:
             self._bar.close()
 
@@ -101,6 +102,12 @@ class Activity:
             left = seconds * (self.total - self.done) / (self.done - self._initial)
             told += f", about {duration(left)} left"
         return told + self._notes
+
+
+def tell_no_more() -> None:
+    """End the lines about all that is under way: what follows tells of itself, as a server's log does."""
+    with _lock:
+        _under_way.clear()
 
 
 def _columns() -> int | None:

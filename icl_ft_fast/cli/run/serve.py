@@ -15,6 +15,7 @@ from icl_ft_fast.cli.options import (
     open_store,
 )
 from icl_ft_fast.cli.serve import KEY_VARIABLE
+from icl_ft_fast.runtime.progress import tell_no_more
 from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.tasks.files import read_text
 
@@ -57,6 +58,7 @@ def run_serve(options: argparse.Namespace) -> None:
     logging.getLogger("icl_ft_fast").setLevel(options.log_level.upper())
     if options.log_level == "info":  # a line for each request, not another for each batch
         logging.getLogger("icl_ft_fast.engine.memory").setLevel("WARNING")
+    tell_no_more()
     print(f"serving {name!r} on http://{options.host}:{options.port}", file=sys.stderr)
     uvicorn.run(
         app,
