@@ -224,7 +224,15 @@ def test_the_command_line_passes_everything_on(llama_directory, task_folder, tmp
     assert len(samples.read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("rest", [["--help"], ["run", "--help"], ["--model", "hf", "--tasks"]])
+def test_help_is_ours_and_does_not_load_the_harness(monkeypatch, capsys):
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: pytest.fail("the harness was called"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["lm-eval", "--help"])
+    assert not end.value.code
+    assert "lm-eval run --help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rest", [["run", "--help"], ["--model", "hf", "--tasks"]])
 def test_options_after_the_command_are_the_harness_s(rest, monkeypatch):
     seen = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.extend(__import__("sys").argv))

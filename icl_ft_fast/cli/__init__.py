@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # in a locale without them, letters are spelt out
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    ours = given[: 1 if given[:1] == ["lm-eval"] else None]  # what follows `lm-eval` is the harness's command line
+    is_harness = given[:1] == ["lm-eval"] and given[1:] not in (["--help"], ["-h"])  # whose command line follows
+    ours = given[: 1 if is_harness else None]
     options = parser().parse_args(ours)
     options.given, options.rest = given, given[len(ours) :]
     bound_spinning()  # what a command runs has not been imported yet, torch included

@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
         commands,
         "lm-eval",
         _lm_eval,
-        "run lm-evaluation-harness with the model icl-ft-fast; all options are the harness's",
+        "run lm-evaluation-harness with the model icl-ft-fast; `lm-eval run --help` lists the harness's options",
         "icl-ft-fast lm-eval run --model icl-ft-fast --model_args pretrained=DIR --tasks hellaswag --num_fewshot 5",
     )
 
