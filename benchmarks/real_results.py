@@ -68,7 +68,7 @@ def _costs(study: Derived) -> str:
         pays = ["" if each is None else f"{break_even_words(each)} ({interval_words(each)})" for each in found]
         query = "-" if line is None else f"{line.query:.2f}"
         reading = "" if line is None or not line.reading else f"{line.reading:.1f}"
-        rows.append([title, *(f"{s:.0f}" if s >= 0.5 else "" for s in (written, trained)), reading, query, *pays])
+        rows.append([title, *(f"{s:,.0f}" if s >= 0.5 else "" for s in (written, trained)), reading, query, *pays])
     return _table(rows)
 
 
