@@ -45,6 +45,7 @@ def main() -> None:
         "--data", type=Path, metavar="DIR", help="score, invariant: documents.jsonl and questions.jsonl to use"
     )
     parser.add_argument("--draws", type=int, metavar="N", help="statistics: simulations of a cell (default: 1,500)")
+    parser.add_argument("--work", choices=("score", "train"), help="contention: one of its two (default: both)")
     args = parser.parse_args()
     if unknown := sorted(set(args.suite) - set(SUITES)):
         parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
@@ -53,6 +54,7 @@ def main() -> None:
     for suite in args.suite or SUITES:
         options = {"data": args.data} if suite in ("score", "batch_invariant") else {}
         options |= {"draws": args.draws} if suite == "statistics" else {}
+        options |= {"work": args.work} if suite == "contention" else {}
         measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured

@@ -26,6 +26,7 @@ SETTINGS = {
     "spin 50000": {"GOMP_SPINCOUNT": "50000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
+ROUNDS = 9
 BESIDE = "import os, torch\nn = os.cpu_count()\ntorch.set_num_threads(n)\na = torch.randn(512, 512)\nwhile True: a @ a"
 
 
@@ -35,21 +36,26 @@ def models() -> dict[str, str]:
     return {"shipped": "shipped"} | ({} if file is None else {"SmolLM2": str(file)})
 
 
-def run(quick: bool) -> list[Row]:
-    """Milliseconds of a call or a step, and how many times the quiet default's they are."""
+def run(quick: bool, work: str | None = None) -> list[Row]:
+    """Milliseconds of a call or a step, and how many times the quiet default's they are.
+
+    Args:
+        quick: a tenth of the context, three calls, and only the first two settings.
+        work: score or train; None for both.
+    """
     rows = []
-    for name, model in list(models().items())[: 1 if quick else None]:
-        for work in ("score", "train"):
+    for name, model in models().items():
+        for task in (work,) if work else ("score", "train"):
             made: dict[tuple[str, str], list[float]] = {}
             for where in ("quiet", "beside"):
-                for setting in SETTINGS:
-                    made[where, setting] = _measured(work, model, SETTINGS[setting], quick, beside=where == "beside")
+                for setting in list(SETTINGS)[: 2 if quick else None]:
+                    made[where, setting] = _measured(task, model, SETTINGS[setting], quick, beside=where == "beside")
             results = [values.pop(0) for values in made.values()]
             assert all(math.isclose(result, results[0], rel_tol=1e-4) for result in results), f"they differ: {results}"
             least = float(np.median(made["quiet", "default"]))
             for (where, setting), ms in made.items():
                 middle, low, high = np.percentile(ms, [50, 20, 80]).tolist()
-                case = f"{name}, {work}, {'quiet' if where == 'quiet' else f'beside {os.cpu_count()} more threads'}"
+                case = f"{name}, {task}, {'quiet' if where == 'quiet' else f'beside {os.cpu_count()} more threads'}"
                 rows.append(Row("contention", case, setting, middle, low, high, middle / least, "x quiet"))
     return rows
 
@@ -59,7 +65,7 @@ def _measured(work: str, model: str, setting: dict[str, str], quick: bool, *, be
     clean = {name: value for name, value in os.environ.items() if name not in (*WAIT_VARIABLES, "OMP_NUM_THREADS")}
     other = subprocess.Popen([sys.executable, "-c", BESIDE], env=clean) if beside else None
     try:
-        command = [sys.executable, "-m", "benchmarks.contention", work, model, "3" if quick else "9"]
+        command = [sys.executable, "-m", "benchmarks.contention", work, model, "3" if quick else str(ROUNDS)]
         done = subprocess.run(command, env=clean | setting, check=True, capture_output=True, text=True)
     finally:
         if other is not None:
@@ -82,7 +88,7 @@ def _work(work: str, name: str, rounds: int) -> list[float]:
     model = load(name)
     texts = [document.text for document in simple_reversals(0, num_facts=40, num_articles=4).documents]
     if work == "score":
-        context = " ".join(texts)
+        context = " ".join(texts[: 16 if rounds < ROUNDS else None])
         pairs = [(f"{context} {text[:12]}", text[12:] or " ") for text in texts[:20]]
         result, ms = 0.0, []
         for _ in range(rounds + 1):

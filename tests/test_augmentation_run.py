@@ -424,6 +424,7 @@ def test_the_command_with_recorded_answers_and_a_model(task, tmp_path, capsys, l
         ("--strategy rules --dry-run", "--dry-run: rules needs no model"),
         ("--recorded x.jsonl --model m", "--recorded: replies come from the file"),
         ("--strategy rules --self-consistent", "--self-consistent: needs a strategy of a --model"),
+        ("--recorded x.jsonl --supported", "--supported: needs a strategy of a --model"),
         ("--model m --endpoint nowhere", "endpoint: expected http"),
     ],
 )

@@ -24,6 +24,8 @@ def test_without_time_what_is_needed_is_measured_once_and_nothing_else(llama):
     settled = sweep.sweep(llama, task.questions, context, lengths=(64,), batches=(1, 2), rounds=2, seconds=1e9)
     assert {(p.context_tokens, p.batch) for p in settled.points} >= {(64, 1), (64, 2)}
     assert {len(p.query_s) for p in settled.points} == {2}
+    taken = sum(seconds for p in settled.points for seconds in (*p.prefill_s, *(p.batch * q for q in p.query_s)))
+    assert settled.measured_s > taken / 2  # a reading is in the points of both batch sizes
 
 
 def test_the_sweep_saves_and_loads_the_context_itself(llama, monkeypatch):

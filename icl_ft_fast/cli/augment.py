@@ -83,6 +83,11 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="drop comparisons that --model finds less likely than their opposites, given their source documents",
     )
+    help = (
+        "drop rows with a name or number that their sources lack, and rows that --model, given their sources, finds no "
+        "likelier than with key words exchanged"
+    )
+    filters.add_argument("--supported", action="store_true", help=help)
     cost = parser.group("cost")
     help = "US dollars per million prompt and completion tokens"
     cost.add_argument("--price", type=_price, default=(0.0, 0.0), metavar="IN,OUT", help=f"{help} (default: 0,0)")

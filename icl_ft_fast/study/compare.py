@@ -274,6 +274,7 @@ class _Study:
                 journal=journal,
                 progress=self.progress,
             )
+            options.tell(f"Measured what queries take for {costs.measured_s:,.0f} s.")
             measured = journal.once(
                 digest(key, "ceilings"), lambda: asdict(ceilings(model.device, model.network.dtype))
             )

@@ -62,10 +62,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Points by context length and batch, and which length is that of the ICL arm's own context (0 if it has none)."""
+    """Points by context length and batch.
+
+    Attributes:
+        context_tokens: which length is that of the ICL arm's own context; 0 if it has none.
+        points: the measurements.
+        measured_s: seconds that all of them took; 0 where they were not timed.
+    """
 
     context_tokens: int = 0
     points: tuple[Point, ...] = ()
+    measured_s: float = 0.0
 
 
 def sweep(
@@ -139,7 +146,8 @@ def sweep(
             if not fitting:
                 break
     points = [point for place in places for point in place.points()]
-    return Sweep(len(own), tuple(sorted(points, key=lambda p: (p.context_tokens, p.batch))))
+    points.sort(key=lambda point: (point.context_tokens, point.batch))
+    return Sweep(len(own), tuple(points), time.perf_counter() - begun)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from icl_ft_fast.augmentation import steps
+from icl_ft_fast.augmentation import steps, support
 from icl_ft_fast.augmentation.batches import augment_by_rule, prompts, stop_of
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, Recorded, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
@@ -47,8 +47,9 @@ def run_augment(options: argparse.Namespace) -> None:
         Prompting.of(options.strategy, template=options.prompt_template)
     if options.dry_run and by_rule:
         raise UsageError(f"--dry-run: {options.strategy} needs no model; it takes no time and no money")
-    if options.self_consistent and (by_rule or options.endpoint or options.recorded):
-        raise UsageError("--self-consistent: needs a strategy of a --model that is loaded here")
+    for name in ("self_consistent", "supported"):
+        if getattr(options, name) and (by_rule or options.endpoint or options.recorded):
+            raise UsageError(f"--{name.replace('_', '-')}: needs a strategy of a --model that is loaded here")
     if options.template_date and (by_rule or options.endpoint or options.recorded or options.template == "base"):
         raise UsageError("--template-date: needs chat prompts for a --model that is loaded here")
     executor = executor_of(options)
@@ -104,6 +105,9 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
         )
         inconsistent = {"inconsistent": len(filtered.rows) - len(kept)}
         filtered = replace(filtered, rows=tuple(kept), dropped=filtered.dropped | inconsistent)
+    if options.supported and model is not None:
+        kept, failed = support.supported(model, filtered.rows, task.documents)
+        filtered = replace(filtered, rows=tuple(kept), dropped=filtered.dropped | failed)
     _report(options, task, filtered, report)
 
 
