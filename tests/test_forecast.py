@@ -101,6 +101,14 @@ def test_reading_is_extrapolated_by_flops(llama):
     assert calibration.read_s([]) == 0.0
 
 
+def test_passages_are_read_in_the_batches_of_their_questions(llama, monkeypatch):
+    monkeypatch.setattr(Calibration, "read_s", lambda self, token, flops=None: 0.0 if flops is None else 1e6)
+    settings = StudySettings(arms=("icl", "rag@1"), seeds=(3,))
+    task = simple_reversals(3, num_facts=2, num_articles=1)
+    icl, rag = forecast(llama, task, settings, calibration_s=0.01).arms
+    assert rag.seconds < 1e6 <= icl.seconds
+
+
 def test_a_step_that_takes_the_whole_calibration_is_what_there_is(llama):
     times = iter(range(0, 3000, 30))
     calibration = Calibration(llama, 1.0, clock=lambda: float(next(times)))

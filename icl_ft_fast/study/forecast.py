@@ -345,12 +345,10 @@ class _Planner:
             tokens, work = whole.tokens, work_of(self.model)
             seen = math.fsum(min(slots, window or slots) * flops for window, flops in work.attention)
             question_flops += round(tokens * seen)
-        asked.add(
-            read_tokens=whole.tokens,
-            flops=own_flops + question_flops,
-            seconds=(calibration.read_s(longest, flops=own_flops) if first else 0.0)
-            + question_flops * calibration.answer_rate(questions),
-        )
+        seconds = (own_flops + question_flops) * calibration.answer_rate(questions)
+        if first and ready.contexts is None:  # what all questions share is read before them, in one go
+            seconds += calibration.read_s(longest, own_flops) - own_flops * calibration.answer_rate(questions)
+        asked.add(read_tokens=whole.tokens, flops=own_flops + question_flops, seconds=seconds)
         return len(longest) if ready.contexts is None else 0
 
     def _encoded(self, contexts: Sequence[str]) -> list[list[int]]:
