@@ -130,6 +130,7 @@ _ALIKE = 512  # characters: texts that begin alike for so long are looked at tog
 _MARGIN = 64  # characters shared after a cut, so that what differs cannot reach back to it
 _SEEN = 2048  # characters on both sides of a cut that are encoded in one part and in two
 _WORTH = 20_000  # characters that a cut must save
+_CUTS = 64  # places for a cut that are tried, from the last one on
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], bos: bool | None) -> list[tuple[list[int], list[int]]]:
@@ -189,9 +190,15 @@ def _shared_cut(tokenizer: Tokenizer, texts: list[str]) -> int:
     shared = os.path.commonprefix(texts)  # noqa: RUF071
     if (len(texts) - 1) * len(shared) < _WORTH or not _keeps_words_apart(tokenizer):
         return 0
-    *_, cut = (0, *(match.end() for match in re.finditer("[a-z](?= [a-z])", shared[:-_MARGIN])))
-    around = shared[max(0, cut - _MARGIN) : cut + _MARGIN].lower()
-    if not cut or any(added.lower() in around for added in tokenizer.get_added_vocab()):
+    added = [token.lower() for token in tokenizer.get_added_vocab()]
+
+    def is_apart(cut: int) -> bool:
+        around = shared[max(0, cut - _MARGIN) : cut + _MARGIN].lower()
+        return not any(token in around for token in added)
+
+    cuts = [match.end() for match in re.finditer("[a-z](?= [a-z])", shared[:-_MARGIN])]
+    cut = next(filter(is_apart, cuts[: -_CUTS - 1 : -1]), 0)  # a chat's turns end in added tokens
+    if not cut:
         return 0
     before, after = shared[max(0, cut - _SEEN) : cut], shared[cut : cut + _SEEN]
     head, tail, both = _ids(tokenizer, [before, after, before + after])
