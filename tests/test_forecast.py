@@ -10,6 +10,7 @@ from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES
 from icl_ft_fast.augmentation.strategy import Parsed, whole
 from icl_ft_fast.cli import main
+from icl_ft_fast.engine.compaction import compacting_flops
 from icl_ft_fast.engine.generate import RUNNING
 from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.report.plan import PLAN, PlanError, kept_to, read_plan, write_plan
@@ -99,6 +100,18 @@ def test_reading_is_extrapolated_by_flops(llama):
     assert calibration.read_s(short) == pytest.approx(1.0)
     assert calibration.read_s(long) > 2.0  # attention grows faster than the length
     assert calibration.read_s([]) == 0.0
+
+
+def test_compaction_is_extrapolated_by_what_it_multiplies(llama):
+    times = iter(range(100))
+    calibration = Calibration(
+        llama, 1e-9, clock=lambda: float(next(times))
+    )  # 64 tokens, and whatever is timed takes a second
+    token = [2 + n % 50 for n in range(200)]
+    whole, first = (compacting_flops(llama, n, n // 4, n) for n in (200, 64))
+    assert calibration.compacting_s(token, 4, [token]) == pytest.approx(whole / first)
+    far, farther = (compacting_flops(llama, n, n // 4, n) for n in (20_000, 40_000))
+    assert 7 < farther / far < 8  # matching is cubic
 
 
 def test_passages_are_read_in_the_batches_of_their_questions(llama, monkeypatch):

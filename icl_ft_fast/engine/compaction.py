@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
-from icl_ft_fast.engine.flops import work_of
+from icl_ft_fast.engine.flops import heads_of, work_of
 from icl_ft_fast.engine.kv_cache import KVCache
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import ATTENTION, Model, Rows
@@ -106,6 +106,18 @@ def compact(
             )
             errors[layer] = (sum(error**2 for _, _, error in kept) / len(kept)) ** 0.5
     return Compacted(layers, last_hidden, errors)
+
+
+def compacting_flops(model: Model, num_tokens: int, num_slots: int, follower_tokens: int) -> float:
+    """FLOPs of compact(), about: reading; and matching, in float64, where one takes as long as two.
+
+    Matching is cubic: each of a layer's queries meets every two keys of the context, and every two slots three times.
+    """
+    work, (heads, _) = work_of(model), heads_of(model)
+    path = work.path_flops(num_tokens + 1)
+    reading = path[-2] + follower_tokens * (path[-1] - path[-2])
+    matching = 2 * follower_tokens * heads * len(work.attention) * (num_tokens**2 + 3 * num_slots**2)
+    return float(reading + 2 * matching)
 
 
 @dataclass

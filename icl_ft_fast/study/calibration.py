@@ -21,7 +21,7 @@ from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.augmentation.prompts import completed
 from icl_ft_fast.augmentation.self_study import Conversation, ConversationBatch
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.compaction import compact
+from icl_ft_fast.engine.compaction import compact, compacting_flops
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.generate import RUNNING
 from icl_ft_fast.engine.ledger import Ledger
@@ -131,7 +131,7 @@ class Calibration:
         path = work_of(self.model).path_flops(max(len(token), 1))
         if not self._readings and len(token):
             first = list(token[:FIRST_TOKENS])
-            prefill(self.model, first[:16])  # warms up
+            self._warm()
             self._readings[len(first)] = self._timed(lambda: prefill(self.model, first))
             expected = self._readings[len(first)] * path[len(token)] / path[len(first)]
             if len(token) > len(first) and expected < READING * self.seconds:
@@ -146,6 +146,7 @@ class Calibration:
         """Seconds a FLOP of questions that are scored together without documents."""
 
         def measure() -> float:
+            self._warm()
             pairs = [(question.prompt, choice) for question in questions for choice in question.choices]
             count, taken, rate = 16, 0.0, 0.0
             while taken < ANSWERING / 2 * self.seconds:
@@ -282,20 +283,17 @@ class Calibration:
         return self._once(("writing", prompting.strategy.name), measure)
 
     def compacting_s(self, token: Sequence[int], ratio: float, followers: Sequence[Sequence[int]]) -> float:
-        """Seconds of compaction, from compactions of the first tokens, at the power of their number that these show."""
-        sizes = [n for n in (64, 128, 256) if n < len(token)] or [len(token)]
-        taken = dict[int, float]()
-        for size in sizes:
-            slots = max(len(encoding.opening(self.model.tokenizer)) + 1, round(size / ratio))
+        """Seconds of compaction, from a compaction of the first tokens, by the FLOPs of both."""
+        spent = took = rate = 0.0
+        for size in [n for n in (64, 128, 256) if n < len(token)] or [len(token)]:
+            slots = min(max(len(encoding.opening(self.model.tokenizer)) + 1, round(size / ratio)), size)
             fewer = [follower[:size] for follower in followers[: max(1, len(followers) * size // len(token))]]
-            run = partial(compact, self.model, list(token[:size]), min(slots, size), fewer)
-            taken[size] = self._timed(run)
-            if sum(taken.values()) > COMPACTING * self.seconds:
+            took = self._timed(partial(compact, self.model, list(token[:size]), slots, fewer))
+            rate = took / compacting_flops(self.model, size, slots, sum(map(len, fewer)))
+            if (spent := spent + took) > COMPACTING * self.seconds:
                 break
-        last = max(taken)
-        shown = taken[last] / taken[last // 2] if last // 2 in taken else 4.0
-        power = min(3.0, max(1.0, float(torch.tensor(shown).log2())))
-        return float(taken[last] * (len(token) / last) ** power)
+        num_slots = max(1, round(len(token) / ratio))
+        return rate * compacting_flops(self.model, len(token), num_slots, sum(map(len, followers)))
 
     def conversing(
         self, batch: ConversationBatch, part: Sequence[int], num_slots: int, settings: PrefixSettings
@@ -349,6 +347,10 @@ class Calibration:
         longer = float(after[-1] - after[len(part)]) / float(here[-1] - here[len(seen)])
         teach_s = max(0.0, long_teach - short_teach) / (2 * size) * longer
         return Conversing(written, whole, write_s, teach_s, max(0.0, long_train - short_train) / 2)
+
+    def _warm(self) -> None:
+        """A first forward, which takes longer than those after it."""
+        self._once("warm", lambda: prefill(self.model, [encoding.prefix_token_id(self.model.tokenizer)] * 16))
 
     def _timed(self, what: Callable[[], object]) -> float:
         begun = self.clock()
