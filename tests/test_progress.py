@@ -51,6 +51,11 @@ def test_a_log_gets_lines_of_the_innermost_work(soon, capsys):
     assert 2 <= len(lines) <= 6
 
 
+def test_units_have_their_plural():
+    assert ": 0 of 2 replies, " in Activity("x", total=2, unit="reply", shown=False).line()
+    assert ": 0 of 2 steps, " in Activity("x", total=2, unit="step", shown=False).line()
+
+
 def test_hidden_work_says_nothing(soon, capsys):
     with Activity("scoring", total=3, unit="token", shown=False) as work:
         work.update()

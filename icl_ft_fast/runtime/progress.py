@@ -97,7 +97,8 @@ class Activity:
         seconds = time.monotonic() - self._start
         if not self.total:
             return f"{self.what}: {duration(seconds)}"
-        told = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {duration(seconds)}"
+        units = f"{self.unit[:-1]}ies" if self.unit.endswith("y") else f"{self.unit}s"
+        told = f"{self.what}: {self.done:,} of {self.total:,} {units}, {duration(seconds)}"
         if self.done > self._initial:
             left = seconds * (self.total - self.done) / (self.done - self._initial)
             told += f", about {duration(left)} left"
