@@ -32,7 +32,7 @@ def test_names_and_numbers_that_the_source_lacks_are_found():
 def test_key_words_are_exchanged_with_their_like():
     team, loans = (document.text for document in DOCUMENTS)
     assert list(exchanged("Lucarda leads Ashwint.", team, NAMES)) == [
-        "It leads Ashwint.", "Ashwint leads Lucarda.", "Hollenby leads Ashwint.", "Lucarda leads It.",
+        "Ashwint leads Lucarda.", "It leads Ashwint.", "Hollenby leads Ashwint.", "Lucarda leads It.",
         "Lucarda leads Hollenby.",
     ]  # fmt: skip
     assert list(exchanged("They end after 30 days.", loans, {"They"})) == ["They end after 68 days."]  # 30 is thirty
