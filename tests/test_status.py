@@ -45,7 +45,7 @@ def test_two_processes_on_one_disk(tmp_path, clock, monkeypatch):
             "running",
             4,
             2,
-            (("ft", 1, 5.0),),
+            (("ft", 1, 5.0, 0, 0),),
             {"base": (3, 4), "ft": (1, 4)},
             10 + 30 - 5,
             "ZeroDivisionError: no luck",
@@ -73,7 +73,7 @@ def test_what_killed_processes_left_is_not_running(tmp_path, clock, monkeypatch)
             begun.append(process.running("ft", 0))  # not collected: that would end it
             begun[-1].__enter__()  # another one takes it on, as Ray's actors do
             clock[0] += 7
-        assert status_of(tmp_path).running == (("ft", 0, 7.0),)
+        assert status_of(tmp_path).running == (("ft", 0, 7.0, 0, 0),)
         clock[0] += 100
         again = StudyProgress(tmp_path)
         again.begin(("base", "ft"), (0,))  # the same command, after a kill of all
@@ -103,6 +103,25 @@ def test_the_time_left_is_that_of_runs_that_train_or_do_not(tmp_path, clock):
             clock[0] += 50
             ended(1, 1)
         assert status_of(other).seconds_left == 50  # nothing is known of base
+
+
+def test_a_training_says_its_steps(tmp_path, clock):
+    with locked(tmp_path / ".lock"):
+        mine = StudyProgress(tmp_path)
+        mine.begin(("ft",), (0, 1), ("ft",))
+        with mine.running("ft", 0) as ended:
+            clock[0] += 10  # writes what it trains on
+            for step in range(101, 202):  # resumed behind step 100
+                mine.step(step, 500)
+                clock[0] += 0.1
+            found = status_of(tmp_path)
+            told_s = 10 + (found.running[0][3] - 101) * 0.1  # steps are told every two seconds
+            assert 180 < found.running[0][3] <= 201
+            assert found.seconds_left == pytest.approx(2 * (told_s + (500 - found.running[0][3]) * 0.1) - 20.1)
+            assert f"for 20 s, {found.running[0][3]} of 500 steps" in told(found)
+            mine.step(500, 500)  # the last one is always told
+            assert status_of(tmp_path).running[0][3:] == (500, 500)
+            ended(1, 1)
 
 
 def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):

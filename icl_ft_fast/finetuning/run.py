@@ -298,6 +298,8 @@ def train(state: RunState) -> None:
                     save(state)
             bar.update()
             bar.note(loss=f"{loss:.3f}")
+            if state.options.on_step is not None:
+                state.options.on_step(progress.step, settings.steps)
             if is_stopping:  # after the last step too: the same command then has only finish() left to do
                 raise InterruptedRunError(f"interrupted after step {progress.step}{state.resumable}")
     state.trackers.close()

@@ -230,6 +230,7 @@ class RunOptions:
         progress: show a progress bar with the loss.
         tell: called with a line of text: once the second step is done, how long all will take here.
         watch: see Watch; its figures are in Finetuned.watched. One process.
+        on_step: called after each step with the steps done and those in all.
     """
 
     output_dir: str | Path | None = None
@@ -240,6 +241,7 @@ class RunOptions:
     progress: bool = False
     tell: Callable[[str], None] = silent
     watch: Watch | None = None
+    on_step: Callable[[int, int], None] | None = None
 
 
 UNSETTLED = 0.9  # of the mean loss of the steps before: below it the last steps still learned

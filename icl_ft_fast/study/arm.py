@@ -422,6 +422,7 @@ def _train(training: Training, job: ArmJob, ready: Prepared) -> Prepared:
             progress=job.progress,
             tell=job.workspace.tell,
             watch=watch,
+            on_step=job.workspace.progress.step,
         ),
     )
     notes["final_loss"] = tuned.losses[-1]

@@ -24,6 +24,7 @@ from icl_ft_fast.runtime.errors import UserError
 
 PROGRESS, PLAN, PAUSED = "progress", "plan.json", "paused"
 LOOK_S = 1.0  # between looks at whether a pause has ended
+STEP_S = 2.0  # between a training's steps that are told
 
 
 class StatusError(UserError):
@@ -73,6 +74,16 @@ class StudyProgress:
         finally:
             self._tell()
 
+    def step(self, done: int, total: int) -> None:
+        """Say how far the training of the run that this process makes is."""
+        if self.folder is None:
+            return
+        event, now = self.events[-1], time.time()
+        event.setdefault("stepping", [done, now])
+        if now - event.get("at", [0, 0, 0])[2] >= STEP_S or done == total:
+            event["at"] = [done, total, now]
+            self._tell()
+
     def _wait(self) -> None:
         """Begin nothing while the study is paused."""
         while self.folder is not None and (self.folder / PROGRESS / PAUSED).exists():
@@ -96,17 +107,18 @@ class Status:
         state: "starting" (the model is loaded), "running", "measuring" (all runs are done; what a query takes is
             measured), "paused", "stopped" (nobody is at work; the same command resumes) or "finished".
         planned, done: runs, an arm under a seed each.
-        running: (arm, seed, seconds so far).
+        running: (arm, seed, seconds so far, training steps done, steps in all); 0 and 0 where nothing is trained yet.
         accuracy: by arm, correct and total answers so far.
-        seconds_left: by what runs of the same arm took, else of arms that train or do not, over the processes at
-            work; runs without training count from the first one's end on. None before one that trains has ended.
+        seconds_left: by what runs of the same arm took, or will by their steps, else of arms that train or do not, over
+            the processes at work; runs without training count from the first one's end on. None before that is known
+            of one that trains.
         error: of the last run that failed since the study was begun or resumed; "" for none.
     """
 
     state: str
     planned: int
     done: int
-    running: tuple[tuple[str, int, float], ...]
+    running: tuple[tuple[str, int, float, int, int], ...]
     accuracy: dict[str, tuple[int, int]]
     seconds_left: float | None
     error: str
@@ -150,7 +162,7 @@ def status_of(folder: Path) -> Status:
         state,
         len(planned),
         len(set(planned) & counts.keys()),
-        tuple((e["arm"], e["seed"], now - e["began"]) for e in at_work),
+        tuple((e["arm"], e["seed"], now - e["began"], *e.get("at", (0, 0))[:2]) for e in at_work),
         accuracy,
         _seconds_left([key for key in planned if key not in counts], events, at_work, now, plan.get("trained", ())),
         errors[-1] if errors else "",
@@ -169,6 +181,11 @@ def _seconds_left(
     for event in events:
         if "ended" in event:
             took.setdefault(event["arm"], []).append(event["ended"] - event["began"])
+    for event in at_work:
+        (done, total, told), (first, since) = event.get("at", (0, 0, 0)), event.get("stepping", (0, 0))
+        if done > first:  # as fast as since its first step, or since it was resumed
+            whole = told - event["began"] + (total - done) * (told - since) / (done - first)
+            took.setdefault(event["arm"], []).append(whole)
     if not left:
         return 0.0
     of_kind = {

@@ -133,6 +133,7 @@ def _prepare_prefix(num_tokens: int, job: ArmJob, ready: Prepared) -> Prepared:
             resume=checkpoints is not None,
             checkpoint_s=None if checkpoints is None else job.workspace.checkpoint_s,
             progress=job.progress,
+            on_step=job.workspace.progress.step,
         ),
         ledger=job.ledger,
     )

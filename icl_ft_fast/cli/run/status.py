@@ -27,7 +27,10 @@ def told(status: Status) -> str:
     what = "measuring what a query takes" if status.state == "measuring" else status.state
     is_open = status.state in ("running", "paused", "stopped")
     lines = [f"{what}: {status.done} of {status.planned} runs done{left if is_open else ''}"]
-    lines += [f"  running {arm}, seed {seed}, for {duration(seconds)}" for arm, seed, seconds in status.running]
+    lines += [
+        f"  running {arm}, seed {seed}, for {duration(seconds)}" + (f", {step:,} of {steps:,} steps" if steps else "")
+        for arm, seed, seconds, step, steps in status.running
+    ]
     lines += [
         f"  {arm}: {correct} of {total} correct ({correct / total:.2f})"
         for arm, (correct, total) in status.accuracy.items()
