@@ -157,9 +157,9 @@ def test_all_arms_are_those_that_can_take_the_task():
         ),
     ],
 )
-def test_a_task_that_an_arm_cannot_take_is_refused_before_any_run(llama, name, task, message):
+def test_a_task_that_an_arm_cannot_take_is_refused_before_the_model_is_loaded(name, task, message):
     with pytest.raises(RetrievalError, match=message):
-        runs_of(llama, "base", name, task=task)
+        compare.compare(lambda: pytest.fail("the model was loaded"), task, arms=["base", name], seeds=[0])
 
 
 class Counting:

@@ -190,6 +190,19 @@ def expand_arms(
     return tuple(found[i] for i in sorted(range(len(found)), key=lambda i: weights.index(weights[i])))
 
 
+def arms_of(settings: StudySettings, task: Task) -> tuple[str, ...]:
+    """The arms that settings ask for, in their sizes; needs no model.
+
+    Raises:
+        ValueError: an unknown arm.
+        UserError: an arm that cannot take the task.
+    """
+    names = expand_arms(settings.arms, task, sizes_of(settings))
+    for name in names:
+        arm_named(name).check(task)
+    return names
+
+
 def sizes_of(settings: StudySettings) -> dict[str, tuple[int, ...]]:
     """The sizes that settings ask for, by the plain names of the arms that have them."""
     written = [arm.name for arm in _TRAINED if arm.training is not None and arm.training.generates]

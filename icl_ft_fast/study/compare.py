@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import sweep, workers
 from icl_ft_fast.study.arm import Workspace, kept_name, writer_of
-from icl_ft_fast.study.arms import ALL, arm_named, expand_arms, sizes_of
+from icl_ft_fast.study.arms import arm_named, arms_of
 from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import Run
@@ -127,9 +128,8 @@ def compare(
     """
     settings, options = settings or StudySettings(), options or StudyOptions()
     settings = replace(settings, arms=tuple(arms or settings.arms), seeds=tuple(seeds or settings.seeds))
-    first_task = task(settings.seeds[0]) if callable(task) and ALL in settings.arms else task
-    arms_of = None if callable(first_task) else first_task
-    settings = replace(settings, arms=expand_arms(settings.arms, arms_of, sizes_of(settings)))
+    task_of_seed: Callable[[int], Task] = cache(task) if callable(task) else lambda _: task
+    settings = replace(settings, arms=arms_of(settings, task_of_seed(settings.seeds[0])))
     folder = None if out is None else Path(out)
     with nullcontext() if folder is None or options.executor.rank else _begun(folder, options):
         follow(options.executor)  # until rank 0 holds the lock, and measures nothing any more of a study before
@@ -147,7 +147,7 @@ def compare(
         for line in [*_left_to_model(loaded, settings, asked), *filter(None, [slow])]:
             options.tell(line)
         study = _Study(loaded, load, settings, options, folder, journal, progress)
-        return study.run(task if callable(task) else lambda _: task)
+        return study.run(task_of_seed)
 
 
 def settled(model: Model, settings: StudySettings) -> StudySettings:

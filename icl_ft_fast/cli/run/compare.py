@@ -45,7 +45,7 @@ from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor, InProcess
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.study.arm import kept_name
-from icl_ft_fast.study.arms import arm_named, expand_arms
+from icl_ft_fast.study.arms import arm_named, arms_of, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
 from icl_ft_fast.study.forecast import forecast
 from icl_ft_fast.study.harm import general_questions
@@ -151,6 +151,7 @@ def _plan(options: argparse.Namespace, executor: Executor) -> None:
         raise UsageError("--dry-run: plans for one process; leave --executor out")
     make_task, preset = task_of_seed(options)
     settings = _settings(options, preset)
+    arms_of(settings, make_task(settings.seeds[0]))  # an arm that cannot take the task is refused before the model
     model, _ = _load(options)
     has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
     plan = forecast(model, make_task, settings, has_store=has_store, checkpoint_s=checkpoint_s)
