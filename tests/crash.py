@@ -59,8 +59,9 @@ TASK = {
 }
 COMMANDS = {
     "compare": "--task ../task --arms icl,augmented-ft,augmented-ft@60,repeated-ft,distilled,rag@1,oracle,compacted@2,"
-    "prefix@4 --seeds 0,1 --replay 0.3 --steps 2 --train-batch-size 2 --conversations 3 --prefix-steps 2 "
-    "--store store --icl-subsample 2 --strategy document --checkpoint-minutes 0 --measure-seconds 0.1 --out out",
+    "prefix@4 --seeds 0,1 --replay 0.3 --mix 1:1 --questions local --steps 2 --train-batch-size 2 "
+    "--conversations 3 --prefix-steps 2 --store store --icl-subsample 2 --strategy document "
+    "--checkpoint-minutes 0 --measure-seconds 0.1 --out out",
     "finetune": "--train_file ../task/documents.jsonl --output_dir out --max_steps 4 --save_steps 1 --eval_steps 2 "
     "--per_device_train_batch_size 2 --save_total_limit 2 --validation_file ../task/documents.jsonl",
     "augment": "--task ../task --strategy document --prompt-template ../short.jinja --max-new-tokens 6 "
@@ -85,8 +86,9 @@ def prepare(model: Model, folder: Path) -> None:
     sweep.LENGTHS = ()
     sweep.sweep = partial(sweep.sweep, rounds=1, batches=(1,))
     Prompting.of = partial(short, Prompting.of)
-    document = replace(strategies.STRATEGIES["document"], max_new_tokens=6, read=any_text, is_lines=False)
-    strategies.STRATEGIES["document"] = document
+    for name in ("document", "local"):
+        cut = replace(strategies.STRATEGIES[name], max_new_tokens=6, read=any_text, is_lines=False)
+        strategies.STRATEGIES[name] = cut
 
 
 def warm(folder: Path) -> None:
