@@ -50,11 +50,40 @@ def test_intervals_cover_correlated_answers(shared, each):
 
 def test_answers_that_repeat_add_nothing():
     right, names = [True, False, True, True, False, True], list(range(6))
-    assert accuracy_interval(right * 5, names * 5) == pytest.approx(accuracy_interval(right, names), abs=0.02)
-    assert accuracy_interval([True] * 40, [i // 4 for i in range(40)]) == wilson(10, 10)  # never a point
+    assert accuracy_interval(right * 5, names * 5) == pytest.approx(accuracy_interval(right, names), abs=1e-9)
+    assert accuracy_interval([True] * 40, [i // 4 for i in range(40)]) == (pytest.approx(0.05**0.1), 1)  # never a point
     low, high = gap_interval([0] * 40, range(40))
-    assert -0.1 < low < 0 < high < 0.1
+    assert (low, high) == (pytest.approx(0.05 ** (1 / 40) - 1), pytest.approx(1 - 0.05 ** (1 / 40)))
     assert gap_interval([0] * 80, list(range(40)) * 2) == (low, high)
+
+
+def test_students_quantile_is_for_what_clusters_estimate():
+    """Clusters of answers that are alike are so many answers; of clusters that differ the design effect is a guess."""
+    right = [True, True, False, True, True, False]
+    alike = accuracy_interval([one for one in right for _ in range(4)], [i // 4 for i in range(24)])
+    assert alike == pytest.approx(_mid_p_interval(4 / 6, 6.0), abs=1e-9)
+    mixed = [True, True, True, True, True, True, False, False] * 2 + [False] * 4 + [True] * 4
+    low, high = accuracy_interval(mixed, [i // 4 for i in range(24)])
+    assert high - low > 1.05 * np.diff(_mid_p_interval(sum(mixed) / 24, _design_number(mixed, 6)))[0]
+
+
+def _design_number(right, clusters):
+    """Kish's effective number of equal clusters, from the analysis of variance."""
+    value = np.reshape(right, (clusters, -1)).astype(float)
+    between = ((value.mean(1) - value.mean()) ** 2).sum() / (clusters - 1) / clusters
+    return value.var() / between + 1
+
+
+def test_a_difference_has_the_two_shares_limits():
+    """Of 20 single questions 6 are right in the first alone and 1 in the second alone: Zou and Donner's equation."""
+    (low, high), (other_low, other_high) = _mid_p_interval(6 / 20, 20.0), _mid_p_interval(1 / 20, 20.0)
+    r = -math.sqrt(6 * 1 / (14 * 19))
+    down, up = 6 / 20 - low, high - 6 / 20
+    below = math.sqrt(down**2 + (other_high - 1 / 20) ** 2 - 2 * r * down * (other_high - 1 / 20))
+    above = math.sqrt(up**2 + (1 / 20 - other_low) ** 2 - 2 * r * up * (1 / 20 - other_low))
+    found = gap_interval([1] * 6 + [-1] + [0] * 13, range(20))
+    assert found == pytest.approx((0.25 - below, 0.25 + above), abs=1e-9)
+    assert gap_interval([-1] * 6 + [1] + [0] * 13, range(20)) == pytest.approx((-found[1], -found[0]))
 
 
 def test_seeds_widen_an_interval_only_from_four_on():
@@ -162,9 +191,8 @@ def test_rare_answers_have_the_binomials_interval():
     """One wrong answer of ten: by enumeration of the binomial's outcomes, each end has a mid-p of 2.5%."""
     right = [True] * 9 + [False]
     low, high = accuracy_interval(right, range(10))
-    n = 10 * (1.959964 / t_quantile(9)) ** 2
-    x = 0.9 * n
     assert high > 0.99 > wilson(9, 10)[1]  # Wilson's does not reach an accuracy that has one wrong of ten often
+    assert (low, high) == pytest.approx(_mid_p_interval(0.9, 10.0))  # single answers: no design effect
     # whole numbers: against the sum of the binomial's terms
     whole = _mid_p_interval(0.75, 8)
     for q, side in zip(whole, (1, -1), strict=True):
@@ -172,8 +200,7 @@ def test_rare_answers_have_the_binomials_interval():
         tail = sum(terms[7:]) if side == 1 else sum(terms[:6])
         assert tail + terms[6] / 2 == pytest.approx(0.025, abs=1e-9)
     # a fraction: between its neighbours
-    assert _mid_p_interval(0.9, math.floor(n))[0] < low < _mid_p_interval(0.9, math.ceil(n))[0]
-    assert x < n
+    assert _mid_p_interval(0.9, 9.0)[0] < _mid_p_interval(0.9, 9.5)[0] < low
     flipped = accuracy_interval([not one for one in right], range(10))
     assert flipped == pytest.approx((1 - high, 1 - low))
 

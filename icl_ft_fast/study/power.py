@@ -94,20 +94,20 @@ def power_of(task_of_seed: Callable[[int], Task], seeds: Sequence[int], toleranc
         topics,
         len(seeds),
         effective,
-        100 * _shown_gap(effective, topics),
+        100 * _shown_gap(effective, math.inf if topics == answers else topics - 1),
         tolerance,
         _needed(tolerance / 100, topics / answers) * effect if tolerance else math.inf,
     )
 
 
-def _shown_gap(effective: float, topics: int) -> float:
+def _shown_gap(effective: float, df: float) -> float:
     """The gap g of g = quantiles * sqrt((different - g^2) / n): that gap_interval() puts above 0 in 80% of studies."""
-    quantiles = t_quantile(max(1, topics - 1)) + POWER_QUANTILE
+    quantiles = _quantile(df) + POWER_QUANTILE
     low, high = 0.0, 1.0
     for _ in range(50):
         g = (low + high) / 2
-        half = quantiles * math.sqrt((max(DIFFERENT, g) + 2 / (effective + 2) - g * g) / (effective + 2))
-        low, high = (g, high) if g * effective / (effective + 2) < half else (low, g)
+        half = quantiles * math.sqrt((max(DIFFERENT, g) - g * g) / effective)
+        low, high = (g, high) if g < half else (low, g)
     return high
 
 
@@ -116,10 +116,14 @@ def _needed(gap: float, topics_each: float) -> float:
     low, high = 1.0, 1e12
     for _ in range(100):
         n = math.sqrt(low * high)
-        quantiles = t_quantile(max(1, min(10**6, round(n * topics_each) - 1))) + POWER_QUANTILE
-        half = quantiles * math.sqrt((DIFFERENT + 2 / (n + 2)) / (n + 2))
-        low, high = (n, high) if half > gap else (low, n)
+        quantiles = _quantile(math.inf if topics_each == 1 else n * topics_each - 1) + POWER_QUANTILE
+        low, high = (n, high) if quantiles * math.sqrt(DIFFERENT / n) > gap else (low, n)
     return high
+
+
+def _quantile(df: float) -> float:
+    """Student's, with the degrees of freedom that topics give; the normal one where each has one question."""
+    return t_quantile(max(1, round(min(df, 1e6))))
 
 
 def _rounded(n: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ Z95 = 1.959964  # the normal distribution's 97.5% point
 
 
 FEWEST = 6  # clusters that differ, of a mid-p test
-RARE = 1.5  # effective answers of one kind
 SEEDS_AS_UNIT = 4  # with fewer seeds nothing is said about other training runs: statistics are about these weights
 
 
@@ -24,7 +23,7 @@ def accuracy_interval(
     seeds: Sequence[Hashable] | None = None,
     weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
-    """Interval at 95% of an accuracy whose answers come in clusters: Wilson's at the effective number of answers.
+    """Interval at 95% of an accuracy whose answers come in clusters: the binomial's mid-p one at an effective number.
 
     Args:
         right: whether each answer is right; at least one.
@@ -33,19 +32,15 @@ def accuracy_interval(
         weights: what each answer counts, where the accuracy is that of a mix of kinds; None for all alike.
 
     Answers are divided by the design effect, the variance of the mean over clusters by that of independent answers
-    (Kish 1965); it is no less than 1, and the effective number no less than the clusters. The normal quantile becomes
-    Student's, with the clusters' degrees of freedom. Where all answers are equal there is no variance to estimate, and
-    each cluster counts as one answer. Where fewer than RARE effective answers are wrong (or right), Wilson's interval
-    falls short, and the binomial's mid-p interval takes its place, at Korn and Graubard's (1998) effective number.
-    `python -m benchmarks statistics` has the coverage.
+    (Kish 1965), and by the square of Student's quantile over the normal one (Korn and Graubard 1998). Student's degrees
+    of freedom are those that the design effect is known with, not the clusters': where every cluster has one answer, or
+    answers that are all alike, the design effect is no estimate. The effective number is no more than the answers and
+    no less than the clusters, less the same. Where all answers are equal there is no variance to estimate, and each
+    cluster counts as one answer. `python -m benchmarks statistics` has the coverage.
     """
     share = _shares_of(weights, len(right))
-    effective, df = _effective(right, clusters, seeds, share)
-    is_constant = len(set(right)) == 1
-    p = float(right[0]) if is_constant else float(share @ np.asarray(right, dtype=np.float64))
-    if not is_constant and effective * min(p, 1 - p) < RARE:
-        return _mid_p_interval(p, effective * (Z95 / t_quantile(df)) ** 2)
-    return _wilson(p, effective, Z95 if is_constant else t_quantile(df))
+    effective = _effective(right, clusters, seeds, share)
+    return _mid_p_interval(_share_where(right, True, share), effective)
 
 
 def gap_interval(
@@ -62,45 +57,60 @@ def gap_interval(
         seeds: as in accuracy_interval().
         weights: as in accuracy_interval().
 
-    Bonett and Price's (2012) adjusted Wald interval, at the effective number of questions and with Student's quantile.
-    It has a width where no answer differs, too.
+    The difference is that of two shares of the questions, those that the first alone has right and those that the
+    second alone has. Each has the interval of accuracy_interval(), at the effective number of the differences; the two
+    are put together by their distances from the shares (Newcombe 1998; Zou and Donner 2008), with the correlation that
+    two shares of one multinomial have. It has a width where no answer differs, too.
     """
     share = _shares_of(weights, len(differences))
-    effective, df = _effective(differences, clusters, seeds, share)
-    first, second = (effective * float(share @ (np.asarray(differences) == sign)) for sign in (1, -1))
-    p, q = (first + 1) / (effective + 2), (second + 1) / (effective + 2)
-    half = t_quantile(df) * math.sqrt((p + q - (p - q) ** 2) / (effective + 2))
-    return max(-1.0, p - q - half), min(1.0, p - q + half)
+    effective = _effective(differences, clusters, seeds, share)
+    first, second = (_share_where(differences, sign, share) for sign in (1, -1))
+    (low, high), (other_low, other_high) = (_mid_p_interval(part, effective) for part in (first, second))
+    neither = (1 - first) * (1 - second)
+    correlation = -math.sqrt(min(1.0, first * second / neither)) if neither > 0 else 0.0
+
+    def reach(own: float, other: float) -> float:
+        return math.sqrt(max(0.0, own * own + other * other - 2 * correlation * own * other))
+
+    down, up = reach(first - low, other_high - second), reach(high - first, second - other_low)
+    return max(-1.0, first - second - down), min(1.0, first - second + up)
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """Wilson (1927) score interval of a proportion at 95%; counts the answers as independent."""
-    return _wilson(correct / total, total, Z95)
-
-
-def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    p, n = correct / total, total
+    centre = (p + Z95 * Z95 / (2 * n)) / (1 + Z95 * Z95 / n)
+    half = Z95 / (1 + Z95 * Z95 / n) * math.sqrt(p * (1 - p) / n + Z95 * Z95 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@lru_cache(4096)
 def _mid_p_interval(p: float, n: float) -> tuple[float, float]:
     """Clopper and Pearson's interval with half of the observed outcome's probability; n need not be whole."""
     x = p * n
+    ways = math.lgamma(n + 1) - math.lgamma(x + 1) - math.lgamma(n - x + 1)
 
     def above(q: float) -> float:
-        """The probability of more than x right ones at an accuracy q, and half that of x."""
-        more = _beta_below(q, x + 1, n - x) if x < n else 0.0
-        return (more + (_beta_below(q, x, n - x + 1) if x > 0 else 1.0)) / 2
+        """The probability of more than x right ones at an accuracy q, 0 < q < 1, and half that of x."""
+        observed = math.exp(ways + x * math.log(q) + (n - x) * math.log1p(-q))
+        return (_beta_below(q, x + 1, n - x) if x < n else 0.0) + observed / 2
 
-    def where(level: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if above(middle) < level else (low, middle)
-        return (low + high) / 2
+    def where(level: float, low: float, high: float) -> float:
+        below, over = -level, 1 - level  # at the ends of [0, 1], or beyond what is there
+        side = 0
+        for _ in range(200):
+            q = (low * over - high * below) / (over - below)  # false position, with Illinois' halving
+            q = min(max(q, low + 1e-3 * (high - low)), high - 1e-3 * (high - low))
+            miss = above(q) - level
+            if miss < 0:
+                low, below, over, side = q, miss, over / 2 if side < 0 else over, -1
+            else:
+                high, over, below, side = q, miss, below / 2 if side > 0 else below, 1
+            if high - low < 1e-9 or abs(miss) < 1e-12:
+                break
+        return q
 
-    return where(0.025), where(0.975)
+    return (0.0 if x <= 0 else where(0.025, 0.0, p)), (1.0 if x >= n else where(0.975, p, 1.0))
 
 
 def _beta_below(q: float, a: float, b: float) -> float:
@@ -133,18 +143,27 @@ def _shares_of(weights: Sequence[float] | None, n: int) -> Any:
     return share / share.sum() if n else share
 
 
+def _share_where(values: Sequence[float], value: float, share: Any) -> float:
+    """What the values that are `value` count of 1: exactly 0 or 1 where none or all are."""
+    is_so = np.asarray(values) == value
+    return float(is_so[0]) if is_so.all() or not is_so.any() else float(share @ is_so)
+
+
 def _effective(
     values: Sequence[float], clusters: Sequence[Hashable], seeds: Sequence[Hashable] | None, share: Any
-) -> tuple[float, int]:
-    """How many independent values would tell as much about the mean, and the degrees of freedom of that estimate."""
+) -> float:
+    """How many independent values, of which the variance is known, would tell as much about the mean."""
     value = np.asarray(values, dtype=np.float64)
     if not len(value) or len(clusters) != len(value):
         raise ValueError(f"clusters: expected one for each of {len(value)} values, at least one, got {len(clusters)}")
-    spread = (value - share @ value) * share
+    spread, most = (value - share @ value) * share, 1 / float((share**2).sum())
     of_cluster = _numbered(clusters)
     num_clusters, variance = _clustered_variance(spread, of_cluster)
-    df, counted = num_clusters, bool(np.ptp(share) > 1e-12 * share.max())
-    units = 1 / float((np.bincount(of_cluster, weights=share) ** 2).sum()) if counted else float(num_clusters)
+    units = 1 / float((np.bincount(of_cluster, weights=share) ** 2).sum()) if np.ptp(share) > 1e-12 else num_clusters
+    if not np.ptp(value):
+        return float(units)
+    alone = share * (value - share @ value) ** 2
+    total, df = float(alone.sum()), num_clusters - 1
     if seeds is not None and len(set(seeds)) >= SEEDS_AS_UNIT:
         of_seed = _numbered(seeds)
         num_seeds, between = _clustered_variance(spread, of_seed)
@@ -152,12 +171,27 @@ def _effective(
         num_cells, within = _clustered_variance(spread, cells)
         crossed = num_cells > num_clusters  # two-way (Cameron, Gelbach and Miller 2011), where topics recur under seeds
         variance = max(variance, between, variance + between - within if crossed else 0.0)
-        df = min(num_clusters, num_seeds)
-        units = min(units, float(num_seeds))
-    alone = float(share @ (value - share @ value) ** 2)
-    if not alone or not variance:
-        return units if counted else float(num_clusters), max(1, df - 1)
-    return float(min(max(alone / variance, units), 1 / float((share**2).sum()))), max(1, df - 1)
+        df, fewest = min(num_clusters, num_seeds) - 1, min(units, num_seeds)
+        known = least = _known(df)
+    else:
+        least, fewest = _known(df), units
+        known = _known(max(df, _freedom(spread, alone, of_cluster))) if variance else least
+    if not variance:  # one cluster, or all of them alike
+        return float(fewest * least)
+    # Squares around the values' own mean are too small by one part in the number that is looked for.
+    return float(min(max((total / variance + 1) * known, fewest * least), most))
+
+
+def _known(df: int) -> float:
+    """What an answer is worth whose variance is estimated with so many degrees of freedom."""
+    return (Z95 / t_quantile(max(1, df))) ** 2
+
+
+def _freedom(spread: Any, alone: Any, of_cluster: Any) -> int:
+    """The degrees of freedom that the ratio of the clusters' variance to that of independent values is known with."""
+    between, within = np.bincount(of_cluster, weights=spread) ** 2, np.bincount(of_cluster, weights=alone)
+    n, off = len(between), between / between.sum() - within / within.sum()
+    return int(2 / max(1e-12, float((off**2).sum()) * n / max(1, n - 1)))
 
 
 def _clustered_variance(spread: Any, names: Any) -> tuple[int, float]:
