@@ -19,8 +19,8 @@ from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, Lor
 TEXTS = [f"the cat sat on mat {n} who knows why" for n in range(6)]
 SETTINGS = FinetuneSettings(steps=4, batch_size=2, learning_rate=1e-2, save_steps=2, gradient_accumulation_steps=2)
 ONE = replace(SETTINGS, batch_size=4)  # two processes take two examples each
-RUNS = {"ddp": {}, "fsdp": {"fsdp": True}, "lora": {"lora": LoraSettings(r=4)}}
-RUNS |= {"lora-fsdp": {"lora": LoraSettings(r=3, use_dora=True), "fsdp": True}}
+RUNS = {"ddp": {}, "fsdp": {"fsdp": True}, "lora": {"lora": LoraSettings(r=4, use_dora=True)}}
+RUNS |= {"lora-fsdp": {"lora": LoraSettings(r=3), "fsdp": True}}
 
 
 def work(folder, model_directory):

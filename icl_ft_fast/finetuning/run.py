@@ -334,12 +334,13 @@ def train_step(state: RunState, indices: list[int]) -> tuple[float, float, int]:
     (rank, processes), size = distributed.place(), state.settings.batch_size
     objective, examples = state.network.objective, state.examples
     num_targets = sum(sum(examples[i].is_target) for i in indices)
+    has_dropout = state.settings.lora is not None and state.settings.lora.lora_dropout > 0
     loss = 0.0
     for first in range(rank * size, len(indices), processes * size):
         mine = indices[first : first + size]
         batch = batches.pack([examples[i] for i in mine])
         draw = hash((state.seed, state.progress.step, first))
-        with lora.dropping_out(objective, draw) if state.settings.lora else nullcontext():
+        with lora.dropping_out(objective, draw) if has_dropout else nullcontext():
             part = objective(batch, mine) / num_targets
             (part * processes).backward()  # DDP and FSDP average gradients over the processes
         state.optimizer.gather()
