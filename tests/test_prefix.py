@@ -27,7 +27,7 @@ from icl_ft_fast.engine.prompting import documents_turn, prompt_context
 from icl_ft_fast.engine.score import score
 from icl_ft_fast.engine.slots import text_of
 from icl_ft_fast.finetuning import run as finetune_run
-from icl_ft_fast.finetuning.prefix import CONTEXT_FILE, read_best, train_prefix, train_slots
+from icl_ft_fast.finetuning.prefix import CONTEXT_FILE, SlotsRun, read_best, train_prefix, train_slots
 from icl_ft_fast.finetuning.settings import FinetuneError, PrefixSettings, RunOptions
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.runtime.templates import render_chat
@@ -65,9 +65,8 @@ def test_gradients_are_those_of_plain_forwards(num_slots, llama, plain_llama, mo
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr))
     (text, token), conversations = read(llama), written(llama)
     settings = replace(FEW, steps=1, batch_size=6, learning_rate=1.0, warmup_steps=0, clip_norm=math.inf)
-    made = train_slots(
-        llama, token[:num_slots], [text], conversations, settings, seed=0, options=RunOptions(), ledger=Ledger()
-    )
+    run = SlotsRun(token[:num_slots], [text], conversations, settings)
+    made = train_slots(llama, run, options=RunOptions(), ledger=Ledger())
     network = copy.deepcopy(plain_llama).double().requires_grad_(False)
     first = network.model(torch.tensor([token[:num_slots]]), use_cache=True)
     slots = [tuple(t.clone().requires_grad_() for t in pair) for pair in keys_and_values(first.past_key_values)]
@@ -107,7 +106,8 @@ def test_slots_that_are_the_context_predict_as_it_does(family, settings, tiny_ne
     model = load(tmp_path)
     (text, token), conversations = read(model), written(model)
     still = replace(FEW, steps=1, batch_size=6, learning_rate=1e-12)
-    made = train_slots(model, token, [text], conversations, still, seed=0, options=RunOptions(), ledger=Ledger())
+    run = SlotsRun(token, [text], conversations, still)
+    made = train_slots(model, run, options=RunOptions(), ledger=Ledger())
     places = torch.cat(
         [probability for _, probability in read_best(model, [text], conversations, 5, Ledger())]
     ).double()
@@ -168,7 +168,7 @@ def test_the_first_slot_stays(llama):
     (text, token), conversations = read(llama), written(llama)
     first, last = (
         train_slots(
-            llama, token[:5], [text], conversations, settings, seed=0, options=RunOptions(), ledger=Ledger()
+            llama, SlotsRun(token[:5], [text], conversations, settings), options=RunOptions(), ledger=Ledger()
         ).layers
         for settings in (replace(FEW, steps=1, learning_rate=1e-9), FEW)
     )

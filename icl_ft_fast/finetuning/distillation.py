@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.forward import ScoringOptions, forward_chunks
+from icl_ft_fast.engine.forward import Reader, ScoringOptions, forward_chunks
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.memory import BudgetError
 from icl_ft_fast.engine.model import Head, Model
@@ -101,23 +101,35 @@ def read_in_context(
         )
     tree = trie.build_from_lists(requests)
     predicting = _Predicting(model, tree)
-    with ledger.phase("teach"):
-        ledger.request_tokens += tree.request_tokens
-    try:
-        for _ in forward_chunks(model, tree, predicting, options=ScoringOptions(), ledger=ledger, phase="teach"):
-            pass
-    except BudgetError as error:
-        raise FinetuneError(f"teacher: {error}") from error
-    rows, place, path = torch.cat(predicting.hidden), predicting.place, tree.path.long()
-    offsets = tree.path_offset.tolist()
-    head = model.head
+    paths = read_teacher(model, tree, predicting, ledger)
+    rows, place, head = torch.cat(predicting.hidden), predicting.place, model.head
     return Teacher(
         Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap),
         [
-            rows[place[path[offsets[e] : offsets[e + 1]]][torch.tensor(example.is_target[1:])].to(rows.device)]
-            for e, example in enumerate(examples)
+            rows[place[path][torch.tensor(example.is_target[1:])].to(rows.device)]
+            for path, example in zip(paths, examples, strict=True)
         ],
     )
+
+
+def read_teacher(model: Model, tree: trie.Trie, reader: Reader, ledger: Ledger) -> tuple[torch.Tensor, ...]:
+    """Forward what a teacher reads, as the ledger's phase "teach"; `reader` takes what it predicts.
+
+    Returns:
+        For each request of the tree int64 [places], which scored tokens are its own.
+
+    Raises:
+        FinetuneError: too little memory.
+    """
+    with ledger.phase("teach"):
+        ledger.request_tokens += tree.request_tokens
+    try:
+        for _ in forward_chunks(model, tree, reader, options=ScoringOptions(), ledger=ledger, phase="teach"):
+            pass
+    except BudgetError as error:
+        raise FinetuneError(f"teacher: {error}") from error
+    paths: tuple[torch.Tensor, ...] = tree.path.long().split(tree.path_offset.diff().tolist())
+    return paths
 
 
 class _Predicting:

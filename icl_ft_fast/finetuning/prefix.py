@@ -26,10 +26,9 @@ from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.contexts import save_context
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
 from icl_ft_fast.engine.flops import work_of
-from icl_ft_fast.engine.forward import ScoringOptions, forward_chunks, hidden_states
+from icl_ft_fast.engine.forward import hidden_states
 from icl_ft_fast.engine.kv_cache import Context
 from icl_ft_fast.engine.ledger import Ledger
-from icl_ft_fast.engine.memory import BudgetError
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
@@ -38,6 +37,7 @@ from icl_ft_fast.finetuning import distributed
 from icl_ft_fast.finetuning.batches import Batch
 from icl_ft_fast.finetuning.checkpoint import Progress, RunFolder, read_state
 from icl_ft_fast.finetuning.data import EncodedExample
+from icl_ft_fast.finetuning.distillation import read_teacher
 from icl_ft_fast.finetuning.optimizer import Optimizer
 from icl_ft_fast.finetuning.run import RunState, train
 from icl_ft_fast.finetuning.settings import FinetuneError, PrefixSettings, RunOptions
@@ -127,6 +127,25 @@ class SlotsInTraining:
 
 
 @dataclass(frozen=True)
+class SlotsRun:
+    """What slots start from, what they are trained on, and how.
+
+    Attributes:
+        token: ids whose keys and values the slots start from.
+        parts: the text that the conversations of each part follow.
+        conversations: from write_conversations().
+        settings: steps and rate.
+        seed: of the order of conversations.
+    """
+
+    token: Sequence[int]
+    parts: Sequence[str]
+    conversations: Sequence[Conversation]
+    settings: PrefixSettings
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class TrainedSlots:
     """What training made.
 
@@ -209,9 +228,8 @@ def train_prefix(
     (token,) = encoding.encode(model.tokenizer, [prompt_context(model, shown, template).rstrip()])
     if not 1 <= num_tokens <= len(token):
         raise FinetuneError(f"num_tokens: expected 1 to the {len(token)} tokens of the documents, got {num_tokens}")
-    made = train_slots(
-        model, token[:num_tokens], parts, conversations, settings, seed=seed, options=options, ledger=ledger
-    )
+    run = SlotsRun(token[:num_tokens], parts, conversations, settings, seed)
+    made = train_slots(model, run, options=options, ledger=ledger)
     name = hashlib.sha256(json.dumps([token, asdict(settings), seed]).encode()).hexdigest()
     key, ids = key_of(model, name, num_tokens)
     context = slots_context(model, made.layers, made.hidden, ids)
@@ -220,31 +238,17 @@ def train_prefix(
     return TrainedPrefix(key, context, made.losses)
 
 
-def train_slots(
-    model: Model,
-    token: Sequence[int],
-    parts: Sequence[str],
-    conversations: Sequence[Conversation],
-    settings: PrefixSettings,
-    *,
-    seed: int,
-    options: RunOptions,
-    ledger: Ledger,
-) -> TrainedSlots:
-    """Train slots on conversations.
+def train_slots(model: Model, run: SlotsRun, *, options: RunOptions, ledger: Ledger) -> TrainedSlots:
+    """Train slots on conversations; the model stays as it is.
 
     Args:
-        model: stays as it is.
-        token: ids whose keys and values the slots start from.
-        parts: the text that the conversations of each part follow.
-        conversations: from write_conversations().
-        settings: steps and rate.
-        seed: of the order of conversations.
+        model: from load().
+        run: see SlotsRun.
         options: see train_prefix().
         ledger: counts the work, as phases "teach" and "train".
     """
     with _frozen(model):
-        state = _prepare(model, token, parts, conversations, settings, seed, options, Ledger(meter=ledger.meter))
+        state = _prepare(model, run, options, Ledger(meter=ledger.meter))
         train(state)
         ledger.include(state.ledger.as_dict())
         slots = state.network.network
@@ -253,17 +257,9 @@ def train_slots(
             return TrainedSlots(layers, slots.hidden().clone(), tuple(state.progress.losses))
 
 
-def _prepare(
-    model: Model,
-    token: Sequence[int],
-    parts: Sequence[str],
-    conversations: Sequence[Conversation],
-    settings: PrefixSettings,
-    seed: int,
-    options: RunOptions,
-    ledger: Ledger,
-) -> RunState:
+def _prepare(model: Model, run: SlotsRun, options: RunOptions, ledger: Ledger) -> RunState:
     """The run before its next step: the first one, or the one after the last checkpoint."""
+    token, conversations, settings = run.token, run.conversations, run.settings
     over = max(len(token) + len(one.ids) for one in conversations) - model.max_positions
     if over > 0:
         raise FinetuneError(
@@ -273,16 +269,16 @@ def _prepare(
     if options.watch is not None:
         raise FinetuneError("watch: a prefix is trained, the model's weights stay as they are")
     path = None if options.output_dir is None else Path(options.output_dir)
-    said = hashlib.sha256(json.dumps([list(parts), [[c.part, c.ids] for c in conversations]]).encode()).hexdigest()
+    said = hashlib.sha256(json.dumps([list(run.parts), [[c.part, c.ids] for c in conversations]]).encode()).hexdigest()
     rank, processes = distributed.place()
-    origin = asdict(settings) | {"seed": seed, "token": list(token), "conversations": said, "processes": processes}
+    origin = asdict(settings) | {"seed": run.seed, "token": list(token), "conversations": said, "processes": processes}
     origin["model"] = "" if path is None else model.fingerprint()
     folder = RunFolder(path, origin, resume=options.resume, is_writer=rank == 0)
     progress = folder.restore() if options.resume else Progress()
     checkpoint = folder.folder(progress.step) if progress.step else None
     with ledger.phase("teach"):
         slots = first_slots(model, token, ledger)
-        best = read_best(model, parts, conversations, settings.top, ledger)
+        best = read_best(model, run.parts, conversations, settings.top, ledger)
     if checkpoint is not None:  # its counts include the reading
         ledger = Ledger(meter=ledger.meter)
         ledger.include(progress.counts)
@@ -294,7 +290,7 @@ def _prepare(
     begin = token[-1]  # stands for the slots as the root of each step's tree
     return RunState(
         settings=training,
-        seed=seed,
+        seed=run.seed,
         options=replace(options, output_dir=path),
         examples=[
             EncodedExample([begin, *c.ids], [False] + [True] * len(c.ids), n) for n, c in enumerate(conversations)
@@ -338,14 +334,7 @@ def read_best(
     before = encoding.encode(model.tokenizer, [part.rstrip() for part in parts])
     tree = trie.build_from_lists([(before[one.part], list(one.ids)) for one in conversations])
     best = _Best(model, tree, min(top, len(model.head.weight)))
-    with ledger.phase("teach"):
-        ledger.request_tokens += tree.request_tokens
-    try:
-        for _ in forward_chunks(model, tree, best, options=ScoringOptions(), ledger=ledger, phase="teach"):
-            pass
-    except BudgetError as error:
-        raise FinetuneError(f"teacher: {error}") from error
-    paths = tree.path.long().split(tree.path_offset.diff().tolist())
+    paths = read_teacher(model, tree, best, ledger)
     return [(best.ids[path], best.probability[path]) for path in paths]
 
 

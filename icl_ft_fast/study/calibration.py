@@ -28,7 +28,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning.data import encode
-from icl_ft_fast.finetuning.prefix import train_slots
+from icl_ft_fast.finetuning.prefix import SlotsRun, train_slots
 from icl_ft_fast.finetuning.run import prepare, train_step
 from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings, RunOptions
 from icl_ft_fast.runtime.reasoning import answer_in
@@ -338,8 +338,8 @@ class Calibration:
                 Conversation(0, tuple(part[n % max(1, len(part) - length) :][:length])) for n in range(size * steps)
             ]
             alone, ledger = replace(settings, steps=steps), Ledger()
-            token = list(part[:num_slots])
-            train_slots(self.model, token, [text], made, alone, seed=0, options=RunOptions(), ledger=ledger)
+            run = SlotsRun(part[:num_slots], [text], made, alone)
+            train_slots(self.model, run, options=RunOptions(), ledger=ledger)
             taken.append([ledger.phases[phase].wall_s for phase in ("teach", "train")])
         (short_teach, short_train), (long_teach, long_train) = taken
         work = work_of(self.model)

@@ -19,7 +19,7 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
-from icl_ft_fast.finetuning.prefix import train_slots
+from icl_ft_fast.finetuning.prefix import SlotsRun, train_slots
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
@@ -121,13 +121,10 @@ def _prepare_prefix(num_tokens: int, job: ArmJob, ready: Prepared) -> Prepared:
         model, batches, journal=job.workspace.journal, ledger=job.ledger, progress=job.progress
     )
     (token,) = encoding.encode(model.tokenizer, [read.text.rstrip()])
+    parts = [prompt_context(model, part, template) for part in batches[0].parts]
     made = train_slots(
         model,
-        token[:num_tokens],
-        [prompt_context(model, part, template) for part in batches[0].parts],
-        conversations,
-        job.settings.prefix,
-        seed=job.seed,
+        SlotsRun(token[:num_tokens], parts, conversations, job.settings.prefix, job.seed),
         options=RunOptions(
             output_dir=checkpoints and checkpoints / job.key,
             resume=checkpoints is not None,
