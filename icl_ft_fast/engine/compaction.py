@@ -111,13 +111,15 @@ def compact(
 def compacting_flops(model: Model, num_tokens: int, num_slots: int, follower_tokens: int) -> float:
     """FLOPs of compact(), about: reading; and matching, in float64, where one takes as long as two.
 
-    Matching is cubic: each of a layer's queries meets every two keys of the context, and every two slots three times.
+    Matching is cubic. Each of a layer's queries meets every two keys of the context, and every two slots three times.
+    Each slot that is chosen goes over the columns of those before it: that waits for memory, and counts as 64.
     """
-    work, (heads, _) = work_of(model), heads_of(model)
+    work, (heads, sizes) = work_of(model), heads_of(model)
     path = work.path_flops(num_tokens + 1)
     reading = path[-2] + follower_tokens * (path[-1] - path[-2])
-    matching = 2 * follower_tokens * heads * len(work.attention) * (num_tokens**2 + 3 * num_slots**2)
-    return float(reading + 2 * matching)
+    products = 2 * follower_tokens * heads * (num_tokens**2 + 3 * num_slots**2)
+    choosing = 64 * max(groups for _, _, groups in sizes) * num_tokens * num_slots**2 / 2
+    return float(reading + len(work.attention) * (2 * products + choosing))
 
 
 @dataclass
