@@ -9,10 +9,12 @@ import pytest
 
 from icl_ft_fast import cli
 from icl_ft_fast.cli.run.status import told
+from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.runtime.durable import is_locked, locked
 from icl_ft_fast.study import progress
 from icl_ft_fast.study.compare import StudyOptions, compare
 from icl_ft_fast.study.progress import Status, StatusError, StudyProgress, set_paused, status_of
+from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.task import Document, Question, Task
 
 
@@ -122,6 +124,19 @@ def test_a_training_says_its_steps(tmp_path, clock):
             mine.step(500, 500)  # the last one is always told
             assert status_of(tmp_path).running[0][3:] == (500, 500)
             ended(1, 1)
+
+
+def test_arms_that_train_say_each_step(llama, monkeypatch):
+    """Weights and prefixes alike, whoever makes the run: make_run() has the progress from every executor."""
+    said = []
+    monkeypatch.setattr(StudyProgress, "step", lambda self, *steps: said.append((self.events[-1]["arm"], *steps)))
+    settings = StudySettings(
+        finetune=FinetuneSettings(steps=2, batch_size=1),
+        prefix=PrefixSettings(conversations=2, conversation_tokens=4, steps=1, batch_size=1),
+    )
+    task = Task((Document("d", "the cat sat"),), (Question("q", "the cat", (" sat on", " by the"), answer=0),))
+    compare(llama, task, settings, arms=["ft", "prefix@2"], seeds=[0], options=StudyOptions(measure_s=0))
+    assert said == [("ft", 1, 2), ("ft", 2, 2), ("prefix@2", 1, 1)]
 
 
 def test_a_paused_study_begins_no_run(tmp_path, monkeypatch, capsys):
