@@ -22,8 +22,8 @@ Newest = dict[tuple[str, str, str], dict[str, str]]  # (suite, case, variant) ->
 
 
 def _command(*arguments: str, folder: str) -> str:
-    """What a command prints in a folder, on a terminal of 100 columns."""
-    environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+    """What a command prints in a folder, on a terminal of 76 columns, which the site has room for."""
+    environment = {**os.environ, "COLUMNS": "76", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "icl_ft_fast.cli", *arguments]
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
