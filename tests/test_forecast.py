@@ -102,16 +102,15 @@ def test_reading_is_extrapolated_by_flops(llama):
     assert calibration.read_s([]) == 0.0
 
 
-def test_compaction_is_extrapolated_by_what_it_multiplies(llama):
+def test_compaction_is_planned_by_what_it_multiplies(llama):
     times = iter(range(100))
-    calibration = Calibration(
-        llama, 1e-9, clock=lambda: float(next(times))
-    )  # 64 tokens, and whatever is timed takes a second
+    calibration = Calibration(llama, 1.0, clock=lambda: float(next(times)))  # whatever is timed takes a second
     token = [2 + n % 50 for n in range(200)]
-    whole, first = (compacting_flops(llama, n, n // 4, n) for n in (200, 64))
-    assert calibration.compacting_s(token, 4, [token]) == pytest.approx(whole / first)
-    far, farther = (compacting_flops(llama, n, n // 4, n) for n in (20_000, 40_000))
-    assert 7 < farther / far < 8  # matching is cubic
+    reading, matching = compacting_flops(llama, 200, 50, 200)
+    expected = calibration.read_s(token, reading) + matching / (2 * 2048 * 1024**2)
+    assert calibration.compacting_s(token, 4, [token]) == pytest.approx(expected)
+    far, farther = (compacting_flops(llama, n, n // 4, n)[1] for n in (1000, 2000))
+    assert farther / far == pytest.approx(8)
 
 
 def test_passages_are_read_in_the_batches_of_their_questions(llama, monkeypatch):

@@ -108,18 +108,18 @@ def compact(
     return Compacted(layers, last_hidden, errors)
 
 
-def compacting_flops(model: Model, num_tokens: int, num_slots: int, follower_tokens: int) -> float:
-    """FLOPs of compact(), about: reading; and matching, in float64, where one takes as long as two.
+def compacting_flops(model: Model, num_tokens: int, num_slots: int, follower_tokens: int) -> tuple[float, float]:
+    """FLOPs of compact(), about: of reading, and of matching in float64, which is cubic.
 
-    Matching is cubic. Each of a layer's queries meets every two keys of the context, and every two slots three times.
-    Each slot that is chosen goes over the columns of those before it: that waits for memory, and counts as 64.
+    Each of a layer's queries meets every two keys of the context, and every two slots three times. Each slot that is
+    chosen goes over the columns of those before it: that waits for memory, and a product counts as 32 FLOPs.
     """
     work, (heads, sizes) = work_of(model), heads_of(model)
     path = work.path_flops(num_tokens + 1)
-    reading = path[-2] + follower_tokens * (path[-1] - path[-2])
     products = 2 * follower_tokens * heads * (num_tokens**2 + 3 * num_slots**2)
-    choosing = 64 * max(groups for _, _, groups in sizes) * num_tokens * num_slots**2 / 2
-    return float(reading + len(work.attention) * (2 * products + choosing))
+    choosing = 32 * max(groups for _, _, groups in sizes) * num_tokens * num_slots**2 / 2
+    reading = float(path[-2] + follower_tokens * (path[-1] - path[-2]))
+    return reading, len(work.attention) * (products + choosing)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from icl_ft_fast.augmentation.generators import TextGenerator
 from icl_ft_fast.augmentation.prompts import completed
 from icl_ft_fast.augmentation.self_study import Conversation, ConversationBatch
 from icl_ft_fast.engine import encoding, trie
-from icl_ft_fast.engine.compaction import compact, compacting_flops
+from icl_ft_fast.engine.compaction import compacting_flops
 from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.generate import RUNNING
 from icl_ft_fast.engine.ledger import Ledger
@@ -38,7 +38,7 @@ from icl_ft_fast.tasks.task import Question
 
 Found = TypeVar("Found")
 CALIBRATION_S = 20.0
-READING, ANSWERING, TRAINING, WRITING, COMPACTING = 0.15, 0.15, 0.3, 0.3, 0.1  # parts of the time
+READING, ANSWERING, TRAINING, WRITING = 0.15, 0.15, 0.35, 0.35  # parts of the time
 FIRST_TOKENS = 512  # of the first reading that is timed
 ALONE = 8  # questions that are asked one by one
 
@@ -283,17 +283,15 @@ class Calibration:
         return self._once(("writing", prompting.strategy.name), measure)
 
     def compacting_s(self, token: Sequence[int], ratio: float, followers: Sequence[Sequence[int]]) -> float:
-        """Seconds of compaction, from a compaction of the first tokens, by the FLOPs of both."""
-        spent = took = rate = 0.0
-        for size in [n for n in (64, 128, 256) if n < len(token)] or [len(token)]:
-            slots = min(max(len(encoding.opening(self.model.tokenizer)) + 1, round(size / ratio)), size)
-            fewer = [follower[:size] for follower in followers[: max(1, len(followers) * size // len(token))]]
-            took = self._timed(partial(compact, self.model, list(token[:size]), slots, fewer))
-            rate = took / compacting_flops(self.model, size, slots, sum(map(len, fewer)))
-            if (spent := spent + took) > COMPACTING * self.seconds:
-                break
+        """Seconds of compaction: its reading at the rate of reading, its matching at that of float64 products."""
         num_slots = max(1, round(len(token) / ratio))
-        return rate * compacting_flops(self.model, len(token), num_slots, sum(map(len, followers)))
+        reading, matching = compacting_flops(self.model, len(token), num_slots, sum(map(len, followers)))
+
+        def measure() -> float:
+            a = torch.rand(2048, 1024, dtype=torch.float64, device=self.model.device)
+            return min(self._timed(lambda: a.T @ a) for _ in range(3)) / (2 * 2048 * 1024**2)
+
+        return self.read_s(token, reading) + matching * self._once("float64", measure)
 
     def conversing(
         self, batch: ConversationBatch, part: Sequence[int], num_slots: int, settings: PrefixSettings
