@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
 
     network = copy.deepcopy(plain_llama)
     theirs = inject_and_nudge(network, KINDS["rslora"], 3).double()
-    for module in theirs.modules():
-        vars(module).pop("forward", None)  # ours
+    ours = [vars(module).pop("forward") for module in theirs.modules() if "forward" in vars(module)]
+    assert len(ours) == 2 * 7
     losses = []
     for text in TEXTS:
         ids = torch.tensor([[0, *llama.tokenizer(text, add_special_tokens=False)["input_ids"], 1]])
@@ -85,6 +86,22 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
         assert parameter.grad.abs().max() > 2e-5
         moved = parameter.detach() - after[name.replace(".default", "")]
         assert (moved - parameter.grad).abs().max() < 1e-5, name
+
+
+def test_an_adapted_layer_of_bfloat16_is_pefts(llama):
+    network = copy.deepcopy(llama.network).bfloat16()
+    lora.inject(network, KINDS["plain"], 0)
+    layer = network.model.layers[0].self_attn.q_proj
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x, weights = torch.randn(2, 5, layer.in_features).bfloat16().requires_grad_(), list(layer.lora_A.parameters())
+    found = []
+    for forward in (layer.forward, partial(type(layer).forward, layer)):
+        out = forward(x)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *weights, *layer.lora_B.parameters()])])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine - theirs).abs().max() <= 0.01 * theirs.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
