@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +212,7 @@ class _CheckedReader:
         import numpy as np
         from gguf import GGMLQuantizationType
 
-        content = np.memmap(file, mode="r", dtype=np.uint8)
+        content = np.asarray(np.memmap(file, mode="r", dtype=np.uint8))  # a memmap passes its class on, slowly
 
         def blocks(tensor: GgufTensor) -> Any:
             _, size, num_bytes = TYPES[tensor.type]
@@ -230,19 +231,21 @@ class _CheckedReader:
 def _as_checked(file: Path, header: GgufHeader) -> Iterator[dict[str, str]]:
     """Within the block transformers finds the file, alone in a folder, and reads the header that was checked.
 
-    Beside the file there may be a tokenizer_config.json, which transformers would follow.
+    Beside the file there may be a tokenizer_config.json, which transformers would follow. gguf's map of tensor names is
+    made once: transformers asks for it anew for every module.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as bars
 
     with tempfile.TemporaryDirectory() as folder, _replaced:
         (Path(folder) / "model.gguf").symlink_to(file.resolve())
-        theirs = gguf.GGUFReader, bars.tqdm
+        theirs = gguf.GGUFReader, gguf.get_tensor_name_map, bars.tqdm
         gguf.GGUFReader, bars.tqdm = lambda *_: _CheckedReader(file, header), _bare
+        gguf.get_tensor_name_map = lru_cache(theirs[1])
         try:
             yield {"name": folder, "file": "model.gguf"}
         finally:
-            gguf.GGUFReader, bars.tqdm = theirs
+            gguf.GGUFReader, gguf.get_tensor_name_map, bars.tqdm = theirs
 
 
 def _bare(items: Any, **_: Any) -> Any:
