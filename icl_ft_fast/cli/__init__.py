@@ -5,7 +5,6 @@ Bad input and a full disk end in one line on stderr and exit code 2, an interrup
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
@@ -30,6 +29,7 @@ from icl_ft_fast.cli import (
 )
 from icl_ft_fast.cli.options import Parser
 from icl_ft_fast.runtime.errors import UserError
+from icl_ft_fast.runtime.executors import is_first_process
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.runtime.threads import bound_spinning
@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(ours)
     options.given, options.rest = given, given[len(ours) :]
     bound_spinning()  # what a command runs has not been imported yet, torch included
-    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's
-    shown = is_first and not getattr(options, "quiet", False) and options.command != "status"
+    shown = is_first_process() and not getattr(options, "quiet", False) and options.command != "status"
     try:
         with Activity(f"icl-ft-fast {options.command}", shown=shown):
             options.run(options)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from icl_ft_fast.cli.options import Commands, UsageError, command
+from icl_ft_fast.runtime.executors import is_first_process
 from icl_ft_fast.runtime.progress import tell_no_more
 
 
@@ -27,6 +27,6 @@ def _lm_eval(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UsageError(f"needs {error.name}: pip install 'icl_ft_fast[lm-eval]'") from error
     tell_no_more()  # the harness has its own bars, but takes seconds to its first word
-    if os.environ.get("RANK", "0") == "0":  # torchrun's
+    if is_first_process():
         print("icl-ft-fast lm-eval: starting the harness", file=sys.stderr, flush=True)
     lm_eval.run(options.rest)

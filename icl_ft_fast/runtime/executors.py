@@ -286,6 +286,11 @@ def follow(executor: Executor) -> None:
         pass
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or its like started: the one that talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launched() -> bool:
     """Whether torchrun, or a launcher that sets the same variables, started this process.
 

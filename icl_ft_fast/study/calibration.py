@@ -282,9 +282,8 @@ class Calibration:
 
         return self._once(("writing", prompting.strategy.name), measure)
 
-    def compacting_s(self, token: Sequence[int], ratio: float, followers: Sequence[Sequence[int]]) -> float:
+    def compacting_s(self, token: Sequence[int], num_slots: int, followers: Sequence[Sequence[int]]) -> float:
         """Seconds of compaction: its reading at the rate of reading, its matching at that of float64 products."""
-        num_slots = max(1, round(len(token) / ratio))
         reading, matching = compacting_flops(self.model, len(token), num_slots, sum(map(len, followers)))
 
         def measure() -> float:

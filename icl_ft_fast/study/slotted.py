@@ -45,7 +45,7 @@ def _expect_compaction(ratio: int, job: ArmJob, calibration: Calibration) -> Exp
     token, num_slots, followers = tokens_to_compact(job.model, read.text, read.documents, ratio)
     tokens = len(token) + sum(map(len, followers))
     flops = 2 * float(work_of(job.model).path_flops(len(token))[-1])
-    return Expected(num_slots, tokens, flops, calibration.compacting_s(token, ratio, followers))
+    return Expected(num_slots, tokens, flops, calibration.compacting_s(token, num_slots, followers))
 
 
 def _prepare_compaction(ratio: int, job: ArmJob, ready: Prepared) -> Prepared:
