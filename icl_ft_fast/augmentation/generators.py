@@ -17,7 +17,7 @@ from icl_ft_fast.augmentation.prompts import Prompt
 from icl_ft_fast.augmentation.strategy import AugmentError
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.control_tokens import as_text
-from icl_ft_fast.engine.generate import RUNNING, Sampling, iter_generations
+from icl_ft_fast.engine.generate import RUNNING, NewToken, Sampling, iter_generations
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.reasoning import answer_in, opened
@@ -85,6 +85,8 @@ class LocalGenerator:
         template_options: arguments of the chat template, such as enable_thinking.
         template_date: YYYY-MM-DD, what a template that writes the date writes; None is today, or the date that the
             tokenizer's template writes already.
+        on_token: called with (index of the request, token) as each token is written; where it returns False, the reply
+            is cut.
 
     Raises:
         AugmentError: `is_chat`, and the tokenizer has no chat template.
@@ -96,6 +98,7 @@ class LocalGenerator:
     ledger: Ledger | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     template_date: str | None = None
+    on_token: Callable[[int, NewToken], bool | None] | None = field(default=None, compare=False)
     prompts_per_call: ClassVar[int] = 16 * RUNNING
 
     def __post_init__(self) -> None:
@@ -125,14 +128,26 @@ class LocalGenerator:
 
     def replies(self, requests: Sequence[tuple[Prompt, Sampling]]) -> Iterator[tuple[int, Reply]]:
         """See TextGenerator; raises GenerateError where a prompt does not fit the model's positions."""
-        texts = [self._whole(prompt.text) + prompt.begun for prompt, _ in requests]
+        texts = [self._text(prompt) for prompt, _ in requests]
         encoded = encoding.encode(self.model.tokenizer, texts)
         names = [f"document {prompt.id!r} with its prompt" for prompt, _ in requests]
         for i, made in iter_generations(
-            self.model, encoded, [sampling for _, sampling in requests], names=names, ledger=self.ledger
+            self.model,
+            encoded,
+            [sampling for _, sampling in requests],
+            names=names,
+            on_token=self.on_token,
+            ledger=self.ledger,
         ):
             text = opened(texts[i]) + requests[i][0].begun + made.text  # the template may have begun the reasoning
-            yield i, Reply(text, len(encoded[i]), len(made.ids), sum(made.logp), made.finish == "length")
+            yield i, Reply(text, len(encoded[i]), len(made.ids), sum(made.logp), made.finish in ("length", "dropped"))
+
+    def encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, with how their replies begin."""
+        return encoding.encode(self.model.tokenizer, [self._text(prompt) for prompt in prompts])
+
+    def _text(self, prompt: Prompt) -> str:
+        return self._whole(prompt.text) + prompt.begun
 
     def _whole(self, text: str) -> str:
         text = as_text(self.model.tokenizer, text)  # of documents, in a prompt that spells no control token

@@ -143,7 +143,7 @@ class ConversationBatch:
             for n in numbers:
                 part, turn = n % len(self.parts), n // len(self.parts)
                 begun.append((contexts[part], as_text(model.tokenizer, words[part][turn % len(words[part])])))
-            draws = [self._sampling(n, self.temperature) for n in numbers]
+            draws = [self.sampling(n, self.temperature) for n in numbers]
             texts, ids = write([context + word for context, word in begun], draws)
             after = encoding.encode_pairs(model.tokenizer, begun)
             made = [(*follows, *its) for (_, follows), its in zip(after, ids, strict=True)]
@@ -167,10 +167,10 @@ class ConversationBatch:
             return render_chat(model.tokenizer, [turn, *rest])
 
         asked = [turns(n, text, MESSAGES[n % len(MESSAGES)]) for n, text in said.values()]
-        messages, _ = write(asked, [self._sampling(n, self.temperature) for n, _ in said.values()])
+        messages, _ = write(asked, [self.sampling(n, self.temperature) for n, _ in said.values()])
         messages = [as_text(model.tokenizer, message.strip()) for message in messages]
         answered = [turns(n, text, message) for (n, text), message in zip(said.values(), messages, strict=True)]
-        _, ids = write(answered, [self._sampling(n, 0.0) for n, _ in said.values()])
+        _, ids = write(answered, [self.sampling(n, 0.0) for n, _ in said.values()])
         for (i, (n, _)), whole, its in zip(said.items(), answered, ids, strict=True):
             context = contexts[n % len(self.parts)]
             if whole.startswith(context):  # a template may write a turn otherwise once another one follows it
@@ -178,7 +178,8 @@ class ConversationBatch:
                 ((_, follows),) = encoding.encode_pairs(model.tokenizer, [pair])
                 made[i] = (*follows, *its)
 
-    def _sampling(self, n: int, temperature: float) -> Sampling:
+    def sampling(self, n: int, temperature: float) -> Sampling:
+        """Of a turn of conversation n."""
         return Sampling(self.tokens, temperature, stop=("\n",), seed=self.seed * 1_000_003 + n)
 
 
@@ -190,6 +191,17 @@ def _written(
     found = dict(iter_generations(model, prompts, sampling, names=names, ledger=ledger, progress=progress))
     made = [found[p] for p in range(len(prompts))]
     return [one.text for one in made], [one.ids for one in made]
+
+
+def turn_tokens(model: Model, batch: ConversationBatch) -> tuple[int, int]:
+    """Tokens that the chat template writes around a message and its answer, and of a request for a message, about."""
+    if batch.template != "chat":
+        return 0, 0
+    turn = documents_turn(model, batch.parts[0][:1])
+    turns = [turn, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}]
+    short, long = encoding.encode(model.tokenizer, [render_chat(model.tokenizer, some) for some in ([turn], turns)])
+    requests = encoding.encode(model.tokenizer, MESSAGES, bos=False)
+    return len(long) - len(short), round(sum(map(len, requests)) / len(requests))
 
 
 def conversation_batches(

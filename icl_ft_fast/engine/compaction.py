@@ -31,6 +31,7 @@ OPEN = 2**31 - 1  # the end of a key that all later queries see
 RECORDING = f"{ATTENTION}_recording"
 RIDGE = 1e-4  # of the mean square of what is solved for: keeps values near those of the chosen keys
 CHECKED = 16  # tokens that a model is tried on
+WEIGHT_FLOPS, CHOOSING_FLOPS = 800, 64  # that a weight, and a product in choosing, take the time of
 SHIFT_TOLERANCE = 2e-2  # hidden states that move by more than this, relatively, depend on absolute positions
 
 
@@ -112,14 +113,17 @@ def compacting_flops(model: Model, num_tokens: int, num_slots: int, follower_tok
     """FLOPs of compact(), about: of reading, and of matching in float64, which is cubic.
 
     Each of a layer's queries meets every two keys of the context, and every two slots three times. Each slot that is
-    chosen goes over the columns of those before it: that waits for memory, and a product counts as 32 FLOPs.
+    chosen goes over the columns of those before it, and each query's logits become weights: that waits for memory and
+    for exponentials, and counts as so many FLOPs of a product.
     """
     work, (heads, sizes) = work_of(model), heads_of(model)
     path = work.path_flops(num_tokens + 1)
-    products = 2 * follower_tokens * heads * (num_tokens**2 + 3 * num_slots**2)
-    choosing = 32 * max(groups for _, _, groups in sizes) * num_tokens * num_slots**2 / 2
+    queries = follower_tokens * heads
+    products = 2 * queries * (num_tokens**2 + 3 * num_slots**2)
+    weights = WEIGHT_FLOPS * queries * (num_tokens + 2 * num_slots)
+    choosing = CHOOSING_FLOPS * max(groups for _, _, groups in sizes) * num_tokens * num_slots**2 / 2
     reading = float(path[-2] + follower_tokens * (path[-1] - path[-2]))
-    return reading, len(work.attention) * (products + choosing)
+    return reading, len(work.attention) * (products + weights + choosing)
 
 
 @dataclass

@@ -51,9 +51,15 @@ def print_forecast(plan: Forecast, console: Console) -> None:
     console.print(table)
     console.print(
         f"\n{duration(plan.seconds)} for all arms and seeds, what they share counted once; measuring queries comes on "
-        f"top (--measure-seconds). Planned in {duration(plan.calibration_s)}.",
+        f"top (--measure-seconds). Planned in {duration(plan.planning_s)}; "
+        f"{duration(plan.calibration_s)} of that tried the model on this machine.",
         highlight=False,
     )
+    if plan.guessed:
+        console.print(
+            f"Not tried, for want of time, and taken from FLOPs at the rate of reading: {', '.join(plan.guessed)}.",
+            highlight=False,
+        )
     if not all(arm.is_planned for arm in plan.arms):
         console.print("?: this arm has no plan; it may take long.", highlight=False)
 

@@ -7,11 +7,12 @@ model will write is not known: its length is taken from the calibration's replie
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icl_ft_fast.augmentation.batches import PromptBatch
-from icl_ft_fast.augmentation.generators import Endpoint, TextGenerator
+from icl_ft_fast.augmentation.generators import LocalGenerator, TextGenerator
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.control_tokens import behind, set_mode
 from icl_ft_fast.engine.flops import work_of
@@ -79,14 +80,18 @@ class Forecast:
     Attributes:
         arms: in their order.
         rival: the arm that break-evens are taken with; "" for none.
-        calibration_s: seconds that it was made from.
+        calibration_s: seconds that the model was tried for.
         seconds: of all arms under all seeds, what they share counted once, without measuring queries.
+        planning_s: seconds that the plan took, the calibration included.
+        guessed: what there was no time to try: its seconds are FLOPs at the rate of reading.
     """
 
     arms: tuple[ArmForecast, ...]
     rival: str
     calibration_s: float
     seconds: float
+    planning_s: float = 0.0
+    guessed: tuple[str, ...] = ()
 
 
 def forecast(
@@ -106,12 +111,13 @@ def forecast(
         settings: of the study.
         has_store: whether contexts are kept in a store.
         checkpoint_s: seconds between the checkpoints of a training.
-        calibration_s: seconds that may be spent on trying this model on this machine, about.
+        calibration_s: seconds that may be spent on trying this model on this machine, about; all arms together.
 
     Raises:
         ProtocolError: an arm that cannot take the task.
         ValueError: an unknown arm, or whatever scoring, generating or training raises.
     """
+    begun = time.perf_counter()
     first = task(settings.seeds[0]) if callable(task) else task
     set_mode(model.tokenizer, settings.special_tokens)
     date = fix_date(model.tokenizer, settings.template_date)
@@ -119,8 +125,8 @@ def forecast(
     settings = settled(model, replace(settings, arms=arms, template_date=date))
     writer, one = writer_of(model, settings), replace(settings, seeds=settings.seeds[:1])
     planned = plan(model, lambda _: first, one, ResultJournal(None), writer=writer)
-    planner = _Planner(model, first, settings, writer, has_store, checkpoint_s, Calibration(model, calibration_s))
-    begun = planner.calibration.clock()
+    calibration = Calibration(model, calibration_s)
+    planner = _Planner(model, first, settings, writer, has_store, checkpoint_s, calibration)
     found = [planner.arm(one) for one in planned]
     rival = next((one.arm for one in planned if arm_named(one.arm).is_rival and one.arm in planner.ways), "")
     made = [replace(each, break_even=planner.break_even(each.arm, rival)) for each in found]
@@ -130,7 +136,8 @@ def forecast(
         seconds += more * (planner.seconds - math.fsum(each.seconds for each in made if each.arm in names))
     else:
         seconds += more * planner.seconds
-    return Forecast(tuple(made), rival, planner.calibration.clock() - begun, seconds)
+    took_s = time.perf_counter() - begun
+    return Forecast(tuple(made), rival, calibration.spent, seconds, took_s, tuple(calibration.guessed))
 
 
 def taken_s(run: Run) -> float:
@@ -176,7 +183,7 @@ class _Planner:
         arm, seeds = arm_named(one.arm), len(self.settings.seeds)
         setup, disk = _Part(), 0
         if arm.training is not None:
-            if arm.training.generates and isinstance(self.writer, Endpoint):  # a plan asks no server
+            if arm.training.generates and not isinstance(self.writer, LocalGenerator):  # a plan asks no server
                 return ArmForecast(one.arm, seeds, is_planned=False)
             disk = self._train(arm.training, one, setup)
             self._count_once(one.training_key, setup.seconds)
@@ -263,6 +270,7 @@ class _Planner:
             its = [batch for batch in batches if batch.prompting.strategy.name == strategy]
             if not its:
                 continue
+            assert isinstance(self.writer, LocalGenerator)  # see arm()
             replies = self.calibration.writing(self.writer, its, len(shares))
             per_root = replies.row_tokens + replies.follow_ups * replies.reply_tokens
             roots = float(sum(len(batch.prompts) for batch in its))
@@ -273,8 +281,7 @@ class _Planner:
             setup.add(
                 read_tokens=asked * replies.prompt_tokens,
                 written_tokens=asked * replies.reply_tokens,
-                flops=asked
-                * float(work_of(self.model).path_flops(math.ceil(replies.prompt_tokens + replies.reply_tokens))[-1]),
+                flops=asked * replies.flops,
                 seconds=replies.seconds(asked),
             )
             made = roots * per_root, roots * (replies.rows + replies.follow_ups)

@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from icl_ft_fast.augmentation.self_study import ConversationBatch, conversation_batches, write_conversations
+from icl_ft_fast.augmentation.self_study import (
+    ConversationBatch,
+    beginnings,
+    conversation_batches,
+    turn_tokens,
+    write_conversations,
+)
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.compaction import compact
 from icl_ft_fast.engine.contexts import ContextStore
@@ -24,7 +31,7 @@ from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
 from icl_ft_fast.study.arm import ArmJob, Asking, Expected, Prepared, all_documents
-from icl_ft_fast.study.calibration import Calibration
+from icl_ft_fast.study.calibration import SLOT_PASSES, Calibration
 from icl_ft_fast.study.compaction import tokens_to_compact
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.settings import StudySettings
@@ -89,28 +96,58 @@ def _expect_prefix(num_tokens: int, job: ArmJob, calibration: Calibration) -> Ex
     batches = [batch for batch in job.batches if isinstance(batch, ConversationBatch)]
     texts = [prompt_context(model, part, job.settings.template).rstrip() for part in batches[0].parts]
     parts = encoding.encode(model.tokenizer, texts)
-    found = calibration.conversing(batches[0], parts[0], num_tokens, settings)
-    written = settings.conversations * found.written_tokens
-    writing_s = settings.conversations * found.write_s
-    per_part, own = settings.conversations / len(parts), found.tokens
+    count, per_part = settings.conversations, settings.conversations / len(parts)
+    talk = _expect_conversations(batches, parts, job, calibration)
+    own = talk.trained_tokens
     trained = settings.steps * settings.batch_size * (own + 1)
-    flops = float(work.path_flops(num_tokens)[-1])
-    for part in parts:  # read for the conversations and for what the teacher makes of them
-        path = work.path_flops(math.ceil(len(part) + own))
-        writing_s += len(batches) * calibration.read_s(part)
-        flops += (1 + len(batches)) * float(path[len(part)]) + 2 * per_part * float(path[-1] - path[len(part)])
-    behind = work.path_flops(math.ceil(num_tokens + own + 1))
-    step_flops = settings.batch_size * float(behind[-1] - behind[num_tokens])
-    teach_s = math.fsum(map(calibration.read_s, parts)) + settings.conversations * found.teach_s
+    path = work.path_flops(num_tokens + math.ceil(own) + 1)
+    step_flops = settings.batch_size * (float(path[-1] - path[num_tokens]) + own * work.head_flops)
+    teach_rate, step_rate = calibration.prefix_rates(parts[0], num_tokens, settings, math.ceil(own))
+    teach_s, teach_flops = 0.0, float(path[num_tokens]) + count * own * work.head_flops
+    for part in parts:
+        path = work.path_flops(len(part) + math.ceil(own))
+        teach_s += calibration.read_s(part)
+        teach_flops += float(path[len(part)])
+        ahead = per_part * (float(path[-1] - path[len(part)]) + own * work.head_flops)
+        teach_s, teach_flops = teach_s + ahead * teach_rate, teach_flops + ahead
+    train_flops = SLOT_PASSES * settings.steps * step_flops
     return Expected(
         slots=num_tokens,
-        read_tokens=(1 + len(batches)) * sum(map(len, parts)) + settings.conversations * own + num_tokens,
-        written_tokens=written,
+        read_tokens=talk.read_tokens + sum(map(len, parts)) + count * own + num_tokens,
+        written_tokens=talk.written_tokens,
         trained_tokens=trained,
-        flops=flops + 2 * settings.steps * step_flops,
-        seconds=writing_s + teach_s + settings.steps * found.step_s,
-        shared=(batches[0].name, writing_s),
+        flops=talk.flops + teach_flops + train_flops,
+        seconds=talk.seconds + teach_s + train_flops * step_rate,
+        shared=(batches[0].name, talk.seconds),
     )
+
+
+def _expect_conversations(
+    batches: Sequence[ConversationBatch], parts: Sequence[list[int]], job: ArmJob, calibration: Calibration
+) -> Expected:
+    """What writing conversations takes; `trained_tokens` are those of a whole conversation."""
+    model, work, first = job.model, work_of(job.model), batches[0]
+    decoding = calibration.conversing(first, parts[0])
+    turn, _ = decoding.reply(first.tokens)
+    begun = fmean(map(len, encoding.encode(model.tokenizer, beginnings(first.parts[0], first.seed), bos=False)))
+    between, message = turn_tokens(model, first)
+    read = written = flops = seconds = 0.0
+    for batch in batches:
+        asking = batch.count / 2 if batch.template == "chat" else 0.0  # these go on for two turns more
+        calls = 3 if asking else 1  # each reads the documents
+        ahead = batch.count * begun + asking * (2 * begun + 3 * turn + 2 * between + message)
+        replies = batch.count + 2 * asking
+        read += calls * sum(map(len, parts)) + ahead
+        written += replies * turn
+        for part in parts:
+            path = work.path_flops(len(part) + 1)
+            one, share = float(path[-1] - path[-2]), 1 / len(parts)
+            flops += calls * float(path[-2]) + share * (ahead * one + replies * turn * (one + work.head_flops))
+            seconds += calls * calibration.read_s(part) + calibration.read_s(part, share * ahead * one)
+        seconds += decoding.seconds(batch.count, batch.tokens)
+        seconds += 2 * decoding.seconds(asking, batch.tokens) if asking else 0.0
+    own = begun + turn + ((2 * turn + between) / 2 if first.template == "chat" else 0.0)
+    return Expected(read_tokens=read, written_tokens=written, trained_tokens=own, flops=flops, seconds=seconds)
 
 
 def _prepare_prefix(num_tokens: int, job: ArmJob, ready: Prepared) -> Prepared:
