@@ -45,16 +45,20 @@ def main() -> None:
         "--data", type=Path, metavar="DIR", help="score, invariant: documents.jsonl and questions.jsonl to use"
     )
     parser.add_argument("--draws", type=int, metavar="N", help="statistics: simulations of a cell (default: 1,500)")
-    parser.add_argument("--work", choices=("score", "train"), help="contention: one of its two (default: both)")
+    works = {"contention": ("score", "train"), "finetune": ("full", "lora", "lora-bfloat16")}
+    told = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in works.items())
+    parser.add_argument("--work", metavar="NAME", help=f"one part of a suite, all by default ({told})")
     args = parser.parse_args()
     if unknown := sorted(set(args.suite) - set(SUITES)):
         parser.error(f"unknown suite: {', '.join(unknown)}; expected {', '.join(SUITES)}")
+    if args.work and not any(args.work in works.get(suite, ()) for suite in args.suite or SUITES):
+        parser.error(f"--work {args.work}: expected a part of a suite that runs ({told})")
 
     rows: list[Row] = []
     for suite in args.suite or SUITES:
         options = {"data": args.data} if suite in ("score", "batch_invariant") else {}
         options |= {"draws": args.draws} if suite == "statistics" else {}
-        options |= {"work": args.work} if suite == "contention" else {}
+        options |= {"work": args.work} if args.work in works.get(suite, ()) else {}
         measured: list[Row] = import_module(f"benchmarks.{suite}").run(args.quick, **options)
         _show(measured)
         rows += measured

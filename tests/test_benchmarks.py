@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from benchmarks import batch_invariant, peers, readme, score, timing, trie_attention
+from benchmarks import __main__ as command
+from benchmarks import batch_invariant, finetune, peers, readme, score, timing, trie_attention
 from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
 
@@ -64,6 +65,16 @@ def test_the_suite_of_invariant_scores_runs_and_gates(monkeypatch):
     monkeypatch.setattr(batch_invariant, "TOLERANCE", dict.fromkeys(score.DTYPES, 0.0))
     with pytest.raises(AssertionError, match=r"invariant, .* as usual"):
         batch_invariant.run(quick=True)
+
+
+def test_the_suite_of_training_names_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"^finetune: needs trl, peft, datasets: pip install '.*\[trl,lora\]'$"):
+        finetune.run(quick=True, work="lora")
+    monkeypatch.setattr(command.sys, "argv", ["benchmarks", "score", "--work", "lora"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "--work lora: expected a part of a suite that runs (" in capsys.readouterr().err
 
 
 def _article(task):
