@@ -128,7 +128,7 @@ bool is_bfloat16(const py::array& array) { return py::isinstance<py::array_t<int
 icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::array& weight,
                                             const std::optional<py::array>& bias, const py::array& row,
                                             const py::array& target, float scale, float softcap, int isa,
-                                            int num_threads, py::array& lse) {
+                                            int num_threads) {
     icl::TargetLogprob args{};
     args.bfloat16 = is_bfloat16(hidden);
     const auto h = floats<2>(args.bfloat16, hidden, "hidden", {-1, -1});
@@ -153,14 +153,14 @@ icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::a
     args.softcap = softcap;
     args.isa = isa;
     args.num_threads = num_threads;
-    args.lse = output<float, 1>(lse, "lse", {h.shape[0]});
     return args;
 }
 
 void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
                     const py::array& row, const py::array& target, float scale, float softcap, bool batch_invariant,
                     int isa, int num_threads, py::array logp, py::array is_argmax, py::array lse) {
-    auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
+    auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
+    args.lse = output<float, 1>(lse, "lse", {args.R});
     args.batch_invariant = batch_invariant;
     args.logp = output<float, 1>(logp, "logp", {args.M});
     args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.M});
@@ -174,8 +174,8 @@ void target_logprob_backward(const py::array& hidden, const py::array& weight, c
                              int num_threads, py::array lse, const py::array& grad_logp, const py::array& grad_lse,
                              py::array grad_hidden, std::optional<py::array> grad_weight,
                              std::optional<py::array> grad_bias) {
-    const auto args =
-        target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads, lse);
+    auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
+    args.lse = output<float, 1>(lse, "lse", {args.R});
     const auto gradient = [&](auto& array, const char* argument, auto shape) {
         constexpr int N = std::tuple_size<decltype(shape)>();
         return args.bfloat16 ? static_cast<void*>(output<int16_t, N>(array, argument, shape))
@@ -193,8 +193,20 @@ void target_logprob_backward(const py::array& hidden, const py::array& weight, c
     icl::target_logprob_backward(args, gradients);
 }
 
+void target_logprob_sum(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
+                        const py::array& row, const py::array& target, float scale, float softcap, int isa,
+                        int num_threads, const py::array& target_weight, py::array logp, py::array grad_hidden) {
+    auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
+    const auto factors = static_cast<const float*>(view<float, 1>(target_weight, "target_weight", {args.M}).data);
+    args.logp = output<float, 1>(logp, "logp", {args.M});
+    auto* gradient = output<float, 2>(grad_hidden, "grad_hidden", {args.R, args.E});
+    py::gil_scoped_release release;
+    icl::target_logprob_sum(args, factors, gradient);
+}
+
+// Of target_logprob, its backward or target_logprob_sum, by the name's end.
 int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> sizes, bool contiguous, int isa,
-                                       int num_threads, bool backward) {
+                                       int num_threads, const std::string& of) {
     icl::TargetLogprob args{};
     args.bfloat16 = bfloat16;
     args.weight_strides[1] = contiguous ? 1 : 2;
@@ -204,7 +216,9 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
     args.M = sizes[3];
     args.isa = isa;
     args.num_threads = num_threads;
-    return backward ? icl::target_logprob_backward_workspace_bytes(args) : icl::target_logprob_workspace_bytes(args);
+    return of == "sum"        ? icl::target_logprob_sum_workspace_bytes(args)
+           : of == "backward" ? icl::target_logprob_backward_workspace_bytes(args)
+                              : icl::target_logprob_workspace_bytes(args);
 }
 
 icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array& k, const py::array& v,
@@ -291,8 +305,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("best_isa", &icl::best_isa);
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_backward", &target_logprob_backward);
+    m.def("target_logprob_sum", &target_logprob_sum);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
-          arg("contiguous"), arg("isa"), arg("num_threads"), arg("backward") = false);
+          arg("contiguous"), arg("isa"), arg("num_threads"), arg("of") = "");
     m.def("trie_attention", &trie_attention);
     m.def("trie_attention_backward", &trie_attention_backward);
 }

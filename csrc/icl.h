@@ -107,6 +107,12 @@ int64_t target_logprob_backward_workspace_bytes(const TargetLogprob& args);
 void target_logprob(const TargetLogprob& args);
 void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradients& gradients);
 
+// logp, and the gradient [R, E] of the sum of target_weight * logp in hidden, from logits that are made once. Writes
+// neither is_argmax nor lse; needs every row in range, as the backward does, and allocates what it does and a tile
+// more.
+int64_t target_logprob_sum_workspace_bytes(const TargetLogprob& args);
+void target_logprob_sum(const TargetLogprob& args, const float* target_weight, float* grad_hidden);
+
 // What icl_ft_fast/ops/trie_attention.py says trie_attention is, for float32 or bfloat16. Strides are in elements.
 struct TrieAttention {
     bool bfloat16, batch_invariant;

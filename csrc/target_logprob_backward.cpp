@@ -1,6 +1,6 @@
-// The gradients of target_logprob on the CPU. The vocabulary is taken a strip at a time: tiles of its logits are made
-// anew and become their own gradients, of which then each thread adds up products for weights and components of its
-// own. So no sum depends on the threads.
+// The gradients of target_logprob on the CPU, and target_logprob_sum. The vocabulary is taken a strip at a time: tiles
+// of its logits are made, anew or once and for all, and become their own gradients, of which then each thread adds up
+// products for weights and components of its own. So no sum depends on the threads.
 #include "target_logprob.h"
 
 namespace icl {
@@ -9,9 +9,12 @@ namespace {
 constexpr int64_t kStripElements = 2 << 20;  // gradients of logits held at a time, or weights that are packed
 constexpr int64_t kComponents = 48;          // of hidden, whose gradients are one item: three cache lines of weights
 constexpr int64_t kMostElements = int64_t{1} << 48;  // of hidden, lest sizes overflow
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// One call. As `hidden` has a component for each weight, so it has one that is always 1 for the bias.
-template <class K, class Source>
+// One call. As `hidden` has a component for each weight, so it has one that is always 1 for the bias. Online, the sums
+// of exponentials are found along with the gradients, as attention finds them: all are taken below the highest logit
+// so far, and rescaled where a strip has a higher one.
+template <class K, class Source, bool kOnline>
 class Gradients {
 public:
     Gradients(const TargetLogprob& args, const TargetLogprobGradients& gradients, Arena& arena)
@@ -33,8 +36,18 @@ public:
         share = arena.take<float>(rows);
         weight_along = arena.take<Element>(direct ? 0 : strip * depth);
         weight_across = kPairs ? arena.take<Element>(strip * a.E) : weight_along;
-        slopes = arena.take<Element>(strip * rows);
+        slopes = arena.take<Element>(kOnline && kPairs ? 0 : strip * rows);
         slopes_across = kPairs ? arena.take<Element>(strip * rows) : slopes;
+        if constexpr (kOnline) {
+            logits = kPairs ? arena.take<float>(strip * rows) : reinterpret_cast<float*>(slopes);
+            top = arena.take<float>(rows);
+            total = arena.take<float>(rows);
+            decay = arena.take<float>(rows);
+            tile_top = arena.take<float>(strip_tiles * rows);
+            tile_total = arena.take<float>(strip_tiles * rows);
+            first_of_row = arena.take<int32_t>(rows);
+            next_of_row = arena.take<int32_t>(a.M);
+        }
         biases = arena.take<float>(strip);
         first_target = arena.take<int32_t>(strip_tiles * row_panels);
         next_target = arena.take<int32_t>(a.M);
@@ -42,6 +55,20 @@ public:
     }
 
     void run() {
+        if constexpr (kOnline) {
+            run_online();
+        } else {
+            run_backward();
+        }
+    }
+
+private:
+    using Element = typename K::Element;
+    static constexpr bool kPairs = K::kUnit == 2;
+    static constexpr int64_t kPanel = K::kLanes * K::kVectors, kTile = kBlockColumns * kPanel;
+    static constexpr int64_t kScratch = (kPairs ? 2 : 1) * kTile;
+
+    void run_backward() {
         std::fill_n(lse, rows, kInfinity);  // of rows that are none: their slopes are 0
         std::fill_n(share, rows, 0.0f);
         std::copy_n(a.lse, a.R, lse);
@@ -56,16 +83,7 @@ public:
             for (int64_t column = 0; column < a.V; column += strip_tiles * kBlockColumns) {
                 const int64_t columns = std::min(strip_tiles * kBlockColumns, a.V - column);
                 const int64_t tiles = divide_up(columns, kBlockColumns);
-#pragma omp single
-                {
-                    first_column = column;
-                    chain_targets();
-                    for (int64_t c = 0; a.bias != nullptr && c < columns; ++c) {
-                        biases[c] = to_float(static_cast<const Source*>(a.bias)[(column + c) * a.bias_stride]);
-                    }
-                }
-#pragma omp for
-                for (int64_t c = 0; c < columns; c += 2) pack_weights(c, std::min<int64_t>(2, columns - c));
+                start_strip(column, columns);
 #pragma omp for schedule(dynamic)
                 for (int64_t i = 0; i < tiles * row_panels; ++i) descend(i / row_panels, i % row_panels);
                 const int64_t items = divide_up(a.E, kComponents);
@@ -87,11 +105,63 @@ public:
         }
     }
 
-private:
-    using Element = typename K::Element;
-    static constexpr bool kPairs = K::kUnit == 2;
-    static constexpr int64_t kPanel = K::kLanes * K::kVectors, kTile = kBlockColumns * kPanel;
-    static constexpr int64_t kScratch = (kPairs ? 2 : 1) * kTile;
+    void run_online() {
+        std::fill_n(a.logp, a.M, std::numeric_limits<float>::quiet_NaN());
+        std::fill_n(top, rows, kLowest);
+        std::fill_n(total, rows, 0.0f);
+        std::fill_n(share, rows, 0.0f);
+        std::fill_n(first_of_row, rows, -1);
+        for (int64_t m = a.M; m-- > 0;) {
+            next_of_row[m] = first_of_row[a.row[m]];
+            first_of_row[a.row[m]] = static_cast<int32_t>(m);
+            share[a.row[m]] += grad.grad_logp[m];
+        }
+#pragma omp parallel num_threads(a.num_threads)
+        {
+#pragma omp for
+            for (int64_t r = 0; r < rows; ++r) pack_row(r);
+            for (int64_t column = 0; column < a.V; column += strip_tiles * kBlockColumns) {
+                const int64_t columns = std::min(strip_tiles * kBlockColumns, a.V - column);
+                const int64_t tiles = divide_up(columns, kBlockColumns);
+                start_strip(column, columns);
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < tiles * row_panels; ++i) rise(i / row_panels, i % row_panels);
+#pragma omp for
+                for (int64_t r = 0; r < rows; r += K::kLanes) {
+                    K::settle(tile_top + r, tiles, rows, top + r, total + r, decay + r);
+                }
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < tiles * row_panels; ++i) weigh(i / row_panels, i % row_panels);
+                const int64_t items = divide_up(a.E, kComponents);
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i <= items; ++i) {
+                    if (i < items) {
+                        add_to_hidden(i * kComponents, tiles);
+                    } else {
+                        for (int64_t t = 0; t < tiles; ++t) {
+                            for (int64_t r = 0; r < rows; ++r) total[r] += tile_total[t * rows + r];
+                        }
+                    }
+                }
+            }
+#pragma omp for
+            for (int64_t r = 0; r < a.R; ++r) finish_row(r);
+        }
+    }
+
+    // What all threads do before the strip's tiles.
+    void start_strip(int64_t column, int64_t columns) {
+#pragma omp single
+        {
+            first_column = column;
+            chain_targets();
+            for (int64_t c = 0; a.bias != nullptr && c < columns; ++c) {
+                biases[c] = to_float(static_cast<const Source*>(a.bias)[(column + c) * a.bias_stride]);
+            }
+        }
+#pragma omp for
+        for (int64_t c = 0; c < columns; c += 2) pack_weights(c, std::min<int64_t>(2, columns - c));
+    }
 
     const TargetLogprob& a;
     const TargetLogprobGradients& grad;
@@ -105,6 +175,10 @@ private:
     float* biases;                        // of a strip
     int32_t *first_target, *next_target;  // of a strip: [tiles][row panels], [M]
     float* scratch;                       // a thread's
+    // Online: of a strip, laid out as slopes are, or the same memory; [rows]; of a strip, [tiles][rows]; [rows], [M].
+    float *logits = nullptr, *top = nullptr, *total = nullptr, *decay = nullptr;
+    float *tile_top = nullptr, *tile_total = nullptr;
+    int32_t *first_of_row = nullptr, *next_of_row = nullptr;
 
     static int vectors(int64_t lanes, int64_t panel) {
         return static_cast<int>(std::min<int64_t>(K::kVectors, lanes / K::kLanes - panel * K::kVectors));
@@ -160,12 +234,25 @@ private:
         }
     }
 
-    // Gradients of a tile's products of hidden and weight.
-    void descend(int64_t tile, int64_t panel) {
-        const int64_t column = tile * kBlockColumns, columns = columns_of(tile), at = slopes_at(tile, panel);
-        const int64_t stride = direct ? a.weight_strides[0] : depth;
+    // A tile's products of hidden and weight.
+    void multiply_tile(int64_t tile, int64_t panel, float* products) {
+        const int64_t column = tile * kBlockColumns, stride = direct ? a.weight_strides[0] : depth;
         const Element* weight = direct ? static_cast<const Element*>(a.weight) + (first_column + column) * stride
                                        : weight_along + column * stride;
+        const int num_vectors = vectors(rows, panel);
+        int64_t k = 0;
+        do {
+            const int64_t size = std::min(kDepth, depth - k);
+            multiply<K>(weight + k, stride, columns_of(tile),
+                        hidden + panel * kPanel * depth + k * num_vectors * K::kLanes, num_vectors, size / K::kUnit,
+                        k == 0, products);
+            k += size;
+        } while (k < depth);
+    }
+
+    // Gradients of a tile's products.
+    void descend(int64_t tile, int64_t panel) {
+        const int64_t column = tile * kBlockColumns, columns = columns_of(tile), at = slopes_at(tile, panel);
         const int num_vectors = vectors(rows, panel);
         const int64_t lanes = num_vectors * K::kLanes;
         float* logits = scratch + omp_get_thread_num() * kScratch;
@@ -175,13 +262,7 @@ private:
         } else {
             tile_slopes = slopes + at;
         }
-        int64_t k = 0;
-        do {
-            const int64_t size = std::min(kDepth, depth - k);
-            multiply<K>(weight + k, stride, columns, hidden + panel * kPanel * depth + k * lanes, num_vectors,
-                        size / K::kUnit, k == 0, logits);
-            k += size;
-        } while (k < depth);
+        multiply_tile(tile, panel, logits);
         K::descend(logits, columns, num_vectors, a.bias == nullptr ? nullptr : biases + column, a.scale, a.softcap,
                    lse + panel * kPanel, share + panel * kPanel, tile_slopes);
         for (int64_t m = first_target[tile * row_panels + panel]; m >= 0; m = next_target[m]) {
@@ -192,8 +273,55 @@ private:
         if constexpr (kPairs) K::pair(tile_slopes, columns, num_vectors, slopes + at, slopes_across + at);
     }
 
+    // A tile's logits, their maxima, and those of targets.
+    void rise(int64_t tile, int64_t panel) {
+        const int64_t column = tile * kBlockColumns, lanes = vectors(rows, panel) * K::kLanes;
+        float* products = logits + slopes_at(tile, panel);
+        multiply_tile(tile, panel, products);
+        K::rise(products, columns_of(tile), vectors(rows, panel), a.bias == nullptr ? nullptr : biases + column,
+                a.scale, a.softcap, tile_top + tile * rows + panel * kPanel);
+        for (int64_t m = first_target[tile * row_panels + panel]; m >= 0; m = next_target[m]) {
+            a.logp[m] = products[(a.target[m] - first_column - column) * lanes + a.row[m] - panel * kPanel];
+        }
+    }
+
+    // A tile's slopes and their sums.
+    void weigh(int64_t tile, int64_t panel) {
+        const int64_t columns = columns_of(tile), at = slopes_at(tile, panel), row = panel * kPanel;
+        float* found = kPairs ? scratch + omp_get_thread_num() * kScratch : logits + at;
+        K::weigh(logits + at, columns, vectors(rows, panel), a.softcap, top + row, found,
+                 tile_total + tile * rows + row);
+        if constexpr (kPairs) {
+            K::pair(found, columns, vectors(rows, panel), reinterpret_cast<Element*>(found + kTile),
+                    slopes_across + at);
+        }
+    }
+
+    // A row's log-probabilities and gradient, once all strips are added up.
+    void finish_row(int64_t r) {
+        const int64_t panel = r / kPanel, lanes = vectors(rows, panel) * K::kLanes;
+        const float* sum = sums + panel * kPanel * a.E + r % kPanel;
+        const float factor = -share[r] / total[r] * a.scale;
+        float* gradient = static_cast<float*>(grad.grad_hidden) + r * a.E;
+        for (int64_t e = 0; e < a.E; ++e) gradient[e] = factor * sum[e * lanes];
+        // That no logit exceeds the lowest float means that all are -inf.
+        const float row_lse = std::log(total[r]) + (top[r] == kLowest ? -kInfinity : top[r]);
+        for (int64_t m = first_of_row[r]; m >= 0; m = next_of_row[m]) {
+            const float y = a.softcap == 0 ? 0 : a.logp[m] / a.softcap;
+            a.logp[m] -= row_lse;
+            if (a.target[m] < 0 || a.target[m] >= a.V) continue;
+            const float slope = grad.grad_logp[m] * a.scale * ((1 - y) * (1 + y));
+            const Source* weight = static_cast<const Source*>(a.weight) + a.target[m] * a.weight_strides[0];
+            for (int64_t e = 0; e < a.E; ++e) gradient[e] += slope * to_float(weight[e * a.weight_strides[1]]);
+        }
+    }
+
     void add_to_hidden(int64_t component, int64_t tiles) {
         const int64_t count = std::min(kComponents, a.E - component);
+        for (int64_t r = 0; kOnline && first_column > 0 && r < rows; r += K::kLanes) {
+            const int64_t panel = r / kPanel, lanes = vectors(rows, panel) * K::kLanes;
+            K::rescale(sums + panel * kPanel * a.E + component * lanes + r % kPanel, count, lanes, decay + r);
+        }
         const bool in_place = direct && !kPairs;
         const int64_t stride = in_place ? a.weight_strides[0] : a.E * K::kUnit;
         const Element* weight =
@@ -231,6 +359,7 @@ private:
 };
 
 // The size of the workspace, and the result if there is one.
+template <bool kOnline>
 int64_t dispatch(const TargetLogprob& args, const TargetLogprobGradients& gradients, char* workspace) {
     require_sizes(args);
     require_range("elements of hidden", args.R * args.E, 0, kMostElements);
@@ -241,7 +370,7 @@ int64_t dispatch(const TargetLogprob& args, const TargetLogprobGradients& gradie
     }
     return choose_kernel(a, [&](auto kernel, auto source) {
         Arena arena{workspace};
-        Gradients<decltype(kernel), decltype(source)> call(a, gradients, arena);
+        Gradients<decltype(kernel), decltype(source), kOnline> call(a, gradients, arena);
         if (workspace != nullptr) call.run();
         return arena.used;
     });
@@ -251,11 +380,18 @@ int64_t dispatch(const TargetLogprob& args, const TargetLogprobGradients& gradie
 
 int64_t target_logprob_backward_workspace_bytes(const TargetLogprob& args) {
     static char all;  // gradients are asked for; where they go is not read
-    return dispatch(args, {nullptr, nullptr, &all, &all, &all}, nullptr);
+    return dispatch<false>(args, {nullptr, nullptr, &all, &all, &all}, nullptr);
 }
 
 void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradients& gradients) {
-    run_in_workspace([&](char* workspace) { return dispatch(args, gradients, workspace); });
+    run_in_workspace([&](char* workspace) { return dispatch<false>(args, gradients, workspace); });
+}
+
+int64_t target_logprob_sum_workspace_bytes(const TargetLogprob& args) { return dispatch<true>(args, {}, nullptr); }
+
+void target_logprob_sum(const TargetLogprob& args, const float* target_weight, float* grad_hidden) {
+    const TargetLogprobGradients gradients{target_weight, nullptr, grad_hidden, nullptr, nullptr};
+    run_in_workspace([&](char* workspace) { return dispatch<true>(args, gradients, workspace); });
 }
 
 }  // namespace icl

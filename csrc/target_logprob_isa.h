@@ -166,6 +166,61 @@ struct ICL_ISA {
         }
     }
 
+    // A tile of products becomes that of logits, and `top` their maximum in each row.
+    ICL_TARGET static void rise(float* tile, int64_t columns, int N, const float* bias, float scale, float softcap,
+                                float* top) {
+        const int64_t stride = static_cast<int64_t>(N) * kLanes;
+        for (int n = 0; n < N; ++n, tile += kLanes, top += kLanes) {
+            finish(tile, columns, stride, bias, scale, softcap);
+            Floats highest = Floats{} + std::numeric_limits<float>::lowest();
+            for (int64_t c = 0; c < columns; ++c) {
+                const Floats x = load<Floats>(tile + c * stride);
+                highest = x > highest ? x : highest;
+            }
+            store(top, highest);
+        }
+    }
+
+    // A vector of rows' maximum `top` becomes that of the tiles too, whose `tile_top` are `stride` apart, and `total`,
+    // a sum of exponentials below it, what it is below the new one; so would other sums, times `decay`.
+    ICL_TARGET static void settle(const float* tile_top, int64_t tiles, int64_t stride, float* top, float* total,
+                                  float* decay) {
+        const Floats old_top = load<Floats>(top);
+        Floats new_top = old_top;
+        for (int64_t t = 0; t < tiles; ++t) {
+            const Floats x = load<Floats>(tile_top + t * stride);
+            new_top = x > new_top ? x : new_top;
+        }
+        const Floats factor = exp(old_top - new_top);
+        store(top, new_top);
+        store(decay, factor);
+        store(total, load<Floats>(total) * factor);
+    }
+
+    // Slopes of a tile of logits, exp(logit - top) times the cap's, and `total`, each row's sum of exponentials.
+    ICL_TARGET static void weigh(const float* logits, int64_t columns, int N, float softcap, const float* top,
+                                 float* slopes, float* total) {
+        const int64_t stride = static_cast<int64_t>(N) * kLanes;
+        for (int n = 0; n < N; ++n, logits += kLanes, slopes += kLanes, top += kLanes, total += kLanes) {
+            const Floats row_top = load<Floats>(top);
+            Floats sum{};
+            for (int64_t c = 0; c < columns; ++c) {
+                const Floats x = load<Floats>(logits + c * stride), below = x - row_top;
+                const Floats weight = below < kLeastLogp ? Floats{} : exp(below);
+                const Floats y = x / softcap;
+                sum += weight;
+                store(slopes + c * stride, softcap == 0 ? weight : weight * ((1.0f - y) * (1.0f + y)));
+            }
+            store(total, sum);
+        }
+    }
+
+    // Vectors of rows, `size` of them that lie one after the other, times one of factors.
+    ICL_TARGET static void rescale(float* rows, int64_t size, int64_t stride, const float* factor) {
+        const Floats by = load<Floats>(factor);
+        for (int64_t i = 0; i < size; ++i) store(rows + i * stride, load<Floats>(rows + i * stride) * by);
+    }
+
 #if ICL_PAIRS
     // A tile of slopes, [columns][N vectors], in bfloat16: as it is, and with each two columns' side by side.
     ICL_TARGET static void pair(const float* tile, int64_t columns, int N, Element* rows, Element* pairs) {

@@ -308,6 +308,10 @@ void fuzz_head(FuzzedDataProvider& data) {
     icl::target_logprob_backward(
         a, {grad_logp.at.get(), grad_lse.at.get(), grad_hidden.at.get(), need_weight ? grad_weight.at.get() : nullptr,
             need_weight && a.bias != nullptr ? grad_bias.at.get() : nullptr});
+    Block<float> gradient(R * E);
+    require(icl::target_logprob_sum_workspace_bytes(a) > 0);
+    icl::target_logprob_sum(a, grad_logp.at.get(), gradient.at.get());
+    for (int64_t i = 0; !wild && i < a.R * a.E; ++i) require(std::abs(gradient.at[i]) <= 2 * (M + 1));
     for (int64_t i = 0; !wild && i < a.R * a.E; ++i) {  // at most the gradients times a weight, which is 1
         require(std::abs(number(grad_hidden.at.get(), i, a.bfloat16)) <= 2 * (M + 1));
     }

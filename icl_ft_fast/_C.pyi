@@ -95,11 +95,26 @@ def target_logprob_backward(
     grad_bias: _Array | None,
     /,
 ) -> None: ...
+def target_logprob_sum(
+    hidden: _Array,
+    weight: _Array,
+    bias: _Array | None,
+    row: _Array,
+    target: _Array,
+    scale: float,
+    softcap: float,
+    isa: int,
+    num_threads: int,
+    target_weight: _Array,
+    logp: _Array,
+    grad_hidden: _Array,
+    /,
+) -> None: ...
 def target_logprob_workspace_bytes(
     bfloat16: bool,
     sizes: tuple[int, int, int, int],
     contiguous: bool,
     isa: int,
     num_threads: int,
-    backward: bool = False,
+    of: str = "",
 ) -> int: ...

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine.likelihood import loglikelihood
@@ -86,6 +87,23 @@ def test_gradients_are_pefts(llama, plain_llama, tmp_path, monkeypatch):
         assert parameter.grad.abs().max() > 2e-5
         moved = parameter.detach() - after[name.replace(".default", "")]
         assert (moved - parameter.grad).abs().max() < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_step_multiplies_the_frozen_head_twice(llama):
+    """Once for logits and once for their gradient, of which target_logprob_backward would make the logits anew."""
+    products = {"target_logprob": 1, "target_logprob_sum": 2, "target_logprob_backward": 2}
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, arguments=(), kwargs=None):
+            if func.namespace == "icl_ft_fast" and func._opname in products:
+                called.append(func._opname)
+            return func(*arguments, **kwargs or {})
+
+    with Calls():
+        finetune(llama, TEXTS, replace(SETTINGS, steps=3, save_steps=None, lora=KINDS["plain"]))
+    assert sum(products[name] for name in called) == 3 * 2
 
 
 def test_an_adapted_layer_of_bfloat16_is_pefts(llama):

@@ -204,6 +204,26 @@ def test_target_logprob_s_backward_checks_what_it_follows(row):
         _C.target_logprob_backward(*(HEAD_BACKWARD | {"target": np.full(3, target, INT)}).values())
 
 
+HEAD_SUM = {name: value for name, value in HEAD.items() if name not in ("batch_invariant", "logp", "is_argmax", "lse")}
+HEAD_SUM |= {"target_weight": zeros(3), "logp": zeros(3), "grad_hidden": zeros(5, 4)}
+
+
+def test_target_logprob_sum_refuses():
+    _C.target_logprob_sum(*HEAD_SUM.values())
+    for name in ("target_weight", "logp", "grad_hidden"):
+        array = HEAD_SUM[name]
+        bad = [zeros(*array.shape, dtype=np.float64), zeros(*array.shape, 1), array[:-1], array[..., 1:]]
+        for value in [*bad, unaligned(array) if name == "target_weight" else read_only(array.copy())]:
+            with pytest.raises(ValueError, match=f"^{name}: expected|not writeable"):
+                _C.target_logprob_sum(*(HEAD_SUM | {name: value}).values())
+    for row in (-1, 5):
+        with pytest.raises(ValueError, match=f"row: expected 0 to 4, got {row}"):
+            _C.target_logprob_sum(*(HEAD_SUM | {"row": np.full(3, row, INT)}).values())
+    for target in (-1, 7, 2**31 - 1, -(2**31)):  # nobody's
+        _C.target_logprob_sum(*(HEAD_SUM | {"target": np.full(3, target, INT)}).values())
+        assert np.isnan(HEAD_SUM["logp"]).all()
+
+
 def test_target_logprob_needs_a_vocabulary():
     with pytest.raises(ValueError, match="rows of weight: expected 1 to 2147483647, got 0"):
         _C.target_logprob(*(HEAD | {"weight": zeros(0, 4), "bias": None}).values())
@@ -214,11 +234,11 @@ def test_target_logprob_needs_a_vocabulary():
 def test_no_size_overflows_the_workspace(place, size):
     sizes = [1, 1, 1, 1]
     sizes[place] = size
-    for backward in (False, True):
+    for of in ("", "backward", "sum"):
         with pytest.raises(ValueError, match=rf"expected [01] to 2147483647, got {size}"):
-            _C.target_logprob_workspace_bytes(False, sizes, True, 0, 1, backward)
+            _C.target_logprob_workspace_bytes(False, sizes, True, 0, 1, of)
     with pytest.raises(ValueError, match="elements of hidden: expected 0 to"):
-        _C.target_logprob_workspace_bytes(False, [2**31 - 1, 2**31 - 1, 1, 1], True, 0, 1, True)
+        _C.target_logprob_workspace_bytes(False, [2**31 - 1, 2**31 - 1, 1, 1], True, 0, 1, "backward")
 
 
 @pytest.mark.parametrize("entry", [_C.trie_attention, _C.target_logprob])
@@ -295,6 +315,7 @@ def test_the_backward_refuses_rows_out_of_range():
 
 def test_every_entry_point_is_in_this_file_or_in_the_trie_s():
     tested = {"trie_attention", "trie_attention_backward", "target_logprob", "target_logprob_backward"}
+    tested |= {"target_logprob_sum"}
     tested |= {"target_logprob_workspace_bytes", "best_isa"}  # the latter takes nothing
     trie = {"trie_build", "trie_ancestors"}  # tests/test_trie.py
     entries = {name for name, value in vars(_C).items() if inspect.isroutine(value) and name[0] != "_"}

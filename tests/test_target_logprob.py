@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from icl_ft_fast import _C
-from icl_ft_fast.ops import cpu, reference, target_logprob
+from icl_ft_fast.ops import cpu, reference, target_logprob, target_logprob_sum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"bias": True, "softcap": 3.0, "scale": 0.25}
@@ -242,6 +242,53 @@ def test_every_instruction_set_joins_strips(dtype: torch.dtype, isa: str) -> Non
         assert_close(*tensors, f"grad_{name}")
 
 
+def check_sum(inputs: tuple[Tensor, ...], index: tuple[Tensor, Tensor], **options: Any) -> None:
+    """The sum's log-probabilities and its gradient of hidden, within the error budget."""
+    dtype, generator = inputs[0].dtype, torch.Generator().manual_seed(1)
+    times = torch.rand(len(index[0]), generator=generator, dtype=torch.float64)
+    row, target = (x.long() for x in index)
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        hidden, weight, *bias = (x.to(dtype).requires_grad_(i == 0) for i, x in enumerate(inputs))
+        logp = shaped(hidden @ weight.T, *bias, **options).log_softmax(-1)[row, target]
+        return logp.detach(), torch.autograd.grad((times.to(dtype) * logp).sum(), hidden)[0]
+
+    hidden, weight, *bias = inputs
+    logp, grad = torch.ops.icl_ft_fast.target_logprob_sum(
+        hidden,
+        weight,
+        *(x.int() for x in index),
+        times.float(),
+        bias[0] if bias else None,
+        options.get("scale", 1.0),
+        options.get("softcap", 0.0),
+    )
+    assert (logp.dtype, grad.dtype) == (torch.float32, torch.float32)
+    for name, *tensors in zip(("logp", "grad"), (logp, grad), plain(dtype), plain(torch.float64), strict=True):
+        assert_close(*tensors, name)
+
+
+@NATIVE
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "scale": 0.25}], ids=["plain", "all"])
+@pytest.mark.parametrize(("R", "V", "E"), [(1, 2, 1), (5, 65, 66), (70, 1000, 33)])
+def test_the_sum_of_every_instruction_set(
+    R: int, V: int, E: int, options: dict[str, float], dtype: torch.dtype, isa: str
+) -> None:
+    generator = torch.Generator().manual_seed(R)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((R, E), (V, E), (V,))]
+    index = tuple(torch.randint(n, (2 * R + 1,), generator=generator) for n in (R, V))
+    check_sum(tuple(strided(x.to(dtype)) for x in inputs[: 3 if options else 2]), index, **options)
+
+
+@NATIVE
+def test_the_sum_takes_maxima_that_rise_and_fall_from_strip_to_strip(dtype: torch.dtype, isa: str) -> None:
+    hidden, weight, *index = many_blocks(dtype)
+    rows = torch.linspace(-3, 3, 530)[:, None]  # logits rise with the columns in some rows, and fall in others
+    hidden = torch.cat([hidden[:, :-1].float() / 30, rows], 1).to(dtype)
+    weight = torch.cat([weight[:, :-1].float(), torch.linspace(-20, 20, 6600)[:, None]], 1).to(dtype)
+    check_sum((hidden, weight), tuple(index))
+
+
 @NATIVE
 @pytest.mark.parametrize("R", [2, 530])
 def test_results_repeat_to_the_bit_whatever_the_threads(R: int, dtype: torch.dtype, isa: str) -> None:
@@ -251,6 +298,18 @@ def test_results_repeat_to_the_bit_whatever_the_threads(R: int, dtype: torch.dty
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         outputs = target_logprob(*leaves, *index)
         results.append((*outputs, *torch.autograd.grad(outputs[0].mean() + outputs[2].sum(), leaves)))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@NATIVE
+def test_a_sum_repeats_to_the_bit_whatever_the_threads(dtype: torch.dtype) -> None:
+    (hidden, weight, *index), threads, results = many_blocks(dtype), torch.get_num_threads(), []
+    for num_threads in (1, 2, 2):
+        torch.set_num_threads(num_threads)
+        times = torch.ones(len(index[0]))
+        results.append(torch.ops.icl_ft_fast.target_logprob_sum(hidden, weight, *index, times, None, 1.0, 0.0))
     torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
@@ -280,8 +339,10 @@ def test_memory_is_bounded(bfloat16: bool, contiguous: bool, isa: str) -> None:
         sizes = (R, E, V, 0)
         size = _C.target_logprob_workspace_bytes(bfloat16, sizes, contiguous, ISAS[isa], num_threads)
         assert 0 < size <= 16e6
-        size = _C.target_logprob_workspace_bytes(bfloat16, sizes, contiguous, ISAS[isa], num_threads, backward=True)
-        assert 0 < size <= 32e6 + 12 * (R + 16) * (E + 48)  # three floats an element, and at least a tile of logits
+        for of in ("backward", "sum"):
+            size = _C.target_logprob_workspace_bytes(bfloat16, sizes, contiguous, ISAS[isa], num_threads, of)
+            # Three floats an element, and at least a tile of logits; the sum has some of each row besides.
+            assert 0 < size <= 42e6 + 12 * (R + 16) * (E + 48 + 2 * (of == "sum"))
 
 
 def test_values_that_are_not_finite(isa: str) -> None:
@@ -379,6 +440,35 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert torch.equal(whole, hidden.grad)
 
 
+def test_the_sum_is_that_of_the_weighted_log_probabilities() -> None:
+    hidden, weight, bias, row, target = float64_inputs()
+    times, options = torch.tensor([1.0, 0, 2, 0.5, 3], dtype=torch.float64), {"softcap": 2.0, "scale": 3.0}
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return target_logprob_sum(hidden, weight, row, target, times, bias=bias, **options)
+
+    frozen = weight.detach(), bias.detach()
+    assert torch.autograd.gradcheck(total, (hidden, *frozen))
+    assert torch.autograd.gradcheck(total, (hidden, weight, bias))
+    expected = (target_logprob(hidden, weight, row, target, bias=bias, **options)[0] * times).sum()
+    for x in (total(hidden, weight, bias), total(hidden, *frozen), total(hidden.detach(), *frozen)):
+        assert x.item() == pytest.approx(expected.item(), rel=1e-12)
+    with pytest.raises(ValueError, match=r"^target_logprob_sum: target_weight expected no gradient"):
+        target_logprob_sum(hidden, weight, row, target, times.requires_grad_())
+    with pytest.raises(TypeError, match=r"^target_logprob_sum: target_weight expected .*float64, got .*float32"):
+        target_logprob_sum(hidden, weight, row, target, times.detach().float())
+
+
+def test_values_of_a_sum_that_are_not_finite(isa: str) -> None:
+    hidden, weight, row = torch.ones(3, 4), torch.ones(9, 4), torch.arange(3).int()
+    hidden[1, 2] = torch.nan
+    logp, grad = torch.ops.icl_ft_fast.target_logprob_sum(hidden, weight, row, row, torch.ones(3), None, 1.0, 0.0)
+    assert logp.isnan().tolist() == grad.isnan().all(1).tolist() == [False, True, False]
+    bias = torch.full((9,), -torch.inf)
+    logp, _ = torch.ops.icl_ft_fast.target_logprob_sum(hidden, weight, row, row, torch.ones(3), bias, 1.0, 0.0)
+    assert logp.isnan().all()
+
+
 def test_second_gradients_are_refused() -> None:
     hidden, weight, _, row, target = float64_inputs()
     logp = target_logprob(hidden, weight, row, target)[0]
@@ -396,6 +486,7 @@ def test_ops_are_registered_soundly(with_bias: bool) -> None:
     for need_weight in (False, True):
         backward = (logp, lse, *arguments, lse, 0.5, 2.0, need_weight)
         torch.library.opcheck(torch.ops.icl_ft_fast.target_logprob_backward, backward)
+    torch.library.opcheck(torch.ops.icl_ft_fast.target_logprob_sum, (*arguments[:4], logp, arguments[4], 0.5, 2.0))
 
 
 def test_autocast_changes_nothing() -> None:

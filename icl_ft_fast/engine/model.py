@@ -324,6 +324,22 @@ class Model:
         )
         return logp, is_argmax
 
+    def target_logprob_sum(
+        self, hidden: torch.Tensor, row: torch.Tensor, target: torch.Tensor, target_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of target_weight [M] times what target_logprob() returns, for a loss."""
+        head, exact = self.head, torch.promote_types(hidden.dtype, torch.float32)
+        return ops.target_logprob_sum(
+            hidden,
+            head.weight,
+            row.to(hidden.device),
+            target.to(hidden.device),
+            target_weight.to(hidden.device, exact),
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+
 
 def _blocks(rows: Rows) -> Iterator[Rows]:
     """The same rows, so many at a time that every matrix product has the same shape: that decides how it is summed."""

@@ -35,12 +35,11 @@ class Objective(torch.nn.Module):
         hidden = self._model.forward_tree(batch.tree)
         if len(batch.head_row) < len(hidden):
             hidden = hidden[batch.head_row.to(hidden.device)]
-        index = batch.target_index.to(hidden.device)
         if self._teacher is not None:
-            row = batch.row.to(hidden.device)[index]
+            row = batch.row[batch.target_index].to(hidden.device)
             return self._teacher.divergence(hidden[row], self._model.head, examples)
-        logp, _ = self._model.target_logprob(hidden, batch.row, batch.target)
-        return -logp[index].sum()
+        times = batch.target_index.bincount(minlength=len(batch.target))
+        return -self._model.target_logprob_sum(hidden, batch.row, batch.target, times)
 
 
 class NetworkInTraining:

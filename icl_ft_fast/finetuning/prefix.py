@@ -87,8 +87,8 @@ class SlotsObjective(torch.nn.Module):
         hidden = hidden[batch.head_row.to(hidden.device)]
         row = batch.row[batch.target_index].to(hidden.device)
         token, probability = (torch.cat([self._best[e][n] for e in examples]).to(hidden.device) for n in (0, 1))
-        logp, _ = self._model.target_logprob(hidden, row.repeat_interleave(token.shape[1]), token.flatten())
-        return -(probability.flatten() * logp).sum()
+        row = row.repeat_interleave(token.shape[1])
+        return -self._model.target_logprob_sum(hidden, row, token.flatten(), probability.flatten())
 
 
 class SlotsInTraining:

@@ -14,7 +14,7 @@ Knows nothing of models, tries or KV caches.
 
 from icl_ft_fast.ops import dispatch  # registers the ops
 from icl_ft_fast.ops.serving import served_by, temporary_bytes
-from icl_ft_fast.ops.target_logprob import target_logprob
+from icl_ft_fast.ops.target_logprob import target_logprob, target_logprob_sum
 from icl_ft_fast.ops.trie_attention import AttentionOptions, TreeIndex, shared_keys, trie_attention
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "served_by",
     "shared_keys",
     "target_logprob",
+    "target_logprob_sum",
     "temporary_bytes",
     "trie_attention",
 ]

@@ -14,7 +14,11 @@ from torch import Tensor
 from icl_ft_fast import _C
 from icl_ft_fast.ops import reference
 from icl_ft_fast.ops.checks import NATIVE
-from icl_ft_fast.ops.target_logprob import fake_target_logprob, fake_target_logprob_backward
+from icl_ft_fast.ops.target_logprob import (
+    fake_target_logprob,
+    fake_target_logprob_backward,
+    fake_target_logprob_sum,
+)
 from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
 
 _OPS: Any = _C  # lists of arrays are unpacked into its arguments, which no type checker follows
@@ -138,3 +142,33 @@ def target_logprob_backward(
         *made,
     )
     return grads
+
+
+def target_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    target_weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """C++ for the same two dtypes."""
+    inputs = (hidden, weight, row, target, target_weight)
+    if hidden.dtype not in NATIVE:
+        return reference.target_logprob_sum(*inputs, bias, scale, softcap)
+    results = fake_target_logprob_sum(*inputs)
+    _OPS.target_logprob_sum(
+        _array(hidden),
+        _array(weight),
+        None if bias is None else _array(bias),
+        *(_array(x.contiguous()) for x in (row, target)),
+        scale,
+        softcap,
+        _ISA,
+        torch.get_num_threads(),
+        _array(target_weight.contiguous()),
+        *map(_array, results),
+    )
+    return results

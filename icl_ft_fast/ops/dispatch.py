@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from icl_ft_fast.ops import cpu, reference
-from icl_ft_fast.ops.target_logprob import fake_target_logprob, fake_target_logprob_backward
+from icl_ft_fast.ops.target_logprob import (
+    fake_target_logprob,
+    fake_target_logprob_backward,
+    fake_target_logprob_sum,
+)
 from icl_ft_fast.ops.trie_attention import (
     fake_trie_attention,
     fake_trie_attention_backward,
@@ -81,4 +85,11 @@ _register(
     fake_target_logprob_backward,
     cpu=cpu.target_logprob_backward,
     cuda=_triton("target_logprob", "target_logprob_backward"),
+)
+_register(
+    "target_logprob_sum",
+    "(Tensor hidden, Tensor weight, Tensor row, Tensor target, Tensor target_weight, Tensor? bias, float scale,"
+    " float softcap) -> (Tensor logp, Tensor grad_hidden)",
+    fake_target_logprob_sum,
+    cpu=cpu.target_logprob_sum,
 )

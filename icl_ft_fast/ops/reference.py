@@ -257,3 +257,21 @@ def target_logprob_backward(
         if len(grad_bias):
             grad_bias[columns] = bias_sum
     return grad_hidden.to(out_dtype), grad_weight, grad_bias
+
+
+@_literal
+def target_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    target_weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [M], and the gradient [R, E] of (target_weight * logp).sum() in hidden, in their dtype."""
+    exact = hidden.to(accumulator(hidden.dtype))
+    logp, _, lse = target_logprob(hidden, weight, row, target, bias, scale, softcap)
+    given = (target_weight, torch.zeros_like(lse), exact, weight, row, target, bias, lse, scale, softcap, False)
+    return logp, target_logprob_backward(*given)[0]

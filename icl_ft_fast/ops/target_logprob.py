@@ -68,6 +68,68 @@ def target_logprob(
     logits to it.
     """
     op = "target_logprob"
+    _check(op, hidden, weight, row, target, bias)
+    if batch_invariant:
+        check_invariant(op, hidden)
+    logp, is_argmax, lse = _TargetLogprob.apply(
+        hidden, weight, row.int(), target.int(), bias, scale, check_softcap(op, softcap), batch_invariant
+    )
+    return logp, is_argmax, lse
+
+
+def target_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    row: Tensor,
+    target: Tensor,
+    target_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The weighted sum of log-probabilities that a loss takes, whose gradient is made while the logits are there.
+
+        logp, _, _ = target_logprob(hidden, weight, row, target, bias=bias, softcap=softcap, scale=scale)
+        (target_weight * logp).sum()
+
+    Args:
+        hidden: the rows that need the head, [R, E]; this and the next six as target_logprob() takes them.
+        weight: the head's weight, [V, E].
+        row: the row of hidden each target follows, [M].
+        target: token ids, [M].
+        target_weight: each target's factor, [M], float32 (float64 for float64), which gets no gradient.
+        bias: the head's bias, [V], or None.
+        softcap: bound of the logits' absolute values, or None.
+        scale: factor of the logits.
+
+    Returns:
+        The sum, a scalar of the dtype of target_weight.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as target_logprob() does; target_weight needs a gradient.
+
+    Numerics, memory and determinism are target_logprob()'s. FLOPs: where hidden alone needs a gradient, as behind a
+    frozen head, the forward on a CPU makes it too, 4 * R * V * E, and keeps it, [R, E]; the backward only scales it.
+    Otherwise, and on a GPU, those of target_logprob(), 6 * R * V * E or 8. Source: Liger Kernel (arXiv 2410.10989,
+    section 3.2), whose loss keeps the head's gradients from the forward; that the maximum is followed is attention's.
+    """
+    op = "target_logprob_sum"
+    _check(op, hidden, weight, row, target, bias)
+    check_tensors(op, row=(row, "M", INTS), target_weight=(target_weight, "M", (accumulator(hidden.dtype),)))
+    if target_weight.requires_grad:
+        raise ValueError(f"{op}: target_weight expected no gradient, got requires_grad")
+    learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if hidden.device.type == "cpu" and learns == [True, False, False]:
+        given = (hidden, weight, row.int(), target.int(), target_weight, bias, scale, check_softcap(op, softcap))
+        total: Tensor = _TargetLogprobSum.apply(*given)
+        return total
+    logp, _, _ = target_logprob(hidden, weight, row, target, bias=bias, softcap=softcap, scale=scale)
+    return (target_weight * logp).sum()
+
+
+def _check(op: str, hidden: Tensor, weight: Tensor, row: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    """Raises unless shapes, dtypes and devices are those of target_logprob()."""
     sizes = check_tensors(
         op,
         hidden=(hidden, "R E", FLOATS),
@@ -80,12 +142,6 @@ def target_logprob(
         raise ValueError(f"{op}: weight expected at least one row, got {list(weight.shape)}")
     if sizes["M"] and not sizes["R"]:
         raise ValueError(f"{op}: hidden expected at least one row for {sizes['M']} targets, got {list(hidden.shape)}")
-    if batch_invariant:
-        check_invariant(op, hidden)
-    logp, is_argmax, lse = _TargetLogprob.apply(
-        hidden, weight, row.int(), target.int(), bias, scale, check_softcap(op, softcap), batch_invariant
-    )
-    return logp, is_argmax, lse
 
 
 def fake_target_logprob(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +158,12 @@ def fake_target_logprob_backward(
     V, E = weight.shape
     grad_weight = weight.new_empty((V, E) if need_weight else (0,))
     return hidden.new_empty(hidden.shape), grad_weight, weight.new_empty(V if need_weight and bias is not None else 0)
+
+
+def fake_target_logprob_sum(hidden: Tensor, weight: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of the sum's op: log-probabilities and the gradient of hidden."""
+    logp = hidden.new_empty(row.shape, dtype=accumulator(hidden.dtype))
+    return logp, logp.new_empty(hidden.shape)
 
 
 class _TargetLogprob(torch.autograd.Function):
@@ -125,3 +187,19 @@ class _TargetLogprob(torch.autograd.Function):
         )
         grads = grad_hidden, grad_weight if need_weight else None, None, None, grad_bias if need_bias else None
         return *grads, None, None, None
+
+
+class _TargetLogprobSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        logp, grad_hidden = torch.ops.icl_ft_fast.target_logprob_sum(hidden, *rest)
+        ctx.save_for_backward(grad_hidden)
+        ctx.dtype = hidden.dtype
+        total: Tensor = rest[3].dot(logp)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad).to(ctx.dtype), None, None, None, None, None, None, None
