@@ -1,19 +1,26 @@
-"""`python -m benchmarks.real_results PAGE DIR [DIR ...]`: writes the tables of finished studies into a page.
+"""`python -m benchmarks.real_results PAGE [DIR ...]`: publishes finished studies and writes all tables into a page.
 
-A study of DIR takes the place between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is the folder's own name.
+Of the results.json in DIR, benchmarks/results/real/NAME.json keeps what the tables are made of, where NAME is the
+folder's own name: no text of documents, questions or augmentations, which others may have written. The tables of each
+published study take the place between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
+import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from benchmarks.readme import replace_block
+from benchmarks.readme import RESULTS, replace_block
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.table import break_even_words, count, interval_words
 from icl_ft_fast.report.verdict import verdict_of, why_none
 from icl_ft_fast.study.arms import recorded_arm
 
+PUBLISHED = RESULTS / "real"
+TEXTS = ("prompt", "chat_prompt", "boundary")  # of the settings
 QUERIES, POINTS = 15_000, 2.0  # 500 a day for 30 days; accuracy that may be lost
 
 
@@ -85,12 +92,68 @@ def _differences(study: Derived) -> str:
     return "\n".join([f"Differences with an adjusted p below .05, of {tests} tested:\n", *lines]) if lines else ""
 
 
+def packed(results: dict[str, Any]) -> dict[str, Any]:
+    """What a results.json says beside texts; topics have numbers in the order of their names."""
+    if len(results["questions"]) != 1:
+        raise SystemExit(f"{results['task']}: expected the same questions under every seed")
+    answers = [answer for run in results["runs"] for answer in run["answers"]]
+    topics = {topic: n for n, topic in enumerate(sorted({answer["topic"] for answer in answers}))}
+    asked = {a["question_id"]: [a["split"], topics[a["topic"]], a["correct"]] for a in answers}
+    numbers = {id: n for n, id in enumerate(asked)}
+    runs = []
+    for run in results["runs"]:
+        said = [
+            [numbers[answer["question_id"]], answer["predicted"], [round(p, 3) for p in answer["probability"]]]
+            for answer in run["answers"]
+        ]
+        runs.append(run | {"answers": said, "samples": [], "losses": []})
+    settings = {name: value for name, value in results["settings"].items() if name not in TEXTS}
+    kept = {name: value for name, value in results.items() if name != "checksum"}
+    return kept | {"settings": settings, "questions": [*asked.values()], "runs": runs}
+
+
+def unpacked(found: dict[str, Any]) -> dict[str, Any]:
+    """A results.json again, in which questions have numbers and no text."""
+
+    def answer(number: int, predicted: int, probability: list[float]) -> dict[str, Any]:
+        split, topic, correct = found["questions"][number]
+        named = {"question_id": f"{number:05}", "split": split, "form": None, "topic": f"{topic:05}"}
+        return named | {"predicted": predicted, "probability": probability, "correct": correct}
+
+    runs = [run | {"answers": [answer(*said) for said in run["answers"]]} for run in found["runs"]]
+    return found | {"questions": [], "runs": runs}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def publish(folder: Path) -> None:
+    """Keep a finished study's results."""
+    found = packed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    lines = [_json({name: value for name, value in found.items() if name != "runs"})]
+    lines += [_json(run) for run in found["runs"]]  # a line a run, so that a change of one is seen
+    PUBLISHED.mkdir(exist_ok=True)
+    (PUBLISHED / f"{folder.name}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def published(name: str) -> Derived:
+    """A published study."""
+    head, *runs = map(json.loads, (PUBLISHED / f"{name}.json").read_text(encoding="utf-8").splitlines())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        path.write_text(json.dumps(unpacked(head | {"runs": runs})), encoding="utf-8")
+        return Derived.read(path)
+
+
 def main() -> None:
-    """Fill the page's blocks."""
+    """Publish the studies and fill the page's blocks."""
     page, *folders = map(Path, sys.argv[1:])
     for folder in folders:
-        replace_block(page, folder.name, block(Derived.read(folder)))
-        print(f"{page}: {folder.name} updated")
+        publish(folder)
+    for name in sorted(path.stem for path in PUBLISHED.glob("*.json")):
+        replace_block(page, name, block(published(name)))
+        print(f"{page}: {name} updated")
 
 
 if __name__ == "__main__":

@@ -392,13 +392,18 @@ def test_a_page_shows_a_study_between_its_markers(study, tmp_path, monkeypatch):
     assert "Verdict on 15,000 queries: No decision: " in unmeasured
     page_md = tmp_path / "page.md"
     page_md.write_text("before\n<!-- study -->\nout of date\n<!-- /study -->\nafter")
-    (tmp_path / "study").mkdir()
-    monkeypatch.setattr(Derived, "read", lambda path: replace(study, name=path.name))
+    for name in ("study", "other"):
+        write_results(tmp_path / name / "results.json", asdict(study.results))
+    monkeypatch.setattr(real_results, "PUBLISHED", tmp_path / "published")
     monkeypatch.setattr("sys.argv", ["real_results", str(page_md), str(tmp_path / "study")])
     real_results.main()
     assert page_md.read_text().startswith("before\n<!-- study -->\n60 questions")
     assert page_md.read_text().endswith("\n<!-- /study -->\nafter")
     assert "out of date" not in page_md.read_text()
+    runs = real_results.published("study").results.runs
+    assert [run.accuracy for run in runs] == [run.accuracy for run in study.results.runs]
+    kept = (tmp_path / "published" / "study.json").read_text()
+    assert not any(text in kept for text in ("the cat 5 is", " the cat more", '"t5"', '"q5"', '"samples":[{'))
     monkeypatch.setattr("sys.argv", ["real_results", str(page_md), str(tmp_path / "other")])
     with pytest.raises(SystemExit, match="expected one <!-- other --> block, found 0"):
         real_results.main()
