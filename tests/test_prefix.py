@@ -15,6 +15,7 @@ from icl_ft_fast.augmentation.self_study import (
     beginnings,
     conversation_batches,
     document_parts,
+    turn_tokens,
     write_conversations,
 )
 from icl_ft_fast.cli import main
@@ -226,6 +227,10 @@ def test_chat_models_ask_and_answer(tiny_network, tokenizer, tmp_path):
     roles = [{"role": "assistant", "content": "\ufdd0"}, {"role": "user", "content": "\ufdd0"}]
     _, between, _ = render_chat(model.tokenizer, [documents_turn(model, DOCUMENTS), *roles]).split("\ufdd0")
     assert between in asked
+    around, request = turn_tokens(model, conversation_batches(model, DOCUMENTS, 2, tokens=8, template="chat")[0])
+    assert len(made[1].ids) == pytest.approx(len(made[0].ids) + 2 * 8 + around, abs=8)
+    assert request > 10
+    assert turn_tokens(model, conversation_batches(model, DOCUMENTS, 2, template="base")[0]) == (0, 0)
 
 
 def test_what_cannot_be_trained(llama):
