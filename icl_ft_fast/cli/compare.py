@@ -186,7 +186,7 @@ def _add_comparison_options(parser: Parser, *, arms: str | None, seeds: str, out
     help = "time limit for measuring query costs"
     seconds = parser.group("cost and decision")
     seconds.add_argument("--measure-seconds", type=amount, default=MEASURE_S, metavar="SECONDS", help=help)
-    help = "plan only: tokens, FLOPs, seconds, disk and break-even of each arm, from a calibration of at most 20 s; no arm runs"
+    help = "plan only: tokens, FLOPs, seconds, disk, break-even of each arm, after 20 s of trials at most; no arm runs"
     seconds.add_argument("--dry-run", action="store_true", help=help)
     add_store_options(parser)
     add_json_option(parser)
