@@ -53,7 +53,6 @@ TRL = {
     "TRL, default": {"gradient_checkpointing": True},
     "TRL, padding-free": {"gradient_checkpointing": False, "padding_free": True},
 }
-LORA_TRL = {"float32": tuple(TRL), "bfloat16": ("TRL", "TRL, default")}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of losses, relative
 
 
@@ -78,10 +77,10 @@ def run(quick: bool, work: str | None = None) -> list[Row]:
             *_steps("30M, articles", _Case.random(SIZES["30M"], articles, steps), ("TRL",), rounds),
             *_memory(f"a vocabulary of {narrow['vocab_size']:,}, 4 layers of 256", _Case.random(narrow, articles, 2)),
         ]
-    for name, dtype in (("lora", "float32"), ("lora-bfloat16", "bfloat16")):
+    for name, dtype, of_real in (("lora", "float32", 6), ("lora-bfloat16", "bfloat16", 3)):
         if work in (None, name):
-            case = _Case.smollm2(dtype, 2 if quick else 4)
-            rows += _steps(f"SmolLM2, LoRA, {dtype}", case, LORA_TRL[dtype], min(2, rounds))
+            case = _Case.smollm2(dtype, 2 if quick else of_real)
+            rows += _steps(f"SmolLM2, LoRA, {dtype}", case, tuple(TRL), min(2, rounds))
     return rows
 
 
