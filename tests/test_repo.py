@@ -61,7 +61,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 26_115
+BUDGET = 26_130
 
 
 def room(module):

@@ -33,7 +33,7 @@ from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.engine.likelihood import loglikelihood, prefill
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.finetuning.data import encode
-from icl_ft_fast.finetuning.prefix import SlotsRun, train_slots
+from icl_ft_fast.finetuning.prefix import SlotsRun, read_best, train_slots
 from icl_ft_fast.finetuning.run import RunState, prepare, train_step
 from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings, RunOptions
 from icl_ft_fast.runtime.reasoning import answer_in
@@ -54,6 +54,7 @@ TEACHING_TOKENS = 64  # before the conversations that a teacher reads
 PASSES, SLOT_PASSES = 3, 2  # forwards that a step's matrix products are worth; of a prefix, whose weights are frozen
 READ_FIRST = 0.4  # of the time for replies: the most that reading their prompts may take
 FEWEST = 4  # replies, where prompts are short enough
+WIDE_TOKENS = 4  # of each of many replies at once, which tell what a step of so many rows takes
 OWN_TOKENS = 8  # of the model's own text
 
 
@@ -349,10 +350,28 @@ class Calibration:
         if not count:
             self._guess(name, 0.0)
             return Decoding((), (), None, 0.0, row_s)
-        clock = DecodingClock(self.clock, left)
+        begun, wider = self.spent, None
+        if count < len(prompts):
+            wider = self._wide(model, prompts[0], len(prompts), known, READ_FIRST * left)
+        clock = DecodingClock(self.clock, left - (self.spent - begun))
         ended = self._timed(lambda: dict(write(count, clock)))
         lengths, is_cut = zip(*(ended[n] for n in range(count)), strict=True)
-        return clock.decoding(lengths, is_cut, row_s)
+        return clock.decoding(lengths, is_cut, row_s, wider)
+
+    def _wide(self, model: Model, prompt: list[int], rows: int, known: int, left: float) -> tuple[float, float] | None:
+        """Rows and seconds of a step of many replies to one prompt; None where there is no time for some."""
+        rate, work = self._flop_s(), work_of(model)
+        path = work.path_flops(len(prompt) + 1)
+        step_flops = rows * (float(path[-1] - path[-2]) + work.head_flops)
+        if rate * (float(path[-2] - path[known]) + WIDE_TOKENS * step_flops) > left:
+            return None
+        clock, starts = DecodingClock(self.clock, left), {}
+        if known and self._context is not None:
+            starts = dict.fromkeys(range(rows), self._context)
+        draws = [Sampling(WIDE_TOKENS, temperature=1.0, seed=n) for n in range(rows)]
+        asked = partial(iter_generations, model, [prompt] * rows, draws, on_token=clock, reuse=Reuse(starts))
+        self._timed(lambda: list(asked()))
+        return clock.width()
 
     def _continue(
         self, prompts: Sequence[list[int]], sampling: Sequence[Sampling], reuse: Reuse, count: int, clock: DecodingClock
@@ -411,20 +430,21 @@ class Calibration:
             one = float(path[-1] - path[num_slots]) + length * work.head_flops
             begin = float(path[num_slots]) + TEACHING_TOKENS * work.row_flops
             size = settings.batch_size
-            while size and rate * (begin + 2 * (1 + SLOT_PASSES) * size * one) > left:
+            while size and rate * 2 * (begin + (1 + SLOT_PASSES) * size * one) > left:
                 size //= 2
             if not size:
                 return self._guess("a prefix's training", rate), rate
-            made = [Conversation(0, tuple([*part[n % len(part) :], *part][:length])) for n in range(2 * size)]
-            text = self.model.tokenizer.decode(part[:TEACHING_TOKENS])
+            made = [Conversation(0, tuple([*part[n % len(part) :], *part][:length])) for n in range(size)]
+            text, teaching, training = self.model.tokenizer.decode(part[:TEACHING_TOKENS]), Ledger(), Ledger()
+            begun = self.spent
+            self._timed(lambda: read_best(self.model, [text], made, settings.top, teaching))
+            teach_s = self.spent - begun
             run = SlotsRun(part[:num_slots], [text], made, replace(settings, steps=2, batch_size=size))
-            ledger, ends = Ledger(), [self.clock()]
+            ends = list[float]()
             options = RunOptions(on_step=lambda step, steps: ends.append(self.clock()))
-            self._timed(lambda: train_slots(self.model, run, options=options, ledger=ledger))
-            begun, first, second = ends
-            teach_s = max(0.0, (first - begun) - (second - first))  # a step is before `first`, too
-            teach, train = ledger.phases["teach"].flops, ledger.phases["train"].flops
-            return teach_s / teach, (second - first) / (train / 2)
+            self._timed(lambda: train_slots(self.model, run, options=options, ledger=training))
+            teach, train = teaching.phases["teach"].flops, training.phases["train"].flops
+            return teach_s / teach, (ends[1] - ends[0]) / (train / 2)  # the first step allocates
 
         return self._once("prefix", measure)
 

@@ -8,8 +8,6 @@ from statistics import fmean, median
 
 from icl_ft_fast.engine.generate import RUNNING
 
-STAYING = 4  # from half of the time on, one reply of this many is written to its end: narrow steps, and long replies
-
 
 @dataclass(frozen=True)
 class Decoding:
@@ -65,45 +63,48 @@ class DecodingClock:
 
     def __init__(self, clock: Callable[[], float], seconds: float) -> None:
         self._clock, self._begun = clock, clock()
-        self._until, self._half = self._begun + seconds, float("inf")
-        self._last, self._in_step = self._begun, set[int]()
-        self._steps = list[tuple[int, float]]()  # tokens, and when the last of them was there
+        self._until, self._last = self._begun + seconds, self._begun
+        self._in_step, self._steps = set[int](), list[tuple[int, float]]()  # tokens, and when the last of them came
 
     def __call__(self, reply: int, token: object) -> bool:
         """Whether this reply is to go on."""
         if reply in self._in_step:
             self._end_step()
-            if len(self._steps) == 1:
-                self._half = (self._last + self._until) / 2
         self._in_step.add(reply)
         self._last = self._clock()
-        return self._last < self._until and (self._last < self._half or reply % STAYING == 0)
+        return self._last < self._until
 
-    def decoding(self, lengths: Sequence[int], is_open: Sequence[bool], row_s: float) -> Decoding:
-        """What it took; `row_s` are seconds of a row of a step, for what the steps do not tell."""
-        if self._in_step:
-            self._end_step()
+    def width(self) -> tuple[float, float] | None:
+        """(rows, seconds) of a step, by those of the most rows; None where there was none after the one that reads."""
+        self._end_step()
         ends = [end for _, end in self._steps]
-        taken = [
-            (rows, end - before) for (rows, end), before in zip(self._steps[1:], ends, strict=False)
-        ]  # the first step reads
-        step_s, token_s = _fitted(taken, row_s)
-        return Decoding(tuple(lengths), tuple(is_open), ends[0] - self._begun if ends else None, step_s, token_s)
+        taken = [(rows, end - before) for (rows, end), before in zip(self._steps[1:], ends, strict=False)]
+        most = max((rows for rows, _ in taken), default=0)
+        wide = [one for one in taken if one[0] > most / 2]
+        return (fmean(rows for rows, _ in wide), median(took for _, took in wide)) if wide else None
+
+    def decoding(
+        self, lengths: Sequence[int], is_open: Sequence[bool], row_s: float, wider: tuple[float, float] | None = None
+    ) -> Decoding:
+        """What it took.
+
+        Args:
+            lengths: tokens of the replies.
+            is_open: for each, whether it would have gone on.
+            row_s: seconds of a row of a step, where no steps tell.
+            wider: width() of more replies at once: what a row takes depends on how many there are.
+        """
+        own, step_s = self.width(), 0.0
+        if own is not None and wider is not None and wider[0] > own[0]:
+            row_s = min(max(0.0, (wider[1] - own[1]) / (wider[0] - own[0])), wider[1] / wider[0])
+            step_s = wider[1] - wider[0] * row_s
+        elif (found := own or wider) is not None:
+            row_s = min(row_s, found[1] / found[0])
+            step_s = found[1] - found[0] * row_s
+        reading_s = self._steps[0][1] - self._begun if self._steps else None
+        return Decoding(tuple(lengths), tuple(is_open), reading_s, step_s, row_s)
 
     def _end_step(self) -> None:
-        self._steps.append((len(self._in_step), self._last))
-        self._in_step.clear()
-
-
-def _fitted(steps: Sequence[tuple[int, float]], row_s: float) -> tuple[float, float]:
-    """(seconds of a step, seconds of each of its rows), by the widest steps and the narrowest."""
-    if not steps:
-        return 0.0, row_s
-    most = max(rows for rows, _ in steps)
-    wide, narrow = ([s for s in steps if (s[0] > most / 2) is is_wide] for is_wide in (True, False))
-    (rows, wide_s) = fmean(r for r, _ in wide), median(s for _, s in wide)
-    if narrow:
-        few, narrow_s = fmean(r for r, _ in narrow), median(s for _, s in narrow)
-        row_s = max(0.0, (wide_s - narrow_s) / (rows - few))
-    row_s = min(row_s, wide_s / rows)
-    return wide_s - row_s * rows, row_s
+        if self._in_step:
+            self._steps.append((len(self._in_step), self._last))
+            self._in_step.clear()
