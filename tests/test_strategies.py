@@ -1,21 +1,25 @@
 """Strategies that write whole texts or ask on after a reply: what they ask, what becomes rows, and how they resume."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from icl_ft_fast.augmentation.batches import augment_by_model, prompt_batches
+from icl_ft_fast.augmentation.batches import augment_by_model, prompt_batches, prompting_of
 from icl_ft_fast.augmentation.generators import LocalGenerator, Reply
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.run import AugmentationRun, Price, Replying
-from icl_ft_fast.augmentation.strategies import STRATEGIES, entigraph, self_ask, spa
+from icl_ft_fast.augmentation.strategies import STRATEGIES, active_reading, entigraph, self_ask, spa
 from icl_ft_fast.augmentation.strategy import LEAST_WORDS, Unit
 from icl_ft_fast.engine.generate import Sampling
 from icl_ft_fast.runtime.executors import InProcess
 from icl_ft_fast.tasks.task import Document
 
 DOCUMENTS = [Document("d", "Anna built the mill in Tolm."), Document("e", "Karl burnt it.")]
-LONG = "The mill in Tolm was built by Anna, who lived beside it. " * 4
+LONG = (
+    "The mill in Tolm was built by Anna, who lived beside it. It stood by the water until Karl came one night with a "
+    "torch, and nobody has built another there since, though many wanted to. "
+)
 
 
 class Answering:
@@ -108,6 +112,82 @@ def test_active_reading_carries_out_what_it_lists():
     assert [(row.source_id, row.kind) for row in run.read().rows] == [("d", "studied"), ("e", "studied")]  # one text
 
 
+NOTED = Document("n", "Tolm is a mill. Anna built Tolm in 1904, and Karl burnt it.")
+
+
+def small_run(strategy, answer, documents=(NOTED,)):
+    prompting, generator = Prompting.of(strategy, is_chat=True, is_small=True), Answering(answer)
+    run = AugmentationRun(prompting, prompting.prompts(documents), generator, Sampling(64, 0.3))
+    run.collect()
+    return run.generator.asked, run.read()
+
+
+def test_a_small_models_texts_of_spa_begin_with_what_the_document_is_about():
+    asked, made = small_run("spa", lambda prompt: f"{prompt.begun} was built by Anna in 1904, and burnt.")
+    assert [prompt.begun for prompt in asked[:2]] == ["Explained: Tolm", "Map: Tolm"]
+    assert all(prompt.text.endswith(f"Document: {NOTED.text}\n") for prompt in asked)
+    assert [row.kind for row in made.rows] == [*spa.FORMS]
+    assert made.rows[0].text == "Tolm was built by Anna in 1904, and burnt."  # without its label
+    unnamed, _ = small_run("spa", lambda prompt: "", [Document("u", "Nothing is named here. It is so.")])
+    assert unnamed[0].begun == "Explained:"
+
+
+def test_a_small_models_list_counts_as_far_as_the_document_has_it():
+    def answer(prompt):
+        text = f"{prompt.begun} both stand in the document, and one built the other."
+        return text if prompt.unit.kind else "1. TOLM\n2. Places\n3. Anna\n4. Tolm\n5. karl.\n6. An\n7. Anna built"
+
+    asked, made = small_run("entigraph", answer)
+    assert asked[0].begun == "1."
+    assert {name for prompt in asked[1:] for name in prompt.unit.variables["entities"]} == {"Tolm", "Anna", "Karl"}
+    assert [prompt.unit.kind for prompt in asked[1:]] == ["pair"] * 3 + ["triple"]
+    first, second, third = asked[4].unit.variables["entities"]
+    assert asked[4].begun == f"About {first}, {second} and {third}: {first}"
+    assert (made.dropped["unparsed"], made.dropped["repeats"]) == (2, 1)
+    assert made.rows[3].text == f"{first} both stand in the document, and one built the other."
+
+
+def test_a_small_model_fills_in_ways_of_studying():
+    def answer(prompt):
+        said = f"{prompt.id} stands in Tolm, where Anna built it in 1904."
+        return f"{prompt.begun} {said}" if prompt.unit.kind else f"{prompt.begun} and more.\nStrategy: Another."
+
+    asked, made = small_run("active-reading", answer)
+    count = len(active_reading.BEGUN)
+    assert [prompt.begun for prompt in asked[:2]] == ["Strategy: Tell the story of Tolm", "Strategy: Explain why Tolm"]
+    assert [prompt.id for prompt in asked[count:]] == [f"n#{n}#text" for n in range(count)]
+    assert "\nTask: Tell the story of Tolm and more.\n" in asked[count].text
+    assert asked[count].begun == "Text: Tolm"
+    assert made.rows[0].text == "Tolm n#0#text stands in Tolm, where Anna built it in 1904."
+    assert (made.prompts, made.productive, len(made.rows)) == (2 * count, 2 * count, count)
+
+
+def test_a_text_that_only_repeats_its_document_or_itself_is_dropped():
+    own = " ".join(f"Tolm has {n} wheels and {n} doors." for n in range(9))
+    cut = f"It is a mill, {'and a mill of a mill ' * 9}at last."
+    _, made = small_run("spa", lambda p: cut if p.id.endswith("case") else own[:70], [Document("n", own)])
+    assert made.rows == ()
+    assert (made.dropped["repeats"], made.dropped["looping"]) == (len(spa.FORMS) - 1, 1)
+    parsed = STRATEGIES["spa"].parse(Unit("", own, kind="case"), f"{own} And it is old.")
+    assert (len(parsed.statements), parsed.repeats) == (1, 0)
+
+
+def test_only_a_small_chat_model_that_is_loaded_here_is_asked_so(llama, monkeypatch):
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}", name_or_path="")
+    monkeypatch.setattr("icl_ft_fast.augmentation.generators.fix_date", lambda *_: None)
+    chat = LocalGenerator(replace(llama, tokenizer=tokenizer), is_chat=True)
+    for name in ("spa", "entigraph", "active-reading"):
+        published = STRATEGIES[name]
+        assert published.temperature == 1.0
+        assert prompting_of(name, chat).strategy is published.small
+        for generator in (LocalGenerator(llama), Answering(None)):
+            assert prompting_of(name, generator).strategy is published
+        monkeypatch.setattr("icl_ft_fast.augmentation.batches.SMALL", llama.num_parameters)
+        assert prompting_of(name, chat).strategy is published
+        monkeypatch.undo()
+        monkeypatch.setattr("icl_ft_fast.augmentation.generators.fix_date", lambda *_: None)
+
+
 def test_self_ask_goes_through_its_rounds_and_says_what_was_asked():
     def answer(prompt):
         number = prompt.unit.variables["round"]
@@ -151,8 +231,8 @@ def listing(monkeypatch):
     strategy = replace(
         STRATEGIES["entigraph"], follow=asked_on, follow_ups=3, read=STRATEGIES["self-ask"].read, max_new_tokens=5
     )
+    strategy = replace(strategy, least_words=0)
     monkeypatch.setattr(LocalGenerator, "prompts_per_call", 2)
-    monkeypatch.setattr("icl_ft_fast.augmentation.strategy.LEAST_WORDS", 0)
     return Prompting(strategy, "{{ document }}", "here")
 
 

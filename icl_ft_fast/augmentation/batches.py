@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from icl_ft_fast.augmentation import strategies
@@ -22,6 +23,7 @@ from icl_ft_fast.engine.prompting import has_chat_template
 from icl_ft_fast.runtime.durable import ResultJournal, digest
 from icl_ft_fast.tasks.task import Document, Task
 
+SMALL = 1_000_000_000  # parameters from which on a chat model is asked as the papers ask
 PROMPTS_PER_BATCH = 64  # where a generator does not say how many it takes in a call
 
 
@@ -131,6 +133,16 @@ def prompts(
     return [prompt for same in zip(*made, strict=True) for prompt in same], shown[0]
 
 
+def prompting_of(strategy: str, generator: TextGenerator, template: Path | None = None) -> Prompting:
+    """How a generator is asked: a model that is loaded here and has fewer than SMALL parameters, as a small one.
+
+    Raises:
+        AugmentError: see Prompting.of().
+    """
+    is_small = isinstance(generator, LocalGenerator) and generator.model.num_parameters < SMALL
+    return Prompting.of(strategy, is_chat=generator.is_chat, template=template, is_small=is_small)
+
+
 def stop_of(prompting: Prompting, generator: TextGenerator) -> tuple[str, ...]:
     """Strings that end a reply; none for a chat elsewhere, which may begin with its reasoning or an empty line."""
     return () if isinstance(generator, Endpoint) and generator.is_chat else prompting.stop
@@ -188,7 +200,7 @@ def prompt_batches(
     Raises:
         AugmentError: an unknown strategy, or several samples of one that is greedy.
     """
-    prompting = Prompting.of(strategy, is_chat=generator.is_chat)
+    prompting = prompting_of(strategy, generator)
     limit, temperature = prompting.strategy.max_new_tokens, prompting.strategy.temperature
     if samples > 1 and not temperature:
         raise AugmentError(f"samples: the strategy {strategy} is greedy, {samples} replies would be all alike")

@@ -73,10 +73,13 @@ class Prompting:
     stop: tuple[str, ...] = BASE_STOP
 
     @classmethod
-    def of(cls, strategy: str, *, is_chat: bool = False, template: Path | None = None) -> Prompting:
+    def of(
+        cls, strategy: str, *, is_chat: bool = False, template: Path | None = None, is_small: bool = False
+    ) -> Prompting:
         """The strategy's template for base or chat models, or the user's.
 
         Replies to the strategy's template for chat models are begun, and to the user's if it names `label` or `begun`.
+        A small chat model is asked by `Strategy.small` where there is one, unless the template is the user's.
 
         Raises:
             AugmentError: an unknown strategy or one without a model, or a template that cannot be read or is no jinja2.
@@ -84,6 +87,8 @@ class Prompting:
         found = strategies.find(strategy)
         if found.infer is not None:
             raise AugmentError(f"strategy: {strategy} has no prompts; {', '.join(strategies.BY_MODEL)} have")
+        is_replaced = found.small is not None and is_small and is_chat and template is None
+        found = found.small if found.small is not None and is_replaced else found
         path = template or found.template(is_chat=is_chat)
         try:
             source = read_text(path)
@@ -94,7 +99,7 @@ class Prompting:
                 source,
                 str(path),
                 found.begins if is_begun else ("",),
-                found.begun_stop if is_begun else () if is_chat else BASE_STOP,
+                found.begun_stop if is_begun or is_replaced else () if is_chat else BASE_STOP,
             )
             made._template()
         except TaskError as error:
@@ -155,6 +160,7 @@ class Prompting:
         documents: Sequence[str] = (),
         begun: str = "",
     ) -> Prompt:
+        begun = begun or unit.begun
         seen = {**unit.variables, "label": label_of(begun), "begun": begun}
         try:
             with bounded():
@@ -167,8 +173,9 @@ class Prompting:
 
 
 def label_of(begun: str) -> str:
-    """The label that a reply begins with; empty where it is not begun."""
-    return begun.partition(":")[0]
+    """The label that a reply begins with; empty where it begins with none."""
+    label, colon, _ = begun.partition(":")
+    return label if colon else ""
 
 
 def completed(begun: str, reply: str) -> str:

@@ -24,6 +24,7 @@ from icl_ft_fast.tasks.sentences import words_of
 
 Request: TypeAlias = tuple[Prompt, Sampling]
 
+LOOPING_SHARE = 0.2  # of the words of a whole text, which may come back to a few of them
 SAMPLES_APART = 1_000_003  # seeds between the samples of a prompt, so that neighbouring seeds of a study share no draw
 
 
@@ -313,7 +314,8 @@ class AugmentationRun:
             dropped["repeats"] += parsed.repeats
             statements = parsed.statements
             fresh = [(kind, text) for kind, text in statements if prompt.copied.isdisjoint(words_of(text))]
-            ended = [(kind, text) for kind, text in fresh if prompt.unit.kind or not is_looping(text)]
+            share = LOOPING_SHARE if prompt.unit.kind else 0.0
+            ended = [(kind, text) for kind, text in fresh if not is_looping(text, share)]
             for step, before, after in (("copied_from_example", statements, fresh), ("looping", fresh, ended)):
                 if len(after) < len(before):
                     dropped[step] = dropped.get(step, 0) + len(before) - len(after)

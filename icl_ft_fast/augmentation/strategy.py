@@ -20,7 +20,11 @@ from icl_ft_fast.tasks.task import Document
 
 FOLDER = Path(__file__).parent / "strategies"
 LEAST_WORDS = 30  # of a reply that is a text of its own
+SMALL_TEMPERATURE = 0.3  # of a small model, which writes nonsense at 1 (LOG.md)
+SMALL_WORDS = 8  # of a text of a small model, which is a line
+COPIED = ("torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey", "reading", "1872")  # of its examples
 _LINE = re.compile(r"(\w+): (\S.*)")
+_LETTERS = re.compile(r"[^\W\d_]+")
 
 
 class AugmentError(UserError):
@@ -71,12 +75,14 @@ class Unit(NamedTuple):
         source: the sentence or document, which the template sees as `document`.
         variables: what else the template sees.
         kind: of the row that the whole reply becomes; "" where the strategy reads rows out of the reply.
+        begun: how the reply begins, if the strategy has no `begins`.
     """
 
     suffix: str
     source: str
     variables: Mapping[str, Any] = {}
     kind: str = ""
+    begun: str = ""
 
 
 class Parsed(NamedTuple):
@@ -119,6 +125,9 @@ class Strategy:
         begun_stop: strings that end a reply that was begun.
         is_lines: whether a reply is lines, so that the last line of one that was cut off is half a line, and no row.
         words: the fewest and the most of a row, unless asked otherwise.
+        least_words: of a whole text; a shorter one is none.
+        prompts: what the files of its prompts begin with, in place of its name.
+        small: what takes its place where a small model is asked as a chat; see Prompting.of().
         infer: the rows, for a strategy without a model; None for those of a model.
     """
 
@@ -138,16 +147,21 @@ class Strategy:
     begun_stop: tuple[str, ...] = ("\n",)
     is_lines: bool = True
     words: tuple[int, int] = (2, 200)
+    least_words: int = LEAST_WORDS
+    prompts: str = ""
+    small: Strategy | None = None
     infer: Callable[[Sequence[Document]], Sequence[Augmentation]] | None = None
 
     def template(self, *, is_chat: bool = False) -> Path:
         """The file of the prompt for base or for chat models."""
-        return FOLDER / f"{self.name}.{'chat' if is_chat else 'base'}.jinja"
+        return FOLDER / f"{self.prompts or self.name}.{'chat' if is_chat else 'base'}.jinja"
 
     def parse(self, unit: Unit, reply: str, *, is_cut: bool = False) -> Parsed:
         """The rows of a reply about a unit; of one that was cut off, without what is half a line or half a sentence."""
         if unit.kind:
-            return whole_reply(unit.kind, reply, is_cut=is_cut)
+            label, colon, _ = unit.begun.partition(":")
+            text = reply.removeprefix(label + colon) if colon else reply
+            return whole_reply(unit, text, is_cut=is_cut, least_words=self.least_words)
         return self.read(unit.source, _without_half_line(reply) if is_cut and self.is_lines else reply)
 
     def follow_up(self, unit: Unit, reply: str, *, is_cut: bool = False) -> Sequence[Unit]:
@@ -158,11 +172,12 @@ class Strategy:
 LOOP_WORDS, LOOPS = 3, 3
 
 
-def is_looping(text: str) -> bool:
-    """Whether a run of LOOP_WORDS words comes LOOPS times: a greedy model that has begun to repeat itself."""
+def is_looping(text: str, share: float = 0.0) -> bool:
+    """Whether a run of LOOP_WORDS words comes LOOPS times and has a share of the words: a model that repeats itself."""
     words = text.casefold().split()
     runs = Counter(zip(*(words[i:] for i in range(LOOP_WORDS)), strict=False))
-    return max(runs.values(), default=0) >= LOOPS
+    most = max(runs.values(), default=0)
+    return most >= LOOPS and LOOP_WORDS * most >= share * len(words)
 
 
 def normalized(text: str) -> str:
@@ -217,11 +232,11 @@ def questions_and_answers(source: str, reply: str) -> Parsed:
     return Parsed(statements, unparsed + (question is not None), repeats)
 
 
-def whole_reply(kind: str, reply: str, *, is_cut: bool = False) -> Parsed:
+def whole_reply(unit: Unit, reply: str, *, is_cut: bool = False, least_words: int = LEAST_WORDS) -> Parsed:
     """The reply as one statement, without an opening such as "Here is a summary:"; too short a one is none.
 
     Paragraphs stay, the spaces within them become single ones. Of a reply that was cut off the last sentence is left
-    out.
+    out. A reply that says nothing but sentences of its document repeats it.
     """
     lines = reply.strip().split("\n")
     if len(lines) > 1 and lines[0].rstrip().endswith(":"):
@@ -230,11 +245,22 @@ def whole_reply(kind: str, reply: str, *, is_cut: bool = False) -> Parsed:
     if is_cut and paragraphs:
         paragraphs[-1] = " ".join(split_sentences(paragraphs[-1], "independent")[:-1])
     text = "\n\n".join(filter(None, paragraphs))
-    return Parsed([(kind, text)], 0, 0) if count_words(text) >= LEAST_WORDS else Parsed([], 1, 0)
+    if count_words(text) < least_words:
+        return Parsed([], 1, 0)
+    told, said = ({tuple(words_of(s)) for s in split_sentences(t, "independent")} for t in (unit.source, text))
+    return Parsed([], 0, 1) if said <= told else Parsed([(unit.kind, text)], 0, 0)
 
 
 def _without_half_line(reply: str) -> str:
     return reply.rpartition("\n")[0]
+
+
+def subject_of(text: str) -> str:
+    """The word that a text writes most often, always with a capital, at least twice; empty where there is none."""
+    words = _LETTERS.findall(text)
+    counts = Counter(word for word in words if word[0].isupper() and word.casefold() not in words)
+    word, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    return word if count > 1 else ""
 
 
 def lines_of(reply: str) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from icl_ft_fast.augmentation import steps, support
-from icl_ft_fast.augmentation.batches import augment_by_rule, prompts, stop_of
+from icl_ft_fast.augmentation.batches import augment_by_rule, prompting_of, prompts, stop_of
 from icl_ft_fast.augmentation.generators import Endpoint, LocalGenerator, Recorded, TextGenerator
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.run import AugmentationRun, Estimate, Price, Replying, ReplyingElsewhere
@@ -70,14 +70,15 @@ def run_augment(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
-    model = None
+    model, strategy = None, STRATEGIES[options.strategy]
     report: dict[str, Any] = {"strategy": options.strategy, "documents": len(task.documents)}
-    if STRATEGIES[options.strategy].infer is not None:
+    if strategy.infer is not None:
         made = augment_by_rule(task.documents, options.strategy)
     else:
         generator = _generator(options)
         model = generator.model if isinstance(generator, LocalGenerator) else None
         run = _run(options, task, generator)
+        strategy = run.prompting.strategy
         if isinstance(executor, InProcess):
             run.collect(
                 price=Price(*options.price), limit=options.limit, max_usd=options.max_cost, progress=not options.quiet
@@ -96,7 +97,7 @@ def _write(options: argparse.Namespace, task: Task, executor: Executor) -> None:
             _tell_unused(generator.unused({prompt.id for prompt, _ in run.known()}))
         made = run.read()
         report |= {"template_date": run.identity["template_date"]} if "template_date" in run.identity else {}
-    words = options.words or STRATEGIES[options.strategy].words
+    words = options.words or strategy.words
     filtered = steps.filtered(made, words, options.near_duplicates)
     if options.self_consistent and model is not None:
         by_id = {document.id: document for document in task.documents}
@@ -179,7 +180,8 @@ def _generator(options: argparse.Namespace) -> TextGenerator:
 
 def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> AugmentationRun:
     """The prompts that the options ask for; in the global strategy, the documents that fit."""
-    strategy = STRATEGIES[options.strategy]
+    prompting = prompting_of(options.strategy, generator, options.prompt_template)
+    strategy = prompting.strategy
     temperature = strategy.temperature if options.temperature is None else options.temperature
     sampling = Sampling(
         options.max_new_tokens or strategy.max_new_tokens,
@@ -189,7 +191,6 @@ def _run(options: argparse.Namespace, task: Task, generator: TextGenerator) -> A
     )
     if options.samples > 1 and not temperature:
         raise UsageError("--samples: greedy replies are all alike; give --temperature")
-    prompting = Prompting.of(options.strategy, is_chat=generator.is_chat, template=options.prompt_template)
     sampling = replace(sampling, stop=stop_of(prompting, generator))
     made, shown = prompts(
         prompting,
