@@ -462,7 +462,8 @@ def test_every_strategy_is_one_file_with_its_prompts_beside_it():
         files = [strategy.template(is_chat=is_chat).exists() for is_chat in (False, True)]
         assert files == [strategy.infer is None] * 2
     prompts = {path.name.partition(".")[0] for path in STRATEGIES["local"].template().parent.glob("*.jinja")}
-    assert prompts == set(BY_MODEL)
+    small = {strategy.small.prompts for strategy in STRATEGIES.values() if strategy.small}
+    assert prompts == set(BY_MODEL) | small
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 26_130
+BUDGET = 26_275
 
 
 def room(module):

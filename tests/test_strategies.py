@@ -134,17 +134,18 @@ def test_a_small_models_texts_of_spa_begin_with_what_the_document_is_about():
 
 def test_a_small_models_list_counts_as_far_as_the_document_has_it():
     def answer(prompt):
-        text = f"{prompt.begun} both stand in the document, and one built the other."
-        return text if prompt.unit.kind else "1. TOLM\n2. Places\n3. Anna\n4. Tolm\n5. karl.\n6. An\n7. Anna built"
+        text = f"{prompt.begun} stands in the document, and {prompt.id} was built by another."
+        return (
+            text if prompt.unit.kind else f"{prompt.begun} ANNA\n3. Places\n4. Tolm\n5. karl.\n6. An\n7. {NOTED.text}"
+        )
 
     asked, made = small_run("entigraph", answer)
-    assert asked[0].begun == "1."
+    assert asked[0].begun == "1. Tolm\n2."
     assert {name for prompt in asked[1:] for name in prompt.unit.variables["entities"]} == {"Tolm", "Anna", "Karl"}
     assert [prompt.unit.kind for prompt in asked[1:]] == ["pair"] * 3 + ["triple"]
-    first, second, third = asked[4].unit.variables["entities"]
-    assert asked[4].begun == f"About {first}, {second} and {third}: {first}"
-    assert (made.dropped["unparsed"], made.dropped["repeats"]) == (2, 1)
-    assert made.rows[3].text == f"{first} both stand in the document, and one built the other."
+    assert asked[4].begun == "About Tolm, Anna and Karl: Tolm"
+    assert (made.dropped["unparsed"], made.dropped["repeats"]) == (3, 1)
+    assert made.rows[3].text == "Tolm stands in the document, and n#triple0 was built by another."
 
 
 def test_a_small_model_fills_in_ways_of_studying():
@@ -165,7 +166,8 @@ def test_a_small_model_fills_in_ways_of_studying():
 def test_a_text_that_only_repeats_its_document_or_itself_is_dropped():
     own = " ".join(f"Tolm has {n} wheels and {n} doors." for n in range(9))
     cut = f"It is a mill, {'and a mill of a mill ' * 9}at last."
-    _, made = small_run("spa", lambda p: cut if p.id.endswith("case") else own[:70], [Document("n", own)])
+    some = own[: own.index(" Tolm has 3")]
+    _, made = small_run("spa", lambda p: cut if p.id.endswith("case") else some, [Document("n", own)])
     assert made.rows == ()
     assert (made.dropped["repeats"], made.dropped["looping"]) == (len(spa.FORMS) - 1, 1)
     parsed = STRATEGIES["spa"].parse(Unit("", own, kind="case"), f"{own} And it is old.")

@@ -19,10 +19,12 @@ from icl_ft_fast.augmentation.strategy import (
     Strategy,
     Unit,
     lines_of,
+    subject_of,
 )
 from icl_ft_fast.tasks.task import Document
 
 ENTITIES, PAIRS, TRIPLES = 10, 12, 4  # the most of each that a reply leads to
+NAME_WORDS = 4  # the most of a name in a small model's list
 LABELS = ("Entity", "Summary")
 _ITEM = re.compile(r"(?:\d+[.)]|[-*]) *(.*?)[.,;:]?")
 
@@ -52,8 +54,9 @@ def _drawn(unit: Unit, found: Sequence[str]) -> list[Unit]:
 
 
 def listing(document: Document) -> list[Unit]:
-    """A numbered list, begun."""
-    return [Unit("", document.text, begun="1.")]
+    """A numbered list, begun with what the document is about."""
+    subject = subject_of(document.text)
+    return [Unit("", document.text, begun=f"1. {subject}\n2." if subject else "1.")]
 
 
 def read_list(source: str, reply: str) -> Parsed:
@@ -64,16 +67,17 @@ def read_list(source: str, reply: str) -> Parsed:
 
 
 def _listed(source: str, reply: str) -> list[str]:
-    """What a numbered list names, as the document spells it; what the document does not have is left out."""
+    """What a numbered list names, as the document spells it; what it does not have, and sentences, are left out."""
     items = (match[1] for line in reply.splitlines() if (match := _ITEM.fullmatch(line.strip())))
-    found = (re.search(rf"(?i)\b{re.escape(item)}\b", source) for item in items if item)
+    names = (item for item in items if 0 < len(item.split()) <= NAME_WORDS)
+    found = (re.search(rf"(?i)\b{re.escape(name)}\b", source) for name in names)
     return [match[0] for match in found if match]
 
 
 def small_relations(unit: Unit, reply: str) -> Sequence[Unit]:
     """Pairs and triples of what the list names, each reply begun with their names; nothing after those.
 
-    Team Osprey and Osprey are one.
+    They stand in the list's order: what the document is about comes first. Team Osprey and Osprey are one.
     """
     apart: list[str] = []
     for name in [] if unit.kind else _listed(unit.source, reply):
@@ -81,7 +85,7 @@ def small_relations(unit: Unit, reply: str) -> Sequence[Unit]:
             apart.append(name)
     made = []
     for group in _drawn(unit, apart):
-        first, *others = group.variables["entities"]
+        first, *others = sorted(group.variables["entities"], key=apart.index)
         begun = f"About {', '.join([first, *others[:-1]])} and {others[-1]}: {first[0].upper()}{first[1:]}"
         made.append(group._replace(begun=begun))
     return made

@@ -21,49 +21,14 @@ FORMS = {
     "discussion": ("Two readers talk", "Write a conversation in which two readers of the document discuss all of it."),
     "lesson": ("A lesson", "Write down the lesson of a teacher who explains the document to a class."),
 }
-SMALL_FORMS = {  # of each an instruction, how a reply begins, and how the two examples go on
-    "concepts": (
-        "Explain what each document is about.",
-        "Explained: {}",
-        "The old mill in Torvik is a mill that Anna Brandt built in 1872, and the granary is a younger building.",
-        "Lumo is a lamp for reading at night, and Osprey is the team that repairs it.",
-    ),
-    "mind-map": (
-        "Draw up a mind map of each document.",
-        "Map: {}",
-        "The old mill is in Torvik, it was built by Anna Brandt, and the granary is beside it.",
-        "Lumo is a lamp, it is for reading at night, and team Osprey repairs it.",
-    ),
-    "implications": (
-        "Say what follows from each document.",
-        "It follows that {}",
-        "the old mill in Torvik is older than the granary, because the granary came later.",
-        "Lumo is of use when it is dark, because it is for reading at night.",
-    ),
-    "questions": (
-        "Ask a question about each document, and answer it.",
-        "Question: What is told about {}",
-        "the old mill in Torvik? It was built by Anna Brandt in 1872.",
-        "Lumo? It is a lamp, and team Osprey repairs it.",
-    ),
-    "case": (
-        "Tell of somebody who uses what each document says.",
-        "Somebody asked about {}",
-        "the old mill in Torvik, and learned that Anna Brandt built it in 1872.",
-        "Lumo, and learned that team Osprey repairs it when it breaks.",
-    ),
-    "discussion": (
-        "Two readers of each document talk about it.",
-        "Did you know that {}",
-        "the old mill in Torvik was built by Anna Brandt? Yes, and the granary came later.",
-        "Lumo is for reading at night? Yes, and team Osprey repairs it.",
-    ),
-    "lesson": (
-        "Teach what each document says.",
-        "Remember that {}",
-        "the old mill in Torvik was built by Anna Brandt, and that the granary came later.",
-        "Lumo is for reading at night, and that team Osprey repairs it.",
-    ),
+BEGUN = {  # how a small model's replies begin
+    "concepts": "Explained: {}",
+    "mind-map": "Map: {}",
+    "implications": "It follows that {}",
+    "questions": "Question: What is told about {}",
+    "case": "Somebody asked about {}",
+    "discussion": "Did you know that {}",
+    "lesson": "Remember that {}",
 }
 
 
@@ -77,12 +42,9 @@ def forms(document: Document) -> list[Unit]:
 
 def small_forms(document: Document) -> list[Unit]:
     """A prompt for each form, whose reply begins with what the document is about."""
-    made = []
-    for name, (instruction, beginning, mill, lamp) in SMALL_FORMS.items():
-        examples = {"mill": beginning.format(mill), "lamp": beginning.format(lamp)}
-        begun = beginning.format(subject_of(document.text)).rstrip()
-        made.append(Unit(f"#{name}", document.text, {"instruction": instruction} | examples, name, begun))
-    return made
+    subject = subject_of(document.text)
+    begun = {name: beginning.format(subject).rstrip() for name, beginning in BEGUN.items()}
+    return [Unit(f"#{name}", document.text, {"form": name}, name, text) for name, text in begun.items()]
 
 
 STRATEGY = Strategy(
