@@ -248,7 +248,7 @@ def whole_reply(unit: Unit, reply: str, *, is_cut: bool = False, least_words: in
     if count_words(text) < least_words:
         return Parsed([], 1, 0)
     told, said = ({tuple(words_of(s)) for s in split_sentences(t, "independent")} for t in (unit.source, text))
-    return Parsed([], 0, 1) if said and said <= told else Parsed([(unit.kind, text)], 0, 0)
+    return Parsed([], 0, 1) if any(said) and said <= told else Parsed([(unit.kind, text)], 0, 0)
 
 
 def _without_half_line(reply: str) -> str:
