@@ -126,6 +126,7 @@ struct Tile {
     int64_t first;  // of the T * (H / G) queries of a key/value head, a query's heads side by side
     int count, vectors;
     Range rows, depths;
+    Range vector_rows[kVectors], vector_depths[kVectors];
     alignas(64) int32_t row[kQueries];
     alignas(64) int32_t depth[kQueries];
     alignas(64) float top[kQueries];    // the greatest product so far; of an invariant call, what weights refer to
@@ -136,6 +137,31 @@ struct Tile {
     alignas(64) float open_total[kQueries];
     Floats* open;
 };
+
+// The vectors [first, end) of a tile of queries that see some key of a tile of keys, or lie between two that do.
+struct Seeing {
+    int first, end;
+    bool masked;  // whether one of them does not see all keys
+};
+
+// Of rows that each have keys of their own, as decoding has them, one vector sees a tile of keys, and the others are
+// spared its products.
+TARGET inline Seeing seeing(const Problem& problem, const KeyTile& keys, const Tile& tile) {
+    Seeing some{tile.vectors, 0, false};
+    bool masked = false;
+    for (int m = 0; m < tile.vectors; ++m) {
+        const View view = see(problem, keys, tile.vector_rows[m], tile.vector_depths[m]);
+        masked |= view != View::kAll;
+        if (view == View::kNone) continue;
+        if (some.end == 0) {
+            some.first = m;
+            masked = view != View::kAll;
+        }
+        some.end = m + 1;
+        some.masked = masked;
+    }
+    return some;
+}
 
 // out[i * out_stride] becomes the factor of low[i * stride] and, in a pair, high[i * stride].
 template <bool kPairs, class T>
@@ -177,6 +203,8 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
     tile.count = static_cast<int>(std::min<int64_t>(kQueries, problem.T * heads - first));
     tile.vectors = (tile.count + LANES - 1) / LANES;
     tile.rows = tile.depths = {};
+    std::fill_n(tile.vector_rows, kVectors, Range{});
+    std::fill_n(tile.vector_depths, kVectors, Range{});
     std::memset(tile.q, 0, sizeof(Factor) * problem.factors * kQueries);
     for (int n = 0; n < kQueries; ++n) {
         tile.row[n] = -1;
@@ -185,8 +213,10 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
         tile.total[n] = 0;
         if (n >= tile.count) continue;
         const int64_t t = (first + n) / heads, h = g * heads + (first + n) % heads;
-        tile.rows.include(tile.row[n] = problem.row_q[t]);
-        tile.depths.include(tile.depth[n] = problem.depth_q[t]);
+        tile.vector_rows[n / LANES].include(tile.row[n] = problem.row_q[t]);
+        tile.vector_depths[n / LANES].include(tile.depth[n] = problem.depth_q[t]);
+        tile.rows.include(tile.row[n]);
+        tile.depths.include(tile.depth[n]);
         if (problem.sinks && problem.sinks[h] > -INFINITY) {
             tile.top[n] = problem.sinks[h] / problem.unit;
             tile.total[n] = 1;
@@ -204,11 +234,21 @@ TARGET void load_tile(const Problem& problem, int64_t g, int64_t first, Tile& ti
     }
 }
 
+// Asks for the same row of the next tile of keys: rows lie too far apart for the processor to foresee it.
+template <class T>
+TARGET inline void fetch_next(const T* row, int64_t stride, int64_t size) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const uintptr_t next =
+        reinterpret_cast<uintptr_t>(row) + kKeys * stride * sizeof(T);  // perhaps behind the last row
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T)));
+}
+
 // Keys as [keys][factors of a key].
 template <class T>
 TARGET void pack_keys(const Problem& problem, int64_t g, int64_t first, int keys, Factor* out) {
     const T* k = static_cast<const T*>(problem.k) + first * problem.k_strides[0] + g * problem.k_strides[1];
     for (int j = 0; j < keys; ++j, k += problem.k_strides[0], out += problem.factors) {
+        fetch_next(k, problem.k_strides[0], problem.D);
         pack_vector(k, problem.k_strides[2], problem.D, out, 1);
     }
 }
@@ -222,6 +262,8 @@ TARGET void pack_values(const Problem& problem, int64_t g, int64_t first, int ke
     for (int j = 0; j < keys; j += kStep, v += kStep * row, out += Dv) {
         const bool pairs_up = j + 1 < keys;
         const T* next = pairs_up ? v + row : v;
+        fetch_next(v, row, Dv);
+        if (kPairs) fetch_next(next, row, Dv);
         if (stride == 1) {
             pack<kPairs>(v, next, 1, Dv, out, 1);
         } else {
@@ -298,22 +340,30 @@ TARGET inline Floats soften(float unit, Floats top, int keys, Floats* scores) {
     return sum;
 }
 
-// One tile of queries and one of keys.
-TARGET inline void attend_tile(const Problem& problem, Tile& tile, const Factor* k, const Factor* v, int64_t first,
-                               int keys, bool masked, Floats* scores) {
+// The products of a tile's queries with keys.
+TARGET inline void score_keys(const Problem& problem, const Tile& tile, const Seeing& some, const Factor* k, int keys,
+                              Floats* scores) {
     const int64_t factors = problem.factors;
-    multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+    multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q) + some.first, factors, nullptr,
+                    scores + some.first, some.end - some.first);
+}
+
+// One tile of queries, as far as it sees any, and one of keys.
+TARGET inline void attend_tile(const Problem& problem, Tile& tile, const Seeing& some, const Factor* k, const Factor* v,
+                               int64_t first, int keys, Floats* scores) {
+    score_keys(problem, tile, some, k, keys, scores);
     Floats *top = reinterpret_cast<Floats*>(tile.top), *total = reinterpret_cast<Floats*>(tile.total);
     Floats rescale[kVectors];
-    for (int m = 0; m < tile.vectors; ++m) {
-        const auto finish = masked ? finish_scores<true> : finish_scores<false>;
+    for (int m = some.first; m < some.end; ++m) {
+        const auto finish = some.masked ? finish_scores<true> : finish_scores<false>;
         const Floats before = top[m];
         top[m] = maximum(finish(problem, tile, m, first, keys, scores + m), before);
         rescale[m] = exp2((before - top[m]) * (problem.unit * kLog2E));
         total[m] = total[m] * rescale[m] + soften(problem.unit, top[m], keys, scores + m);
     }
-    multiply<false>(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores),
-                    (keys + kPerFactor - 1) / kPerFactor, rescale, tile.out, tile.vectors);
+    multiply<false>(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores) + some.first,
+                    (keys + kPerFactor - 1) / kPerFactor, rescale + some.first, tile.out + some.first,
+                    some.end - some.first);
 }
 
 TARGET inline bool any(Ints lanes) {
@@ -327,11 +377,12 @@ TARGET inline bool any(Ints lanes) {
 }
 
 // Adds keys [from, to) of a tile to the open group, one after the other; products become weights.
-TARGET void add_keys(const Problem& problem, Tile& tile, const Factor* v, int from, int to, Floats* scores) {
+TARGET void add_keys(const Problem& problem, Tile& tile, const Seeing& some, const Factor* v, int from, int to,
+                     Floats* scores) {
     if (from == to) return;
     scores += from * kVectors;
     const float factor = problem.unit * kLog2E;
-    for (int m = 0; m < tile.vectors; ++m) {
+    for (int m = some.first; m < some.end; ++m) {
         const Floats top = reinterpret_cast<const Floats*>(tile.top)[m];
         Floats total = reinterpret_cast<Floats*>(tile.open_total)[m];
         for (int j = 0; j < to - from; ++j) {
@@ -339,13 +390,13 @@ TARGET void add_keys(const Problem& problem, Tile& tile, const Factor* v, int fr
         }
         reinterpret_cast<Floats*>(tile.open_total)[m] = total;
     }
-    multiply<true>(v + from * problem.Dv, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores), to - from,
-                   nullptr, tile.open, tile.vectors);
+    multiply<true>(v + from * problem.Dv, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores) + some.first,
+                   to - from, nullptr, tile.open + some.first, some.end - some.first);
 }
 
-// Ends the open group of the queries in `ends`, or of all.
-TARGET void close_group(const Problem& problem, Tile& tile, const Ints* ends) {
-    for (int m = 0; m < tile.vectors; ++m) {
+// Ends the open group of the queries in `ends`, or of all, of a some.
+TARGET void close_group(const Problem& problem, Tile& tile, const Seeing& some, const Ints* ends) {
+    for (int m = some.first; m < some.end; ++m) {
         const Ints here = ends ? ends[m] : Ints{} - 1;
         const auto close = [&](Floats& sum, Floats& open) TARGET {
             sum += here ? open : Floats{};
@@ -357,8 +408,8 @@ TARGET void close_group(const Problem& problem, Tile& tile, const Ints* ends) {
 }
 
 // Makes the products of one key what weights refer to where they are more than `rise` above it.
-TARGET void raise(const Problem& problem, Tile& tile, const Floats* scores, float rise) {
-    for (int m = 0; m < tile.vectors; ++m) {
+TARGET void raise(const Problem& problem, Tile& tile, const Seeing& some, const Floats* scores, float rise) {
+    for (int m = some.first; m < some.end; ++m) {
         Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
         const Floats before = top;
         top = scores[m] > before + rise ? scores[m] : before;
@@ -376,14 +427,13 @@ TARGET void raise(const Problem& problem, Tile& tile, const Floats* scores, floa
 // lies, since a key it does not see adds 0. Weights refer to the path's first product until one is kRise above (the
 // greatest so far, as in attend_tile, would be known only for tiles); weights and weighted values are added key by key,
 // in a group of their own for each kGroup tokens of depth.
-TARGET inline void attend_tile_in_order(const Problem& problem, Tile& tile, const Factor* k, const Factor* v,
-                                        int64_t first, int keys, bool masked, Floats* scores) {
-    const int64_t factors = problem.factors;
-    multiply<false>(k, keys, factors, 1, reinterpret_cast<const Ints*>(tile.q), factors, nullptr, scores, tile.vectors);
+TARGET inline void attend_tile_in_order(const Problem& problem, Tile& tile, const Seeing& some, const Factor* k,
+                                        const Factor* v, int64_t first, int keys, Floats* scores) {
+    score_keys(problem, tile, some, k, keys, scores);
     const float rise = kRise / (problem.unit * kLog2E);
     bool rises = false;
-    for (int m = 0; m < tile.vectors; ++m) {
-        const auto finish = masked ? finish_scores<true> : finish_scores<false>;
+    for (int m = some.first; m < some.end; ++m) {
+        const auto finish = some.masked ? finish_scores<true> : finish_scores<false>;
         const Floats greatest = finish(problem, tile, m, first, keys, scores + m);
         Floats& top = reinterpret_cast<Floats*>(tile.top)[m];
         for (int j = 0; j < keys && any(top == kLowest); ++j) {
@@ -396,21 +446,21 @@ TARGET inline void attend_tile_in_order(const Problem& problem, Tile& tile, cons
     for (int j = 0; j < keys; ++j) {
         const Floats* key = scores + j * kVectors;
         bool rises_here = false;
-        for (int m = 0; rises && m < tile.vectors; ++m) {
+        for (int m = some.first; rises && m < some.end; ++m) {
             rises_here |= any(key[m] > reinterpret_cast<const Floats*>(tile.top)[m] + rise);
         }
         if (rises_here) {
-            add_keys(problem, tile, v, std::exchange(from, j), j, scores);
-            raise(problem, tile, key, rise);
+            add_keys(problem, tile, some, v, std::exchange(from, j), j, scores);
+            raise(problem, tile, some, key, rise);
         }
         if (problem.depth_k[first + j] % kGroup == kGroup - 1) {
             Ints sees[kVectors];
-            for (int m = 0; m < tile.vectors; ++m) sees[m] = key[m] > -INFINITY;
-            add_keys(problem, tile, v, std::exchange(from, j + 1), j + 1, scores);
-            close_group(problem, tile, sees);
+            for (int m = some.first; m < some.end; ++m) sees[m] = key[m] > -INFINITY;
+            add_keys(problem, tile, some, v, std::exchange(from, j + 1), j + 1, scores);
+            close_group(problem, tile, some, sees);
         }
     }
-    add_keys(problem, tile, v, from, keys, scores);
+    add_keys(problem, tile, some, v, from, keys, scores);
 }
 
 // What truncate<T> then makes the nearest T of, ties to even; nan stays nan.
@@ -472,17 +522,18 @@ TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_
         if (key_tile.first > rows.greatest) break;
         bool packed = false;
         for (int64_t i = 0; i < num_tiles; ++i) {
-            const View view = see(problem, key_tile, tiles[i].rows, tiles[i].depths);
-            if (view == View::kNone) continue;
+            if (see(problem, key_tile, tiles[i].rows, tiles[i].depths) == View::kNone) continue;
+            const Seeing some = seeing(problem, key_tile, tiles[i]);
+            if (some.first >= some.end) continue;
             if (!std::exchange(packed, true)) {
                 pack_keys<T>(problem, g, key_tile.first, key_tile.count, k);
                 pack_v(problem, g, key_tile.first, key_tile.count, v);
             }
-            attend_to(problem, tiles[i], k, v, key_tile.first, key_tile.count, view == View::kSome, scores);
+            attend_to(problem, tiles[i], some, k, v, key_tile.first, key_tile.count, scores);
         }
     }
     for (int64_t i = 0; i < num_tiles; ++i) {
-        if (problem.batch_invariant) close_group(problem, tiles[i], nullptr);
+        if (problem.batch_invariant) close_group(problem, tiles[i], {0, tiles[i].vectors, false}, nullptr);
         store_tile<T>(problem, g, tiles[i]);
     }
 }
