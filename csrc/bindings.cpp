@@ -193,6 +193,33 @@ void target_logprob_backward(const py::array& hidden, const py::array& weight, c
     icl::target_logprob_backward(args, gradients);
 }
 
+void linear(const py::array& x, const py::array& weight, const std::optional<py::array>& bias, int isa, py::array out) {
+    icl::Linear args{};
+    args.bfloat16 = is_bfloat16(x);
+    const auto rows = floats<2>(args.bfloat16, x, "x", {-1, -1});
+    const auto [R, E] = rows.shape;
+    const auto columns = floats<2>(args.bfloat16, weight, "weight", {-1, E});
+    for (const auto& [name, strides] : {std::pair("x", rows.strides), std::pair("weight", columns.strides)}) {
+        if (strides[1] != 1) throw py::value_error(std::string(name) + ": expected rows of neighbouring elements");
+    }
+    args.R = R;
+    args.E = E;
+    args.O = columns.shape[0];
+    args.x = rows.data;
+    args.x_stride = rows.strides[0];
+    args.weight = columns.data;
+    args.weight_stride = columns.strides[0];
+    if (bias) {
+        args.bias = args.bfloat16 ? view<int16_t, 1>(*bias, "bias", {args.O}).data
+                                  : view<float, 1>(*bias, "bias", {args.O}).data;
+    }
+    args.isa = isa;
+    args.out = args.bfloat16 ? static_cast<void*>(output<int16_t, 2>(out, "out", {R, args.O}))
+                             : output<float, 2>(out, "out", {R, args.O});
+    py::gil_scoped_release release;
+    icl::linear(args);
+}
+
 void target_logprob_sum(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
                         const py::array& row, const py::array& target, float scale, float softcap, int isa,
                         int num_threads, const py::array& target_weight, py::array logp, py::array grad_hidden) {
@@ -308,6 +335,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("target_logprob_sum", &target_logprob_sum);
     m.def("target_logprob_workspace_bytes", &target_logprob_workspace_bytes, arg("bfloat16"), arg("sizes"),
           arg("contiguous"), arg("isa"), arg("num_threads"), arg("of") = "");
+    m.def("linear", &linear);
     m.def("trie_attention", &trie_attention);
     m.def("trie_attention_backward", &trie_attention_backward);
 }

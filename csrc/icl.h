@@ -113,6 +113,23 @@ void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradi
 int64_t target_logprob_sum_workspace_bytes(const TargetLogprob& args);
 void target_logprob_sum(const TargetLogprob& args, const float* target_weight, float* grad_hidden);
 
+// out = x @ weight^T + bias, float32 or bfloat16, for few rows: made for up to some fifty. The strides, in elements,
+// are of rows, whose elements lie side by side. A result's bits do not depend on the rows beside it, nor on the
+// threads.
+struct Linear {
+    bool bfloat16;
+    int64_t R, E, O;  // rows, elements of a row, results of a row
+    const void* x;    // [R, E]
+    int64_t x_stride;
+    const void* weight;  // [O, E]
+    int64_t weight_stride;
+    const void* bias;  // [O], contiguous, or null
+    int isa;
+    void* out;  // [R, O], contiguous
+};
+
+void linear(const Linear& args);
+
 // What icl_ft_fast/ops/trie_attention.py says trie_attention is, for float32 or bfloat16. Strides are in elements.
 struct TrieAttention {
     bool bfloat16, batch_invariant;

@@ -3,7 +3,7 @@
 
 #define TILES "trie_attention_tile.h"
 #define KERNEL attend
-#include "trie_attention_isa.h"
+#include "versions.h"
 
 namespace icl {
 

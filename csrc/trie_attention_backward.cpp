@@ -47,7 +47,7 @@ struct Phases {
 
 #define TILES "trie_attention_backward_tile.h"
 #define KERNEL phases
-#include "trie_attention_isa.h"
+#include "versions.h"
 
 namespace icl {
 

@@ -46,7 +46,7 @@ PATH = [
     (
         "csrc/trie_attention.cpp:trie_attention",
         "cuts the work into items for threads",
-        "trie_attention_isa.h includes the tile's file once for each instruction set",
+        "versions.h includes the tile's file once for each instruction set",
     ),
     ("csrc/trie_attention_tile.h:attend_tile", "the innermost loop: one tile of queries and keys", ""),
 ]

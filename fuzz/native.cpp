@@ -320,11 +320,44 @@ void fuzz_head(FuzzedDataProvider& data) {
     }
 }
 
+void fuzz_linear(FuzzedDataProvider& data) {
+    const int64_t R = data.ConsumeIntegralInRange(0, 20), O = data.ConsumeIntegralInRange(0, 120);
+    const int64_t E = data.ConsumeIntegralInRange(0, data.ConsumeBool() ? 40 : 1200);
+    icl::Linear a{};
+    a.bfloat16 = data.ConsumeBool();
+    const bool wild = data.ConsumeIntegralInRange(0, 3) == 0;
+    const int64_t gap_x = data.ConsumeIntegralInRange(0, 3), gap_weight = data.ConsumeIntegralInRange(0, 3);
+    const Tensor<1> x(data, a.bfloat16, {R ? (R - 1) * (E + gap_x) + E : 0}, wild),
+        weight(data, a.bfloat16, {O ? (O - 1) * (E + gap_weight) + E : 0}, wild), bias(data, a.bfloat16, {O}, wild);
+    if (x.strides[0] != 1 || weight.strides[0] != 1 || bias.strides[0] != 1) return;
+    Block<char> out(R * O * (a.bfloat16 ? 2 : 4));
+    a.R = R, a.E = E, a.O = O;
+    int64_t* const sizes[] = {&a.R, &a.E, &a.O};
+    int64_t& size = *data.PickValueInArray(sizes);
+    const int64_t given = hostile(data, size);
+    if (given < 0 || given > icl::kMaxIndex || given <= size) size = given;
+    a.x = x.bytes.at.get(), a.weight = weight.bytes.at.get();
+    a.x_stride = E + gap_x, a.weight_stride = E + gap_weight;
+    a.bias = data.ConsumeBool() ? bias.bytes.at.get() : nullptr;
+    a.isa = data.ConsumeIntegralInRange(0, icl::best_isa());
+    a.out = out.at.get();
+    icl::linear(a);
+    for (int64_t r = 0; !wild && r < a.R; ++r) {
+        for (int64_t o = 0; o < a.O; o += 7) {
+            double expected = a.bias == nullptr ? 0 : bias({o});
+            for (int64_t e = 0; e < a.E; ++e) expected += x({r * a.x_stride + e}) * weight({o * a.weight_stride + e});
+            const double got = number(out.at.get(), r * a.O + o, a.bfloat16);
+            require(std::abs(got - expected) <= (a.bfloat16 ? 8e-3 : 1e-4) * (1 + std::abs(expected)));
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
     FuzzedDataProvider data(bytes, size);
-    constexpr void (*kFunctions[])(FuzzedDataProvider&) = {fuzz_trie, fuzz_ancestors, fuzz_attention, fuzz_head};
+    constexpr void (*kFunctions[])(FuzzedDataProvider&) = {fuzz_trie, fuzz_ancestors, fuzz_attention, fuzz_head,
+                                                           fuzz_linear};
     try {
         data.PickValueInArray(kFunctions)(data);
     } catch (const std::invalid_argument&) {

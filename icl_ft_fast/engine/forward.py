@@ -185,7 +185,7 @@ def footprint_of(model: Model) -> Footprint:
 
 @torch.inference_mode()
 def _measured_footprint(model: Model) -> Footprint:
-    most = min(64, model.max_positions)
+    most = min(128, model.max_positions)  # and half of it, both more than ops.linear has a road of its own for
     cache, peaks = model.new_cache(most), []
     for rows in (most, most // 2, most):  # the first also makes the cache
         plan = trie.plan(trie.build_from_lists([([0] * rows, [])], whole=True), rows)

@@ -18,7 +18,7 @@ from icl_ft_fast.engine import control_tokens, conversion, selfcheck
 from icl_ft_fast.engine.defaults import DTYPE_NAMES, SHIPPED, SHIPPED_FOLDER, parse_bytes
 from icl_ft_fast.engine.gguf import GgufError
 from icl_ft_fast.engine.memory import Memory
-from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention
+from icl_ft_fast.engine.model import ATTENTION, Model, ModelError, register_attention, register_linear
 
 NO_INTERFACE = "its attention does not use transformers' attention interface"
 # Families whose mathematics the interval rule does not express; the self-check finds others.
@@ -357,6 +357,7 @@ def from_network(
     _check_family(network.config)
     network.set_attn_implementation(ATTENTION)
     network.eval()
+    register_linear(network)
     for module in network.modules():
         # llama4 scales a query by its place in the call, not by its position; below floor_scale the factor is 1.
         if getattr(module, "attn_temperature_tuning", False):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -113,6 +115,21 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION, _trie_attention)
 
 
+_forward = threading.local()  # is_ours: whether Model.forward runs, and not somebody's own forward of the network
+
+
+def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    product = ops.linear if getattr(_forward, "is_ours", False) else torch.nn.functional.linear
+    return product(x, layer.weight, layer.bias)
+
+
+def register_linear(network: torch.nn.Module) -> None:
+    """Let the linear layers of a network on a CPU go through ops.linear in Model.forward, and as before elsewhere."""
+    for layer in network.modules():
+        if type(layer) is torch.nn.Linear and layer.weight.device.type == "cpu":
+            layer.forward = MethodType(_linear, layer)  # type: ignore[method-assign]
+
+
 def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
     """The same with rows of zeros behind it, `rows` in all."""
     return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
@@ -131,7 +148,7 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
         parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.batch_invariant else [hidden]
-        products = [torch.nn.functional.linear(part, self.weight, self.bias) for part in parts]
+        products = [ops.linear(part, self.weight, self.bias) for part in parts]
         logits = torch.cat(products)[: len(hidden)].float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
@@ -255,12 +272,16 @@ class Model:
         for block in _blocks(rows) if self.batch_invariant and rows.cache is not None else (rows,):
             num_rows = len(block.token)
             size = BLOCK_ROWS if block.batch_invariant else num_rows
-            output = self.body(
-                input_ids=_filled(block.token, size)[None],
-                position_ids=_filled(block.depth_q, size)[None].long(),
-                use_cache=False,
-                icl_rows=block,
-            )
+            _forward.is_ours = True
+            try:
+                output = self.body(
+                    input_ids=_filled(block.token, size)[None],
+                    position_ids=_filled(block.depth_q, size)[None].long(),
+                    use_cache=False,
+                    icl_rows=block,
+                )
+            finally:
+                _forward.is_ours = False
             hidden.append(output.last_hidden_state[0, :num_rows])
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 

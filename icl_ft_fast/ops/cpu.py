@@ -87,6 +87,13 @@ def trie_attention_backward(
     return grads
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product x @ weight.T + bias of few rows x [R, E], see ops/linear.py."""
+    out = x.new_empty(len(x), len(weight))
+    _OPS.linear(_array(x), _array(weight), None if bias is None else _array(bias), _ISA, _array(out))
+    return out
+
+
 def target_logprob(
     hidden: Tensor,
     weight: Tensor,
