@@ -61,7 +61,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 26_275
+BUDGET = 26_555
 
 
 def room(module):
