@@ -6,7 +6,9 @@
 namespace icl {
 namespace {
 
-constexpr int64_t kStripElements = 2 << 20;  // gradients of logits held at a time, or weights that are packed
+constexpr int64_t kStripElements = 1 << 19;  // gradients of logits, or packed weights, that a core's cache holds ...
+constexpr int64_t kLargestStrip = 2 << 20;   // ... and that are held all the same for kStripTiles ...
+constexpr int64_t kStripTiles = 4;           // ... since each strip passes over all sums once
 constexpr int64_t kComponents = 48;          // of hidden, whose gradients are one item: three cache lines of weights
 constexpr int64_t kMostElements = int64_t{1} << 48;  // of hidden, lest sizes overflow
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -25,8 +27,9 @@ public:
         components = grad.grad_weight == nullptr ? 0 : round_up(a.E + (grad.grad_bias != nullptr), K::kLanes);
         component_panels = divide_up(components, kPanel);
         const int64_t row_elements = std::max(rows, direct && !kPairs ? 1 : depth);
-        const int64_t tiles = std::max<int64_t>(1, kStripElements / row_elements / kBlockColumns);
-        strip_tiles = std::min(tiles, divide_up(a.V, kBlockColumns));
+        const int64_t fitting = kStripElements / row_elements / kBlockColumns;
+        const int64_t most = std::max<int64_t>(1, kLargestStrip / row_elements / kBlockColumns);
+        strip_tiles = std::min({std::max(fitting, kStripTiles), most, divide_up(a.V, kBlockColumns)});
         const int64_t strip = strip_tiles * kBlockColumns;
 
         hidden = arena.take<Element>(rows * depth);
