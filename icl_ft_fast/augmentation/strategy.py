@@ -22,7 +22,8 @@ FOLDER = Path(__file__).parent / "strategies"
 LEAST_WORDS = 30  # of a reply that is a text of its own
 SMALL_TEMPERATURE = 0.3  # of a small model, which writes nonsense at 1 (LOG.md)
 SMALL_WORDS = 8  # of a text of a small model, which is a line
-COPIED = ("torvik", "brandt", "mill", "granary", "lumo", "lamp", "osprey", "reading", "1872")  # of its examples
+# Words of its examples.
+COPIED = tuple("torvik brandt mill granary lumo lamp osprey reading 1872 osei cook tema cellar".split())
 _LINE = re.compile(r"(\w+): (\S.*)")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
