@@ -45,7 +45,7 @@ Found = TypeVar("Found")
 Write = Callable[[int, DecodingClock], Iterator[tuple[int, tuple[int, bool]]]]
 CALIBRATION_S = 20.0
 # Each figure's part of the time that is left when it is asked for.
-READING, ANSWERING, TRAINING, WRITING, PREFIX, PRODUCTS = 0.15, 0.15, 0.4, 0.5, 0.5, 0.1
+READING, ANSWERING, TRAINING, WRITING, CONVERSING, PREFIX, PRODUCTS = 0.15, 0.15, 0.35, 0.7, 0.5, 0.7, 0.1
 WARM_TOKENS, FIRST_TOKENS = 16, 64  # that are read in any case: once untimed, and once timed
 READ_TOKENS = 512  # of a reading that rates are taken from, where there is time for it
 ALONE = 8  # questions that are asked one by one
@@ -356,22 +356,26 @@ class Calibration:
         clock = DecodingClock(self.clock, left - (self.spent - begun))
         ended = self._timed(lambda: dict(write(count, clock)))
         lengths, is_cut = zip(*(ended[n] for n in range(count)), strict=True)
+        if all(is_cut) and max(lengths) < limit:
+            self._guess(f"how long {name} get (as long as they may)", 0.0)
         return clock.decoding(lengths, is_cut, row_s, wider)
 
     def _wide(self, model: Model, prompt: list[int], rows: int, known: int, left: float) -> tuple[float, float] | None:
-        """Rows and seconds of a step of many replies to one prompt; None where there is no time for some."""
+        """Rows and seconds of a step of many replies to a prompt, or its end; None where there is no time for it."""
         rate, work = self._flop_s(), work_of(model)
+        seen = prompt if known else prompt[-FIRST_TOKENS:]
         path = work.path_flops(len(prompt) + 1)
-        step_flops = rows * (float(path[-1] - path[-2]) + work.head_flops)
-        if rate * (float(path[-2] - path[known]) + WIDE_TOKENS * step_flops) > left:
+        here, there = (float(path[n + 1] - path[n]) + work.head_flops for n in (len(seen), len(prompt)))
+        if rate * (float(path[len(seen)] - path[known]) + WIDE_TOKENS * rows * here) > left:
             return None
         clock, starts = DecodingClock(self.clock, left), {}
         if known and self._context is not None:
             starts = dict.fromkeys(range(rows), self._context)
         draws = [Sampling(WIDE_TOKENS, temperature=1.0, seed=n) for n in range(rows)]
-        asked = partial(iter_generations, model, [prompt] * rows, draws, on_token=clock, reuse=Reuse(starts))
+        asked = partial(iter_generations, model, [seen] * rows, draws, on_token=clock, reuse=Reuse(starts))
         self._timed(lambda: list(asked()))
-        return clock.width()
+        found = clock.width()
+        return None if found is None else (found[0], found[1] * there / here)
 
     def _continue(
         self, prompts: Sequence[list[int]], sampling: Sequence[Sampling], reuse: Reuse, count: int, clock: DecodingClock
@@ -411,7 +415,7 @@ class Calibration:
             starts = {} if self._context is None else dict.fromkeys(range(len(prompts)), self._context)
             draws = [batch.sampling(n, batch.temperature) for n in range(len(prompts))]
             write = partial(self._continue, prompts, draws, Reuse(starts))
-            found = self._written("conversations", self.model, prompts, batch.tokens, WRITING, write, known)
+            found = self._written("conversations", self.model, prompts, batch.tokens, CONVERSING, write, known)
             work = work_of(self.model)
             path = work.path_flops(max(len(part), len(seen)) + 1)
             here, there = (float(path[n + 1] - path[n]) + work.head_flops for n in (len(seen), len(part)))
