@@ -5,13 +5,14 @@ the end-to-end suite on a tiny model, and the tables made of the results. Nothin
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from benchmarks import __main__ as command
-from benchmarks import batch_invariant, finetune, peers, readme, score, timing, trie_attention
+from benchmarks import batch_invariant, finetune, peers, readme, real_results, score, timing, trie_attention
 from icl_ft_fast import ops
 from icl_ft_fast.engine import trie
 
@@ -143,3 +144,16 @@ def test_every_kept_row_is_whole():
             for row in csv.DictReader(file):
                 assert None not in {*row, *row.values()}, f"{path.name}: {row}"
                 assert float(row["ms"]) > 0
+
+
+def test_results_of_a_real_model_are_what_the_published_files_give():
+    """Every table, anew from each answer: docs/results-real.md names the command. No text of others is in a file."""
+    page = (Path(__file__).parents[1] / "docs" / "results-real.md").read_text(encoding="utf-8")
+    names = [path.stem for path in real_results.PUBLISHED.glob("*.json")]
+    assert sorted(re.findall(r"^<!-- (\w[\w-]*) -->$", page, re.MULTILINE)) == sorted(names)
+    for name in names:
+        study = real_results.published(name)
+        assert f"<!-- {name} -->\n{real_results.block(study)}\n<!-- /{name} -->" in page, name
+        assert not any(run.samples for run in study.results.runs)
+        assert all(re.fullmatch(r"\d+", a.question_id + a.topic) for run in study.results.runs for a in run.answers)
+        assert not study.results.settings.keys() & {*real_results.TEXTS}

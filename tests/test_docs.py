@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import icl_ft_fast
-from benchmarks import real_results
 from icl_ft_fast import _C, cli
 from icl_ft_fast.ops import cpu
 from icl_ft_fast.report.derived import Derived
@@ -284,19 +283,6 @@ def test_results_are_what_the_published_files_give():
     lines = markdown(studies, 30_000).splitlines()
     assert [line for line in lines if line not in TEXTS["docs/results.md"].splitlines()] == []
     assert len(studies) == 4
-
-
-def test_results_of_a_real_model_are_what_the_published_files_give():
-    """Every table, anew from each answer: docs/results-real.md names the command. No text of others is in a file."""
-    page = TEXTS["docs/results-real.md"]
-    names = [path.stem for path in real_results.PUBLISHED.glob("*.json")]
-    assert sorted(re.findall(r"^<!-- (\w[\w-]*) -->$", page, re.MULTILINE)) == sorted(names)
-    for name in names:
-        study = real_results.published(name)
-        assert f"<!-- {name} -->\n{real_results.block(study)}\n<!-- /{name} -->" in page, name
-        assert not any(run.samples for run in study.results.runs)
-        assert all(re.fullmatch(r"\d+", a.question_id + a.topic) for run in study.results.runs for a in run.answers)
-        assert not study.results.settings.keys() & {*real_results.TEXTS}
 
 
 # Links.
