@@ -49,7 +49,7 @@ NOT_RUN = {
     r"^finetune .*--output_dir out/two": "two processes, by torchrun; tests/test_finetune_distributed.py",
     r"hellaswag": "needs the network; tests/test_lm_eval.py, docs/tutorials/6_harness_and_server.py",
     r"^task questions": "needs a model that follows instructions; tests/test_questions.py",
-    r"lberglund|--data FOLDER|--task squad/": "needs data of others; tests/test_tasks.py",
+    r"lberglund|--data (FOLDER|reversal_curse/)|--task squad/": "needs data of others; tests/test_tasks.py",
     r"smollm2|SmolLM2|gemma|out/models/": "needs a real model's GGUF file; tests/test_real.py, tests/test_gguf.py",
     r"\$task": "takes hours, in a shell's loop; tests/test_docs.py holds its results",
     r"--arms (all|\S*,prefix)": "trains prefixes for minutes; tests/test_prefix.py, docs/tutorials/5_trained_prefix.py",
