@@ -227,4 +227,5 @@ def test_shared_prompts_train_as_they_would_apart(llama, plain_llama, monkeypatc
         for name, parameter in llama.network.named_parameters():
             gradient = (parameter - after[name]).detach()
             assert (gradient - dict(exact.named_parameters())[name].grad / total).abs().max() < 1e-5, name
-        assert not any("forward" in vars(module) for module in tuned.model.network.modules())
+        patched = [module for module in tuned.model.network.modules() if "forward" in vars(module)]
+        assert all(type(module) is torch.nn.Linear for module in patched)  # by register_linear, not checkpointing

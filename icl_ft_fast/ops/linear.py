@@ -24,13 +24,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [O], or None.
 
     Returns:
-        [..., O], the dtype of x. Of few rows on a CPU in float32 or bfloat16, where no gradient is recorded, in C++:
-        summed in float32, whose bits do not depend on the rows beside or on the threads. Else torch's.
+        [..., O], the dtype of x. Of few rows on a CPU in float32 or bfloat16, where no gradient is recorded and nothing
+        compiled, in C++: summed in float32, in bits that do not depend on the rows beside or the threads. Else torch's.
     """
-    rows = x.numel() // (x.shape[-1] or 1)
+    if torch.compiler.is_compiling() or (rows := x.numel() // (x.shape[-1] or 1)) not in FEW:
+        return general(x, weight, bias)
     plain = type(x) is Tensor and type(weight) in (Tensor, Parameter) and x.device.type == "cpu"
     unrecorded = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if rows not in FEW or not plain or not unrecorded or x.dtype not in NATIVE:
+    if not plain or not unrecorded or x.dtype not in NATIVE:
         return general(x, weight, bias)
     if weight.dtype != x.dtype or weight.stride(-1) != 1 or (bias is not None and not bias.is_contiguous()):
         return general(x, weight, bias)
