@@ -52,13 +52,14 @@ TARGET inline Floats multiply_add(Floats sum, Floats x, Floats y) {
 // The sums of neighbouring lanes: those of x, then those of y.
 TARGET inline Floats fold(Floats x, Floats y) {
 #if LANES == 16
-    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif LANES == 8
-    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14};
+    return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
-    const Ints even = {0, 2, 4, 6};
+    return __builtin_shufflevector(x, y, 0, 2, 4, 6) + __builtin_shufflevector(x, y, 1, 3, 5, 7);
 #endif
-    return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, even + 1);
 }
 
 // The sums over the lanes of each of N vectors, side by side in the first N lanes.
