@@ -113,7 +113,7 @@ void target_logprob_backward(const TargetLogprob& args, const TargetLogprobGradi
 int64_t target_logprob_sum_workspace_bytes(const TargetLogprob& args);
 void target_logprob_sum(const TargetLogprob& args, const float* target_weight, float* grad_hidden);
 
-// out = x @ weight^T + bias, float32 or bfloat16, for few rows: made for up to some fifty. The strides, in elements,
+// out = x @ weight^T + bias, float32 or bfloat16, for few rows: made for fewer than 64. The strides, in elements,
 // are of rows, whose elements lie side by side. A result's bits do not depend on the rows beside it, nor on the
 // threads.
 struct Linear {
