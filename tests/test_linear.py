@@ -14,6 +14,8 @@ ISAS = {"portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}  # csrc/icl.h
 # A register block and its rests in every direction, rows of no element, more elements than are multiplied at a time.
 SIZES = [(2, 1, 1), (3, 7, 5), (5, 33, 9), (40, 64, 193), (7, 1030, 97), (4, 0, 3), (13, 2100, 17)]
 
+NEEDS_VECTORS = pytest.mark.skipif(_C.best_isa() < ISAS["avx2"], reason="plain C++ is slower than torch's product")
+
 
 @pytest.fixture(params=[name for name, isa in ISAS.items() if isa <= _C.best_isa()])
 def isa(request, monkeypatch):
@@ -80,6 +82,7 @@ def native(monkeypatch):
     return rows
 
 
+@NEEDS_VECTORS
 def test_few_rows_without_gradients_go_to_native_code(native):
     weight, x = drawn(9, 8), drawn(2, 3, 8)
     with torch.inference_mode():
@@ -95,6 +98,7 @@ def test_few_rows_without_gradients_go_to_native_code(native):
     assert native == [6]
 
 
+@NEEDS_VECTORS
 def test_a_step_of_decoding_multiplies_every_weight_in_native_code(native, tiny_network, tokenizer):
     model = from_network(tiny_network("llama"), tokenizer, "llama")
     layers = [m for m in model.network.modules() if type(m) is torch.nn.Linear]

@@ -22,6 +22,7 @@ from icl_ft_fast.ops.target_logprob import (
 from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
 
 _OPS: Any = _C  # lists of arrays are unpacked into its arguments, which no type checker follows
+BEST_ISA = _C.best_isa()  # the processor's best instruction set, by its number in csrc/icl.h
 _ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
 

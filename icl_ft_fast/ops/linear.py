@@ -12,7 +12,9 @@ from torch.nn.functional import linear as general
 from icl_ft_fast.ops import cpu
 from icl_ft_fast.ops.checks import NATIVE
 
-FEW = range(2, 64)  # rows that the C++ takes less time for, measured on two cores with AVX-512; 1 and 64 take the same
+# Rows that the C++ takes less time for than torch, measured on two cores: up to 63 with AVX-512; 8, but not 40, with
+# AVX2; none without either.
+FEW = range(2, {1: 2, 2: 9}.get(cpu.BEST_ISA, 64))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
