@@ -16,9 +16,8 @@ from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, compare
 from icl_ft_fast.study import runs as study_runs
-from icl_ft_fast.study.arm import Workspace
+from icl_ft_fast.study.arm import CONTEXT_TOKENS, Arm, Asking, ContextText, Workspace
 from icl_ft_fast.study.evaluate import accuracies, answers, select_documents
-from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.retrieval import Bm25, RetrievalError, retrieve
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.study.slotted import SLOTS
@@ -183,14 +182,24 @@ def test_an_endpoint_is_asked_once_for_the_task_s_questions(llama, monkeypatch, 
         runs_of(llama, "rag@2", settings=replace(SETTINGS, retriever="x"))
 
 
-def test_costs_are_measured_behind_each_arm_s_own_context(llama):
+def test_costs_are_measured_behind_each_arm_s_own_context(llama, monkeypatch):
+    def first(model, task, seed, settings):
+        return ContextText(task.documents[:1], prompt_context(model, task.documents[:1], settings.template))
+
+    added = Arm("first", "first", Asking(arms.ways_behind_context, context=first))
+    monkeypatch.setitem(arms._BY_NAME, "first", added)
     options = compare.StudyOptions(measure_s=0.01)
-    names = ["icl", "rag@1", "oracle", "compacted@2", "ft"]
+    names = ["first", "icl", "rag@1", "oracle", "compacted@2", "ft"]
     results = compare.compare(llama, TASK, SETTINGS, arms=names, options=options)
     study = Derived(results, "x")
     lengths = {point.context_tokens for point in results.sweep.points}
     assert {run.notes[CONTEXT_TOKENS] for run in results.runs if CONTEXT_TOKENS in run.notes} <= lengths
     assert {run.notes[SLOTS] for run in results.runs if SLOTS in run.notes} <= lengths
+    read = {way: samples.line.reading for way, samples in study.ways("FLOPs").items()}
+    by_length = {point.context_tokens: point.prefill_flops for point in results.sweep.points}
+    for run in results.runs[:2]:
+        assert read[arms.arm_named(run.arm).title] == by_length[run.notes[CONTEXT_TOKENS]] > 0
+    assert read["first"] < read["ICL"]
     ways = study.ways("seconds")
     assert {"ICL", "RAG k=1", "oracle", "compact 2x", "fine-tuned"} <= ways.keys()
     assert ways["RAG k=1"].cache_lifetime == 1  # each query reads its own

@@ -73,7 +73,8 @@ def test_the_icl_arm_is_the_documents_in_context(llama, runs):
         task = task_of_seed(run.seed)
         context = icl_context(select_documents(task.documents, run.seed, per_topic=1))
         assert run.accuracy == evaluate(llama, task.questions, context=context)
-        assert run.notes == {"context_documents": 2}
+        tokens = len(encoding.encode(llama.tokenizer, [context.rstrip()])[0])
+        assert run.notes == {"context_documents": 2, "query_context_tokens": tokens}
         assert run.counts["phases"].keys() == {"tokenise", "prefill", "query"}
         assert run.setup_s == 0
         assert run.counts["trained_tokens"] == 0

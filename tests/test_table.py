@@ -115,7 +115,8 @@ def cells(text, arm):
 
 def test_the_table_names_every_arm_within_80_columns(runs):
     assert tuple(ARM_TITLES) == ARM_NAMES
-    for some_runs in (runs, [run_of(arm, reversal=(3, 4), trained=(1, 4)) for arm in ARMS]):
+    costed = [replace(run, notes={}) for run in runs]  # behind the 500 tokens of COSTS
+    for some_runs in (costed, [run_of(arm, reversal=(3, 4), trained=(1, 4)) for arm in ARMS]):
         text = printed(some_runs)
         assert max(map(len, text.splitlines())) <= 80
         assert "…" not in text

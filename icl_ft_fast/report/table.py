@@ -91,8 +91,8 @@ def print_study(study: Derived, console: Console, points: float = 2.0) -> None:
     for note in study.notes:
         console.print(note)
     runs, arms = study.results.runs, study.arms
-    icl = [run.notes for run in runs if "context_documents" in run.notes]
-    if any(left_out := [notes.get("left_out_documents", 0) for notes in icl]):
+    icl = [run.notes for run in runs if "left_out_documents" in run.notes]
+    if any(left_out := [notes["left_out_documents"] for notes in icl]):
         read = fmean(notes["context_documents"] for notes in icl)
         console.print(f"ICL read {read:,.0f} documents; {fmean(left_out):,.0f} more did not fit --icl-tokens.")
     more = (

@@ -41,6 +41,7 @@ from icl_ft_fast.tasks.tables import silent
 from icl_ft_fast.tasks.task import Document, Task
 
 SAMPLES = 40  # augmentations in a run's record, for the report
+CONTEXT_TOKENS = "query_context_tokens"  # the note of a run that has the mean tokens before a question
 SYNTHETIC_TOKENS = "synthetic_tokens"  # the note of a run that has the tokens of what the model wrote
 
 
@@ -299,7 +300,8 @@ class Arm:
             return ready
         read = self.asking.context(ready.model, job.task, job.seed, job.settings)
         limited = {} if job.settings.icl_tokens is None else {"left_out_documents": read.num_left_out}
-        notes = ready.notes | limited | {"context_documents": len(read.documents)}
+        tokens = len(encoding.encode(ready.model.tokenizer, [read.text.rstrip()])[0]) if read.text else 0
+        notes = ready.notes | limited | {"context_documents": len(read.documents), CONTEXT_TOKENS: tokens}
         store = None if self.training is not None else _store_as_begun(job, read.text)
         return replace(ready, context=read.text, store=store, notes=notes)
 

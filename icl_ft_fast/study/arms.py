@@ -18,7 +18,7 @@ from icl_ft_fast.augmentation.batches import PromptBatch, augment_by_rule
 from icl_ft_fast.augmentation.strategy import Augmented
 from icl_ft_fast.engine.prompting import ProtocolError
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import Arm, ArmJob, Asking, Training, all_documents, writer_of
+from icl_ft_fast.study.arm import CONTEXT_TOKENS, Arm, ArmJob, Asking, Training, all_documents, writer_of
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.passages import ORACLE, retrieved
 from icl_ft_fast.study.settings import ARM_NAMES, PREFIX_SIZES, StudySettings
@@ -41,7 +41,8 @@ def ways_without_context(title: str, costs: ArmCosts) -> dict[str, Samples]:
 
 def ways_behind_context(title: str, costs: ArmCosts) -> dict[str, Samples]:
     """The context is read for each batch of queries; or cached in memory; or kept in a file that is read back."""
-    point, setup = costs.point(costs.sweep.context_tokens), costs.setup
+    # Results of versions that did not note the tokens have one context, the sweep's.
+    point, setup = costs.point(costs.note(CONTEXT_TOKENS) or costs.sweep.context_tokens), costs.setup
     if point is None or setup is None or (query := costs.query(point)) is None:
         return {}
     reading = costs.reading(point)

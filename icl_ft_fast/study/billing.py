@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icl_ft_fast.study.amortise import Costs, Line, Samples
-from icl_ft_fast.study.arm import Arm
+from icl_ft_fast.study.arm import CONTEXT_TOKENS, Arm
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.prices import Hosted, Machine, Prices
 from icl_ft_fast.study.service import Service
@@ -165,7 +165,7 @@ def on_hosted(arm: Arm, costs: ArmCosts, hosted: Hosted, service: Service) -> di
     plain = {arm.title: Samples(setup, (), (request * tuned_input * off + output,), 1.0)}
     if not arm.reads_context or hosted.cached_input is None or costs.cache_lifetime <= 1:
         return plain
-    context = min(float(costs.sweep.context_tokens), request)
+    context = min(float(costs.note(CONTEXT_TOKENS) or costs.sweep.context_tokens), request)
     write = context * (hosted.input if hosted.cache_write is None else hosted.cache_write) / 1e6
     kept = context / 1e6 * hosted.cache_storage_per_hour * 24 * service.days / service.versions
     query = ((request - context) * tuned_input + context * hosted.cached_input) * off + output

@@ -31,9 +31,8 @@ from icl_ft_fast.runtime.durable import ResultJournal, digest, locked
 from icl_ft_fast.runtime.executors import Executor, InProcess, Ray, follow
 from icl_ft_fast.runtime.templates import fix_date, set_template_arguments
 from icl_ft_fast.study import sweep, workers
-from icl_ft_fast.study.arm import Workspace, kept_name, writer_of
+from icl_ft_fast.study.arm import CONTEXT_TOKENS, ContextText, Workspace, kept_name, writer_of
 from icl_ft_fast.study.arms import arm_named, arms_of
-from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.progress import StudyProgress
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.results import Results, ResultsError, Setting, as_json, parse_results, write_results
@@ -330,17 +329,20 @@ class _Study:
 
 def _check_room(model: Model, task: Task, settings: StudySettings) -> None:
     """Refuse, before anything runs, documents that leave the longest question no positions."""
-    for arm in map(arm_named, settings.arms):
-        if arm.asking.context is None or not task.questions:
-            continue
-        read = arm.asking.context(model, task, settings.seeds[0], settings)
+    for context in _contexts(settings) if task.questions else ():
+        read = context(model, task, settings.seeds[0], settings)
         found = check_prompts(model, read.documents, task.questions, settings.template)
         if found.longest_tokens > model.max_positions + 1:
             raise ProtocolError(
                 f"icl_tokens: documents and the longest question take {found.longest_tokens:,} tokens of the model's "
                 f"{model.max_positions:,} positions; {max(found.room, 0)} leave room for it"
             )
-        return
+
+
+def _contexts(settings: StudySettings) -> list[Callable[[Model, Task, int, StudySettings], ContextText]]:
+    """What makes the documents that stand before every question, once for all arms of the same."""
+    asked = (arm_named(name).asking.context for name in settings.arms)
+    return list(dict.fromkeys(context for context in asked if context is not None))
 
 
 def context_lengths(runs: Sequence[Run]) -> list[int]:
@@ -360,11 +362,9 @@ def measure(
     journal: ResultJournal | None = None,
     progress: bool = False,
 ) -> sweep.Sweep:
-    """What queries cost without a context, behind the one that an arm reads, and behind `needed` and other lengths."""
-    text, lengths = "", ()
-    readers = [arm.asking.context for name in settings.arms if (arm := arm_named(name)).asking.context is not None]
-    if readers and readers[0] is not None:
-        text, lengths = readers[0](model, task, settings.seeds[0], settings).text, sweep.LENGTHS
+    """What queries cost without a context, behind the longest that an arm reads, and behind `needed` and others."""
+    texts = [context(model, task, settings.seeds[0], settings).text for context in _contexts(settings)]
+    text, lengths = max(texts, key=len, default=""), sweep.LENGTHS if texts else ()
 
     def run() -> dict[str, Any]:
         found = sweep.sweep(

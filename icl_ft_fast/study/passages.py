@@ -17,7 +17,7 @@ from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.runtime.templates import ChatText
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.amortise import Samples
-from icl_ft_fast.study.arm import ArmJob, Asking, Prepared, kept_store
+from icl_ft_fast.study.arm import CONTEXT_TOKENS, ArmJob, Asking, Prepared, kept_store
 from icl_ft_fast.study.costs import ArmCosts
 from icl_ft_fast.study.retrieval import (
     Bm25,
@@ -34,8 +34,6 @@ from icl_ft_fast.study.retrieval import (
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.tasks.chunks import Passage, split_documents
 from icl_ft_fast.tasks.task import Document, Task
-
-CONTEXT_TOKENS = "query_context_tokens"  # the note of a run that has the mean tokens before a question
 
 
 def retrieved(k: int) -> Asking:

@@ -65,7 +65,7 @@ class Sweep:
     """Points by context length and batch.
 
     Attributes:
-        context_tokens: which length is that of the ICL arm's own context; 0 if it has none.
+        context_tokens: of the longest context that an arm puts before all its questions; 0 if there is none.
         points: the measurements.
         measured_s: seconds that all of them took; 0 where they were not timed.
     """
@@ -93,8 +93,8 @@ def sweep(
     Args:
         model: from load().
         questions: asked in turn.
-        context: the text before each question in the ICL arm; its own length is measured too, and other lengths are
-            cut from its repetitions.
+        context: the text before each question in the arm whose text is the longest; its own length is measured too, and
+            other lengths are cut from its repetitions.
         lengths: of contexts, in tokens, beside 0 and the context's own; those that leave no room for a question are
             left out.
         needed: lengths of other arms' contexts, which are always measured.
