@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,7 @@ def task_of_seed(options: argparse.Namespace) -> tuple[Callable[[int], Task], Pr
     arguments = {**preset.arguments, "exclude": excluded, **own_arguments}
     folders = [] if options.data is None else [options.data]
 
+    @cache
     def make_task(seed: int) -> Task:
         return generator.make(*folders, seed=seed if options.task_seed is None else options.task_seed, **arguments)
 
