@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from rich.console import Console
 
 from icl_ft_fast.augmentation.prompts import Prompting
 from icl_ft_fast.augmentation.strategies import STRATEGIES
@@ -16,13 +17,14 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.generate import RUNNING
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
-from icl_ft_fast.report.plan import PLAN, PlanError, kept_to, read_plan, write_plan
+from icl_ft_fast.report.plan import PLAN, PlanError, kept_to, print_forecast, read_plan, write_plan
 from icl_ft_fast.study import forecast as planning
 from icl_ft_fast.study.calibration import FIRST_TOKENS, WARM_TOKENS, Calibration
 from icl_ft_fast.study.compare import StudyOptions, compare
 from icl_ft_fast.study.decode_rate import Decoding, DecodingClock
 from icl_ft_fast.study.forecast import ArmForecast, Forecast, forecast, taken_s
 from icl_ft_fast.study.settings import StudySettings
+from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.reversals import simple_reversals
 
 TRAINING = FinetuneSettings(steps=30, batch_size=2, learning_rate=1e-3)
@@ -220,7 +222,32 @@ def test_a_plan_is_kept_for_the_run_of_the_same_arguments(planned, tmp_path):
     ]
 
 
-def test_the_command_plans_and_the_run_says_how_far_off_it_was(llama_directory, tmp_path, capsys):
+@pytest.mark.parametrize(("share", "is_told"), [(0.75, True), (0.85, False)])
+def test_a_calibration_that_waited_for_cores_is_told(llama, monkeypatch, planned, tmp_path, capsys, share, is_told):
+    now, plain, told = [0.0], Calibration, "Other processes took the cores while "
+
+    def clock():  # each look takes a second, and the thread has a core for a share of it
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(planning, "Calibration", partial(plain, clock=clock, processor=lambda: share * clock()))
+    task = simple_reversals(3, num_facts=2, num_articles=1)
+    plan = forecast(llama, task, StudySettings(arms=("base",), seeds=(3,)), calibration_s=10.0)
+    assert plan.processor_s == pytest.approx(share * plan.calibration_s)
+    assert (told in plan.beside) == is_told
+    print_forecast(plan, Console())
+    assert (f"{told}the model was tried" in " ".join(capsys.readouterr().out.split())) == is_told
+    write_plan(tmp_path, plan, "abc")
+    assert json.loads((tmp_path / PLAN).read_text())["beside"] == plan.beside
+    run = planned[1]["base"]
+    run = replace(run, counts={"phases": {"query": {"wall_s": 10.0, "device_s": 10 * share}}})
+    assert [told in line for line in kept_to(plan, [run])] == [False, True, True][: 3 if is_told else 1]
+
+
+def test_the_command_plans_and_the_run_says_how_far_off_it_was(llama_directory, tmp_path, capsys, monkeypatch):
+    generator, made = GENERATORS["simple-reversals"], []
+    counted = replace(generator, make=lambda *given, **named: made.append(named) or generator.make(*given, **named))
+    monkeypatch.setitem(GENERATORS, "simple-reversals", counted)
     asked = [
         "compare",
         "--model",
@@ -244,6 +271,7 @@ def test_the_command_plans_and_the_run_says_how_far_off_it_was(llama_directory, 
         str(tmp_path / "out"),
     ]
     assert main([*asked, "--dry-run"]) == 0
+    assert len(made) == 1  # the task of its one seed, which checks, plan and power all look at
     told = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PLAN]
     assert "fine-tuned" in told

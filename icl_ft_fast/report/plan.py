@@ -16,7 +16,7 @@ from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import duration
 from icl_ft_fast.study.arms import recorded_arm
-from icl_ft_fast.study.forecast import Forecast, taken_s
+from icl_ft_fast.study.forecast import Forecast, taken_s, waited
 from icl_ft_fast.study.records import Run
 
 PLAN = "plan.json"  # in a study's folder
@@ -29,7 +29,8 @@ class PlanError(UserError):
 def print_forecast(plan: Forecast, console: Console) -> None:
     """Print what each arm is expected to take."""
     seeds = max((arm.seeds for arm in plan.arms), default=1)
-    rival = f" than {recorded_arm(plan.rival).title}" if plan.rival else ""
+    can_pay = any(recorded_arm(arm.arm).training is not None for arm in plan.arms)
+    rival = f" than {recorded_arm(plan.rival).title}" if plan.rival and can_pay else ""
     caption = (
         f"For each of {seeds} seed(s): tokens, FLOPs and seconds until the arm's questions are answered; the most "
         "bytes on the disk at once."
@@ -55,6 +56,8 @@ def print_forecast(plan: Forecast, console: Console) -> None:
         f"{duration(plan.calibration_s)} of that tried the model on this machine.",
         highlight=False,
     )
+    if plan.beside:
+        console.print(plan.beside, highlight=False)
     if plan.guessed:
         console.print(
             f"Not tried, for want of time, and taken from FLOPs at the rate of reading: {', '.join(plan.guessed)}.",
@@ -91,14 +94,25 @@ def read_plan(folder: Path, arguments: str) -> Forecast | None:
 
 
 def kept_to(plan: Forecast, runs: Sequence[Run]) -> list[str]:
-    """A line for each planned arm: seconds as planned, as taken, and how many times as many these are."""
-    lines = []
+    """Seconds of each planned arm as planned and as taken, and whether either waited for other processes; in lines."""
+    lines, seconds, processor_s = [], 0.0, 0.0
     for arm in plan.arms:
-        taken = [taken_s(run) for run in runs if run.arm == arm.arm]
+        its = [run for run in runs if run.arm == arm.arm]
+        taken = [taken_s(run) for run in its]
+        seconds += sum(taken)
+        processor_s += sum(phase["device_s"] or 0.0 for run in its for phase in run.counts["phases"].values())
         if arm.is_planned and taken:
             mean = sum(taken) / len(taken)
             factor = f" ({mean / arm.seconds:.2f} times the plan)" if arm.seconds else ""
             lines.append(f"{recorded_arm(arm.arm).title}: planned {arm.seconds:,.1f} s, took {mean:,.1f} s{factor}")
+    if lines and plan.beside:
+        lines.append(plan.beside)
+    # All threads' time: where two could have run, one core's is less than the least that says nothing.
+    if lines and plan.processor_s is not None and waited(seconds, processor_s):
+        lines.append(
+            f"Other processes took the cores while the arms ran: they had {processor_s:,.1f} s of processor time in "
+            f"{seconds:,.1f} s. On a quiet machine they take fewer seconds."
+        )
     return lines
 
 

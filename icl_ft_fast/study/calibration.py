@@ -105,14 +105,18 @@ class Calibration:
         model: from load().
         seconds: of all measurements together, about.
         clock: for tests.
+        processor: seconds that the calling thread had a core; for tests.
         spent: seconds so far.
+        processor_s: of these, those with a core.
         guessed: what was taken from FLOPs, because there was no time to try it.
     """
 
     model: Model
     seconds: float = CALIBRATION_S
     clock: Callable[[], float] = time.perf_counter
+    processor: Callable[[], float] = time.thread_time
     spent: float = 0.0
+    processor_s: float = 0.0
     guessed: list[str] = field(default_factory=list)
     _readings: dict[int, float] = field(default_factory=dict)
     _context: Context | None = None  # of the longest reading
@@ -458,11 +462,12 @@ class Calibration:
         return max(0.0, self.seconds - self.spent)
 
     def _timed(self, what: Callable[[], Found]) -> Found:
-        begun = self.clock()
+        begun, on_core = self.clock(), self.processor()
         found = what()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         self.spent += self.clock() - begun
+        self.processor_s += self.processor() - on_core
         return found
 
     def _guess(self, name: str, value: float) -> float:

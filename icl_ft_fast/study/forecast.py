@@ -22,12 +22,21 @@ from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.runtime.templates import fix_date
 from icl_ft_fast.study.amortise import break_even
-from icl_ft_fast.study.arm import Arm, ArmJob, Expected, Prepared, Training, Workspace, all_documents, writer_of
+from icl_ft_fast.study.arm import (
+    CONTEXT_TOKENS,
+    Arm,
+    ArmJob,
+    Expected,
+    Prepared,
+    Training,
+    Workspace,
+    all_documents,
+    writer_of,
+)
 from icl_ft_fast.study.arms import arm_named, expand_arms, sizes_of
 from icl_ft_fast.study.calibration import CALIBRATION_S, Calibration
 from icl_ft_fast.study.compare import settled
 from icl_ft_fast.study.costs import ANSWERING, ArmCosts
-from icl_ft_fast.study.passages import CONTEXT_TOKENS
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.runs import PlannedRun, is_made_once, plan
 from icl_ft_fast.study.settings import CHECKPOINT_S, StudySettings
@@ -39,6 +48,7 @@ from icl_ft_fast.tasks.task import Task
 CHECKPOINT_BYTES = 12  # a trained weight: itself and the optimizer's two moments, in float32
 ANSWER_BYTES, CHOICE_BYTES = 400, 50  # of results.json and of the journal together, for each answer
 SPECIAL_TOKENS = 2  # around an example
+BESIDE = 1.25  # times its processor seconds, from which on work on a CPU is said to have waited for other processes
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class Forecast:
         seconds: of all arms under all seeds, what they share counted once, without measuring queries.
         planning_s: seconds that the plan took, the calibration included.
         guessed: what there was no time to try: its seconds are FLOPs at the rate of reading.
+        processor_s: of the calibration's seconds, those in which its thread had a core; None on a GPU.
+        beside: a sentence, if the calibration waited for other processes; "" if it did not.
     """
 
     arms: tuple[ArmForecast, ...]
@@ -92,6 +104,8 @@ class Forecast:
     seconds: float
     planning_s: float = 0.0
     guessed: tuple[str, ...] = ()
+    processor_s: float | None = None
+    beside: str = ""
 
 
 def forecast(
@@ -136,8 +150,21 @@ def forecast(
         seconds += more * (planner.seconds - math.fsum(each.seconds for each in made if each.arm in names))
     else:
         seconds += more * planner.seconds
+    spent, processor_s = calibration.spent, calibration.processor_s if model.device.type == "cpu" else None
+    beside = ""
+    if processor_s is not None and waited(spent, processor_s):
+        beside = (
+            f"Other processes took the cores while the model was tried: it had one for {processor_s:,.1f} s of "
+            f"{spent:,.1f} s. On a quiet machine the arms take fewer seconds than planned."
+        )
     took_s = time.perf_counter() - begun
-    return Forecast(tuple(made), rival, calibration.spent, seconds, took_s, tuple(calibration.guessed))
+    guessed = tuple(calibration.guessed)
+    return Forecast(tuple(made), rival, spent, seconds, took_s, guessed, processor_s, beside)
+
+
+def waited(seconds: float, processor_s: float) -> bool:
+    """Whether work on a CPU took longer than it had a core, by more than a quarter."""
+    return seconds > BESIDE * processor_s
 
 
 def taken_s(run: Run) -> float:
