@@ -3,11 +3,13 @@
 import io
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
+from serving import TEMPLATE
 
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.likelihood import prefill
@@ -84,6 +86,18 @@ def test_kl_behind_documents(llama, tiny_network):
     assert divergence(llama, llama, texts, before=[before] * 2) == pytest.approx(expected, rel=1e-3)
     start = prefill(llama, before)
     assert divergence(llama, llama, texts, before=[before] * 2, start=start) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_chat_template_is_no_harm(llama, general):
+    words = deepcopy(llama.tokenizer)
+    words.chat_template = TEMPLATE
+    settings = StudySettings(arms=("base", "icl"), seeds=(3,), general=str(general))
+    results = compare.compare(
+        replace(llama, tokenizer=words), TASK, settings, options=compare.StudyOptions(measure_s=0)
+    )
+    assert results.settings["template"] == "chat"
+    base, icl = (run.harm.kl for run in results.runs)
+    assert base == 0.0 < icl
 
 
 def test_own_texts_are_drawn_once(llama, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs of a study: arms composed of the verbs they stand for, and what is found in the journal."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def test_the_plain_arms(llama):
     assert tuned.notes == {"final_loss": expected.losses[-1]}
     for name, parameter in llama.network.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_what_takes_long_has_a_name(llama, monkeypatch):
+    told = []
+    monkeypatch.setattr(study_runs, "Activity", lambda what, shown: nullcontext(told.append((what, shown))))
+    runs_of(llama, task_of_seed, replace(SETTINGS, arms=("base",), seeds=(3,)))
+    assert told == [("base, seed 3", False), ("measuring harm", False)]
 
 
 def test_the_distilled_arm_learns_from_what_icl_reads(llama, monkeypatch):

@@ -5,7 +5,7 @@ Two measures. On texts that the untouched model writes by itself, without docume
     KL(untouched || arm) = sum over the vocabulary of p * (log p - log q)    in nats
 
 and accuracy on a general task, before and after. Arms that put documents or slots before a question have them in place
-in both.
+in both. What a chat template writes around a question without documents stands before the untouched model's texts too.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ def divergence(
     changed: Model,
     texts: Sequence[Sequence[int]],
     *,
+    opening: Sequence[int] | None = None,
     before: Sequence[Sequence[int]] | None = None,
     start: Context | None = None,
 ) -> float:
     """Mean KL(untouched || changed) in nats a token of the texts.
 
     Args:
-        untouched: reads each text after nothing.
+        untouched: reads each text after `opening`.
         changed: reads each after what `before` says; it has the same vocabulary.
         texts: token ids.
-        before: token ids before each text for `changed`, the opening included; None for nothing.
+        opening: token ids before each text; None for nothing.
+        before: token ids before each text for `changed`, the opening included; None for the opening.
         start: a context that all of `before` begin with.
 
     Raises:
@@ -91,9 +93,9 @@ def divergence(
 
     Numerics: hidden states in the models' dtypes, distributions and their sums in float64.
     """
-    nothing = [encoding.prefix_token_id(untouched.tokenizer)]
-    plain = _hidden(untouched, [nothing] * len(texts), texts, None)
-    other = _hidden(changed, before or [nothing] * len(texts), texts, start)
+    opening = opening or [encoding.prefix_token_id(untouched.tokenizer)]
+    plain = _hidden(untouched, [opening] * len(texts), texts, None)
+    other = _hidden(changed, before or [opening] * len(texts), texts, start)
     total = 0.0
     for first in range(0, len(plain), LOGIT_ROWS):
         block = slice(first, first + LOGIT_ROWS)
@@ -121,11 +123,12 @@ def measure_harm(job: ArmJob, ready: Prepared, questions: tuple[Question, ...]) 
     written = job.model.tokenizer.batch_decode(texts)
     shown = [ready.context] * len(texts) if ready.before is None else ready.before(written, Ledger())
     nothing = [encoding.prefix_token_id(job.model.tokenizer)]
-    encoded = encoding.encode(job.model.tokenizer, [context.rstrip() for context in shown])
-    before = [ids if context.strip() else nothing for ids, context in zip(encoded, shown, strict=True)]
+    around = [untouched.context, *shown]  # a chat template's own words stand there without documents, too
+    encoded = encoding.encode(job.model.tokenizer, [context.rstrip() for context in around])
+    opening, *before = [ids if context.strip() else nothing for ids, context in zip(encoded, around, strict=True)]
     is_shared = ready.store is not None and ready.before is None
     start = ready.store.find(before[0]) if is_shared and ready.store is not None else None
-    kl = divergence(job.model, ready.model, texts, before=before, start=start)
+    kl = divergence(job.model, ready.model, texts, opening=opening, before=before, start=start)
     return Harm(kl, Accuracy(*after), Accuracy(*counts))
 
 

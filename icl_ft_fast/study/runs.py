@@ -18,6 +18,7 @@ from icl_ft_fast.engine.machine import fingerprint
 from icl_ft_fast.engine.meters import Meter
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.runtime.durable import ResultJournal, digest
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.study import evaluate
 from icl_ft_fast.study.arm import Arm, ArmJob, Workspace, WritingBatch, ask, writer_of
 from icl_ft_fast.study.arms import arm_named
@@ -137,7 +138,8 @@ def make_run(
     model: Model, planned: PlannedRun, settings: StudySettings, workspace: Workspace, *, progress: bool = False
 ) -> dict[str, Any]:
     """A run's fields except the questions, as plain values; the workspace's progress hears of it."""
-    with workspace.progress.running(planned.arm, planned.seed) as ended:
+    under_way = Activity(f"{arm_named(planned.arm).title}, seed {planned.seed}", shown=progress)
+    with workspace.progress.running(planned.arm, planned.seed) as ended, under_way:
         made = _make_run(model, planned, settings, workspace, progress)
         counts = made["accuracy"].values()
         ended(sum(a["correct"] for a in counts), sum(a["total"] for a in counts))
@@ -157,7 +159,8 @@ def _make_run(
     with closing(ready):
         answers = ask(job, ready)
         general = general_questions(settings.general)
-        harm = measure_harm(job, ready, general) if general else None
+        with Activity("measuring harm", shown=progress):
+            harm = measure_harm(job, ready, general) if general else None
     shared = shared_with(settings.general, task)
     told = {SHARED_WITH_GENERAL: shared} if shared else {}
     num_questions, query = len(task.questions), ledger.phases["query"]

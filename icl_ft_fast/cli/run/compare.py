@@ -44,6 +44,7 @@ from icl_ft_fast.report.verdict import summary, verdict_of
 from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.executors import Executor, InProcess
 from icl_ft_fast.runtime.printable import printable
+from icl_ft_fast.runtime.progress import Activity
 from icl_ft_fast.study.arm import kept_name
 from icl_ft_fast.study.arms import arm_named, arms_of, expand_arms
 from icl_ft_fast.study.compare import RESULTS, StudyOptions, compare
@@ -154,7 +155,8 @@ def _plan(options: argparse.Namespace, executor: Executor) -> None:
     arms_of(settings, make_task(settings.seeds[0]))  # an arm that cannot take the task is refused before the model
     model, _ = _load(options)
     has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
-    plan = forecast(model, make_task, settings, has_store=has_store, checkpoint_s=checkpoint_s)
+    with Activity("planning", shown=show_progress(options)):
+        plan = forecast(model, make_task, settings, has_store=has_store, checkpoint_s=checkpoint_s)
     if options.out is not None:
         write_plan(options.out, plan, arguments_digest(options))
     power = power_of(make_task, settings.seeds, options.tolerance)
