@@ -122,17 +122,6 @@ TARGET void multiply_rows(const T* x, int64_t rows, int64_t x_stride, const T* w
     if constexpr (M > 1) multiply_rows<M - 1, N>(x, rows, x_stride, w, w_stride, size, first, out, out_stride);
 }
 
-// Rounded to the nearest value, of two to the even one.
-template <class T>
-inline T nearest(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if (std::is_same_v<T, float> || x != x) return truncate<T>(x);
-    bits += 0x7fff + (bits >> 16 & 1);
-    std::memcpy(&x, &bits, sizeof x);
-    return truncate<T>(x);
-}
-
 // All rows with some columns of the weight; `sums` is [R][columns].
 template <class T>
 TARGET void multiply(const Linear& a, int64_t column, int64_t columns, float* sums) {

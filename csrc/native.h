@@ -30,15 +30,16 @@ inline float to_float(Bf16 x) {
     return y;
 }
 
-// The upper half of a float is a bfloat16.
+// The nearest float, or bfloat16, the upper half of a float: of two as near the even one; nan stays nan.
 template <class T>
-inline T truncate(float x) {
+inline T nearest(float x) {
     if constexpr (std::is_same_v<T, float>) {
         return x;
     } else {
         uint32_t bits;
         std::memcpy(&bits, &x, sizeof bits);
-        return {static_cast<uint16_t>(bits >> 16)};
+        const uint32_t rounded = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+        return T{static_cast<uint16_t>(rounded >> 16)};
     }
 }
 

@@ -18,7 +18,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "icl.h"
+#include "native.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -40,13 +40,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
+inline float to_float(uint16_t x) { return to_float(Bf16{x}); }
 
 template <class To, class From>
 inline To convert(From x) {
@@ -54,18 +48,6 @@ inline To convert(From x) {
         return x;
     } else {
         return to_float(x);
-    }
-}
-
-// Rounded to the nearest value, of two to the one that is even.
-template <class To>
-inline To nearest(float x) {
-    if constexpr (std::is_same_v<To, float>) {
-        return x;
-    } else {
-        uint32_t bits;
-        std::memcpy(&bits, &x, sizeof(bits));
-        return static_cast<To>(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
 }
 

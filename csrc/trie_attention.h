@@ -27,6 +27,10 @@ struct Range {
     }
 };
 
+struct Span {
+    int64_t first, last;  // of tiles or heads; the last is excluded
+};
+
 struct KeyTile {
     int64_t first;
     int count;

@@ -6,10 +6,6 @@
 namespace icl {
 namespace {
 
-struct Span {
-    int64_t first, last;  // tiles; the last is excluded
-};
-
 // What is known of a tile of queries of a key/value head before it is loaded.
 struct QueryRange {
     Range rows, depths;

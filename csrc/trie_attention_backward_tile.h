@@ -193,12 +193,8 @@ TARGET void accumulate(Backward& problem, int64_t g, Span queries, Span keys, ch
     }
 }
 
-template <class T>
-TARGET void round(float* sums, int64_t count, float scale) {
-    for (int64_t i = 0; i < count / LANES; ++i) {
-        Floats& sum = reinterpret_cast<Floats*>(sums)[i];
-        sum = nearest<T>(sum * scale);
-    }
+TARGET inline void multiply_all(float* sums, int64_t count, float scale) {
+    for (int64_t i = 0; i < count / LANES; ++i) reinterpret_cast<Floats*>(sums)[i] *= scale;
 }
 
 template <class T>
@@ -206,22 +202,22 @@ TARGET void store_queries(Backward& problem, int64_t g, int64_t tile) {
     const int64_t heads = problem.H / problem.G, first = tile * kQueries, D = problem.head_size;
     const QuerySums& sums = problem.query_sums[g * problem.query_tiles.size() + tile];
     const bool begun = sums.begun && problem.D;
-    if (begun) round<T>(sums.q, D * kQueries, problem.scale);
+    if (begun) multiply_all(sums.q, D * kQueries, problem.scale);
     for (int64_t n = 0; n < std::min<int64_t>(kQueries, problem.T * heads - first); ++n) {
         const int64_t at = (first + n) / heads * problem.H + g * heads + (first + n) % heads;
         T* out = static_cast<T*>(problem.grad_q) + at * D;
-        for (int64_t d = 0; d < D; ++d) out[d] = begun ? truncate<T>(sums.q[d * kQueries + n]) : T{};
+        for (int64_t d = 0; d < D; ++d) out[d] = begun ? nearest<T>(sums.q[d * kQueries + n]) : T{};
     }
 }
 
 template <class T>
 TARGET void store_rows(float* sums, bool begun, float scale, const KeyTile& tile, int64_t g, int64_t G, int64_t size,
                        void* grad) {
-    if (begun) round<T>(sums, whole_blocks(size) * kKeys, scale);
+    if (begun) multiply_all(sums, whole_blocks(size) * kKeys, scale);
     for (int j = 0; j < tile.count; ++j) {
         T* out = static_cast<T*>(grad) + ((tile.first + j) * G + g) * size;
         for (int64_t d = 0; d < size; ++d) {
-            out[d] = begun ? truncate<T>(sums[(d / kQueries * kKeys + j) * kQueries + d % kQueries]) : T{};
+            out[d] = begun ? nearest<T>(sums[(d / kQueries * kKeys + j) * kQueries + d % kQueries]) : T{};
         }
     }
 }

@@ -15,6 +15,14 @@ constexpr int kVectors = kQueries / LANES;  // vectors to a row of a tile
 constexpr int kWide = LANES == 16 ? 4 : 2;  // vectors and broadcasts of a register block; with more, sums would spill
 constexpr int kTall = 6;
 constexpr int kPerFactor = 1 + PAIRS;
+constexpr int kFew = 8;  // queries for which a tile of keys takes less time with keys along the lanes
+
+template <class Vector, class T>
+TARGET inline Vector load(const T* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
 
 TARGET inline Floats splat(float x) { return x - Floats{}; }
 
@@ -69,11 +77,12 @@ TARGET inline Floats multiply_add(Floats sum, Ints x, Ints y) {
     return sum + (Floats)x * (Floats)y;
 }
 
-// A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride]; no factor means 0.
+// A register block of out = factor * out + x @ y, where x[n][step] is x[n * row + step * stride] and y[step] is
+// y[step * y_row]; no factor means 0.
 // The product is summed by itself: one chain of additions over thousands of keys would lose four times the precision.
 // kGoOn: of out += x @ y instead, added to out itself step by step, of floats whatever PAIRS is.
 template <bool kGoOn, int N, int M>
-TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t steps,
+TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const Ints* y, int64_t y_row, int64_t steps,
                            const Floats* factor, Floats* out) {
     constexpr bool kInPairs = PAIRS && !kGoOn;
     Floats sums[N][M];
@@ -82,7 +91,7 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[n][m] = kGoOn ? out[n * kVectors + m] : Floats{};
     }
-    for (int64_t step = 0; step < steps; ++step, x += stride, y += kVectors) {
+    for (int64_t step = 0; step < steps; ++step, x += stride, y += y_row) {
         Ints values[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) values[m] = y[m];
@@ -104,21 +113,22 @@ TARGET void multiply_block(const Factor* x, int64_t row, int64_t stride, const I
 }
 
 template <bool kGoOn, int N, int M>
-TARGET void multiply_rows(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
-                          const Floats* factor, Floats* out) {
+TARGET void multiply_rows(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t y_row,
+                          int64_t steps, const Floats* factor, Floats* out) {
     for (; rows >= N; rows -= N, x += N * row, out += N * kVectors) {
-        multiply_block<kGoOn, N, M>(x, row, stride, y, steps, factor, out);
+        multiply_block<kGoOn, N, M>(x, row, stride, y, y_row, steps, factor, out);
     }
-    if constexpr (N > 1) multiply_rows<kGoOn, (N > 4 ? 4 : N / 2), M>(x, rows, row, stride, y, steps, factor, out);
+    if constexpr (N > 1)
+        multiply_rows<kGoOn, (N > 4 ? 4 : N - 1), M>(x, rows, row, stride, y, y_row, steps, factor, out);
 }
 
 template <bool kGoOn, int M = kWide>
 TARGET void multiply(const Factor* x, int64_t rows, int64_t row, int64_t stride, const Ints* y, int64_t steps,
-                     const Floats* factor, Floats* out, int vectors) {
+                     const Floats* factor, Floats* out, int vectors, int64_t y_row = kVectors) {
     for (; vectors >= M; vectors -= M, y += M, out += M, factor += factor ? M : 0) {
-        multiply_rows<kGoOn, kTall, M>(x, rows, row, stride, y, steps, factor, out);
+        multiply_rows<kGoOn, kTall, M>(x, rows, row, stride, y, y_row, steps, factor, out);
     }
-    if constexpr (M > 1) multiply<kGoOn, M - 1>(x, rows, row, stride, y, steps, factor, out, vectors);
+    if constexpr (M > 1) multiply<kGoOn, M - 1>(x, rows, row, stride, y, steps, factor, out, vectors, y_row);
 }
 
 // A tile of queries and what is known of their softmax so far; lanes beyond `count` see nothing.
@@ -359,11 +369,150 @@ TARGET inline void attend_tile(const Problem& problem, Tile& tile, const Seeing&
         const Floats before = top[m];
         top[m] = maximum(finish(problem, tile, m, first, keys, scores + m), before);
         rescale[m] = exp2((before - top[m]) * (problem.unit * kLog2E));
-        total[m] = total[m] * rescale[m] + soften(problem.unit, top[m], keys, scores + m);
+        const Floats kept = total[m] * rescale[m];  // rounded before the sum, as in attend_few
+        total[m] = kept + soften(problem.unit, top[m], keys, scores + m);
     }
     multiply<false>(v, problem.Dv, 1, problem.Dv, reinterpret_cast<const Ints*>(scores) + some.first,
                     (keys + kPerFactor - 1) / kPerFactor, rescale + some.first, tile.out + some.first,
                     some.end - some.first);
+}
+
+// Neighbouring queries of a tile, all of those among them that see some key of a tile of keys.
+struct Few {
+    int first, count;
+};
+
+TARGET inline Few few(const Problem& problem, const KeyTile& keys, const Tile& tile, const Seeing& some) {
+    if ((some.end - some.first - 2) * LANES >= kFew) return {0, kQueries};  // too many, whichever see it
+    int first = 0, end = 0;
+    for (int n = some.first * LANES; n < std::min(some.end * LANES, tile.count); ++n) {
+        const Range row{tile.row[n], tile.row[n]}, depth{tile.depth[n], tile.depth[n]};
+        if (see(problem, keys, row, depth) == View::kNone) continue;
+        if (end == 0) first = n;
+        end = n + 1;
+    }
+    return {first, end - first};
+}
+
+// Halves of the lanes of x and y, lane by lane in turn.
+TARGET inline Ints zip_low(Ints x, Ints y) {
+#if LANES == 16
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LANES == 8
+    return __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return __builtin_shufflevector(x, y, 0, 4, 1, 5);
+#endif
+}
+TARGET inline Ints zip_high(Ints x, Ints y) {
+#if LANES == 16
+    return __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+    return __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return __builtin_shufflevector(x, y, 2, 6, 3, 7);
+#endif
+}
+
+// Each turn makes the highest bit of a number's row the lowest of its lane, and the other way round.
+TARGET inline void transpose(Ints (&x)[LANES]) {
+#pragma GCC unroll 4
+    for (int bit = 1; bit < LANES; bit *= 2) {
+        Ints turned[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; ++i) {
+            turned[2 * i] = zip_low(x[i], x[i + LANES / 2]);
+            turned[2 * i + 1] = zip_high(x[i], x[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) x[i] = turned[i];
+    }
+}
+
+// Packed keys as [factors][kVectors], a key a lane, 0 in lanes behind the last.
+TARGET inline void turn_keys(const Factor* k, int keys, int64_t factors, Ints* out) {
+    for (; keys > 0; keys -= LANES, k += LANES * factors, ++out) {
+        int64_t f = 0;
+        for (; keys >= LANES && f + LANES <= factors; f += LANES) {
+            Ints block[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) block[i] = load<Ints>(k + i * factors + f);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) out[(f + i) * kVectors] = block[i];
+        }
+        for (; f < factors; ++f) {
+            for (int i = 0; i < LANES; ++i) {
+                reinterpret_cast<Factor*>(out + f * kVectors)[i] = i < keys ? k[i * factors + f] : 0;
+            }
+        }
+    }
+}
+
+// Which keys of a tile a query sees.
+TARGET inline void see_keys(const Problem& problem, int32_t row, int32_t depth, int64_t first, int keys,
+                            int32_t (&sees)[kQueries]) {
+    for (int j = 0; j < keys; ++j) {
+        const int64_t key = first + j;
+        sees[j] = -static_cast<int32_t>(row >= key && row < problem.end_k[key]);
+        if (problem.window) sees[j] &= -static_cast<int32_t>(depth - problem.depth_k[key] < problem.window);
+    }
+}
+
+// attend_tile of a few queries, of floats: keys lie along the lanes of the scores, and components along those of the
+// sums of values. The same numbers are summed in the same order, but for zeros, so that the bits are the same.
+TARGET inline void attend_few(const Problem& problem, Tile& tile, const Few& few, const Factor* k, const Factor* v,
+                              int64_t first, int keys, Ints* turned) {
+    alignas(64) int32_t sees[kFew][kQueries] = {};
+    int from = keys, to = 0;
+    for (int n = 0; n < few.count; ++n) {
+        see_keys(problem, tile.row[few.first + n], tile.depth[few.first + n], first, keys, sees[n]);
+        for (int j = 0; j < from; ++j) from = sees[n][j] ? j : from;
+        for (int j = keys; j > to; --j) to = sees[n][j - 1] ? j : to;
+    }
+    if (from >= to) return;
+    from -= from % LANES;
+    const int vectors = (to - from + LANES - 1) / LANES;
+    turn_keys(k + from * problem.factors, to - from, problem.factors, turned);
+    Floats scores[kFew][kVectors], sums[kFew][kVectors];
+    multiply<false>(tile.q + few.first, few.count, 1, kQueries, turned, problem.factors, nullptr, scores[0], vectors);
+    const float factor = problem.unit * kLog2E;
+    float rescale[kFew];
+    for (int n = 0; n < few.count; ++n) {
+        float &top = tile.top[few.first + n], before = top, sum = 0;
+        alignas(64) float each[LANES];
+        Floats greatest = splat(top);
+        for (int c = 0; c < vectors; ++c) {
+            Floats& score = scores[n][c];
+            if (problem.softcap != 0) score = tanh(score * problem.cap_unit);
+            score = reinterpret_cast<const Ints*>(sees[n] + from)[c] ? score : splat(-INFINITY);
+            greatest = maximum(score, greatest);
+        }
+        std::memcpy(each, &greatest, sizeof each);
+        for (int half = LANES / 2; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) each[i] = std::max(each[i], each[i + half]);
+        }
+        top = each[0];
+        const Floats shrunk = exp2(splat((before - top) * factor));
+        rescale[n] = shrunk[0];
+        const float kept = tile.total[few.first + n] * rescale[n];
+        for (int c = 0; c < vectors; ++c) scores[n][c] = exp2((scores[n][c] - top) * factor);
+        for (int j = 0; j < to - from; ++j) sum += reinterpret_cast<const float*>(scores[n])[j];
+        tile.total[few.first + n] = kept + sum;
+    }
+    v += from * problem.Dv;
+    for (int64_t d = 0; d < problem.Dv; d += kQueries) {
+        const int64_t size = std::min<int64_t>(kQueries, problem.Dv - d);
+        multiply<false>(reinterpret_cast<const Factor*>(scores[0]), few.count, kQueries, 1,
+                        reinterpret_cast<const Ints*>(v + d), to - from, nullptr, sums[0],
+                        static_cast<int>(size / LANES), problem.Dv / LANES);
+        float* out = reinterpret_cast<float*>(tile.out + d * kVectors) + few.first;
+        for (int64_t i = 0; i < size; ++i, out += kQueries) {
+            for (int n = 0; n < few.count; ++n) {
+                out[n] = rescale[n] * out[n] + reinterpret_cast<const float*>(sums[n])[i];
+            }
+        }
+    }
 }
 
 TARGET inline bool any(Ints lanes) {
@@ -463,17 +612,6 @@ TARGET inline void attend_tile_in_order(const Problem& problem, Tile& tile, cons
     add_keys(problem, tile, some, v, from, keys, scores);
 }
 
-// What truncate<T> then makes the nearest T of, ties to even; nan stays nan.
-template <class T>
-TARGET inline Floats nearest(Floats x) {
-    if constexpr (std::is_same_v<T, float>) {
-        return x;
-    } else {
-        const Ints bits = (Ints)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
-        return (Floats)(x == x ? rounded : bits);
-    }
-}
-
 template <class T>
 TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
     const int64_t heads = problem.H / problem.G, Dv = problem.Dv;
@@ -482,14 +620,14 @@ TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
                      share = total > 0.0f ? 1.0f / total : Floats{};
         for (int64_t d = 0; d < Dv; ++d) {
             Floats& out = tile.out[d * kVectors + m];
-            out = nearest<T>(out * share + 0.0f);  // never -0, which what a query does not see might have made of 0
+            out = out * share + 0.0f;  // never -0, which what a query does not see might have made of 0
         }
     }
     const float* from = reinterpret_cast<const float*>(tile.out);
     for (int n = 0; n < tile.count; ++n, ++from) {
         const int64_t t = (tile.first + n) / heads, h = g * heads + (tile.first + n) % heads, at = t * problem.H + h;
         T* out = static_cast<T*>(problem.out) + at * Dv;
-        for (int64_t d = 0; d < Dv; ++d) out[d] = truncate<T>(from[d * kQueries]);
+        for (int64_t d = 0; d < Dv; ++d) out[d] = nearest<T>(from[d * kQueries]);
         const bool only_sink = problem.sinks && tile.total[n] == 1 && tile.top[n] == problem.sinks[h] / problem.unit;
         const double lse =
             static_cast<double>(tile.top[n]) * problem.unit + std::log(static_cast<double>(tile.total[n]));
@@ -497,43 +635,52 @@ TARGET void store_tile(const Problem& problem, int64_t g, const Tile& tile) {
     }
 }
 
-// Some consecutive tiles of queries of one key/value head: each tile of keys is packed once for all of them.
+// Some consecutive tiles of queries of some key/value heads: each tile of keys is packed once for all those of a head.
 template <class T>
-TARGET void attend(const Problem& problem, int64_t g, int64_t first_tile, int64_t num_tiles, char* workspace) {
+TARGET void attend(const Problem& problem, Span heads, Span queries, char* workspace) {
     const auto take = [&](int64_t floats) {
         return reinterpret_cast<float*>(std::exchange(workspace, workspace + round_up(floats * sizeof(float))));
     };
     Factor* k = reinterpret_cast<Factor*>(take(kKeys * problem.factors));
     Factor* v = reinterpret_cast<Factor*>(take(kKeys * problem.Dv));
     Floats* scores = reinterpret_cast<Floats*>(take(kKeys * kQueries));
+    Ints* turned = reinterpret_cast<Ints*>(take(kQueries * problem.factors));
+    const bool knows_few = !PAIRS && !problem.batch_invariant && problem.Dv % LANES == 0;
     Tile tiles[kMaxTiles];
     const auto pack_v = problem.batch_invariant ? pack_values<false, T> : pack_values<PAIRS, T>;
     const auto attend_to = problem.batch_invariant ? attend_tile_in_order : attend_tile;
+    const int64_t per_head = queries.last - queries.first, num_tiles = (heads.last - heads.first) * per_head;
+    const auto head_of = [&](int64_t i) { return heads.first + i / per_head; };
     Range rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
         tiles[i].q = reinterpret_cast<Factor*>(take(problem.factors * kQueries));
         tiles[i].out = reinterpret_cast<Floats*>(take(problem.Dv * kQueries));
         tiles[i].open = problem.batch_invariant ? reinterpret_cast<Floats*>(take(problem.Dv * kQueries)) : nullptr;
-        load_tile<T>(problem, g, (first_tile + i) * kQueries, tiles[i]);
+        load_tile<T>(problem, head_of(i), (queries.first + i % per_head) * kQueries, tiles[i]);
         rows.include(tiles[i].rows.least);
         rows.include(tiles[i].rows.greatest);
     }
     for (const KeyTile& key_tile : problem.key_tiles) {
         if (key_tile.first > rows.greatest) break;
-        bool packed = false;
+        int64_t packed = -1;
         for (int64_t i = 0; i < num_tiles; ++i) {
             if (see(problem, key_tile, tiles[i].rows, tiles[i].depths) == View::kNone) continue;
             const Seeing some = seeing(problem, key_tile, tiles[i]);
             if (some.first >= some.end) continue;
-            if (!std::exchange(packed, true)) {
+            if (const int64_t g = head_of(i); std::exchange(packed, g) != g) {
                 pack_keys<T>(problem, g, key_tile.first, key_tile.count, k);
                 pack_v(problem, g, key_tile.first, key_tile.count, v);
             }
-            attend_to(problem, tiles[i], some, k, v, key_tile.first, key_tile.count, scores);
+            const Few some_few = knows_few ? few(problem, key_tile, tiles[i], some) : Few{0, kQueries};
+            if (some_few.count <= kFew) {
+                attend_few(problem, tiles[i], some_few, k, v, key_tile.first, key_tile.count, turned);
+            } else {
+                attend_to(problem, tiles[i], some, k, v, key_tile.first, key_tile.count, scores);
+            }
         }
     }
     for (int64_t i = 0; i < num_tiles; ++i) {
         if (problem.batch_invariant) close_group(problem, tiles[i], {0, tiles[i].vectors, false}, nullptr);
-        store_tile<T>(problem, g, tiles[i]);
+        store_tile<T>(problem, head_of(i), tiles[i]);
     }
 }

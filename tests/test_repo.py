@@ -61,7 +61,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 26_610
+BUDGET = 26_740
 
 
 def room(module):

@@ -351,12 +351,12 @@ def test_any_scale(scale: float, device: str) -> None:
 def test_a_query_has_the_same_bits_in_any_company(window: int | None, dtype: torch.dtype, device: str) -> None:
     """Run again, on one thread, or with other queries beside it: nothing about a row changes but where it stands."""
     trie, generator = bushy(300), torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 300, 4, 40, generator=generator).to(device, dtype).unbind()
-    tree = tree_index(trie, device)
+    q, k, v = torch.randn(3, 300, 4, 80, generator=generator).to(device, dtype).unbind()
+    tree, options = tree_index(trie, device), AttentionOptions(window=window, softcap=window and 5.0)
 
     def results(rows: Tensor) -> tuple[Tensor, Tensor]:
         some = replace(tree, row_q=tree.row_q[rows], depth_q=tree.depth_q[rows])
-        return trie_attention(q[rows], k, v, some, AttentionOptions(window=window), return_lse=True)
+        return trie_attention(q[rows], k, v, some, options, return_lse=True)
 
     out, lse = results(torch.arange(300))
     threads = torch.get_num_threads()
