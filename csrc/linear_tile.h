@@ -91,17 +91,18 @@ TARGET inline void multiply_step(const T* x, int64_t x_stride, const T* w, int64
     }
 }
 
-// out[m][n] = (first ? 0 : out[m][n]) + x[m] . w[n], for M rows and N columns.
+// out[m][n] = (first ? 0 : out[m][n]) + x[m] . w[n], for M rows and N columns. Asks for `ahead` meanwhile.
 template <int M, int N, class T>
 TARGET void multiply_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t size, bool first,
-                           float* out, int64_t out_stride) {
+                           const T* ahead, float* out, int64_t out_stride) {
     Floats sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) sums[m][n] = Floats{};
     }
-    for (; size >= kStep; size -= kStep, x += kStep, w += kStep) {
+    for (; size >= kStep; size -= kStep, x += kStep, w += kStep, ahead += kStep) {
+        __builtin_prefetch(ahead, 0, 2);
         multiply_step<true, M, N>(x, x_stride, w, w_stride, kStep, sums);
     }
     if (size) multiply_step<false, M, N>(x, x_stride, w, w_stride, size, sums);
@@ -113,13 +114,18 @@ TARGET void multiply_block(const T* x, int64_t x_stride, const T* w, int64_t w_s
     }
 }
 
+// While the first rows are multiplied, the next `num_next` columns come from memory: without that, it and the products
+// would wait for each other.
 template <int M, int N, class T>
 TARGET void multiply_rows(const T* x, int64_t rows, int64_t x_stride, const T* w, int64_t w_stride, int64_t size,
-                          bool first, float* out, int64_t out_stride) {
+                          bool first, const T* next, int num_next, float* out, int64_t out_stride) {
     for (; rows >= M; rows -= M, x += M * x_stride, out += M * out_stride) {
-        multiply_block<M, N>(x, x_stride, w, w_stride, size, first, out, out_stride);
+        multiply_block<M, N>(x, x_stride, w, w_stride, size, first, num_next ? next : w, out, out_stride);
+        if (num_next) --num_next, next += w_stride;
     }
-    if constexpr (M > 1) multiply_rows<M - 1, N>(x, rows, x_stride, w, w_stride, size, first, out, out_stride);
+    if constexpr (M > 1) {
+        multiply_rows<M - 1, N>(x, rows, x_stride, w, w_stride, size, first, next, num_next, out, out_stride);
+    }
 }
 
 // All rows with some columns of the weight; `sums` is [R][columns].
@@ -132,10 +138,12 @@ TARGET void multiply(const Linear& a, int64_t column, int64_t columns, float* su
         const T *x = static_cast<const T*>(a.x) + k, *w = weight + k;
         int64_t c = 0;
         for (; c + kColumns <= columns; c += kColumns, w += kColumns * a.weight_stride) {
-            multiply_rows<kRows, kColumns>(x, a.R, a.x_stride, w, a.weight_stride, size, k == 0, sums + c, columns);
+            const int num_next = c + 2 * kColumns <= columns ? kColumns : 0;
+            multiply_rows<kRows, kColumns>(x, a.R, a.x_stride, w, a.weight_stride, size, k == 0,
+                                           w + num_next * a.weight_stride, num_next, sums + c, columns);
         }
         for (; c < columns; ++c, w += a.weight_stride) {
-            multiply_rows<kRows, 1>(x, a.R, a.x_stride, w, a.weight_stride, size, k == 0, sums + c, columns);
+            multiply_rows<kRows, 1>(x, a.R, a.x_stride, w, a.weight_stride, size, k == 0, w, 0, sums + c, columns);
         }
         k += size;
     } while (k < a.E);
