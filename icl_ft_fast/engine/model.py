@@ -149,7 +149,9 @@ class Head:
         """Float32 logits [R, V] after hidden [R, E]; for few rows, as decoding has them."""
         parts = [_filled(part, BLOCK_ROWS) for part in hidden.split(BLOCK_ROWS)] if self.batch_invariant else [hidden]
         products = [ops.linear(part, self.weight, self.bias) for part in parts]
-        logits = torch.cat(products)[: len(hidden)].float() * self.scale
+        logits = products[0] if len(products) == 1 else torch.cat(products)  # megabytes: no copy that can be spared
+        logits = logits[: len(hidden)].float()
+        logits = logits if self.scale == 1 else logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 

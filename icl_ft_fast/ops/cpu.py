@@ -4,6 +4,7 @@ The native code serves float32 and bfloat16. For float64, which exists to be exa
 Functions take their schema's arguments; ops/dispatch.py registers them.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,18 +27,25 @@ BEST_ISA = _C.best_isa()  # the processor's best instruction set, by its number 
 _ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
 
 
+@cache
+def _typestr(dtype: torch.dtype) -> str:
+    """The name that numpy's arrays have for a dtype; for bfloat16 that of its bits."""
+    kind = "f" if dtype.is_floating_point and dtype != torch.bfloat16 else "i"
+    return "|b1" if dtype == torch.bool else f"<{kind}{dtype.itemsize}"
+
+
 class _ArrayView:
     """A CPU tensor as numpy sees it. Tensor.numpy() would keep the storage from ever being resized, as FSDP does."""
 
     def __init__(self, tensor: Tensor) -> None:
-        size, kind = tensor.itemsize, "f" if tensor.is_floating_point() and tensor.dtype != torch.bfloat16 else "i"
+        size = tensor.itemsize
         self.tensor = tensor
         self.__array_interface__ = {
             "version": 3,
-            "typestr": "|b1" if tensor.dtype == torch.bool else f"<{kind}{size}",
+            "typestr": _typestr(tensor.dtype),
             "data": (tensor.data_ptr(), False),
             "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
+            "strides": tuple([stride * size for stride in tensor.stride()]),
         }
 
 

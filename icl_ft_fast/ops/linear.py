@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or (rows := x.numel() // (x.shape[-1] or 1)) not in FEW:
         return general(x, weight, bias)
-    plain = type(x) is Tensor and type(weight) in (Tensor, Parameter) and x.device.type == "cpu"
+    plain = type(x) is Tensor and type(weight) in (Tensor, Parameter) and x.is_cpu
     unrecorded = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if not plain or not unrecorded or x.dtype not in NATIVE:
         return general(x, weight, bias)

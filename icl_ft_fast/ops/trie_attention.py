@@ -188,7 +188,9 @@ def trie_attention(
         check_invariant(op, q)
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
     flat = (sinks, scale, window or 0, check_softcap(op, options.softcap), options.batch_invariant)
-    out, lse = _TrieAttention.apply(q, k, v, *over, *flat, tree.shared(window or 0), plans)
+    # Where no gradient can be recorded, an autograd.Function would take as long as a decoding step's few rows.
+    attend = _attend if torch.is_inference_mode_enabled() else _TrieAttention.apply
+    out, lse = attend(q, k, v, *over, *flat, tree.shared(window or 0), plans)
     return (out, lse) if return_lse else out
 
 
@@ -230,15 +232,21 @@ def _plan(
     return plan
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *index, sinks, scale, window, softcap, batch_invariant, shared, plans = rest
+    plan = _plan(plans, "forward", q, k, v, index, window, softcap, *shared)
+    hints = shared if _is_planned(q) else ()
+    out, lse = torch.ops.icl_ft_fast.trie_attention(
+        q, k, v, *index, sinks, scale, window, softcap, plan, batch_invariant, *hints
+    )
+    return out, lse
+
+
 class _TrieAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *index, sinks, scale, window, softcap, batch_invariant, shared, plans = rest
-        plan = _plan(plans, "forward", q, k, v, index, window, softcap, *shared)
-        hints = shared if _is_planned(q) else ()
-        out, lse = torch.ops.icl_ft_fast.trie_attention(
-            q, k, v, *index, sinks, scale, window, softcap, plan, batch_invariant, *hints
-        )
+        *index, sinks, scale, window, softcap, _batch_invariant, _shared, plans = rest
+        out, lse = _attend(q, k, v, *rest)
         ctx.save_for_backward(q, k, v, out, lse, sinks, *index)
         ctx.options, ctx.plans = (scale, window, softcap), plans
         return out, lse
