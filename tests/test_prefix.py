@@ -10,6 +10,7 @@ import tokenizer_kinds
 import torch
 from transformers import DynamicCache
 
+from icl_ft_fast.augmentation import self_study
 from icl_ft_fast.augmentation.self_study import (
     SelfStudyError,
     beginnings,
@@ -18,6 +19,7 @@ from icl_ft_fast.augmentation.self_study import (
     turn_tokens,
     write_conversations,
 )
+from icl_ft_fast.augmentation.strategy import SMALL_TEMPERATURE
 from icl_ft_fast.cli import main
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.contexts import ContextStore, load_context
@@ -188,11 +190,13 @@ def test_a_prefix_in_bfloat16(llama_directory):
 def test_conversations_follow_the_documents_and_the_seed(llama):
     made = written(llama, 5)
     assert made == written(llama, 5) != written(llama, 5, seed=1)
-    words = beginnings(DOCUMENTS, 0)
-    assert sorted(words) == ["knows", "mat", "on", "that", "who", "why"]  # the cat sat in both
+    (starts,) = beginnings([DOCUMENTS], 0)
+    expected = ["the cat sat on", "the cat sat on that", "the cat sat on that mat", "who", "who knows", "who knows why"]
+    assert sorted(start.text for start in starts) == expected  # the cat sat in both
+    begun = [(starts[n // 2].word if n % 2 else starts[n // 2].text) for n in range(5)]
+    for one, start in zip(made, begun, strict=True):
+        assert llama.tokenizer.decode(one.ids).lstrip().startswith(start)
     text, token = read(llama)
-    for one, word in zip(made, words, strict=False):
-        assert llama.tokenizer.decode(one.ids).lstrip().startswith(word)
     ids, probability = read_best(llama, [text], made, 3, Ledger())[0]
     assert ids.shape == probability.shape == (len(made[0].ids), 3)
     found = loglikelihood(llama, [(token, [int(ids[0, 0])])])[0]
@@ -207,11 +211,16 @@ def test_documents_beyond_the_positions_are_read_in_parts(llama):
     assert len(parts) > 1
     made = write_conversations(llama, conversation_batches(llama, many, 5, tokens=8))
     assert [one.part for one in made] == [n % len(parts) for n in range(5)]
+    (length,) = map(len, encoding.encode(llama.tokenizer, [prompt_context(llama, many[:3])]))
+    assert list(map(len, document_parts(llama, many[:5], tokens=8, most=length))) == [3, 2]
+    assert list(map(len, document_parts(llama, many[:2], tokens=8, most=1))) == [1, 1]
     prefix = train_prefix(llama, many, 9, FEW)
     assert len(prefix.context.token) == 9
 
 
-def test_chat_models_ask_and_answer(tiny_network, tokenizer, tmp_path):
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_chat_models_ask_and_answer(small, tiny_network, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_study, "SMALL", small)
     tiny_network("llama", num_hidden_layers=1, max_position_embeddings=512).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -226,10 +235,15 @@ def test_chat_models_ask_and_answer(tiny_network, tokenizer, tmp_path):
     assert len(made[1].ids) > len(made[0].ids)
     roles = [{"role": "assistant", "content": "\ufdd0"}, {"role": "user", "content": "\ufdd0"}]
     _, between, _ = render_chat(model.tokenizer, [documents_turn(model, DOCUMENTS), *roles]).split("\ufdd0")
+    (batch,) = conversation_batches(model, DOCUMENTS, 2, tokens=8, template="chat")
+    assert batch.temperature == (SMALL_TEMPERATURE if small else 0.7)
+    word = batch.starts()[1].word
+    assert (f"{between}What do the documents say about {word}?" in asked) == bool(small)
     assert between in asked
-    around, request = turn_tokens(model, conversation_batches(model, DOCUMENTS, 2, tokens=8, template="chat")[0])
-    assert len(made[1].ids) == pytest.approx(len(made[0].ids) + 2 * 8 + around, abs=8)
-    assert request > 10
+    around, written_here = turn_tokens(model, batch)
+    ahead = len(made[1].ids) - len(made[0].ids) - around - (written_here if small else 0)
+    assert 0 < ahead <= 8 * 3 * (2 if small else 3)  # what the tiny model writes may be three bytes a token
+    assert written_here > 10
     assert turn_tokens(model, conversation_batches(model, DOCUMENTS, 2, template="base")[0]) == (0, 0)
 
 

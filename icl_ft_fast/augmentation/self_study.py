@@ -1,8 +1,10 @@
 """Self-study: texts that a model writes with documents before it, for others to learn what the documents say.
 
-Each begins with a word of the documents that few of their sentences have, and the model goes on. Under a chat template
-every second one goes on for two turns more: the model writes a message that asks about the documents, and answers it.
-Source: Cartridges (arXiv 2506.06266), section 4.1; the word is ours, for models that follow no instructions.
+A conversation is about a part of the documents. It begins as a sentence of the part does, up to a word that few of all
+sentences have, and the model goes on; every second one begins with the word alone or, under a chat template, goes on
+for two turns more: the model writes a message that asks about the part, and answers it. A small chat model's messages
+make no sense (LOG.md); they are written here. Source: Cartridges (arXiv 2506.06266), section 4.1, with parts of 512 to
+4,096 tokens; the beginnings are ours, for models that follow no instructions.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from icl_ft_fast.augmentation.batches import SMALL
+from icl_ft_fast.augmentation.strategy import SMALL_TEMPERATURE
 from icl_ft_fast.engine import encoding
 from icl_ft_fast.engine.control_tokens import as_text
 from icl_ft_fast.engine.generate import Sampling, iter_generations
@@ -29,6 +33,7 @@ from icl_ft_fast.tasks.task import Document
 
 PER_CALL = 256  # conversations that are written in one call of the engine
 RARE = 0.05  # of the sentences: a word that more of them have is no beginning
+PART_TOKENS, SMALL_PART_TOKENS = 512, 128  # of a part; of a small chat model's, which finds little in more (LOG.md)
 ROOM = 32  # tokens for a beginning and what a chat template writes between turns
 _WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\W{UNSPACED}]+")
 MESSAGES = tuple(
@@ -41,6 +46,7 @@ MESSAGES = tuple(
         "Ask me what something that the documents say can be used for.",
     )
 )
+SMALL_MESSAGE = "What do the documents say about {word}?"
 
 
 class SelfStudyError(UserError):
@@ -60,16 +66,30 @@ class Conversation:
     ids: tuple[int, ...]
 
 
+class Beginning(NamedTuple):
+    """What a conversation begins with: `text` up to its last word, which is `word`."""
+
+    text: str
+    word: str
+
+
+def is_small_chat(model: Model, template: str) -> bool:
+    """Whether a model that is asked through a chat template is too small to ask about documents by itself."""
+    return chosen_template(model, template) == "chat" and model.num_parameters < SMALL
+
+
 def document_parts(
-    model: Model, documents: Sequence[Document], *, template: str = "base", tokens: int = 48
+    model: Model, documents: Sequence[Document], *, template: str = "base", tokens: int = 48, most: int | None = None
 ) -> tuple[tuple[Document, ...], ...]:
-    """The documents in as few runs as fit the model's positions, each with a conversation behind it.
+    """The documents in as few runs as fit `most` tokens and the model's positions; a longer document stands alone.
 
     Args:
         model: from load().
         documents: at least one.
         template: see prompt_context().
         tokens: of each turn that the model writes.
+        most: tokens of a run with its template, if it is of several documents; None for PART_TOKENS, or
+            SMALL_PART_TOKENS for a small chat model.
 
     Raises:
         SelfStudyError: no documents, or one that does not fit alone.
@@ -79,15 +99,15 @@ def document_parts(
     is_chat = chosen_template(model, template) == "chat"
     longest = max(map(len, encoding.encode(model.tokenizer, MESSAGES))) if is_chat else 0
     room = model.max_positions - ROOM - longest - tokens * (3 if is_chat else 1)
+    if most is None:
+        most = SMALL_PART_TOKENS if is_small_chat(model, template) else PART_TOKENS
 
     def length(part: Sequence[Document]) -> int:
         return len(encoding.encode(model.tokenizer, [prompt_context(model, part, template)])[0])
 
-    if length(documents) <= room:
-        return (tuple(documents),)
     parts: list[list[Document]] = [[]]
     for document in documents:
-        if parts[-1] and length([*parts[-1], document]) > room:
+        if parts[-1] and length([*parts[-1], document]) > min(room, most):
             parts.append([])
         parts[-1].append(document)
         if len(parts[-1]) == 1 and (needed := length(parts[-1])) > room:
@@ -98,15 +118,31 @@ def document_parts(
     return tuple(map(tuple, parts))
 
 
-def beginnings(documents: Sequence[Document], seed: int) -> list[str]:
-    """The words that few sentences of the documents have, in a seeded order; all words where every one is frequent."""
-    sentences = [sentence for document in documents for sentence in split_sentences(document.text, "independent")]
-    found = Counter(word for sentence in sentences for word in set(_WORD.findall(sentence)))
-    words = sorted(found)
-    rare = [word for word in words if found[word] <= max(1, RARE * len(sentences))] or words
-    if not rare:
-        raise SelfStudyError("documents: expected at least one word")
-    return random.Random(f"beginnings/{seed}").sample(rare, len(rare))
+def beginnings(parts: Sequence[Sequence[Document]], seed: int) -> list[list[Beginning]]:
+    """For each part its words that few sentences of all documents have, or all if it has none, in a seeded order.
+
+    Returns:
+        Each as a beginning of the first of the part's sentences that has the word.
+
+    Raises:
+        SelfStudyError: a part without a word.
+    """
+    sentences = [
+        [sentence for document in part for sentence in split_sentences(document.text, "independent")] for part in parts
+    ]
+    found = Counter(word for part in sentences for sentence in part for word in set(_WORD.findall(sentence)))
+    most, made = max(1, RARE * sum(map(len, sentences))), []
+    for part in sentences:
+        first: dict[str, str] = {}
+        for sentence in part:
+            for match in _WORD.finditer(sentence):
+                first.setdefault(match[0], sentence[: match.end()])
+        words = sorted(word for word in first if found[word] <= most) or sorted(first)
+        if not words:
+            raise SelfStudyError("documents: expected at least one word")
+        drawn = random.Random(f"beginnings/{seed}").sample(words, len(words))
+        made.append([Beginning(first[word], word) for word in drawn])
+    return made
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,7 @@ class ConversationBatch:
         tokens: the most of each turn.
         temperature: of the beginning and of the message; the answer is greedy.
         seed: of the draws.
+        is_small: whether the messages are written here, see is_small_chat().
     """
 
     name: str
@@ -131,6 +168,7 @@ class ConversationBatch:
     tokens: int
     temperature: float
     seed: int
+    is_small: bool
 
     def generate(self, model: Model, ledger: Ledger, *, progress: bool = False) -> dict[str, Any]:
         """The conversations as plain values, and the work done, which is all that `ledger` holds then."""
@@ -138,16 +176,15 @@ class ConversationBatch:
             write = partial(_written, model, ledger, progress)
             numbers = range(self.first, self.first + self.count)
             contexts = [prompt_context(model, part, self.template) for part in self.parts]
-            words = [beginnings(part, self.seed) for part in self.parts]
-            begun = []
-            for n in numbers:
-                part, turn = n % len(self.parts), n // len(self.parts)
-                begun.append((contexts[part], as_text(model.tokenizer, words[part][turn % len(words[part])])))
+            begun = [
+                (contexts[n % len(self.parts)], as_text(model.tokenizer, start.text))
+                for n, start in zip(numbers, self.starts(), strict=True)
+            ]
             draws = [self.sampling(n, self.temperature) for n in numbers]
-            texts, ids = write([context + word for context, word in begun], draws)
+            texts, ids = write([context + start for context, start in begun], draws)
             after = encoding.encode_pairs(model.tokenizer, begun)
             made = [(*follows, *its) for (_, follows), its in zip(after, ids, strict=True)]
-            said = [word + as_text(model.tokenizer, text) for (_, word), text in zip(begun, texts, strict=True)]
+            said = [start + as_text(model.tokenizer, text) for (_, start), text in zip(begun, texts, strict=True)]
             asking = [i for i, n in enumerate(numbers) if self.template == "chat" and n // len(self.parts) % 2]
             if asking:
                 self._ask(model, write, {i: (self.first + i, said[i]) for i in asking}, contexts, made)
@@ -155,6 +192,15 @@ class ConversationBatch:
             "conversations": [[n % len(self.parts), list(ids)] for n, ids in zip(numbers, made, strict=True)],
             "counts": ledger.as_dict(),
         }
+
+    def starts(self) -> list[Beginning]:
+        """What each conversation begins with: two of a part, one after the other, with the same word."""
+        found, made = beginnings(self.parts, self.seed), []
+        for n in range(self.first, self.first + self.count):
+            part, turn = n % len(self.parts), n // len(self.parts)
+            start = found[part][turn // 2 % len(found[part])]
+            made.append(start if self.template == "chat" or turn % 2 == 0 else Beginning(start.word, start.word))
+        return made
 
     def _ask(
         self, model: Model, write: Any, said: dict[int, tuple[int, str]], contexts: Sequence[str], made: list[Any]
@@ -166,8 +212,12 @@ class ConversationBatch:
             rest = {"role": "assistant", "content": text}, {"role": "user", "content": message}
             return render_chat(model.tokenizer, [turn, *rest])
 
-        asked = [turns(n, text, MESSAGES[n % len(MESSAGES)]) for n, text in said.values()]
-        messages, _ = write(asked, [self.sampling(n, self.temperature) for n, _ in said.values()])
+        if self.is_small:
+            starts = self.starts()
+            messages = [SMALL_MESSAGE.format(word=starts[i].word) for i in said]
+        else:
+            asked = [turns(n, text, MESSAGES[n % len(MESSAGES)]) for n, text in said.values()]
+            messages, _ = write(asked, [self.sampling(n, self.temperature) for n, _ in said.values()])
         messages = [as_text(model.tokenizer, message.strip()) for message in messages]
         answered = [turns(n, text, message) for (n, text), message in zip(said.values(), messages, strict=True)]
         _, ids = write(answered, [self.sampling(n, 0.0) for n, _ in said.values()])
@@ -194,13 +244,17 @@ def _written(
 
 
 def turn_tokens(model: Model, batch: ConversationBatch) -> tuple[int, int]:
-    """Tokens that the chat template writes around a message and its answer, and of a request for a message, about."""
+    """Tokens, about, of what the chat template writes around a message and its answer, and of what is written here.
+
+    The latter is the request for a message or, for a small model, the message itself.
+    """
     if batch.template != "chat":
         return 0, 0
     turn = documents_turn(model, batch.parts[0][:1])
     turns = [turn, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}]
     short, long = encoding.encode(model.tokenizer, [render_chat(model.tokenizer, some) for some in ([turn], turns)])
-    requests = encoding.encode(model.tokenizer, MESSAGES, bos=False)
+    small = [SMALL_MESSAGE.format(word=start.word) for start in batch.starts()]
+    requests = encoding.encode(model.tokenizer, small if batch.is_small else MESSAGES, bos=False)
     return len(long) - len(short), round(sum(map(len, requests)) / len(requests))
 
 
@@ -212,6 +266,7 @@ def conversation_batches(
     template: str = "base",
     tokens: int = 48,
     temperature: float = 0.7,
+    part_tokens: int | None = None,
     seed: int = 0,
     key: str = "",
 ) -> list[ConversationBatch]:
@@ -223,7 +278,8 @@ def conversation_batches(
         count: how many.
         template: see prompt_context().
         tokens: the most of each turn.
-        temperature: see ConversationBatch.
+        temperature: see ConversationBatch; at most SMALL_TEMPERATURE for a small chat model.
+        part_tokens: of the documents that a conversation is about, see document_parts().
         seed: of the draws.
         key: of the model, under which the batches are named.
 
@@ -231,13 +287,14 @@ def conversation_batches(
         SelfStudyError: see document_parts().
     """
     template = chosen_template(model, template)
-    parts = document_parts(model, documents, template=template, tokens=tokens)
-    rest = (tokens, temperature, seed)
+    parts = document_parts(model, documents, template=template, tokens=tokens, most=part_tokens)
+    is_small = is_small_chat(model, template)
+    rest = (tokens, min(temperature, SMALL_TEMPERATURE) if is_small else temperature, seed, is_small)
     shown = [[asdict(document) for document in part] for part in parts]
     found = []
     for first in range(0, count, PER_CALL):
         size = min(PER_CALL, count - first)
-        name = digest("conversations", key, shown, template, first, size, *rest, MESSAGES)
+        name = digest("conversations", key, shown, template, first, size, *rest, MESSAGES, SMALL_MESSAGE)
         found.append(ConversationBatch(name, parts, template, first, size, *rest))
     return found
 

@@ -200,6 +200,9 @@ def add_prefix_options(parser: Parser) -> None:
     group.add_argument("--prefix-tokens", default=sizes, metavar="P[,P...]", help=help)
     help = "conversations about the documents that the model writes to train the prefix on"
     group.add_argument("--conversations", type=positive, default=defaults.conversations, metavar="N", help=help)
+    help = "most tokens of documents that one conversation is about; a longer document stands alone"
+    default = "(default: 512, or 128 for a chat model below 1e9 parameters)"
+    group.add_argument("--part-tokens", type=positive, metavar="N", help=f"{help} {default}")
     help = "training steps of the prefix"
     group.add_argument("--prefix-steps", type=positive, default=defaults.steps, metavar="N", help=help)
     help = "peak learning rate of the prefix"

@@ -220,6 +220,7 @@ def train_prefix(
         template=template,
         tokens=settings.conversation_tokens,
         temperature=settings.temperature,
+        part_tokens=settings.part_tokens,
         seed=seed,
     )
     options = options or RunOptions()

@@ -174,6 +174,8 @@ class PrefixSettings:
     Attributes:
         conversations: that the model writes about the documents.
         conversation_tokens: the most of each of their turns.
+        part_tokens: of the documents that a conversation is about; None for 512, or 128 for a chat model below 1e9
+            parameters.
         temperature: of what the model writes, above 0.
         steps: optimizer steps.
         batch_size: conversations per step.
@@ -188,6 +190,7 @@ class PrefixSettings:
 
     conversations: int = 512
     conversation_tokens: int = 32
+    part_tokens: int | None = None
     temperature: float = 0.7
     steps: int = 128
     batch_size: int = 16
@@ -197,8 +200,9 @@ class PrefixSettings:
     top: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("conversations", "conversation_tokens", "top"):
-            _at_least_one(self, name)
+        for name in ("conversations", "conversation_tokens", "part_tokens", "top"):
+            if getattr(self, name) is not None:
+                _at_least_one(self, name)
         if not 0 < self.temperature < math.inf:
             raise FinetuneError(f"temperature: expected a finite number above 0, got {self.temperature}")
         self.training()

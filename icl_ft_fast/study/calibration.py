@@ -22,7 +22,7 @@ import torch
 from icl_ft_fast.augmentation.batches import PromptBatch
 from icl_ft_fast.augmentation.generators import LocalGenerator, Reply
 from icl_ft_fast.augmentation.prompts import Prompt, completed
-from icl_ft_fast.augmentation.self_study import Conversation, ConversationBatch, beginnings
+from icl_ft_fast.augmentation.self_study import Conversation, ConversationBatch
 from icl_ft_fast.augmentation.strategy import Strategy
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.compaction import compacting_flops
@@ -411,14 +411,14 @@ class Calibration:
         """A turn of conversations behind documents, written behind READ_TOKENS of them."""
 
         def measure() -> Decoding:
-            words = beginnings(batch.parts[0], batch.seed)[: min(batch.count, RUNNING)]
-            seen, encoded = list(part[:READ_TOKENS]), encoding.encode(self.model.tokenizer, words, bos=False)
-            prompts = [[*seen, *word] for word in encoded]
+            starts = [start.text for start in batch.starts()[:RUNNING]]
+            seen, encoded = list(part[:READ_TOKENS]), encoding.encode(self.model.tokenizer, starts, bos=False)
+            prompts = [[*seen, *start] for start in encoded]
             self.read_s(seen)
             known = 0 if self._context is None else common_tokens(self._context.token, np.asarray(seen, np.int32))
-            starts = {} if self._context is None else dict.fromkeys(range(len(prompts)), self._context)
+            kept = {} if self._context is None else dict.fromkeys(range(len(prompts)), self._context)
             draws = [batch.sampling(n, batch.temperature) for n in range(len(prompts))]
-            write = partial(self._continue, prompts, draws, Reuse(starts))
+            write = partial(self._continue, prompts, draws, Reuse(kept))
             found = self._written("conversations", self.model, prompts, batch.tokens, CONVERSING, write, known)
             work = work_of(self.model)
             path = work.path_flops(max(len(part), len(seen)) + 1)

@@ -14,7 +14,6 @@ import torch
 
 from icl_ft_fast.augmentation.self_study import (
     ConversationBatch,
-    beginnings,
     conversation_batches,
     turn_tokens,
     write_conversations,
@@ -86,6 +85,7 @@ def _conversations(
         template=settings.template,
         tokens=prefix.conversation_tokens,
         temperature=prefix.temperature,
+        part_tokens=prefix.part_tokens,
         seed=seed,
         key=key,
     )
@@ -129,14 +129,17 @@ def _expect_conversations(
     model, work, first = job.model, work_of(job.model), batches[0]
     decoding = calibration.conversing(first, parts[0])
     turn, _ = decoding.reply(first.tokens)
-    begun = fmean(map(len, encoding.encode(model.tokenizer, beginnings(first.parts[0], first.seed), bos=False)))
+    starts = [start.text for start in first.starts()]
+    begun = fmean(map(len, encoding.encode(model.tokenizer, starts, bos=False)))
     between, message = turn_tokens(model, first)
+    asks = 0 if first.is_small else 1  # whether the model writes the message
     read = written = flops = seconds = 0.0
     for batch in batches:
         asking = batch.count / 2 if batch.template == "chat" else 0.0  # these go on for two turns more
-        calls = 3 if asking else 1  # each reads the documents
-        ahead = batch.count * begun + asking * (2 * begun + 3 * turn + 2 * between + message)
-        replies = batch.count + 2 * asking
+        calls = 2 + asks if asking else 1  # each reads the documents
+        ahead = batch.count * begun + asking * (begun + turn + between + message)
+        ahead += asking * asks * (begun + 2 * turn + between)
+        replies = batch.count + (1 + asks) * asking
         read += calls * sum(map(len, parts)) + ahead
         written += replies * turn
         for part in parts:
@@ -145,8 +148,9 @@ def _expect_conversations(
             flops += calls * float(path[-2]) + share * (ahead * one + replies * turn * (one + work.head_flops))
             seconds += calls * calibration.read_s(part) + calibration.read_s(part, share * ahead * one)
         seconds += decoding.seconds(batch.count, batch.tokens)
-        seconds += 2 * decoding.seconds(asking, batch.tokens) if asking else 0.0
-    own = begun + turn + ((2 * turn + between) / 2 if first.template == "chat" else 0.0)
+        seconds += (1 + asks) * decoding.seconds(asking, batch.tokens) if asking else 0.0
+    asked = turn if asks else message
+    own = begun + turn + ((asked + turn + between) / 2 if first.template == "chat" else 0.0)
     return Expected(read_tokens=read, written_tokens=written, trained_tokens=own, flops=flops, seconds=seconds)
 
 

@@ -404,7 +404,10 @@ def prefix_settings(options: argparse.Namespace) -> PrefixSettings:
     """How a prefix is trained."""
     with naming({"learning_rate": "prefix-rate", "steps": "prefix-steps"}):
         return PrefixSettings(
-            conversations=options.conversations, steps=options.prefix_steps, learning_rate=options.prefix_rate
+            conversations=options.conversations,
+            part_tokens=options.part_tokens,
+            steps=options.prefix_steps,
+            learning_rate=options.prefix_rate,
         )
 
 
