@@ -1,10 +1,11 @@
 """Self-study: texts that a model writes with documents before it, for others to learn what the documents say.
 
-A conversation is about a part of the documents. It begins as a sentence of the part does, up to a word that few of all
-sentences have, and the model goes on; every second one begins with the word alone or, under a chat template, goes on
-for two turns more: the model writes a message that asks about the part, and answers it. A small chat model's messages
-make no sense (LOG.md); they are written here. Source: Cartridges (arXiv 2506.06266), section 4.1, with parts of 512 to
-4,096 tokens; the beginnings are ours, for models that follow no instructions.
+The documents take turns. A conversation has a part of them before it, with its own document among them, and begins as a
+sentence of the document does, up to a word that few of all sentences have; the model goes on. Every second one begins
+with the word alone or, under a chat template, goes on for two turns more: the model writes a message that asks about
+the part, and answers it. A small chat model's messages make no sense (LOG.md); they are written here. Source:
+Cartridges (arXiv 2506.06266), section 4.1, with parts of 512 to 4,096 tokens; the beginnings are ours, for models that
+follow no instructions.
 """
 
 from __future__ import annotations
@@ -67,10 +68,19 @@ class Conversation:
 
 
 class Beginning(NamedTuple):
-    """What a conversation begins with: `text` up to its last word, which is `word`."""
+    """What a conversation begins with.
 
+    Attributes:
+        part: index of the documents before it, see document_parts().
+        text: as a sentence of one of them does, up to `word`; or `word` alone.
+        word: one that few sentences of the documents have.
+        is_second: whether it is the second of its kinds: asked about under a chat template, else of the word alone.
+    """
+
+    part: int
     text: str
     word: str
+    is_second: bool
 
 
 def is_small_chat(model: Model, template: str) -> bool:
@@ -118,30 +128,27 @@ def document_parts(
     return tuple(map(tuple, parts))
 
 
-def beginnings(parts: Sequence[Sequence[Document]], seed: int) -> list[list[Beginning]]:
-    """For each part its words that few sentences of all documents have, or all if it has none, in a seeded order.
+def rare_words(documents: Sequence[Document], seed: int) -> list[list[tuple[str, str]]]:
+    """For each document its words that few sentences of all have, or all its words, in a seeded order.
 
     Returns:
-        Each as a beginning of the first of the part's sentences that has the word.
+        Each with what the document's first sentence that has it says up to its end: pairs (that, word).
 
     Raises:
-        SelfStudyError: a part without a word.
+        SelfStudyError: no document has a word.
     """
-    sentences = [
-        [sentence for document in part for sentence in split_sentences(document.text, "independent")] for part in parts
-    ]
-    found = Counter(word for part in sentences for sentence in part for word in set(_WORD.findall(sentence)))
+    sentences = [split_sentences(document.text, "independent") for document in documents]
+    found = Counter(word for some in sentences for sentence in some for word in set(_WORD.findall(sentence)))
+    if not found:
+        raise SelfStudyError("documents: expected at least one word")
     most, made = max(1, RARE * sum(map(len, sentences))), []
-    for part in sentences:
+    for some in sentences:
         first: dict[str, str] = {}
-        for sentence in part:
+        for sentence in some:
             for match in _WORD.finditer(sentence):
                 first.setdefault(match[0], sentence[: match.end()])
         words = sorted(word for word in first if found[word] <= most) or sorted(first)
-        if not words:
-            raise SelfStudyError("documents: expected at least one word")
-        drawn = random.Random(f"beginnings/{seed}").sample(words, len(words))
-        made.append([Beginning(first[word], word) for word in drawn])
+        made.append([(first[word], word) for word in random.Random(f"words/{seed}").sample(words, len(words))])
     return made
 
 
@@ -151,7 +158,7 @@ class ConversationBatch:
 
     Attributes:
         name: a digest of all that decides them.
-        parts: the documents, see document_parts(); conversation n follows part n % len(parts).
+        parts: the documents, see document_parts().
         template: see prompt_context().
         first, count: numbers of the conversations.
         tokens: the most of each turn.
@@ -176,53 +183,62 @@ class ConversationBatch:
             write = partial(_written, model, ledger, progress)
             numbers = range(self.first, self.first + self.count)
             contexts = [prompt_context(model, part, self.template) for part in self.parts]
-            begun = [
-                (contexts[n % len(self.parts)], as_text(model.tokenizer, start.text))
-                for n, start in zip(numbers, self.starts(), strict=True)
-            ]
+            starts = self.beginnings()
+            begun = [(contexts[start.part], as_text(model.tokenizer, start.text)) for start in starts]
             draws = [self.sampling(n, self.temperature) for n in numbers]
             texts, ids = write([context + start for context, start in begun], draws)
             after = encoding.encode_pairs(model.tokenizer, begun)
             made = [(*follows, *its) for (_, follows), its in zip(after, ids, strict=True)]
             said = [start + as_text(model.tokenizer, text) for (_, start), text in zip(begun, texts, strict=True)]
-            asking = [i for i, n in enumerate(numbers) if self.template == "chat" and n // len(self.parts) % 2]
-            if asking:
-                self._ask(model, write, {i: (self.first + i, said[i]) for i in asking}, contexts, made)
+            if self.template == "chat" and any(start.is_second for start in starts):
+                self._ask(model, write, starts, said, contexts, made)
         return {
-            "conversations": [[n % len(self.parts), list(ids)] for n, ids in zip(numbers, made, strict=True)],
+            "conversations": [[start.part, list(ids)] for start, ids in zip(starts, made, strict=True)],
             "counts": ledger.as_dict(),
         }
 
-    def starts(self) -> list[Beginning]:
-        """What each conversation begins with: two of a part, one after the other, with the same word."""
-        found, made = beginnings(self.parts, self.seed), []
+    def beginnings(self) -> list[Beginning]:
+        """What each conversation begins with; two of a document, one after the other, have the same word."""
+        places = [(p, document) for p, part in enumerate(self.parts) for document in part]
+        words = rare_words([document for _, document in places], self.seed)
+        order = [i for i in range(len(places)) if words[i]]
+        random.Random(f"documents/{self.seed}").shuffle(order)
+        made = []
         for n in range(self.first, self.first + self.count):
-            part, turn = n % len(self.parts), n // len(self.parts)
-            start = found[part][turn // 2 % len(found[part])]
-            made.append(start if self.template == "chat" or turn % 2 == 0 else Beginning(start.word, start.word))
+            turn, place = divmod(n, len(order))
+            own, is_second = words[order[place]], (turn + place) % 2 == 1
+            text, word = own[turn // 2 % len(own)]
+            text = word if is_second and self.template != "chat" else text
+            made.append(Beginning(places[order[place]][0], text, word, is_second))
         return made
 
     def _ask(
-        self, model: Model, write: Any, said: dict[int, tuple[int, str]], contexts: Sequence[str], made: list[Any]
+        self,
+        model: Model,
+        write: Any,
+        starts: Sequence[Beginning],
+        said: Sequence[str],
+        contexts: Sequence[str],
+        made: list[Any],
     ) -> None:
         """Put, in the place of some conversations, what they become with a message and its answer behind them."""
 
-        def turns(n: int, text: str, message: str) -> ChatText:
-            turn = documents_turn(model, self.parts[n % len(self.parts)])
-            rest = {"role": "assistant", "content": text}, {"role": "user", "content": message}
+        def turns(i: int, message: str) -> ChatText:
+            turn = documents_turn(model, self.parts[starts[i].part])
+            rest = {"role": "assistant", "content": said[i]}, {"role": "user", "content": message}
             return render_chat(model.tokenizer, [turn, *rest])
 
+        asked = [i for i, start in enumerate(starts) if start.is_second]
         if self.is_small:
-            starts = self.starts()
-            messages = [SMALL_MESSAGE.format(word=starts[i].word) for i in said]
+            messages = [SMALL_MESSAGE.format(word=starts[i].word) for i in asked]
         else:
-            asked = [turns(n, text, MESSAGES[n % len(MESSAGES)]) for n, text in said.values()]
-            messages, _ = write(asked, [self.sampling(n, self.temperature) for n, _ in said.values()])
+            requests = [turns(i, MESSAGES[(self.first + i) % len(MESSAGES)]) for i in asked]
+            messages, _ = write(requests, [self.sampling(self.first + i, self.temperature) for i in asked])
         messages = [as_text(model.tokenizer, message.strip()) for message in messages]
-        answered = [turns(n, text, message) for (n, text), message in zip(said.values(), messages, strict=True)]
-        _, ids = write(answered, [self.sampling(n, 0.0) for n, _ in said.values()])
-        for (i, (n, _)), whole, its in zip(said.items(), answered, ids, strict=True):
-            context = contexts[n % len(self.parts)]
+        answered = [turns(i, message) for i, message in zip(asked, messages, strict=True)]
+        _, ids = write(answered, [self.sampling(self.first + i, 0.0) for i in asked])
+        for i, whole, its in zip(asked, answered, ids, strict=True):
+            context = contexts[starts[i].part]
             if whole.startswith(context):  # a template may write a turn otherwise once another one follows it
                 pair = ChatText(context), whole[len(context) :]
                 ((_, follows),) = encoding.encode_pairs(model.tokenizer, [pair])
@@ -253,7 +269,7 @@ def turn_tokens(model: Model, batch: ConversationBatch) -> tuple[int, int]:
     turn = documents_turn(model, batch.parts[0][:1])
     turns = [turn, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}]
     short, long = encoding.encode(model.tokenizer, [render_chat(model.tokenizer, some) for some in ([turn], turns)])
-    small = [SMALL_MESSAGE.format(word=start.word) for start in batch.starts()]
+    small = [SMALL_MESSAGE.format(word=start.word) for start in batch.beginnings()]
     requests = encoding.encode(model.tokenizer, small if batch.is_small else MESSAGES, bos=False)
     return len(long) - len(short), round(sum(map(len, requests)) / len(requests))
 

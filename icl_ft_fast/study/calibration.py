@@ -411,7 +411,7 @@ class Calibration:
         """A turn of conversations behind documents, written behind READ_TOKENS of them."""
 
         def measure() -> Decoding:
-            starts = [start.text for start in batch.starts()[:RUNNING]]
+            starts = [start.text for start in batch.beginnings()[:RUNNING]]
             seen, encoded = list(part[:READ_TOKENS]), encoding.encode(self.model.tokenizer, starts, bos=False)
             prompts = [[*seen, *start] for start in encoded]
             self.read_s(seen)

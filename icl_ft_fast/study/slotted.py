@@ -96,7 +96,7 @@ def _expect_prefix(num_tokens: int, job: ArmJob, calibration: Calibration) -> Ex
     batches = [batch for batch in job.batches if isinstance(batch, ConversationBatch)]
     texts = [prompt_context(model, part, job.settings.template).rstrip() for part in batches[0].parts]
     parts = encoding.encode(model.tokenizer, texts)
-    count, per_part = settings.conversations, settings.conversations / len(parts)
+    count, num_documents = settings.conversations, sum(map(len, batches[0].parts))
     talk = _expect_conversations(batches, parts, job, calibration)
     own = talk.trained_tokens
     trained = settings.steps * settings.batch_size * (own + 1)
@@ -104,11 +104,11 @@ def _expect_prefix(num_tokens: int, job: ArmJob, calibration: Calibration) -> Ex
     step_flops = settings.batch_size * (float(path[-1] - path[num_tokens]) + own * work.head_flops)
     teach_rate, step_rate = calibration.prefix_rates(parts[0], num_tokens, settings, math.ceil(own))
     teach_s, teach_flops = 0.0, float(path[num_tokens]) + count * own * work.head_flops
-    for part in parts:
+    for part, documents in zip(parts, batches[0].parts, strict=True):
         path = work.path_flops(len(part) + math.ceil(own))
         teach_s += calibration.read_s(part)
         teach_flops += float(path[len(part)])
-        ahead = per_part * (float(path[-1] - path[len(part)]) + own * work.head_flops)
+        ahead = count * len(documents) / num_documents * (float(path[-1] - path[len(part)]) + own * work.head_flops)
         teach_s, teach_flops = teach_s + ahead * teach_rate, teach_flops + ahead
     train_flops = SLOT_PASSES * settings.steps * step_flops
     return Expected(
@@ -129,7 +129,7 @@ def _expect_conversations(
     model, work, first = job.model, work_of(job.model), batches[0]
     decoding = calibration.conversing(first, parts[0])
     turn, _ = decoding.reply(first.tokens)
-    starts = [start.text for start in first.starts()]
+    starts = [start.text for start in first.beginnings()]
     begun = fmean(map(len, encoding.encode(model.tokenizer, starts, bos=False)))
     between, message = turn_tokens(model, first)
     asks = 0 if first.is_small else 1  # whether the model writes the message
@@ -142,9 +142,9 @@ def _expect_conversations(
         replies = batch.count + (1 + asks) * asking
         read += calls * sum(map(len, parts)) + ahead
         written += replies * turn
-        for part in parts:
+        for part, documents in zip(parts, batch.parts, strict=True):
             path = work.path_flops(len(part) + 1)
-            one, share = float(path[-1] - path[-2]), 1 / len(parts)
+            one, share = float(path[-1] - path[-2]), len(documents) / sum(map(len, batch.parts))
             flops += calls * float(path[-2]) + share * (ahead * one + replies * turn * (one + work.head_flops))
             seconds += calls * calibration.read_s(part) + calibration.read_s(part, share * ahead * one)
         seconds += decoding.seconds(batch.count, batch.tokens)
