@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from icl_ft_fast.augmentation import self_study
 from icl_ft_fast.augmentation.self_study import (
+    ConversationSettings,
     SelfStudyError,
     conversation_batches,
     document_parts,
@@ -44,12 +45,13 @@ from icl_ft_fast.tasks.reversals import simple_reversals
 from icl_ft_fast.tasks.task import Document, Question
 
 DOCUMENTS = (Document("a", "the cat sat on that mat."), Document("b", "who knows why the cat sat?"))
+TURNS = ConversationSettings(tokens=8)
 FEW = PrefixSettings(conversations=6, conversation_tokens=8, steps=4, batch_size=3, top=5)
 QUESTIONS = [Question("q", " where the cat", (" sat.", " ran far away.")), Question("r", "a", (" dog", " cat"))]
 
 
 def written(model, count=6, **how):
-    batches = conversation_batches(model, DOCUMENTS, count, tokens=8, **how)
+    batches = conversation_batches(model, DOCUMENTS, count, TURNS, **how)
     return write_conversations(model, batches)
 
 
@@ -196,7 +198,7 @@ def test_conversations_follow_the_documents_and_the_seed(llama):
         ["who", "who knows", "who knows why"],
     )
     assert [sorted(text for text, _ in some) for some in words] == list(expected)  # the cat sat in both
-    (batch,) = conversation_batches(llama, DOCUMENTS, 5, tokens=8)
+    (batch,) = conversation_batches(llama, DOCUMENTS, 5, TURNS)
     begun = batch.beginnings()
     assert [start.is_second for start in begun] == [False, True, True, False, False]  # the documents take turns
     assert [start.text == start.word for start in begun[1:3]] == [True, True]
@@ -217,11 +219,11 @@ def test_documents_beyond_the_positions_are_read_in_parts(llama):
     parts = document_parts(llama, many, tokens=8)
     assert [document for part in parts for document in part] == many
     assert len(parts) > 1
-    made = write_conversations(llama, conversation_batches(llama, many, 5, tokens=8))
+    made = write_conversations(llama, conversation_batches(llama, many, 5, TURNS))
     assert len({one.part for one in made}) > 1
     (length,) = map(len, encoding.encode(llama.tokenizer, [prompt_context(llama, many[:3])]))
-    assert list(map(len, document_parts(llama, many[:5], tokens=8, most=length))) == [3, 2]
-    assert list(map(len, document_parts(llama, many[:2], tokens=8, most=1))) == [1, 1]
+    assert list(map(len, document_parts(llama, many[:5], tokens=8, part_tokens=length))) == [3, 2]
+    assert list(map(len, document_parts(llama, many[:2], tokens=8, part_tokens=1))) == [1, 1]
     prefix = train_prefix(llama, many, 9, FEW)
     assert len(prefix.context.token) == 9
 
@@ -243,7 +245,7 @@ def test_chat_models_ask_and_answer(small, tiny_network, tokenizer, tmp_path, mo
     assert len(made[1].ids) > len(made[0].ids)
     roles = [{"role": "assistant", "content": "\ufdd0"}, {"role": "user", "content": "\ufdd0"}]
     _, between, _ = render_chat(model.tokenizer, [documents_turn(model, DOCUMENTS), *roles]).split("\ufdd0")
-    (batch,) = conversation_batches(model, DOCUMENTS, 2, tokens=8, template="chat")
+    (batch,) = conversation_batches(model, DOCUMENTS, 2, TURNS, template="chat")
     assert batch.temperature == (SMALL_TEMPERATURE if small else 0.7)
     word = batch.beginnings()[1].word
     assert (f"{between}What do the documents say about {word}?" in asked) == bool(small)

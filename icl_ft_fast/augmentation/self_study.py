@@ -67,6 +67,22 @@ class Conversation:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ConversationSettings:
+    """How conversations are written.
+
+    Attributes:
+        tokens: the most of each turn.
+        temperature: of what is written but for answers, which are greedy; at most SMALL_TEMPERATURE for a small chat
+            model.
+        part_tokens: see document_parts().
+    """
+
+    tokens: int = 48
+    temperature: float = 0.7
+    part_tokens: int | None = None
+
+
 class Beginning(NamedTuple):
     """What a conversation begins with.
 
@@ -89,17 +105,22 @@ def is_small_chat(model: Model, template: str) -> bool:
 
 
 def document_parts(
-    model: Model, documents: Sequence[Document], *, template: str = "base", tokens: int = 48, most: int | None = None
+    model: Model,
+    documents: Sequence[Document],
+    *,
+    template: str = "base",
+    tokens: int = 48,
+    part_tokens: int | None = None,
 ) -> tuple[tuple[Document, ...], ...]:
-    """The documents in as few runs as fit `most` tokens and the model's positions; a longer document stands alone.
+    """The documents in runs of at most `part_tokens` that fit the model's positions; a longer document stands alone.
 
     Args:
         model: from load().
         documents: at least one.
         template: see prompt_context().
         tokens: of each turn that the model writes.
-        most: tokens of a run with its template, if it is of several documents; None for PART_TOKENS, or
-            SMALL_PART_TOKENS for a small chat model.
+        part_tokens: the most of several documents with their template; None for PART_TOKENS, or SMALL_PART_TOKENS for
+            a small chat model.
 
     Raises:
         SelfStudyError: no documents, or one that does not fit alone.
@@ -109,8 +130,7 @@ def document_parts(
     is_chat = chosen_template(model, template) == "chat"
     longest = max(map(len, encoding.encode(model.tokenizer, MESSAGES))) if is_chat else 0
     room = model.max_positions - ROOM - longest - tokens * (3 if is_chat else 1)
-    if most is None:
-        most = SMALL_PART_TOKENS if is_small_chat(model, template) else PART_TOKENS
+    most = part_tokens or (SMALL_PART_TOKENS if is_small_chat(model, template) else PART_TOKENS)
 
     def length(part: Sequence[Document]) -> int:
         return len(encoding.encode(model.tokenizer, [prompt_context(model, part, template)])[0])
@@ -278,11 +298,9 @@ def conversation_batches(
     model: Model,
     documents: Sequence[Document],
     count: int,
+    settings: ConversationSettings | None = None,
     *,
     template: str = "base",
-    tokens: int = 48,
-    temperature: float = 0.7,
-    part_tokens: int | None = None,
     seed: int = 0,
     key: str = "",
 ) -> list[ConversationBatch]:
@@ -292,19 +310,17 @@ def conversation_batches(
         model: from load().
         documents: what they are about.
         count: how many.
+        settings: how they are written.
         template: see prompt_context().
-        tokens: the most of each turn.
-        temperature: see ConversationBatch; at most SMALL_TEMPERATURE for a small chat model.
-        part_tokens: of the documents that a conversation is about, see document_parts().
         seed: of the draws.
         key: of the model, under which the batches are named.
 
     Raises:
         SelfStudyError: see document_parts().
     """
-    template = chosen_template(model, template)
-    parts = document_parts(model, documents, template=template, tokens=tokens, most=part_tokens)
-    is_small = is_small_chat(model, template)
+    settings, template = settings or ConversationSettings(), chosen_template(model, template)
+    tokens, temperature, is_small = settings.tokens, settings.temperature, is_small_chat(model, template)
+    parts = document_parts(model, documents, template=template, tokens=tokens, part_tokens=settings.part_tokens)
     rest = (tokens, min(temperature, SMALL_TEMPERATURE) if is_small else temperature, seed, is_small)
     shown = [[asdict(document) for document in part] for part in parts]
     found = []

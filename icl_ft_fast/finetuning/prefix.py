@@ -21,7 +21,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from icl_ft_fast.augmentation.self_study import Conversation, conversation_batches, write_conversations
+from icl_ft_fast.augmentation.self_study import (
+    Conversation,
+    ConversationSettings,
+    conversation_batches,
+    write_conversations,
+)
 from icl_ft_fast.engine import encoding, trie
 from icl_ft_fast.engine.contexts import save_context
 from icl_ft_fast.engine.defaults import CHUNK_TOKENS
@@ -175,6 +180,11 @@ class TrainedPrefix:
     losses: tuple[float, ...]
 
 
+def conversation_settings(settings: PrefixSettings) -> ConversationSettings:
+    """How the conversations of a prefix are written."""
+    return ConversationSettings(settings.conversation_tokens, settings.temperature, settings.part_tokens)
+
+
 def train_prefix(
     model: Model,
     documents: Task | Sequence[Document],
@@ -217,10 +227,8 @@ def train_prefix(
         model,
         shown,
         settings.conversations,
+        conversation_settings(settings),
         template=template,
-        tokens=settings.conversation_tokens,
-        temperature=settings.temperature,
-        part_tokens=settings.part_tokens,
         seed=seed,
     )
     options = options or RunOptions()

@@ -25,7 +25,7 @@ from icl_ft_fast.engine.flops import work_of
 from icl_ft_fast.engine.model import Model
 from icl_ft_fast.engine.prompting import prompt_context
 from icl_ft_fast.engine.slots import LABEL, key_of, slots_context
-from icl_ft_fast.finetuning.prefix import SlotsRun, train_slots
+from icl_ft_fast.finetuning.prefix import SlotsRun, conversation_settings, train_slots
 from icl_ft_fast.finetuning.settings import RunOptions
 from icl_ft_fast.runtime.durable import digest
 from icl_ft_fast.study.amortise import Samples
@@ -82,10 +82,8 @@ def _conversations(
         model,
         all_documents(model, task, seed, settings).documents,
         prefix.conversations,
+        conversation_settings(prefix),
         template=settings.template,
-        tokens=prefix.conversation_tokens,
-        temperature=prefix.temperature,
-        part_tokens=prefix.part_tokens,
         seed=seed,
         key=key,
     )
