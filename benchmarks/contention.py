@@ -18,15 +18,21 @@ import numpy as np
 
 from benchmarks.smollm2 import smollm2
 from benchmarks.timing import Row
-from icl_ft_fast.runtime.threads import WAIT_VARIABLES
+from icl_ft_fast.runtime.threads import SPIN_ALONE, SPIN_BESIDE, SPIN_VARIABLE, WAIT_VARIABLES
 
-SETTINGS = {
+CHOSEN = "as chosen"  # by bound_spinning(), as the command line does it
+SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
-    "spin 2000": {"GOMP_SPINCOUNT": "2000"},
-    "spin 50000": {"GOMP_SPINCOUNT": "50000"},
+    CHOSEN: {},
+    f"spin {SPIN_BESIDE}": {SPIN_VARIABLE: SPIN_BESIDE},
+    f"spin {SPIN_ALONE}": {SPIN_VARIABLE: SPIN_ALONE},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 ROUNDS = 9
+BOUND = """from icl_ft_fast.runtime.threads import bound_spinning
+bound_spinning()
+import runpy
+runpy.run_module("benchmarks.contention", run_name="__main__")"""
 BESIDE = "import os, torch\nn = os.cpu_count()\ntorch.set_num_threads(n)\na = torch.randn(512, 512)\nwhile True: a @ a"
 
 
@@ -49,7 +55,7 @@ def run(quick: bool, work: str | None = None) -> list[Row]:
             made: dict[tuple[str, str], list[float]] = {}
             for where in ("quiet", "beside"):
                 for setting in list(SETTINGS)[: 2 if quick else None]:
-                    made[where, setting] = _measured(task, model, SETTINGS[setting], quick, beside=where == "beside")
+                    made[where, setting] = _measured(task, model, setting, quick, beside=where == "beside")
             results = [values.pop(0) for values in made.values()]
             assert all(math.isclose(result, results[0], rel_tol=1e-4) for result in results), f"they differ: {results}"
             least = float(np.median(made["quiet", "default"]))
@@ -60,13 +66,14 @@ def run(quick: bool, work: str | None = None) -> list[Row]:
     return rows
 
 
-def _measured(work: str, model: str, setting: dict[str, str], quick: bool, *, beside: bool) -> list[float]:
+def _measured(work: str, model: str, setting: str, quick: bool, *, beside: bool) -> list[float]:
     """What the work came to, then milliseconds of each call."""
     clean = {name: value for name, value in os.environ.items() if name not in (*WAIT_VARIABLES, "OMP_NUM_THREADS")}
     other = subprocess.Popen([sys.executable, "-c", BESIDE], env=clean) if beside else None
     try:
-        command = [sys.executable, "-m", "benchmarks.contention", work, model, "3" if quick else str(ROUNDS)]
-        done = subprocess.run(command, env=clean | setting, check=True, capture_output=True, text=True)
+        program = ["-c", BOUND] if setting == CHOSEN else ["-m", "benchmarks.contention"]
+        command = [sys.executable, *program, work, model, "3" if quick else str(ROUNDS)]
+        done = subprocess.run(command, env=clean | SETTINGS[setting], check=True, capture_output=True, text=True)
     finally:
         if other is not None:
             other.kill()
