@@ -240,7 +240,8 @@ def test_a_calibration_that_waited_for_cores_is_told(llama, monkeypatch, planned
     write_plan(tmp_path, plan, "abc")
     assert json.loads((tmp_path / PLAN).read_text())["beside"] == plan.beside
     run = planned[1]["base"]
-    run = replace(run, counts={"phases": {"query": {"wall_s": 10.0, "device_s": 10 * share}}})
+    phases = {"query": {"wall_s": 10.0, "device_s": 10 * share}, "retrieve": {"wall_s": 99.0, "device_s": 0.0}}
+    run = replace(run, counts={"phases": phases})
     assert [told in line for line in kept_to(plan, [run])] == [False, True, True][: 3 if is_told else 1]
 
 

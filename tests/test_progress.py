@@ -36,6 +36,16 @@ def test_short_work_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_what_is_left_goes_by_the_pace_since_the_first_unit():
+    with Activity("augmenting", total=101, unit="reply", shown=False) as work:
+        work.update(1)
+        work._start -= 90
+        assert work.line().endswith("1 of 101 replies, 1 min 30 s, about 2 h 30 min left")
+        work._first = work._first[0] - 10, 1
+        work.update(10)
+        assert work.line().endswith("11 of 101 replies, 1 min 30 s, about 1 min 30 s left")
+
+
 def test_a_log_gets_lines_of_the_innermost_work(soon, capsys):
     with Activity("comparing"):
         time.sleep(0.45)

@@ -44,6 +44,7 @@ class Activity:
         """
         self.what, self.total, self.unit, self.done, self.shown = what, total, unit, initial, shown
         self._initial, self._start, self._notes = initial, time.monotonic(), ""
+        self._first: tuple[float, int] | None = None  # when the first units were done, and the units of then
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -70,6 +71,7 @@ class Activity:
     def update(self, count: int = 1) -> None:
         """Count units done."""
         self.done += count
+        self._first = self._first or (time.monotonic(), self.done)
         if self._bar is not None:
             self._bar.update(count)
 
@@ -77,7 +79,7 @@ class Activity:
         """Set how many units there are in all, when that is known at last, and count from 0."""
         if self._bar is not None:
             self._bar.close()
-        self.total, self.done, self._initial = total, 0, 0
+        self.total, self.done, self._initial, self._first = total, 0, 0, None
         self._draw()
 
     def note(self, **values: str) -> None:
@@ -99,8 +101,11 @@ class Activity:
             return f"{self.what}: {duration(seconds)}"
         units = f"{self.unit[:-1]}ies" if self.unit.endswith("y") else f"{self.unit}s"
         told = f"{self.what}: {self.done:,} of {self.total:,} {units}, {duration(seconds)}"
-        if self.done > self._initial:
-            left = seconds * (self.total - self.done) / (self.done - self._initial)
+        since, before = self._start, self._initial
+        if self._first is not None and self.done > self._first[1]:
+            since, before = self._first  # the first of many at once takes as long as all of them
+        if self.done > before:
+            left = (time.monotonic() - since) * (self.total - self.done) / (self.done - before)
             told += f", about {duration(left)} left"
         return told + self._notes
 
