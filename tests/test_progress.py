@@ -44,6 +44,10 @@ def test_what_is_left_goes_by_the_pace_since_the_first_unit():
         work._first = work._first[0] - 10, 1
         work.update(10)
         assert work.line().endswith("11 of 101 replies, 1 min 30 s, about 1 min 30 s left")
+    with Activity("augmenting", unit="reply", shown=False) as work:
+        assert work.line() == "augmenting: 0 s"
+        work.update(3)
+        assert work.line() == "augmenting: 3 replies, 0 s"
 
 
 def test_a_log_gets_lines_of_the_innermost_work(soon, capsys):

@@ -97,9 +97,9 @@ class Activity:
     def line(self) -> str:
         """What it is, how far, since when, and how long it may take."""
         seconds = time.monotonic() - self._start
-        if not self.total:
-            return f"{self.what}: {duration(seconds)}"
         units = f"{self.unit[:-1]}ies" if self.unit.endswith("y") else f"{self.unit}s"
+        if not self.total:
+            return f"{self.what}: {f'{self.done:,} {units}, ' if self.done else ''}{duration(seconds)}"
         told = f"{self.what}: {self.done:,} of {self.total:,} {units}, {duration(seconds)}"
         since, before = self._start, self._initial
         if self._first is not None and self.done > self._first[1]:
