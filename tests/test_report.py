@@ -360,6 +360,12 @@ def test_figures_taken_beside_other_workers_say_so(study):
     assert beside(1, 1).beside == ""
     assert len(beside(1, 1).summary()["notes"]) == 1  # fewer than four seeds
     assert "several workers" in beside(3, None).beside
+    results = replace(study.results, machine={"device": "cpu"})
+    for processor_s, is_told in ((7.0, True), (9.0, False)):
+        counts = {"phases": {"train": {"wall_s": 10.0, "device_s": processor_s}, "index": {"wall_s": 9.0}}}
+        runs = tuple(replace(run, counts=counts) for run in results.runs[:1])
+        told = replace(study, results=replace(results, runs=runs)).beside
+        assert ("took the cores: they had 7 s of processor time in 10 s" in told) == is_told
     noted, console = beside(1, 3, 2), Console(file=io.StringIO(), width=500)
     assert "while 3 workers ran at once" in noted.beside
     table.print_study(noted, console)

@@ -18,7 +18,7 @@ from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import Priced, on_hosted, on_machine, uncounted_electricity
 from icl_ft_fast.study.clusters import Cluster, clusters_of
 from icl_ft_fast.study.compare import context_lengths
-from icl_ft_fast.study.costs import ArmCosts, nearest_point
+from icl_ft_fast.study.costs import ArmCosts, computed_s, nearest_point, waited
 from icl_ft_fast.study.evaluate import Accuracy, Answer
 from icl_ft_fast.study.harm import SHARED_WITH_GENERAL
 from icl_ft_fast.study.paired import Paired, mix_of, pair, paired_tests
@@ -140,7 +140,7 @@ class Derived:
                 rows = sum(its.get("augmentations", 0) for its in notes)
                 found.append(
                     f"{title}: only {productive:,} of {prompts:,} prompts gave a row ({rows:,} rows): its augmentation "
-                    "failed for most documents, so it says little about augmentation."
+                    "failed for most of them, so it says little about augmentation."
                 )
             found += dict.fromkeys(
                 f"{title}: {concern}." for its in notes for concern in its.get("training_concerns", ())
@@ -149,12 +149,18 @@ class Derived:
 
     @property
     def beside(self) -> str:
-        """What to know of figures that were measured while other runs were made; empty where none were."""
+        """What to know of figures that were measured beside other runs or processes; empty where there were none."""
         workers = {run.workers for run in self.results.runs} - {1}
         count = "several" if None in workers else max(filter(None, workers), default=1)
         told = f"Arms were timed while {count} workers ran at once. On one machine they slow each other down and share "
         told += "its energy: setups and break-even numbers may be too high. Query costs were measured alone."
-        return told if workers else ""
+        if workers or self.results.machine.get("device") != "cpu":
+            return told if workers else ""
+        seconds, processor_s = computed_s(self.results.runs)
+        return (
+            f"Arms were timed while other processes took the cores: they had {processor_s:,.0f} s of processor time in "
+            f"{seconds:,.0f} s. Setups, queries and break-even numbers may be too high, and not all of them equally."
+        ) * waited(seconds, processor_s)
 
     @property
     def notes(self) -> list[str]:

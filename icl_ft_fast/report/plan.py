@@ -16,11 +16,11 @@ from icl_ft_fast.runtime.durable import replacing
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.printable import duration
 from icl_ft_fast.study.arms import recorded_arm
-from icl_ft_fast.study.forecast import Forecast, taken_s, waited
+from icl_ft_fast.study.costs import computed_s, waited
+from icl_ft_fast.study.forecast import Forecast, taken_s
 from icl_ft_fast.study.records import Run
 
 PLAN = "plan.json"  # in a study's folder
-WAITING = ("index", "retrieve", "context")  # phases in which a server or a disk may be waited for
 
 
 class PlanError(UserError):
@@ -96,20 +96,17 @@ def read_plan(folder: Path, arguments: str) -> Forecast | None:
 
 def kept_to(plan: Forecast, runs: Sequence[Run]) -> list[str]:
     """Seconds of each planned arm as planned and as taken, and whether either waited for other processes; in lines."""
-    lines, seconds, processor_s = [], 0.0, 0.0
+    lines, planned = [], []
     for arm in plan.arms:
-        its = [run for run in runs if run.arm == arm.arm and arm.is_planned]
-        taken = [taken_s(run) for run in its]
-        computed = [phase for run in its for name, phase in run.counts["phases"].items() if name not in WAITING]
-        seconds += sum(phase["wall_s"] for phase in computed)
-        processor_s += sum(phase["device_s"] or 0.0 for phase in computed)
-        if taken:
-            mean = sum(taken) / len(taken)
+        its = [run for run in runs if run.arm == arm.arm]
+        if arm.is_planned and its:
+            mean = sum(map(taken_s, its)) / len(its)
             factor = f" ({mean / arm.seconds:.2f} times the plan)" if arm.seconds else ""
             lines.append(f"{recorded_arm(arm.arm).title}: planned {arm.seconds:,.1f} s, took {mean:,.1f} s{factor}")
+            planned += its
+    seconds, processor_s = computed_s(planned)
     if lines and plan.beside:
         lines.append(plan.beside)
-    # Processor time is that of all threads together: of several, this tells only when they waited for most of the time.
     if lines and plan.processor_s is not None and waited(seconds, processor_s):
         lines.append(
             f"Other processes took the cores while the arms ran: they had {processor_s:,.1f} s of processor time in "

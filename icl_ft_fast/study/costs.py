@@ -19,6 +19,23 @@ ANSWERING = (
     "prefill",
     "query",
 )  # phases of asking; all others are paid once, before
+WAITING = ("index", "retrieve", "context")  # phases in which a server or a disk may be waited for
+BESIDE = 1.25  # times its processor seconds, from which on work on a CPU is said to have waited for other processes
+
+
+def waited(seconds: float, processor_s: float) -> bool:
+    """Whether work on a CPU took longer than it had a core, by more than a quarter."""
+    return seconds > BESIDE * processor_s
+
+
+def computed_s(runs: Sequence[Run]) -> tuple[float, float]:
+    """Seconds of the phases in which runs computed, and of all their threads' processor time in these.
+
+    Of several threads, the second tells only when they waited for most of the time.
+    """
+    phases = [phase for run in runs for name, phase in run.counts["phases"].items() if name not in WAITING]
+    told = [phase for phase in phases if phase.get("device_s") is not None]
+    return math.fsum(phase["wall_s"] for phase in told), math.fsum(phase["device_s"] for phase in told)
 
 
 def nearest_point(sweep: Sweep, context_tokens: int, batch: int) -> Point | None:

@@ -36,7 +36,7 @@ from icl_ft_fast.study.arm import (
 from icl_ft_fast.study.arms import arm_named, expand_arms, sizes_of
 from icl_ft_fast.study.calibration import CALIBRATION_S, Calibration
 from icl_ft_fast.study.compare import settled
-from icl_ft_fast.study.costs import ANSWERING, ArmCosts
+from icl_ft_fast.study.costs import ANSWERING, ArmCosts, waited
 from icl_ft_fast.study.records import Run
 from icl_ft_fast.study.runs import PlannedRun, is_made_once, plan
 from icl_ft_fast.study.settings import CHECKPOINT_S, StudySettings
@@ -48,7 +48,6 @@ from icl_ft_fast.tasks.task import Task
 CHECKPOINT_BYTES = 12  # a trained weight: itself and the optimizer's two moments, in float32
 ANSWER_BYTES, CHOICE_BYTES = 400, 50  # of results.json and of the journal together, for each answer
 SPECIAL_TOKENS = 2  # around an example
-BESIDE = 1.25  # times its processor seconds, from which on work on a CPU is said to have waited for other processes
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,6 @@ def forecast(
     took_s = time.perf_counter() - begun
     guessed = tuple(calibration.guessed)
     return Forecast(tuple(made), rival, spent, seconds, took_s, guessed, processor_s, beside)
-
-
-def waited(seconds: float, processor_s: float) -> bool:
-    """Whether work on a CPU took longer than it had a core, by more than a quarter."""
-    return seconds > BESIDE * processor_s
 
 
 def taken_s(run: Run) -> float:

@@ -212,9 +212,12 @@ def _serving(study: Derived, options: argparse.Namespace) -> str:
     trained = options.keep_models / kept_name(arm, study.results.runs[0].seed)
     served = shlex.quote(str(trained)) if arm_named(arm).training is not None else given
     dtype = f" --dtype {options.dtype}" if options.dtype else ""
-    reads = arm_named(arm).asking.context is not None or arm_named(arm).asking.prepare is not None
-    documents = ", with the documents in front of each question" if reads else ""
-    return f"To serve {arm}, {why}{documents}: icl-ft-fast serve {served}{dtype}"
+    asking, before = arm_named(arm).asking, ""
+    if asking.context is not None:
+        before = ", with the documents in front of each question"
+    elif asking.prepare is not None:
+        before = f", with {'its saved context' if asking.has_slots else 'its passages'} in front of each question"
+    return f"To serve {arm}, {why}{before}: icl-ft-fast serve {served}{dtype}"
 
 
 def _compare_all(options: argparse.Namespace, executor: Executor) -> None:
