@@ -156,11 +156,9 @@ class Derived:
         told += "its energy: setups and break-even numbers may be too high. Query costs were measured alone."
         if workers or self.results.machine.get("device") != "cpu":
             return told if workers else ""
-        seconds, processor_s = computed_s(self.results.runs)
-        return (
-            f"Arms were timed while other processes took the cores: they had {processor_s:,.0f} s of processor time in "
-            f"{seconds:,.0f} s. Setups, queries and break-even numbers may be too high, and not all of them equally."
-        ) * waited(seconds, processor_s)
+        told = "Arms were timed while other processes took the cores: see wall s and device s in the report's ledger. "
+        told += "Setups, queries and break-even numbers may be too high, and not all of them equally."
+        return told * waited(*computed_s(self.results.runs))
 
     @property
     def notes(self) -> list[str]:
