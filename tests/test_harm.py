@@ -18,7 +18,7 @@ from icl_ft_fast.finetuning.settings import FinetuneSettings, PrefixSettings
 from icl_ft_fast.report import table
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.report.page import render
-from icl_ft_fast.report.verdict import why_none
+from icl_ft_fast.report.verdict import verdict_of, why_none
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import compare
 from icl_ft_fast.study.evaluate import Accuracy
@@ -167,6 +167,8 @@ def test_the_table_and_the_decision_know_harm(results, monkeypatch):
     assert none.decision_ways("seconds") == []
     monkeypatch.setattr(Derived, "not_above_chance", "")  # as this random model is
     assert "every arm loses more than --max-harm" in why_none(none)
+    verdict = verdict_of(strict, 100, 2.0)
+    assert "Left out, as --max-harm is less than they lose or that was not measured: ICL." in verdict.text
 
 
 def test_a_general_task_that_shares_documents_or_questions_is_told(results, tmp_path):

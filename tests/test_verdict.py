@@ -56,6 +56,7 @@ def test_what_is_not_above_chance_is_not_ranked():
     assert concern == "No way is clearly above chance (0.500): fix the model, the prompt or the questions first."
     assert why_none(study) == f"No decision. {concern}"
     assert summary(study, 1000)["concerns"] == [concern]
+    assert study_of({"oracle": 24, "base": 13}, 24).concerns == [concern]  # nobody can choose an oracle
 
 
 def test_an_arm_without_augmentation_is_not_chosen():

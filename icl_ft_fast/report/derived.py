@@ -109,12 +109,14 @@ class Derived:
 
     @cached_property
     def not_above_chance(self) -> str:
-        """A sentence where no arm's interval over all questions lies above chance; else empty."""
+        """A sentence where the interval of no arm that can be chosen lies above chance; else empty."""
         chance = self.chance(None)
-        lows = [interval[0] for arm in self.arms if (interval := self.interval(arm)) is not None]
+        arms = [arm for arm in self.arms if self.is_harmless(arm) and not recorded_arm(arm).asking.is_control]
+        lows = [interval[0] for arm in arms if (interval := self.interval(arm)) is not None]
         if chance is None or not lows or max(lows) > chance:
             return ""
-        return f"No way is clearly above chance ({chance:.3f}): fix the model, the prompt or the questions first."
+        kept = "" if all(map(self.is_harmless, self.arms)) else " that keeps --max-harm"
+        return f"No way{kept} is clearly above chance ({chance:.3f}): fix the model, the prompt or the questions first."
 
     def is_augmented(self, arm: str) -> bool:
         """Whether an arm's augmentation gave more than next to nothing, if it was to have one."""

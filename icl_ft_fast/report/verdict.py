@@ -113,6 +113,7 @@ def verdict_of(study: Derived, queries: float, points: float) -> Verdict | None:
             *_capacity(study, decision, [way.name for way in asked if way not in ways]),
             *_hosted(study),
             *_latency(study, decision),
+            *_harmful(study),
         ),
         _by_changes(study, queries, points),
         regret if study.service.cost_of_wrong is not None else None,
@@ -225,6 +226,13 @@ def _latency(study: Derived, decision: Decision) -> list[str]:
     if out:
         text += f" Slower than --max-latency, or not known: {', '.join(out)}."
     return [text]
+
+
+def _harmful(study: Derived) -> list[str]:
+    """A sentence on arms that lose more elsewhere than they may."""
+    arms = [recorded_arm(arm) for arm in study.arms if not study.is_harmless(arm)]
+    out = ", ".join(arm.title for arm in arms if not arm.asking.is_control)
+    return [f"Left out, as --max-harm is less than they lose or that was not measured: {out}."] if out else []
 
 
 def _hosted(study: Derived) -> list[str]:
