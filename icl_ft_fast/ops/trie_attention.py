@@ -189,7 +189,8 @@ def trie_attention(
     sinks = None if sinks is None else sinks.to(accumulator(q.dtype))
     flat = (sinks, scale, window or 0, check_softcap(op, options.softcap), options.batch_invariant)
     # Where no gradient can be recorded, an autograd.Function would take as long as a decoding step's few rows.
-    attend = _attend if torch.is_inference_mode_enabled() else _TrieAttention.apply
+    records = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    attend = _TrieAttention.apply if records else _attend
     out, lse = attend(q, k, v, *over, *flat, tree.shared(window or 0), plans)
     return (out, lse) if return_lse else out
 

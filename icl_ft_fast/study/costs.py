@@ -21,11 +21,12 @@ ANSWERING = (
 )  # phases of asking; all others are paid once, before
 WAITING = ("index", "retrieve", "context")  # phases in which a server or a disk may be waited for
 BESIDE = 1.25  # times its processor seconds, from which on work on a CPU is said to have waited for other processes
+MOMENT = 0.5  # seconds: less says nothing of a study
 
 
 def waited(seconds: float, processor_s: float) -> bool:
-    """Whether work on a CPU took longer than it had a core, by more than a quarter."""
-    return seconds > BESIDE * processor_s
+    """Whether work on a CPU took longer than it had a core, by more than a quarter and more than a moment."""
+    return seconds > max(BESIDE * processor_s, processor_s + MOMENT)
 
 
 def computed_s(runs: Sequence[Run]) -> tuple[float, float]:
