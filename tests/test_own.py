@@ -269,23 +269,25 @@ def test_what_is_doubtful_is_told(tmp_path, capsys):
     for name, more in (("a", ""), ("b", " So they say."), ("c", "")):
         (tmp_path / f"{name}.txt").write_text(text + more)
     rows = [{"prompt": "Who?", "choices": ["Anna", "Karl", "Anna"], "answer": 2}, {"prompt": "又", "choices": ["安娜"]}]
-    rows += [{"prompt": " ", "choices": ["Anna", "Karl"]}]
+    rows += [{"prompt": " ", "choices": ["Anna", "Karl"], "document": "a"}]
     asked = tmp_path / "q.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = [tmp_path / f"{name}.txt" for name in ("empty", "a", "b", "c")]
     code, out, _ = call(capsys, "new", tmp_path / "t", "--documents", *paths, "--questions", asked)
     assert code == 0
-    assert out.splitlines()[:3] == [
+    assert out.splitlines()[:4] == [
         "documents without text: 1 (empty.txt)",
         "choices that run into the prompt, without a space between: 1 (q.jsonl:1)"
         "; begin such choices with a space, in tables too",
         "questions with equal choices: 1 (q.jsonl:1)",
+        "questions whose document (field document) is not there: 1 (q.jsonl:3)"
+        "; the documents have ids such as empty.txt",
     ]
     question = Task.read(tmp_path / "t").questions[0]
     assert (question.answer, question.correct) == (0, (0, 2))  # the right text is right wherever it stands
     pytest.importorskip("datasketch")
     code, out, _ = call(capsys, "check", tmp_path / "t")
-    assert out.splitlines()[:7] == [
+    assert out.splitlines()[:8] == [
         "documents without text: 1 (empty.txt)",
         "documents that repeat another: 1 (c.txt)",
         "documents that nearly repeat another: 1 (b.txt)",
@@ -294,6 +296,7 @@ def test_what_is_doubtful_is_told(tmp_path, capsys):
         "questions whose choices run into the prompt, without a space between: 1 (q.jsonl:1)"
         "; begin such choices with a space, in tables too",
         "questions without a prompt: 1 (q.jsonl:3)",
+        "questions whose document (field document) is not there: 1 (q.jsonl:3)",
     ]
 
 
@@ -521,6 +524,7 @@ def test_a_task_of_ones_own_from_the_command_line(tmp_path, capsys):
         "questions with equal choices: none",
         "questions whose choices run into the prompt, without a space between: none",
         "questions without a prompt: none",
+        "questions whose document (field document) is not there: none",
         "answers that the documents state word for word, split test, 1 questions: 1 (q)",
         "accuracy of always picking the longest choice: 1.000; chance: 0.500",
         "correct choices by position among 2 choices: 1, 0",

@@ -152,7 +152,7 @@ def test_all_arms_are_those_that_can_take_the_task():
         (
             "oracle",
             Task(TASK.documents, (replace(TASK.questions[0], document="lost"),)),
-            "oracle: question 'fact0-reversal': no document 'lost'",
+            "oracle: question 'fact0-reversal': field document: no document has the id 'lost'; ids are such as '",
         ),
     ],
 )

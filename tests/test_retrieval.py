@@ -251,6 +251,9 @@ def test_hits_are_passages_of_the_question_s_own_document():
     assert hit_rate(task, passages, questions, [(1,), (last,), (0,)]) == 1.0
     assert hit_rate(task, passages, questions, [(1,), (0, 2), (0,)]) == 0.5
     assert hit_rate(task, passages, questions[2:], [(0,)]) is None
+    lost = Question("lost", "x", (" y",), document="gone")
+    assert hit_rate(task, passages, [lost], [(0,)]) is None
+    assert hit_rate(Task(documents, (*questions, lost)), passages, [*questions[:1], lost], [(1,), (0,)]) == 1.0
 
 
 def test_a_static_model_in_a_folder(tmp_path):

@@ -130,7 +130,10 @@ def _check_sources(task: Task) -> None:
                 "topic"
             )
         if not sources[question.id] <= ids:
-            raise RetrievalError(f"arms: oracle: question {question.id!r}: no document {question.document!r}")
+            raise RetrievalError(
+                f"arms: oracle: question {question.id!r}: field document: no document has the id "
+                f"{question.document!r}; ids are such as {task.documents[0].id if task.documents else ''!r}"
+            )
 
 
 def _prepare_oracle(job: ArmJob, ready: Prepared) -> Prepared:

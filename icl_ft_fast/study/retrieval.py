@@ -359,10 +359,10 @@ def hit_rate(
         >>> iff.hit_rate(task, iff.split_documents(task.documents), task.questions, [(0,)])
         1.0
     """
-    sources = source_documents(task)
+    sources, ids = source_documents(task), {document.id for document in task.documents}
     hits = [
         any(passages[i].document_id in sources[question.id] for i in indices)
         for question, indices in zip(questions, found, strict=True)
-        if question.id in sources
+        if not ids.isdisjoint(sources.get(question.id, ()))  # a document that is not there cannot be found
     ]
     return sum(hits) / len(hits) if hits else None

@@ -38,6 +38,7 @@ class Check:
         equal_choices: ids of questions with two choices of one text.
         run_together: ids of questions whose choices follow the prompt without a space.
         empty_prompts: ids of questions that ask nothing.
+        lost_documents: ids of questions whose `document` is the id of none.
     """
 
     same_documents: tuple[str, ...]
@@ -52,6 +53,7 @@ class Check:
     equal_choices: tuple[str, ...] = ()
     run_together: tuple[str, ...] = ()
     empty_prompts: tuple[str, ...] = ()
+    lost_documents: tuple[str, ...] = ()
 
 
 def check(
@@ -77,9 +79,11 @@ def check(
     wanted = {gram for mine in grams.values() for gram in mine}
     lengths = sorted({len(gram) for gram in wanted})
     found: set[tuple[str, ...]] = set()
+    lost = {question.document for question in questions} - {None}
     same_documents, empty_documents, near_documents = list[str](), list[str](), list[str]()
     with contextlib.closing(Seen()) as texts:
         for document in documents:
+            lost.discard(document.id)
             words = words_of(document.text)
             if not words:
                 empty_documents.append(document.id)
@@ -120,6 +124,7 @@ def check(
         equal_choices=tuple(q.id for q in questions if len(set(q.choices)) < len(q.choices)),
         run_together=tuple(q.id for q in questions if runs_together(q)),
         empty_prompts=tuple(q.id for q in questions if not q.prompt.strip()),
+        lost_documents=tuple(q.id for q in questions if q.document in lost),
     )
 
 

@@ -90,11 +90,15 @@ def run_new(options: argparse.Namespace) -> None:
         except TaskError as error:
             problems.add(error)
     empty: list[str] = []
+    lost, some_id = {question.document for question in given} - {None}, ""
 
     def rows() -> Iterator[dict[str, Any]]:
+        nonlocal some_id
         try:
             for document in own.iter_documents(options.documents, form):
                 empty.extend([] if document.text.strip() else [document.id])
+                lost.discard(document.id)
+                some_id = some_id or document.id
                 yield asdict(document)
         except TaskError as error:
             problems.add(error)
@@ -110,6 +114,9 @@ def run_new(options: argparse.Namespace) -> None:
         print(f"choices that run into the prompt, without a space between: {_named(together)}; {SPACED}")
     if equal := [question.id for question in given if len(set(question.choices)) < len(question.choices)]:
         print(f"questions with equal choices: {_named(equal)}")
+    if lost:
+        without = [question.id for question in given if question.document in lost]
+        print(f"{LOST}: {_named(without)}; the documents have ids such as {printable(some_id)}")
     missing = "" if given else "; questions.jsonl is yours to add"
     print(f"{count} documents and {len(given)} questions written to {options.folder}{missing}")
 
@@ -181,6 +188,7 @@ def run_check(options: argparse.Namespace) -> None:
     spaced = f"; {SPACED}" if found.run_together else ""
     print(f"questions whose choices run into the prompt, without a space between: {_named(found.run_together)}{spaced}")
     print(f"questions without a prompt: {_named(found.empty_prompts)}")
+    print(f"{LOST}: {_named(found.lost_documents)}")
     for split, leaked in found.leaked.items():
         asked = f"split {printable(split)}, {found.answered[split]} questions"
         print(f"answers that the documents state word for word, {asked}: {_named(leaked)}")
@@ -232,6 +240,7 @@ def read_template(name: str) -> str:
         raise UsageError(f"--template: {name}: {error}") from error
 
 
+LOST = "questions whose document (field document) is not there"
 SPACED = "begin such choices with a space, in tables too"
 
 
