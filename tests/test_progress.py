@@ -40,13 +40,15 @@ def test_what_is_left_goes_by_the_pace_since_the_first_unit():
     with Activity("augmenting", total=101, unit="reply", shown=False) as work:
         work.update(1)
         work._start -= 90
-        assert work.line().endswith("1 of 101 replies, 1 min 30 s, about 2 h 30 min left")
+        assert work.line().endswith("1 of 101 replies, 1 min 30 s")
         work._first = work._first[0] - 10, 1
         work.update(10)
         assert work.line().endswith("11 of 101 replies, 1 min 30 s, about 1 min 30 s left")
     with Activity("augmenting", unit="reply", shown=False) as work:
         assert work.line() == "augmenting: 0 s"
-        work.update(3)
+        work.update(1)
+        assert work.line() == "augmenting: 1 reply, 0 s"
+        work.update(2)
         assert work.line() == "augmenting: 3 replies, 0 s"
 
 

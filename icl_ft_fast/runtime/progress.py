@@ -99,12 +99,13 @@ class Activity:
         seconds = time.monotonic() - self._start
         units = f"{self.unit[:-1]}ies" if self.unit.endswith("y") else f"{self.unit}s"
         if not self.total:
-            return f"{self.what}: {f'{self.done:,} {units}, ' if self.done else ''}{duration(seconds)}"
+            counted = f"{self.done:,} {self.unit if self.done == 1 else units}, " if self.done else ""
+            return f"{self.what}: {counted}{duration(seconds)}"
         told = f"{self.what}: {self.done:,} of {self.total:,} {units}, {duration(seconds)}"
         since, before = self._start, self._initial
         if self._first is not None and self.done > self._first[1]:
             since, before = self._first  # the first of many at once takes as long as all of them
-        if self.done > before:
+        if self.done > self._initial + 1:  # one unit tells no pace: of many at once it is the first of all
             left = (time.monotonic() - since) * (self.total - self.done) / (self.done - before)
             told += f", about {duration(left)} left"
         return told + self._notes
