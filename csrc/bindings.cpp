@@ -3,12 +3,24 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 
 #include "icl.h"
+#include "tensors.h"
+
+// The capsule stays its owner's, who holds it while a function runs.
+template <>
+struct pybind11::detail::type_caster<icl::Tensor> {
+    PYBIND11_TYPE_CASTER(icl::Tensor, const_name("types.CapsuleType"));
+    bool load(handle source, bool) {
+        if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
+        value.fields = static_cast<const icl::TensorFields*>(PyCapsule_GetPointer(source.ptr(), "dltensor"));
+        return true;
+    }
+};
 
 namespace py = pybind11;
+using icl::dense, icl::dense_floats, icl::floats, icl::is_bfloat16, icl::Tensor;
 
 namespace {
 
@@ -80,60 +92,14 @@ void trie_ancestors(const Array<int32_t>& parent, int64_t row, Array<int32_t> ou
     icl::trie_ancestors(parent.data(), parent.size(), row, out.mutable_data(), out.size());
 }
 
-// The elements of an array, with strides counted in them; one for what is a single element, whatever the array says.
-template <int N>
-struct View {
-    void* data;
-    std::array<int64_t, N> shape, strides;
-};
-
-// Throws unless the array holds aligned elements of T, has the shape (-1: any size) and, without strides, is
-// contiguous.
-template <class T, int N>
-View<N> view(const py::array& array, const char* argument, std::array<int64_t, N> shape, bool strided = false) {
-    const auto refuse = [&](const std::string& expected) {
-        const auto got = py::str("{}{}").format(array.dtype(), py::tuple(array.attr("shape")));
-        throw py::value_error(std::string(argument) + ": expected " + expected + ", got " + std::string(got));
-    };
-    if (!py::isinstance<py::array_t<T>>(array)) refuse(std::string(py::str(py::dtype::of<T>())));
-    if (array.ndim() != N) refuse(std::to_string(N) + " dimensions");
-    if (reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0) refuse("aligned elements");
-    View<N> found{const_cast<void*>(array.data()), {}, {}};
-    int64_t contiguous = 1;
-    for (int i = N - 1; i >= 0; --i) {
-        const int64_t size = found.shape[i] = array.shape(i), bytes = array.strides(i);
-        if (shape[i] >= 0 && size != shape[i]) refuse(std::to_string(shape[i]) + " in dimension " + std::to_string(i));
-        if (size > 1 && bytes % static_cast<int64_t>(sizeof(T)) != 0) refuse("strides of whole elements");
-        found.strides[i] = size > 1 ? bytes / static_cast<int64_t>(sizeof(T)) : 1;
-        if (!strided && size > 1 && array.size() > 0 && found.strides[i] != contiguous) refuse("a contiguous array");
-        contiguous *= size;
-    }
-    return found;
-}
-
-template <class T, int N>
-T* output(py::array& array, const char* argument, std::array<int64_t, N> shape) {
-    array.mutable_data();  // throws unless it may be written to
-    return static_cast<T*>(view<T, N>(array, argument, shape).data);
-}
-
-// Floats of any strides: float32, or bfloat16 as its bits in int16, since numpy has no such type.
-template <int N>
-View<N> floats(bool bfloat16, const py::array& array, const char* argument, std::array<int64_t, N> shape) {
-    return bfloat16 ? view<int16_t, N>(array, argument, shape, true) : view<float, N>(array, argument, shape, true);
-}
-
-bool is_bfloat16(const py::array& array) { return py::isinstance<py::array_t<int16_t>>(array); }
-
-icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::array& weight,
-                                            const std::optional<py::array>& bias, const py::array& row,
-                                            const py::array& target, float scale, float softcap, int isa,
-                                            int num_threads) {
+icl::TargetLogprob target_logprob_arguments(const Tensor& hidden, const Tensor& weight,
+                                            const std::optional<Tensor>& bias, const Tensor& row, const Tensor& target,
+                                            float scale, float softcap, int isa, int num_threads) {
     icl::TargetLogprob args{};
     args.bfloat16 = is_bfloat16(hidden);
     const auto h = floats<2>(args.bfloat16, hidden, "hidden", {-1, -1});
     const auto w = floats<2>(args.bfloat16, weight, "weight", {-1, h.shape[1]});
-    const auto r = view<int32_t, 1>(row, "row", {-1});
+    const auto r = icl::view<1>(icl::kInt32, row, "row", {-1}, true);
     args.hidden = h.data;
     args.weight = w.data;
     std::copy(h.strides.begin(), h.strides.end(), args.hidden_strides);
@@ -148,7 +114,7 @@ icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::a
     args.V = w.shape[0];
     args.M = r.shape[0];
     args.row = static_cast<const int32_t*>(r.data);
-    args.target = static_cast<const int32_t*>(view<int32_t, 1>(target, "target", r.shape).data);
+    args.target = dense<int32_t, 1>(target, "target", {args.M});
     args.scale = scale;
     args.softcap = softcap;
     args.isa = isa;
@@ -156,34 +122,33 @@ icl::TargetLogprob target_logprob_arguments(const py::array& hidden, const py::a
     return args;
 }
 
-void target_logprob(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
-                    const py::array& row, const py::array& target, float scale, float softcap, bool batch_invariant,
-                    int isa, int num_threads, py::array logp, py::array is_argmax, py::array lse) {
+void target_logprob(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& row,
+                    const Tensor& target, float scale, float softcap, bool batch_invariant, int isa, int num_threads,
+                    const Tensor& logp, const Tensor& is_argmax, const Tensor& lse) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
-    args.lse = output<float, 1>(lse, "lse", {args.R});
+    args.lse = dense<float, 1>(lse, "lse", {args.R});
     args.batch_invariant = batch_invariant;
-    args.logp = output<float, 1>(logp, "logp", {args.M});
-    args.is_argmax = output<bool, 1>(is_argmax, "is_argmax", {args.M});
+    args.logp = dense<float, 1>(logp, "logp", {args.M});
+    args.is_argmax = dense<bool, 1>(is_argmax, "is_argmax", {args.M});
     py::gil_scoped_release release;
     icl::target_logprob(args);
 }
 
 // Of weight and bias or of neither; bias has one if it is there.
-void target_logprob_backward(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
-                             const py::array& row, const py::array& target, float scale, float softcap, int isa,
-                             int num_threads, py::array lse, const py::array& grad_logp, const py::array& grad_lse,
-                             py::array grad_hidden, std::optional<py::array> grad_weight,
-                             std::optional<py::array> grad_bias) {
+void target_logprob_backward(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& row, const Tensor& target, float scale, float softcap, int isa,
+                             int num_threads, const Tensor& lse, const Tensor& grad_logp, const Tensor& grad_lse,
+                             const Tensor& grad_hidden, const std::optional<Tensor>& grad_weight,
+                             const std::optional<Tensor>& grad_bias) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
-    args.lse = output<float, 1>(lse, "lse", {args.R});
+    args.lse = dense<float, 1>(lse, "lse", {args.R});
     const auto gradient = [&](auto& array, const char* argument, auto shape) {
         constexpr int N = std::tuple_size<decltype(shape)>();
-        return args.bfloat16 ? static_cast<void*>(output<int16_t, N>(array, argument, shape))
-                             : output<float, N>(array, argument, shape);
+        return dense_floats<N>(args.bfloat16, array, argument, shape);
     };
     icl::TargetLogprobGradients gradients{};
-    gradients.grad_logp = static_cast<const float*>(view<float, 1>(grad_logp, "grad_logp", {args.M}).data);
-    gradients.grad_lse = static_cast<const float*>(view<float, 1>(grad_lse, "grad_lse", {args.R}).data);
+    gradients.grad_logp = dense<float, 1>(grad_logp, "grad_logp", {args.M});
+    gradients.grad_lse = dense<float, 1>(grad_lse, "grad_lse", {args.R});
     gradients.grad_hidden = gradient(grad_hidden, "grad_hidden", std::array{args.R, args.E});
     if (grad_weight) {
         gradients.grad_weight = gradient(*grad_weight, "grad_weight", std::array{args.V, args.E});
@@ -193,7 +158,7 @@ void target_logprob_backward(const py::array& hidden, const py::array& weight, c
     icl::target_logprob_backward(args, gradients);
 }
 
-void linear(const py::array& x, const py::array& weight, const std::optional<py::array>& bias, int isa, py::array out) {
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int isa, const Tensor& out) {
     icl::Linear args{};
     args.bfloat16 = is_bfloat16(x);
     const auto rows = floats<2>(args.bfloat16, x, "x", {-1, -1});
@@ -209,24 +174,20 @@ void linear(const py::array& x, const py::array& weight, const std::optional<py:
     args.x_stride = rows.strides[0];
     args.weight = columns.data;
     args.weight_stride = columns.strides[0];
-    if (bias) {
-        args.bias = args.bfloat16 ? view<int16_t, 1>(*bias, "bias", {args.O}).data
-                                  : view<float, 1>(*bias, "bias", {args.O}).data;
-    }
+    if (bias) args.bias = dense_floats<1>(args.bfloat16, *bias, "bias", {args.O});
     args.isa = isa;
-    args.out = args.bfloat16 ? static_cast<void*>(output<int16_t, 2>(out, "out", {R, args.O}))
-                             : output<float, 2>(out, "out", {R, args.O});
+    args.out = dense_floats<2>(args.bfloat16, out, "out", {R, args.O});
     py::gil_scoped_release release;
     icl::linear(args);
 }
 
-void target_logprob_sum(const py::array& hidden, const py::array& weight, const std::optional<py::array>& bias,
-                        const py::array& row, const py::array& target, float scale, float softcap, int isa,
-                        int num_threads, const py::array& target_weight, py::array logp, py::array grad_hidden) {
+void target_logprob_sum(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& row, const Tensor& target, float scale, float softcap, int isa, int num_threads,
+                        const Tensor& target_weight, const Tensor& logp, const Tensor& grad_hidden) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
-    const auto factors = static_cast<const float*>(view<float, 1>(target_weight, "target_weight", {args.M}).data);
-    args.logp = output<float, 1>(logp, "logp", {args.M});
-    auto* gradient = output<float, 2>(grad_hidden, "grad_hidden", {args.R, args.E});
+    const auto factors = dense<float, 1>(target_weight, "target_weight", {args.M});
+    args.logp = dense<float, 1>(logp, "logp", {args.M});
+    auto* gradient = dense<float, 2>(grad_hidden, "grad_hidden", {args.R, args.E});
     py::gil_scoped_release release;
     icl::target_logprob_sum(args, factors, gradient);
 }
@@ -248,11 +209,11 @@ int64_t target_logprob_workspace_bytes(bool bfloat16, std::array<int64_t, 4> siz
                               : icl::target_logprob_workspace_bytes(args);
 }
 
-icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array& k, const py::array& v,
-                                            const py::array& row_q, const py::array& end_k, const py::array& depth_q,
-                                            const py::array& depth_k, const std::optional<py::array>& sinks,
-                                            float scale, int32_t window, float softcap, bool batch_invariant, int isa,
-                                            py::array& out, py::array& lse) {
+icl::TrieAttention trie_attention_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_q,
+                                            const Tensor& end_k, const Tensor& depth_q, const Tensor& depth_k,
+                                            const std::optional<Tensor>& sinks, float scale, int32_t window,
+                                            float softcap, bool batch_invariant, int isa, const Tensor& out,
+                                            const Tensor& lse) {
     icl::TrieAttention args{};
     const bool bfloat16 = args.bfloat16 = is_bfloat16(q);
     const auto queries = floats<3>(bfloat16, q, "q", {-1, -1, -1});
@@ -268,52 +229,50 @@ icl::TrieAttention trie_attention_arguments(const py::array& q, const py::array&
     std::copy(queries.strides.begin(), queries.strides.end(), args.q_strides);
     std::copy(keys.strides.begin(), keys.strides.end(), args.k_strides);
     std::copy(values.strides.begin(), values.strides.end(), args.v_strides);
-    const auto index = [](const py::array& array, const char* argument, int64_t size) {
-        return static_cast<const int32_t*>(view<int32_t, 1>(array, argument, {size}).data);
+    const auto index = [](const Tensor& array, const char* argument, int64_t size) {
+        return dense<int32_t, 1>(array, argument, {size});
     };
     args.row_q = index(row_q, "row_q", T);
     args.end_k = index(end_k, "end_k", S);
     args.depth_q = index(depth_q, "depth_q", T);
     args.depth_k = index(depth_k, "depth_k", S);
-    if (sinks) args.sinks = static_cast<const float*>(view<float, 1>(*sinks, "sinks", {H}).data);
+    if (sinks) args.sinks = dense<float, 1>(*sinks, "sinks", {H});
     args.scale = scale;
     args.softcap = softcap;
     args.window = window;
     args.batch_invariant = batch_invariant;
-    args.out = bfloat16 ? static_cast<void*>(output<int16_t, 3>(out, "out", {T, H, args.Dv}))
-                        : output<float, 3>(out, "out", {T, H, args.Dv});
-    args.lse = output<float, 2>(lse, "lse", {T, H});
+    args.out = dense_floats<3>(bfloat16, out, "out", {T, H, args.Dv});
+    args.lse = dense<float, 2>(lse, "lse", {T, H});
     args.isa = isa;
     return args;
 }
 
-void trie_attention(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
-                    const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
-                    const std::optional<py::array>& sinks, float scale, int32_t window, float softcap,
-                    bool batch_invariant, int isa, py::array out, py::array lse) {
+void trie_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_q, const Tensor& end_k,
+                    const Tensor& depth_q, const Tensor& depth_k, const std::optional<Tensor>& sinks, float scale,
+                    int32_t window, float softcap, bool batch_invariant, int isa, const Tensor& out,
+                    const Tensor& lse) {
     const auto args = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
                                                batch_invariant, isa, out, lse);
     py::gil_scoped_release release;
     icl::trie_attention(args);
 }
 
-void trie_attention_backward(const py::array& q, const py::array& k, const py::array& v, const py::array& row_q,
-                             const py::array& end_k, const py::array& depth_q, const py::array& depth_k,
-                             const std::optional<py::array>& sinks, float scale, int32_t window, float softcap, int isa,
-                             py::array out, py::array lse, const py::array& grad_out, const py::array& grad_lse,
-                             py::array delta, py::array grad_q, py::array grad_k, py::array grad_v) {
+void trie_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_q,
+                             const Tensor& end_k, const Tensor& depth_q, const Tensor& depth_k,
+                             const std::optional<Tensor>& sinks, float scale, int32_t window, float softcap, int isa,
+                             const Tensor& out, const Tensor& lse, const Tensor& grad_out, const Tensor& grad_lse,
+                             const Tensor& delta, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
     const auto args = trie_attention_arguments(q, k, v, row_q, end_k, depth_q, depth_k, sinks, scale, window, softcap,
                                                false, isa, out, lse);
-    const auto gradient = [&](py::array& array, const char* argument, std::array<int64_t, 3> shape) {
-        return args.bfloat16 ? static_cast<void*>(output<int16_t, 3>(array, argument, shape))
-                             : output<float, 3>(array, argument, shape);
+    const auto gradient = [&](const Tensor& tensor, const char* argument, std::array<int64_t, 3> shape) {
+        return dense_floats<3>(args.bfloat16, tensor, argument, shape);
     };
     icl::TrieAttentionGradients gradients{};
     const auto of_out = floats<3>(args.bfloat16, grad_out, "grad_out", {args.T, args.H, args.Dv});
     gradients.grad_out = of_out.data;
     std::copy(of_out.strides.begin(), of_out.strides.end(), gradients.grad_out_strides);
-    gradients.grad_lse = static_cast<const float*>(view<float, 2>(grad_lse, "grad_lse", {args.T, args.H}).data);
-    gradients.delta = output<float, 2>(delta, "delta", {args.T, args.H});
+    gradients.grad_lse = dense<float, 2>(grad_lse, "grad_lse", {args.T, args.H});
+    gradients.delta = dense<float, 2>(delta, "delta", {args.T, args.H});
     gradients.grad_q = gradient(grad_q, "grad_q", {args.T, args.H, args.D});
     gradients.grad_k = gradient(grad_k, "grad_k", {args.S, args.G, args.D});
     gradients.grad_v = gradient(grad_v, "grad_v", {args.S, args.G, args.Dv});

@@ -42,7 +42,7 @@ PATH = [
         "checks shapes, dtypes and devices; carries gradients",
         "torch.ops.icl_ft_fast.trie_attention: torch dispatches by device (ops/dispatch.py)",
     ),
-    ("icl_ft_fast/ops/cpu.py:trie_attention", "tensors as arrays, without a copy (csrc/bindings.cpp checks them)", ""),
+    ("icl_ft_fast/ops/cpu.py:trie_attention", "tensors by DLPack, without a copy (csrc/bindings.cpp checks them)", ""),
     (
         "csrc/trie_attention.cpp:trie_attention",
         "cuts the work into items for threads",

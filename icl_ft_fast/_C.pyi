@@ -1,4 +1,7 @@
-"""The native ops as Python sees them; csrc/bindings.cpp checks every argument. Arrays are NumPy's."""
+"""The native ops as Python sees them; csrc/bindings.cpp checks every argument.
+
+The tree's arrays are NumPy's. Tensors come as DLPack capsules, torch.utils.dlpack.to_dlpack().
+"""
 
 from typing import Any
 
@@ -8,6 +11,7 @@ from numpy.typing import NDArray
 _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
 _Array = NDArray[Any]
+_Tensor = object
 
 def trie_build(
     tokens: _Int32,
@@ -20,95 +24,95 @@ def trie_build(
 ) -> dict[str, _Array]: ...
 def trie_ancestors(parent: _Int32, row: int, out: _Int32) -> None: ...
 def best_isa() -> int: ...
-def linear(x: _Array, weight: _Array, bias: _Array | None, isa: int, out: _Array, /) -> None: ...
+def linear(x: _Tensor, weight: _Tensor, bias: _Tensor | None, isa: int, out: _Tensor, /) -> None: ...
 def trie_attention(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    row_q: _Array,
-    end_k: _Array,
-    depth_q: _Array,
-    depth_k: _Array,
-    sinks: _Array | None,
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    row_q: _Tensor,
+    end_k: _Tensor,
+    depth_q: _Tensor,
+    depth_k: _Tensor,
+    sinks: _Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     batch_invariant: bool,
     isa: int,
-    out: _Array,
-    lse: _Array,
+    out: _Tensor,
+    lse: _Tensor,
     /,
 ) -> None: ...
 def trie_attention_backward(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    row_q: _Array,
-    end_k: _Array,
-    depth_q: _Array,
-    depth_k: _Array,
-    sinks: _Array | None,
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    row_q: _Tensor,
+    end_k: _Tensor,
+    depth_q: _Tensor,
+    depth_k: _Tensor,
+    sinks: _Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     isa: int,
-    out: _Array,
-    lse: _Array,
-    grad_out: _Array,
-    grad_lse: _Array,
-    delta: _Array,
-    grad_q: _Array,
-    grad_k: _Array,
-    grad_v: _Array,
+    out: _Tensor,
+    lse: _Tensor,
+    grad_out: _Tensor,
+    grad_lse: _Tensor,
+    delta: _Tensor,
+    grad_q: _Tensor,
+    grad_k: _Tensor,
+    grad_v: _Tensor,
     /,
 ) -> None: ...
 def target_logprob(
-    hidden: _Array,
-    weight: _Array,
-    bias: _Array | None,
-    row: _Array,
-    target: _Array,
+    hidden: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    row: _Tensor,
+    target: _Tensor,
     scale: float,
     softcap: float,
     batch_invariant: bool,
     isa: int,
     num_threads: int,
-    logp: _Array,
-    is_argmax: _Array,
-    lse: _Array,
+    logp: _Tensor,
+    is_argmax: _Tensor,
+    lse: _Tensor,
     /,
 ) -> None: ...
 def target_logprob_backward(
-    hidden: _Array,
-    weight: _Array,
-    bias: _Array | None,
-    row: _Array,
-    target: _Array,
+    hidden: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    row: _Tensor,
+    target: _Tensor,
     scale: float,
     softcap: float,
     isa: int,
     num_threads: int,
-    lse: _Array,
-    grad_logp: _Array,
-    grad_lse: _Array,
-    grad_hidden: _Array,
-    grad_weight: _Array | None,
-    grad_bias: _Array | None,
+    lse: _Tensor,
+    grad_logp: _Tensor,
+    grad_lse: _Tensor,
+    grad_hidden: _Tensor,
+    grad_weight: _Tensor | None,
+    grad_bias: _Tensor | None,
     /,
 ) -> None: ...
 def target_logprob_sum(
-    hidden: _Array,
-    weight: _Array,
-    bias: _Array | None,
-    row: _Array,
-    target: _Array,
+    hidden: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    row: _Tensor,
+    target: _Tensor,
     scale: float,
     softcap: float,
     isa: int,
     num_threads: int,
-    target_weight: _Array,
-    logp: _Array,
-    grad_hidden: _Array,
+    target_weight: _Tensor,
+    logp: _Tensor,
+    grad_hidden: _Tensor,
     /,
 ) -> None: ...
 def target_logprob_workspace_bytes(

@@ -1,9 +1,9 @@
 """Linear layers of few rows in C++: against float64, for every instruction set, and when they are taken."""
 
-import numpy as np
 import pytest
 import torch
 from close import assert_close
+from native import call
 
 import icl_ft_fast as iff
 from icl_ft_fast import _C, ops
@@ -52,21 +52,21 @@ def test_rows_and_weights_may_lie_apart(isa):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("x", np.zeros((3, 5), np.float64), "x: expected float32"),
-        ("x", np.zeros((3, 10), np.float32)[:, ::2], "x: expected rows of neighbouring elements"),
-        ("weight", np.zeros((4, 6), np.float32), "weight: expected 5 in dimension 1"),
-        ("weight", np.zeros((5, 4), np.float32).T, "weight: expected rows of neighbouring elements"),
-        ("bias", np.zeros(3, np.float32), "bias: expected 4 in dimension 0"),
+        ("x", torch.zeros((3, 5), dtype=torch.float64), "x: expected float32"),
+        ("x", torch.zeros((3, 10))[:, ::2], "x: expected rows of neighbouring elements"),
+        ("weight", torch.zeros((4, 6)), "weight: expected 5 in dimension 1"),
+        ("weight", torch.zeros((5, 4)).T, "weight: expected rows of neighbouring elements"),
+        ("bias", torch.zeros(3), "bias: expected 4 in dimension 0"),
         ("isa", 9, "isa: expected 0 to"),
-        ("out", np.zeros((3, 5), np.float32), "out: expected 4 in dimension 1"),
+        ("out", torch.zeros((3, 5)), "out: expected 4 in dimension 1"),
     ],
 )
 def test_native_linear_refuses(name, value, message):
     sizes = {"x": (3, 5), "weight": (4, 5), "bias": (4,), "isa": None, "out": (3, 4)}
-    good = {key: 0 if size is None else np.zeros(size, np.float32) for key, size in sizes.items()}
-    _C.linear(*good.values())
+    good = {key: 0 if size is None else torch.zeros(size) for key, size in sizes.items()}
+    call(_C.linear, good)
     with pytest.raises(ValueError, match=message):
-        _C.linear(*(good | {name: value}).values())
+        call(_C.linear, good | {name: value})
 
 
 @pytest.fixture

@@ -33,12 +33,14 @@ def check_tensors(op: str, **arguments: tuple[Tensor, str, tuple[torch.dtype, ..
             raise ValueError(f"{op}: {name} expected on {first.device} like the other tensors, got {tensor.device}")
         if tensor.dtype not in (allowed := dtypes or (first.dtype,)):
             raise TypeError(f"{op}: {name} expected {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-        shape = dict(zip(letters.split(), tensor.shape, strict=False))
-        if tensor.dim() != len(letters.split()) or any(sizes.get(letter, n) != n for letter, n in shape.items()):
-            known = ", ".join(f"{letter} = {sizes[letter]}" for letter in letters.split() if letter in sizes)
-            expected = f"[{', '.join(letters.split())}]{' with ' if known else ''}{known}"
-            raise ValueError(f"{op}: {name} expected shape {expected}, got {list(tensor.shape)}")
-        sizes.update(shape)
+        dims, shape, num_known = letters.split(), tensor.shape, len(sizes)
+        fits = len(dims) == len(shape)
+        for letter, n in zip(dims, shape, strict=False):
+            fits = sizes.setdefault(letter, n) == n and fits
+        if not fits:
+            known = ", ".join(f"{letter} = {n}" for letter, n in [*sizes.items()][:num_known] if letter in dims)
+            expected = f"[{', '.join(dims)}]{' with ' if known else ''}{known}"
+            raise ValueError(f"{op}: {name} expected shape {expected}, got {list(shape)}")
     return sizes
 
 

@@ -1,16 +1,14 @@
-"""The ops on a CPU: hands tensors to the native code of csrc/ as arrays; the only importer of it in this room.
+"""The ops on a CPU: hands tensors to the native code of csrc/ by DLPack; the only importer of it in this room.
 
 The native code serves float32 and bfloat16. For float64, which exists to be exact, and float16 the definition serves.
 Functions take their schema's arguments; ops/dispatch.py registers them.
 """
 
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from icl_ft_fast import _C
 from icl_ft_fast.ops import reference
@@ -22,36 +20,9 @@ from icl_ft_fast.ops.target_logprob import (
 )
 from icl_ft_fast.ops.trie_attention import fake_trie_attention, fake_trie_attention_backward
 
-_OPS: Any = _C  # lists of arrays are unpacked into its arguments, which no type checker follows
+_OPS: Any = _C  # lists of tensors are unpacked into its arguments, which no type checker follows
 BEST_ISA = _C.best_isa()  # the processor's best instruction set, by its number in csrc/icl.h
 _ISA = 0  # the instruction set that native code takes, by its number in csrc/icl.h; 0 is the best the processor has
-
-
-@cache
-def _typestr(dtype: torch.dtype) -> str:
-    """The name that numpy's arrays have for a dtype; for bfloat16 that of its bits."""
-    kind = "f" if dtype.is_floating_point and dtype != torch.bfloat16 else "i"
-    return "|b1" if dtype == torch.bool else f"<{kind}{dtype.itemsize}"
-
-
-class _ArrayView:
-    """A CPU tensor as numpy sees it. Tensor.numpy() would keep the storage from ever being resized, as FSDP does."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        size = tensor.itemsize
-        self.tensor = tensor
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": _typestr(tensor.dtype),
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "strides": tuple([stride * size for stride in tensor.stride()]),
-        }
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    """A CPU tensor's memory for native code, which checks its dtype, shape and strides; bfloat16 as bits in int16."""
-    return np.asarray(_ArrayView(tensor))
 
 
 def trie_attention(
@@ -75,9 +46,9 @@ def trie_attention(
     if q.dtype not in NATIVE:
         return reference.trie_attention(q, k, v, *index, sinks, *options)
     out, lse = fake_trie_attention(q, k, v)
-    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
-    sink_array = None if sinks is None else _array(sinks.contiguous())
-    _OPS.trie_attention(*arrays, sink_array, *options, batch_invariant, _ISA, _array(out), _array(lse))
+    capsules = [to_dlpack(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    sink = None if sinks is None else to_dlpack(sinks.contiguous())
+    _OPS.trie_attention(*capsules, sink, *options, batch_invariant, _ISA, to_dlpack(out), to_dlpack(lse))
     return out, lse
 
 
@@ -89,17 +60,17 @@ def trie_attention_backward(
         return reference.trie_attention_backward(grad_out, grad_lse, q, k, v, out, lse, *rest)
     *index, _sinks, scale, window, softcap = rest  # lse has the sinks in it
     grad_q, grad_k, grad_v, delta = grads = fake_trie_attention_backward(grad_out, grad_lse, q, k, v)
-    arrays = [_array(x) for x in (q, k, v, *(x.contiguous() for x in index))]
-    given = [_array(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
-    made = [_array(x) for x in (delta, grad_q, grad_k, grad_v)]
-    _OPS.trie_attention_backward(*arrays, None, scale, window, softcap, _ISA, *given, *made)
+    capsules = [to_dlpack(x) for x in (q, k, v, *(x.contiguous() for x in index))]
+    given = [to_dlpack(x) for x in (out.contiguous(), lse.contiguous(), grad_out, grad_lse.contiguous())]
+    made = [to_dlpack(x) for x in (delta, grad_q, grad_k, grad_v)]
+    _OPS.trie_attention_backward(*capsules, None, scale, window, softcap, _ISA, *given, *made)
     return grads
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product x @ weight.T + bias of few rows x [R, E], see ops/linear.py."""
     out = x.new_empty(len(x), len(weight))
-    _OPS.linear(_array(x), _array(weight), None if bias is None else _array(bias), _ISA, _array(out))
+    _OPS.linear(to_dlpack(x), to_dlpack(weight), None if bias is None else to_dlpack(bias), _ISA, to_dlpack(out))
     return out
 
 
@@ -118,17 +89,17 @@ def target_logprob(
         return reference.target_logprob(hidden, weight, row, target, bias, scale, softcap)
     results = fake_target_logprob(hidden, weight, row)
     _OPS.target_logprob(
-        _array(hidden),
-        _array(weight),
-        None if bias is None else _array(bias),
-        _array(row.contiguous()),
-        _array(target.contiguous()),
+        to_dlpack(hidden),
+        to_dlpack(weight),
+        None if bias is None else to_dlpack(bias),
+        to_dlpack(row.contiguous()),
+        to_dlpack(target.contiguous()),
         scale,
         softcap,
         batch_invariant,
         _ISA,
         torch.get_num_threads(),
-        *map(_array, results),
+        *map(to_dlpack, results),
     )
     return results
 
@@ -142,13 +113,13 @@ def target_logprob_backward(
         return reference.target_logprob_backward(*inputs, *rest)
     bias, lse, scale, softcap, need_weight = rest
     grads = fake_target_logprob_backward(*inputs, *rest)
-    index = [_array(x.contiguous()) for x in (row, target)]
-    given = [_array(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
-    made = [_array(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
+    index = [to_dlpack(x.contiguous()) for x in (row, target)]
+    given = [to_dlpack(x.contiguous()) for x in (lse, grad_logp, grad_lse)]
+    made = [to_dlpack(x) if i == 0 or (need_weight and len(x)) else None for i, x in enumerate(grads)]
     _OPS.target_logprob_backward(
-        _array(hidden),
-        _array(weight),
-        None if bias is None else _array(bias),
+        to_dlpack(hidden),
+        to_dlpack(weight),
+        None if bias is None else to_dlpack(bias),
         *index,
         scale,
         softcap,
@@ -176,15 +147,15 @@ def target_logprob_sum(
         return reference.target_logprob_sum(*inputs, bias, scale, softcap)
     results = fake_target_logprob_sum(*inputs)
     _OPS.target_logprob_sum(
-        _array(hidden),
-        _array(weight),
-        None if bias is None else _array(bias),
-        *(_array(x.contiguous()) for x in (row, target)),
+        to_dlpack(hidden),
+        to_dlpack(weight),
+        None if bias is None else to_dlpack(bias),
+        *(to_dlpack(x.contiguous()) for x in (row, target)),
         scale,
         softcap,
         _ISA,
         torch.get_num_threads(),
-        _array(target_weight.contiguous()),
-        *map(_array, results),
+        to_dlpack(target_weight.contiguous()),
+        *map(to_dlpack, results),
     )
     return results
