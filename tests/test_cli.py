@@ -372,7 +372,7 @@ def test_bad_options_are_refused_before_the_model_is_loaded(option, value, messa
         ("--lora_r 0", "--lora_r: expected at least 1, got 0"),
         ("--steps 9999999999", "--steps: expected at most 1,000,000,000"),
         ("--prefix-steps 9999999999", "--prefix-steps: expected at most 1,000,000,000"),
-        ("--general nowhere", "nowhere: cannot be read: No such file or directory"),
+        ("--general nowhere", "general: nowhere: cannot be read: No such file or directory"),
     ],
 )
 def test_numbers_of_a_training_are_refused_by_their_option(given, message, files, refused, monkeypatch):

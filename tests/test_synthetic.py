@@ -200,6 +200,13 @@ def test_own_texts_cost_the_same_when_they_are_found_again(llama):
         ),
         ('--arm-training {"ft":{"steps":0}}', "--arm-training: steps: expected at least 1, got 0"),
         ('--arm-training {"ft":3}', "--arm-training: ft: expected an object of settings, got 3"),
+        ("--arms icl --replay .1", "--replay: needs an arm that trains among --arms"),
+        (
+            "--arms ft --synthetic-tokens 5",
+            "--synthetic-tokens: needs an arm that trains on what the model writes among --arms",
+        ),
+        ("--arms distilled --mix 1:1", "--mix: needs augmented-ft among --arms"),
+        ("--dry-run --max-harm 5", "--max-harm: needs --general, the task that harm is measured on"),
     ],
 )
 def test_options_that_say_nothing_are_refused(given, message, tmp_path, capsys):

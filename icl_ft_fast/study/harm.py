@@ -30,6 +30,7 @@ from icl_ft_fast.study.arm import ArmJob, Prepared, ask
 from icl_ft_fast.study.evaluate import Accuracy
 from icl_ft_fast.study.own_texts import HarmError, own_texts
 from icl_ft_fast.study.records import Harm
+from icl_ft_fast.tasks.files import TaskError
 from icl_ft_fast.tasks.task import Question, Task, read_documents, read_questions
 
 SHIPPED_GENERAL = "shipped"  # the name of the general task that comes with the package
@@ -42,14 +43,16 @@ def general_questions(general: str) -> tuple[Question, ...]:
     """The questions of a general task: "shipped", or a folder or file of questions; none for "".
 
     Raises:
-        TaskError: the file cannot be read.
-        HarmError: no question has a known answer.
+        HarmError: the file cannot be read, or no question has a known answer.
     """
     if not general:
         return ()
     path = _FOLDER if general == SHIPPED_GENERAL else Path(general)
     path = path / "questions.jsonl" if path.is_dir() else path
-    known = tuple(question for question in read_questions(path) if question.answer is not None)
+    try:
+        known = tuple(question for question in read_questions(path) if question.answer is not None)
+    except TaskError as error:
+        raise HarmError(f"general: {error}") from error
     if not known:
         raise HarmError(f"general: {path}: no question has an answer")
     return known

@@ -59,6 +59,7 @@ from icl_ft_fast.study.settings import DEFAULT_ARMS, StudySettings
 from icl_ft_fast.tasks.generated import GENERATORS
 from icl_ft_fast.tasks.generator import Preset
 from icl_ft_fast.tasks.tables import silent
+from icl_ft_fast.tasks.task import Task
 
 MOST_SLOTS = 2**20
 # Of settings of a training, the options of a study that are not named as `finetune`'s are.
@@ -150,8 +151,7 @@ def _plan(options: argparse.Namespace, executor: Executor) -> None:
         raise UsageError(f"--dry-run: plans one task at a time, not --task {ALL}")
     if not isinstance(executor, InProcess):
         raise UsageError("--dry-run: plans for one process; leave --executor out")
-    make_task, preset = task_of_seed(options)
-    settings = _settings(options, preset)
+    make_task, settings, _, _ = _checked(options)
     arms_of(settings, make_task(settings.seeds[0]))  # an arm that cannot take the task is refused before the model
     model, _ = _load(options)
     has_store, checkpoint_s = options.store is not None, 60 * options.checkpoint_minutes
@@ -257,13 +257,7 @@ def _compared(
     options: argparse.Namespace, executor: Executor, loaded: Callable[[], tuple[Model, Ledger]]
 ) -> Derived | None:
     """The study of one task; None in processes of other rank than 0."""
-    for name in ("template_date", "chat_template_kwargs"):
-        if getattr(options, name) and options.template == "base":
-            raise UsageError(f"--{name.replace('_', '-')}: needs --template chat")
-    make_task, preset = task_of_seed(options)
-    settings, prices, service = _settings(options, preset), prices_of(options), service_of(options)
-    if service.weights is not None:
-        service.check_splits(list(dict.fromkeys(q.split for q in make_task(settings.seeds[0]).questions)))
+    make_task, settings, prices, service = _checked(options)
     if options.out is not None and not executor.rank:
         check_new(options.out / RESULTS, options.overwrite, arguments_digest(options))
     progress = show_progress(options) and executor.rank == 0
@@ -287,6 +281,20 @@ def _compared(
         return None
     name = options.task if options.out is None else options.out.name
     return Derived(results, name, **derived_settings(options, prices, service))
+
+
+def _checked(
+    options: argparse.Namespace,
+) -> tuple[Callable[[int], Task], StudySettings, Prices | None, Service]:
+    """What the options ask for, of which a plan refuses what the study does."""
+    for name in ("template_date", "chat_template_kwargs"):
+        if getattr(options, name) and options.template == "base":
+            raise UsageError(f"--{name.replace('_', '-')}: needs --template chat")
+    make_task, preset = task_of_seed(options)
+    settings, prices, service = _settings(options, preset), prices_of(options), service_of(options)
+    if service.weights is not None:
+        service.check_splits(list(dict.fromkeys(q.split for q in make_task(settings.seeds[0]).questions)))
+    return make_task, settings, prices, service
 
 
 def derived_settings(options: argparse.Namespace, prices: Prices | None, service: Service) -> dict[str, Any]:
@@ -358,7 +366,22 @@ def _settings(options: argparse.Namespace, preset: Preset) -> StudySettings:
         }
     )
     _check_arm_training(settings)
+    _check_written(settings)
     return settings
+
+
+def _check_written(settings: StudySettings) -> None:
+    """Refuse settings of what the model writes to train on where no arm of the study trains on it."""
+    trained = [training for name in expand_arms(settings.arms) if (training := arm_named(name).training) is not None]
+    writing = [training for training in trained if training.generates]
+    needs = {
+        "--replay": (settings.replay, trained, "an arm that trains"),
+        "--synthetic-tokens": (settings.synthetic_tokens, writing, "an arm that trains on what the model writes"),
+        "--mix": (settings.mix, [its for its in writing if not its.asks_itself], "augmented-ft"),
+    }
+    for option, (given, those, needed) in needs.items():
+        if given and not those:
+            raise UsageError(f"{option}: needs {needed} among --arms")
 
 
 def _check_arm_training(settings: StudySettings) -> None:
