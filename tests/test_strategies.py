@@ -128,8 +128,17 @@ def test_a_small_models_texts_of_spa_begin_with_what_the_document_is_about():
     assert all(prompt.text.endswith(f"Document: {NOTED.text}\n") for prompt in asked)
     assert [row.kind for row in made.rows] == [*spa.FORMS]
     assert made.rows[0].text == "Tolm was built by Anna in 1904, and burnt."  # without its label
-    unnamed, _ = small_run("spa", lambda prompt: "", [Document("u", "Nothing is named here. It is so.")])
-    assert unnamed[0].begun == "Explained:"
+    texts = ["Nothing is named here. It is so.", "The hand of the Ebbel shows the tide.", "没有名字" * 20]
+    others, _ = small_run("spa", lambda prompt: "", [Document(f"d{n}", text) for n, text in enumerate(texts)])
+    begun = [others[n * len(spa.FORMS)].begun for n in range(3)]
+    assert begun == ["Explained: Nothing is", "Explained: Ebbel", "Explained:"]
+
+
+def test_a_small_model_asks_itself_one_question_a_reply():
+    asked, made = small_run("self-ask", lambda prompt: f"{prompt.begun} stands in Tolm?\nAnswer: Anna.")
+    assert [prompt.begun for prompt in asked] == ["Question: What", "Question: Which", "Question: Who"]
+    assert [row.text for row in made.rows] == [f"{word} stands in Tolm? Anna." for word in ("What", "Which", "Who")]
+    assert STRATEGIES["self-ask"].small.temperature == 0.3  # sampled, so that a budget is filled
 
 
 def test_a_small_models_list_counts_as_far_as_the_document_has_it():
@@ -178,7 +187,7 @@ def test_only_a_small_chat_model_that_is_loaded_here_is_asked_so(llama, monkeypa
     tokenizer = SimpleNamespace(chat_template="{{ messages }}", name_or_path="")
     monkeypatch.setattr("icl_ft_fast.augmentation.generators.fix_date", lambda *_: None)
     chat = LocalGenerator(replace(llama, tokenizer=tokenizer), is_chat=True)
-    for name in ("spa", "entigraph", "active-reading"):
+    for name in ("spa", "entigraph", "active-reading", "self-ask"):
         published = STRATEGIES[name]
         assert published.temperature == 1.0
         assert prompting_of(name, chat).strategy is published.small

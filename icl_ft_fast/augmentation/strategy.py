@@ -26,6 +26,8 @@ SMALL_WORDS = 8  # of a text of a small model, which is a line
 COPIED = tuple("torvik brandt mill granary lumo lamp osprey reading 1872 osei cook tema cellar".split())
 _LINE = re.compile(r"(\w+): (\S.*)")
 _LETTERS = re.compile(r"[^\W\d_]+")
+_WITHIN = re.compile(r"(?<=[\w,;] )[^\W\d_]{2,}")  # words that begin no sentence
+LONGEST_OPENING = 40  # characters: two words of a script without spaces may be a paragraph
 
 
 class AugmentError(UserError):
@@ -257,11 +259,19 @@ def _without_half_line(reply: str) -> str:
 
 
 def subject_of(text: str) -> str:
-    """The word that a text writes most often, always with a capital, at least twice; empty where there is none."""
+    """The word that a text writes most often, always with a capital: twice, or else within a sentence; or ''."""
     words = _LETTERS.findall(text)
     counts = Counter(word for word in words if word[0].isupper() and word.casefold() not in words)
     word, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
-    return word if count > 1 else ""
+    if count > 1:
+        return word
+    return next((name for name in _WITHIN.findall(text) if name in counts), "")
+
+
+def opening_of(text: str) -> str:
+    """How a small model's sentence about a text goes on: with its subject, else with the two words it begins with."""
+    first = " ".join(text.split()[:2]).rstrip(".,;:!?")
+    return subject_of(text) or (first if len(first) <= LONGEST_OPENING else "")
 
 
 def lines_of(reply: str) -> list[tuple[str, str]]:

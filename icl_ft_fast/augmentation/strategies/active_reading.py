@@ -15,7 +15,7 @@ from icl_ft_fast.augmentation.strategy import (
     Strategy,
     Unit,
     lines_of,
-    subject_of,
+    opening_of,
 )
 from icl_ft_fast.tasks.task import Document
 
@@ -38,14 +38,14 @@ def carry_out(unit: Unit, reply: str) -> Sequence[Unit]:
 
 def begun_ways(document: Document) -> list[Unit]:
     """A prompt for each way, which is begun."""
-    subject = subject_of(document.text)
+    subject = opening_of(document.text)
     begun = (f"Strategy: {beginning} {subject}".rstrip() for beginning in BEGUN)
     return [Unit(f"#{number}", document.text, begun=text) for number, text in enumerate(begun)]
 
 
 def carry_out_begun(unit: Unit, reply: str) -> Sequence[Unit]:
     """The prompt for a way, whose reply begins with what the document is about."""
-    begun = f"Text: {subject_of(unit.source)}".rstrip()
+    begun = f"Text: {opening_of(unit.source)}".rstrip()
     return [way._replace(suffix="#text", begun=begun) for way in carry_out(unit, reply)[:1]]
 
 

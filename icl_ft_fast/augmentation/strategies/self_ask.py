@@ -2,11 +2,16 @@
 
 Five a reply, four rounds; each round is told what was asked before, and later ones ask for reversals and conclusions,
 as the self-asked questions of context distillation do (Doc-to-LoRA, arXiv 2602.15902).
+
+A small model loses the document and the form in the first reply: `SMALL` asks it as self-qa does, a question a reply,
+and samples, so that a budget of tokens is filled.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from icl_ft_fast.augmentation.strategy import Strategy, Unit, lines_of, questions_and_answers
+from icl_ft_fast.augmentation.strategies import self_qa
+from icl_ft_fast.augmentation.strategy import SMALL_TEMPERATURE, Strategy, Unit, lines_of, questions_and_answers
 from icl_ft_fast.tasks.task import Document
 
 QUESTIONS, ROUNDS = 5, 4  # of a reply; of a document
@@ -43,3 +48,5 @@ STRATEGY = Strategy(
     max_new_tokens=384,
     temperature=1.0,
 )
+SMALL = replace(self_qa.STRATEGY, name=STRATEGY.name, prompts=self_qa.STRATEGY.name, temperature=SMALL_TEMPERATURE)
+STRATEGY = replace(STRATEGY, small=SMALL)

@@ -6,7 +6,7 @@ about: `SMALL` asks for the same seven kinds, a line each.
 
 from dataclasses import replace
 
-from icl_ft_fast.augmentation.strategy import COPIED, SMALL_TEMPERATURE, SMALL_WORDS, Strategy, Unit, subject_of
+from icl_ft_fast.augmentation.strategy import COPIED, SMALL_TEMPERATURE, SMALL_WORDS, Strategy, Unit, opening_of
 from icl_ft_fast.tasks.task import Document
 
 FORMS = {
@@ -42,7 +42,7 @@ def forms(document: Document) -> list[Unit]:
 
 def small_forms(document: Document) -> list[Unit]:
     """A prompt for each form, whose reply begins with what the document is about."""
-    subject = subject_of(document.text)
+    subject = opening_of(document.text)
     begun = {name: beginning.format(subject).rstrip() for name, beginning in BEGUN.items()}
     return [Unit(f"#{name}", document.text, {"form": name}, name, text) for name, text in begun.items()]
 
