@@ -69,6 +69,16 @@ def test_an_arm_without_augmentation_is_not_chosen():
     assert empty.concerns[0].startswith("augmented: only 2 of 30 prompts gave a row (2 rows)")
 
 
+def test_a_concern_is_told_once_for_all_its_arms():
+    study = study_of({"base": 24, "augmented-ft@300": 13, "augmented-ft@600": 13, "ft": 13}, 24)
+    noted = {"synthetic_tokens": 280, "training_concerns": ["8 steps are few"]}
+    runs = tuple(replace(run, notes={} if run.arm == "base" else noted) for run in study.results.runs)
+    assert replace(study, results=replace(study.results, runs=runs)).concerns == [
+        "augmented 300 tokens, augmented 600 tokens, fine-tuned: 8 steps are few.",
+        "augmented 600 tokens: 280 synthetic tokens in place of 600: replies gave no more that was new and in form.",
+    ]
+
+
 def test_what_is_clear_is_said_without_doubt():
     study = study_of({"base": 500, "icl": 990, "ft": 989}, 1000)
     verdict = verdict_of(study, 1e6, 2.0)

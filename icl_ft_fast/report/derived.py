@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from icl_ft_fast.study.amortise import BreakEven, Fit, Line, Samples, Way, break_even, break_even_interval, fit
+from icl_ft_fast.study.arm import SYNTHETIC_TOKENS
 from icl_ft_fast.study.arms import recorded_arm
 from icl_ft_fast.study.billing import Priced, on_hosted, on_machine, uncounted_electricity
 from icl_ft_fast.study.clusters import Cluster, clusters_of
@@ -39,6 +40,7 @@ FORM_NOTE = (
     "what it learned in that form only: --template base asks in it."
 )
 ENERGY_NOTE = "Electricity is not counted: this machine has no energy counter, and the price file names no watts."
+ENOUGH = 0.9  # of a budget of synthetic tokens, below which an arm is told to have fewer
 ON = " on "  # between a way and the machine or hosted model that it is on
 RESOURCES = {"seconds": "s", "FLOPs": "FLOP", "joules": "J"}  # and money, under a price file
 
@@ -134,20 +136,27 @@ class Derived:
     @property
     def concerns(self) -> list[str]:
         """What to know before any ranking: nothing above chance, little augmentation, training that was too short."""
-        found = [self.not_above_chance] if self.not_above_chance else []
-        for arm in self.arms:
-            title, notes = recorded_arm(arm).title, [run.notes for run in self.of(arm)]
-            prompts, productive = self._augmentation(arm)
+        found: dict[str, dict[str, None]] = {}  # titles of the arms by what is said of them
+        for arm in map(recorded_arm, self.arms):
+            notes = [run.notes for run in self.of(arm.name)]
+            prompts, productive = self._augmentation(arm.name)
+            told, budget = list[str](), None if arm.training is None else arm.training.tokens
             if 2 * productive < prompts:
                 rows = sum(its.get("augmentations", 0) for its in notes)
-                found.append(
-                    f"{title}: only {productive:,} of {prompts:,} prompts gave a row ({rows:,} rows): its augmentation "
-                    "failed for most of them, so it says little about augmentation."
+                told.append(
+                    f"only {productive:,} of {prompts:,} prompts gave a row ({rows:,} rows): its augmentation failed "
+                    "for most of them, so it says little about augmentation"
                 )
-            found += dict.fromkeys(
-                f"{title}: {concern}." for its in notes for concern in its.get("training_concerns", ())
-            )
-        return found
+            written = [its[SYNTHETIC_TOKENS] for its in notes if SYNTHETIC_TOKENS in its]
+            if written and budget is not None and fmean(written) < ENOUGH * budget:
+                told.append(
+                    f"{fmean(written):,.0f} synthetic tokens in place of {budget:,}: replies gave no more that was new "
+                    "and in form"
+                )
+            for concern in (*told, *(concern for its in notes for concern in its.get("training_concerns", ()))):
+                found.setdefault(concern, {})[arm.title] = None
+        first = [self.not_above_chance] if self.not_above_chance else []
+        return first + [f"{', '.join(titles)}: {concern}." for concern, titles in found.items()]
 
     @property
     def beside(self) -> str:
