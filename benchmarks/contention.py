@@ -18,19 +18,18 @@ import numpy as np
 
 from benchmarks.smollm2 import smollm2
 from benchmarks.timing import Row
-from icl_ft_fast.runtime.threads import SPIN_ALONE, SPIN_BESIDE, SPIN_VARIABLE, WAIT_VARIABLES
+from icl_ft_fast.runtime.threads import SPIN_BESIDE, SPIN_VARIABLE, WAIT_VARIABLES
 
-CHOSEN = "as chosen"  # by bound_spinning(), as the command line does it
+COMMAND = "as in a command"  # by share_cores()
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
-    CHOSEN: {},
+    COMMAND: {},
     f"spin {SPIN_BESIDE}": {SPIN_VARIABLE: SPIN_BESIDE},
-    f"spin {SPIN_ALONE}": {SPIN_VARIABLE: SPIN_ALONE},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 ROUNDS = 9
-BOUND = """from icl_ft_fast.runtime.threads import bound_spinning
-bound_spinning()
+SHARING = """from icl_ft_fast.runtime.threads import share_cores
+share_cores()
 import runpy
 runpy.run_module("benchmarks.contention", run_name="__main__")"""
 BESIDE = "import os, torch\nn = os.cpu_count()\ntorch.set_num_threads(n)\na = torch.randn(512, 512)\nwhile True: a @ a"
@@ -71,7 +70,7 @@ def _measured(work: str, model: str, setting: str, quick: bool, *, beside: bool)
     clean = {name: value for name, value in os.environ.items() if name not in (*WAIT_VARIABLES, "OMP_NUM_THREADS")}
     other = subprocess.Popen([sys.executable, "-c", BESIDE], env=clean) if beside else None
     try:
-        program = ["-c", BOUND] if setting == CHOSEN else ["-m", "benchmarks.contention"]
+        program = ["-c", SHARING] if setting == COMMAND else ["-m", "benchmarks.contention"]
         command = [sys.executable, *program, work, model, "3" if quick else str(ROUNDS)]
         done = subprocess.run(command, env=clean | SETTINGS[setting], check=True, capture_output=True, text=True)
     finally:

@@ -289,6 +289,7 @@ PYBIND11_MODULE(_C, m) {
           arg("head").noconvert(), arg("whole"));
     m.def("trie_ancestors", &trie_ancestors, arg("parent").noconvert(), arg("row"), arg("out").noconvert());
     m.def("best_isa", &icl::best_isa);
+    m.def("sleep_at_barriers", &icl::sleep_at_barriers);
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_backward", &target_logprob_backward);
     m.def("target_logprob_sum", &target_logprob_sum);

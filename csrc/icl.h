@@ -72,6 +72,9 @@ void trie_ancestors(const int32_t* parent, int64_t num_rows, int64_t row, int32_
 // Instruction sets, each including those before it. What takes one takes kBestIsa for the best this processor has.
 enum Isa { kBestIsa, kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 int best_isa();
+
+// Whether threads of this process that wait for others sleep at once; see waiting.cpp.
+void sleep_at_barriers(bool sleep);
 int choose_isa(int isa);
 
 // What icl_ft_fast/ops/target_logprob.py says target_logprob is, for float32 or bfloat16. Strides are in elements. The

@@ -1,76 +1,118 @@
-"""How long OpenMP's threads spin: bounded by the command line, never by the library, and only where nobody chose."""
+"""How OpenMP's threads wait: commands let them sleep while others want the cores, the library never does."""
 
 import os
+import subprocess
 import sys
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 
 from icl_ft_fast import cli
 from icl_ft_fast.runtime import threads
-from icl_ft_fast.runtime.threads import SPIN_ALONE, SPIN_BESIDE, SPIN_VARIABLE, WAIT_VARIABLES, bound_spinning, waiting
+from icl_ft_fast.runtime.threads import WAIT_VARIABLES, Use, cores_of_others, share_cores, used, waiting
 
 
 @pytest.fixture
 def clean(monkeypatch):
     for name in WAIT_VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is restored afterwards, whatever is done to it
-        monkeypatch.delenv(name)
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
+        monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-def test_the_command_line_bounds_it_before_torch_is_loaded(clean):
-    assert "libgomp's default" in waiting()
-
-    def first_of_all():
-        bound_spinning()
-        raise KeyboardInterrupt  # before a command loads anything
-
-    clean.setattr(cli, "bound_spinning", first_of_all)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(["doctor"])
-    assert os.environ[SPIN_VARIABLE] in (SPIN_ALONE, SPIN_BESIDE)
-    assert waiting() == f"{SPIN_VARIABLE}={os.environ[SPIN_VARIABLE]}"
+@pytest.fixture
+def started(clean):
+    """Threads that were to be started."""
+    made = []
+    clean.setattr(threads, "_start_once", cache(threads._start_once.__wrapped__))
+    clean.setattr(threads.threading, "Thread", lambda **named: SimpleNamespace(start=lambda: made.append(named)))
+    return made
 
 
-@pytest.mark.parametrize(
-    ("busy_ticks", "expected"), [(0, SPIN_ALONE), (4, SPIN_ALONE), (6, SPIN_BESIDE), (20, SPIN_BESIDE)]
-)
-def test_it_depends_on_what_other_processes_use(busy_ticks, expected, clean, tmp_path):
-    """Of two cores over a tenth of a second, in ticks of 10 ms; a third core is not this process's."""
-    stat, now = tmp_path / "stat", [0.0]
-
-    def written(idle):
-        stat.write_text(f"cpu 9 9 9 {idle} 7 0\ncpu0 1 2 3 {idle} 4 0\ncpu1 5 6 7 800 9 0\ncpu2 1 1 1 1 1 0\nintr 5\n")
-
-    def sleep(seconds):
-        now[0] += seconds
-        written(100 + 20 - busy_ticks)
-
-    written(100)
-    clean.setattr(threads, "STAT", stat)
-    clean.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    clean.setattr(os, "sysconf", lambda _: 100)
-    clean.setattr(threads.time, "sleep", sleep)
-    clean.setattr(threads.time, "monotonic", lambda: now[0])
-    bound_spinning()
-    assert os.environ[SPIN_VARIABLE] == expected
-
-
-def test_a_system_that_does_not_say_is_taken_as_shared(clean, tmp_path):
-    clean.setattr(threads, "STAT", tmp_path / "none")
-    bound_spinning()
-    assert os.environ[SPIN_VARIABLE] == SPIN_BESIDE
+def test_commands_watch_who_uses_the_cores(started, capsys):
+    for _ in range(2):
+        assert cli.main(["status", "nowhere"]) == 2
+    assert [named["target"] for named in started] == [threads._watch]
+    assert started[0]["daemon"]
+    assert waiting().startswith("asleep while others want the cores")
 
 
 @pytest.mark.parametrize("name", WAIT_VARIABLES)
-def test_what_the_user_chose_stays(name, clean):
+def test_what_the_user_chose_stays(name, started, clean):
     clean.setenv(name, "passive")
-    bound_spinning()
-    assert {key: os.environ[key] for key in WAIT_VARIABLES if key in os.environ} == {name: "passive"}
+    share_cores()
+    assert not started
+    assert waiting() == f"{name}=passive"
 
 
-def test_where_torch_is_loaded_it_would_come_too_late(clean):
-    clean.setitem(sys.modules, "torch", None)
-    bound_spinning()
-    assert SPIN_VARIABLE not in os.environ
+def test_a_system_that_does_not_say_is_not_watched(started, clean, tmp_path):
+    clean.setattr(threads, "STAT", tmp_path / "none")
+    share_cores()
+    assert not started
+    assert waiting().startswith("libgomp's default, which spins")
+
+
+def test_it_is_read_of_this_process_s_cores_without_what_is_idle_or_stolen(clean, tmp_path):
+    fields = "1 2 4 1000 1000 8 16 1000 1000 1000"  # user nice system idle iowait irq softirq steal guest guest_nice
+    text = "".join(f"{name} {fields}\n" for name in ("cpu", "cpu0", "cpu1", "cpu2")) + "intr 5\n"
+    (tmp_path / "stat").write_text(text)
+    clean.setattr(threads, "STAT", tmp_path / "stat")
+    clean.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    clean.setattr(os, "sysconf", lambda _: 100)
+    found = used()
+    assert found is not None
+    assert found.all == pytest.approx(2 * 0.31)
+
+
+def test_what_others_use_is_what_is_not_its_own():
+    before, after = Use(now=10.0, all=5.0, own=1.0), Use(now=12.0, all=8.5, own=2.0)
+    assert cores_of_others(before, after) == 1.25
+    assert cores_of_others(before, Use(now=12.0, all=6.0, own=2.5)) == 0.0  # ticks are coarse
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "others", "asleep"),
+    [
+        (2, [0.4, 0.6, 0, 0, 0, 0, 0, 0.4], [False, True, True, True, True, True, False, False]),
+        (1, [0.9, 1.4, 1.6], [False, False, True]),  # a core is left for another thread
+    ],
+)
+def test_threads_sleep_from_when_cores_are_missing_until_they_have_not_been_for_a_while(
+    num_threads, others, asleep, monkeypatch
+):
+    looks, told = [Use(0.0, 0.0, 0.0)], []
+    for cores in others:
+        looks.append(Use(looks[-1].now + 1, looks[-1].all + cores, 0.0))
+    looks.append(None)  # ends the watch
+    monkeypatch.setattr(threads, "used", lambda: looks.pop(0))
+    monkeypatch.setattr(threads.time, "sleep", lambda _: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setitem(sys.modules, "icl_ft_fast._C", SimpleNamespace(sleep_at_barriers=told.append))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: num_threads))
+    threads._watch()
+    assert told == asleep
+
+
+# Between regions, the second thread waits for 30 ms a time; what that costs is processor time.
+WAITED = """
+import time, torch
+from icl_ft_fast import _C
+torch.set_num_threads(2)
+x = torch.ones(1 << 20)
+for sleep in (False, True, True, False):
+    _C.sleep_at_barriers(sleep)
+    time.sleep(0.1)
+    start = time.process_time()
+    for _ in range(20):
+        x.add_(1)
+        time.sleep(0.03)
+    print(time.process_time() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's OpenMP")
+def test_threads_sleep_at_once_and_spin_again():
+    clean = {name: value for name, value in os.environ.items() if name not in (*WAIT_VARIABLES, "OMP_NUM_THREADS")}
+    out = subprocess.run([sys.executable, "-c", WAITED], env=clean, check=True, capture_output=True, text=True).stdout
+    spinning, asleep, still, again = map(float, out.split())
+    assert max(asleep, still) < 0.6 * min(spinning, again), out

@@ -32,7 +32,7 @@ from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.executors import is_first_process
 from icl_ft_fast.runtime.printable import printable
 from icl_ft_fast.runtime.progress import Activity
-from icl_ft_fast.runtime.threads import bound_spinning
+from icl_ft_fast.runtime.threads import share_cores
 
 COMMANDS = (compare, report, status, augment, finetune, score, context, convert, task, doctor, serve, lm_eval)
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours = given[: 1 if is_harness else None]
     options = parser().parse_args(ours)
     options.given, options.rest = given, given[len(ours) :]
-    bound_spinning()  # what a command runs has not been imported yet, torch included
+    share_cores()
     shown = is_first_process() and not getattr(options, "quiet", False) and options.command != "status"
     try:
         with Activity(f"icl-ft-fast {options.command}", shown=shown):

@@ -1,55 +1,89 @@
-"""How long OpenMP's threads wait actively: chosen for a process before torch loads libgomp. Imports no torch."""
+"""How OpenMP's threads wait for each other, by whether other processes want this one's cores. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-SPIN_VARIABLE = "GOMP_SPINCOUNT"
-SPIN_ALONE, SPIN_BESIDE = "20000", "2000"  # turns at a barrier before a thread sleeps
+SPIN_VARIABLE, SPIN_BESIDE = "GOMP_SPINCOUNT", "2000"  # turns at a barrier before a thread sleeps: for own programs
 WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
 STAT = Path("/proc/stat")
-BUSY, SECONDS = 0.5, 0.1  # cores that others use from which on a process is not alone; how long that is looked at
+SECONDS = 1.0  # between two looks at who uses the cores
+BUSY = 0.5  # cores too few from which on threads sleep
+CALM = 5  # looks in a row that find enough cores until threads spin again
 
 
-def bound_spinning() -> None:
-    """Let threads that wait for others sleep after some turns, unless the user chose or torch is loaded.
+@dataclass(frozen=True)
+class Use:
+    """What has been used until now, in seconds.
+
+    Attributes:
+        now: by the clock.
+        all: processor time on this process's cores.
+        own: processor time of this process.
+    """
+
+    now: float
+    all: float
+    own: float
+
+
+def share_cores() -> None:
+    """From now on let threads that wait for others sleep at once while other processes want their cores.
 
     libgomp lets them spin 300,000 turns at every barrier. Beside another process those turns keep a core from the
-    thread that all wait for: a training step of 135M parameters took 7 times as long. Where nothing else runs, a thread
-    that sleeps has to be woken, which made such a step take up to 1.4 times as long at 2,000 turns. So it depends on
-    whether other processes use cores now (docs/executors.md has both sides). Children inherit the choice.
+    thread that all wait for: calls took 7 to 18 times as long. Where nothing else runs, a thread that sleeps has to be
+    woken, which costs up to half of the time. So a thread looks every second, as long as the process runs. Nothing is
+    done where the user chose how threads wait, or where the system does not say who uses the cores.
     """
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAIT_VARIABLES):
-        used = cores_of_others()
-        os.environ[SPIN_VARIABLE] = SPIN_ALONE if used is not None and used < BUSY else SPIN_BESIDE
+    if not any(name in os.environ for name in WAIT_VARIABLES) and used() is not None:
+        _start_once()
 
 
-def cores_of_others() -> float | None:
-    """How many of this process's cores are in use while it sleeps a moment; None where the system does not say."""
-    before = _idle_s()
-    start = time.monotonic()
-    time.sleep(SECONDS)
-    after, seconds = _idle_s(), time.monotonic() - start
-    if before is None or after is None:
-        return None
-    return max(0.0, len(os.sched_getaffinity(0)) - (after - before) / seconds)
+@cache
+def _start_once() -> None:
+    threading.Thread(target=_watch, daemon=True, name="share_cores").start()
 
 
-def _idle_s() -> float | None:
-    """Seconds that this process's cores have been idle since the start, waiting for disks included."""
+def _watch() -> None:
+    before, calm = used(), CALM
+    while before is not None:
+        time.sleep(SECONDS)
+        after, native, torch = used(), sys.modules.get("icl_ft_fast._C"), sys.modules.get("torch")
+        if after is not None and native is not None and torch is not None:  # else nothing is computed yet
+            missing = torch.get_num_threads() + cores_of_others(before, after) - len(os.sched_getaffinity(0))
+            calm = 0 if missing >= BUSY else calm + 1
+            native.sleep_at_barriers(calm < CALM)
+        before = after
+
+
+def cores_of_others(before: Use, after: Use) -> float:
+    """How many of this process's cores others used between two looks."""
+    return max(0.0, after.all - before.all - (after.own - before.own)) / (after.now - before.now)
+
+
+def used() -> Use | None:
+    """What has been used; None where the system does not say."""
     try:
-        lines = STAT.read_text().splitlines()
+        lines = [line.split() for line in STAT.read_text().splitlines()]
         own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     except (OSError, AttributeError):  # no Linux
         return None
-    idle = [sum(map(int, line.split()[4:6])) for line in lines if line.split()[0] in own]
-    return sum(idle) / os.sysconf("SC_CLK_TCK") if len(idle) == len(own) else None
+    # User, nice, system; idle and waiting for disks; interrupts. Not what a hypervisor takes: no thread could have it.
+    ticks = [sum(map(int, line[1:4] + line[6:8])) for line in lines if line[0] in own]
+    if len(ticks) != len(own):
+        return None
+    times = os.times()
+    return Use(time.monotonic(), sum(ticks) / os.sysconf("SC_CLK_TCK"), times.user + times.system)
 
 
 def waiting() -> str:
     """What decides how this process's threads wait."""
     chosen = [f"{name}={os.environ[name]}" for name in WAIT_VARIABLES if name in os.environ]
-    return ", ".join(chosen) or f"libgomp's default, which spins; set {SPIN_VARIABLE}={SPIN_BESIDE} beside other work"
+    default = "libgomp's default, which spins" if used() is None else "asleep while others want the cores"
+    return ", ".join(chosen) or f"{default}; in your own programs set {SPIN_VARIABLE}={SPIN_BESIDE} beside other work"
