@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from icl_ft_fast import cli
-from icl_ft_fast.runtime import threads
+from icl_ft_fast.runtime import executors, threads
 from icl_ft_fast.runtime.threads import WAIT_VARIABLES, Use, cores_of_others, share_cores, used, waiting
 
 
@@ -35,6 +35,11 @@ def test_commands_watch_who_uses_the_cores(started, capsys):
     assert [named["target"] for named in started] == [threads._watch]
     assert started[0]["daemon"]
     assert waiting().startswith("asleep while others want the cores")
+
+
+def test_so_do_ray_s_actors(started):
+    executors._Actor(lambda: abs)
+    assert [named["target"] for named in started] == [threads._watch]
 
 
 @pytest.mark.parametrize("name", WAIT_VARIABLES)

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 from icl_ft_fast.runtime.durable import ResultJournal, locked
 from icl_ft_fast.runtime.errors import UserError
 from icl_ft_fast.runtime.progress import Activity
+from icl_ft_fast.runtime.threads import share_cores
 
 Worker = Callable[[Any], Any]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like set
@@ -265,6 +266,7 @@ class Ray:
 
 class _Actor:
     def __init__(self, start: Callable[[], Worker]) -> None:
+        share_cores()  # a process of its own, as a command is
         self._worker = start()
 
     def do(self, work: Any) -> Any:
