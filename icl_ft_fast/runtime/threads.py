@@ -85,5 +85,8 @@ def used() -> Use | None:
 def waiting() -> str:
     """What decides how this process's threads wait."""
     chosen = [f"{name}={os.environ[name]}" for name in WAIT_VARIABLES if name in os.environ]
-    default = "libgomp's default, which spins" if used() is None else "asleep while others want the cores"
-    return ", ".join(chosen) or f"{default}; in your own programs set {SPIN_VARIABLE}={SPIN_BESIDE} beside other work"
+    if chosen:
+        return ", ".join(chosen)
+    if used() is None:
+        return f"libgomp's default, which spins; set {SPIN_VARIABLE}={SPIN_BESIDE} beside other work"
+    return f"asleep while others want the cores; in your own programs after {__name__}.share_cores()"
