@@ -15,6 +15,7 @@ from icl_ft_fast.engine import encoding, memory
 from icl_ft_fast.engine.model import Head
 from icl_ft_fast.finetuning import distillation
 from icl_ft_fast.finetuning.data import Example, encode
+from icl_ft_fast.finetuning.network import Objective
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneError, FinetuneSettings, RunOptions
 
@@ -80,6 +81,21 @@ def test_gradients_are_those_of_plain_forwards(llama, plain_llama, monkeypatch):
     for name, parameter in student.named_parameters():
         moved = (llama.network.get_parameter(name) - after[name]).detach()
         assert (moved - parameter.grad).abs().max() < 1e-5, name
+
+
+def test_gradients_of_targets_that_share_rows_have_the_same_bits_every_time():
+    draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    hidden, scale = torch.randn(50, 576, generator=draw, requires_grad=True), torch.randn(200, 576, generator=draw)
+    row = torch.randint(0, 8, (200,), generator=draw)
+    batch = SimpleNamespace(tree=None, head_row=torch.arange(50), row=row, target_index=torch.arange(200))
+    model = SimpleNamespace(network=torch.nn.Identity(), head=None, forward_tree=lambda _: hidden)
+    teacher = SimpleNamespace(divergence=lambda given, *_: (given * scale).sum())
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad(Objective(model, teacher)(batch, [0]), hidden)[0] for _ in range(100)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, found[0]) for grad in found)
 
 
 def test_the_divergence_falls(llama):

@@ -37,7 +37,8 @@ class Objective(torch.nn.Module):
             hidden = hidden[batch.head_row.to(hidden.device)]
         if self._teacher is not None:
             row = batch.row[batch.target_index].to(hidden.device)
-            return self._teacher.divergence(hidden[row], self._model.head, examples)
+            # Targets share rows. The backward of hidden[row] adds to one from several threads, in any order.
+            return self._teacher.divergence(hidden.index_select(0, row), self._model.head, examples)
         times = batch.target_index.bincount(minlength=len(batch.target))
         return -self._model.target_logprob_sum(hidden, batch.row, batch.target, times)
 
