@@ -148,6 +148,7 @@ def test_arms_with_budgets_are_fine_tuned_on_so_much(llama, task):
     assert small.losses == tuned.losses
     (chart,) = [chart for chart in draw(Derived(results, "study")) if chart.name == "synthetic"]
     assert f"{small.notes['synthetic_tokens']}, " in chart.alt
+    assert "chance 0.50" in chart.alt
     one = replace(results, runs=(small,), settings=results.settings | {"arms": ["augmented-ft@40"]})
     assert not [chart for chart in draw(Derived(one, "study")) if chart.name == "synthetic"]
 

@@ -332,6 +332,10 @@ def _synthetic(study: Derived) -> Chart | None:
             )
             told = ", ".join(f"{value:.2f} with {count:,.0f}" for value, count in zip(values, tokens, strict=True))
             shown.append(f"{recorded_arm(name).title}, {split}: {told} tokens")
+    for s, split in enumerate(study.splits):  # without it a flat line at chance looks like a way that needs no text
+        if (chance := study.chance(split)) is not None:
+            axes.axhline(chance, linestyle="--", color=LIGHT["ink"], label="chance" if s == 0 else None)
+            shown.append(f"{split}: chance {chance:.2f}")
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="synthetic tokens", ylabel="accuracy")
     _plain(axes.xaxis)
     _legend(figure, axes)
