@@ -61,7 +61,7 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 IMPORTS_NATIVE = {"ops.cpu", "engine.trie"}
-BUDGET = 27_010
+BUDGET = 27_020
 
 
 def room(module):

@@ -13,7 +13,7 @@ from icl_ft_fast.cli import main
 from icl_ft_fast.engine.ledger import Ledger
 from icl_ft_fast.finetuning.run import finetune
 from icl_ft_fast.finetuning.settings import FinetuneSettings
-from icl_ft_fast.report.charts import draw
+from icl_ft_fast.report.charts import _axes, _legend, draw
 from icl_ft_fast.report.derived import Derived
 from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import synthetic
@@ -182,6 +182,15 @@ def test_own_texts_cost_the_same_when_they_are_found_again(llama):
     first, again = (own_texts(llama, 3, journal=journal, num_texts=2, tokens=4, ledger=ledger) for ledger in ledgers)
     assert first == again
     assert ledgers[0].decoded_tokens == ledgers[1].decoded_tokens > 0
+
+
+def test_no_legend_is_cut_off():
+    figure, axes = _axes()
+    for n in range(11):
+        axes.plot([0], [0], label=f"augmented {n}00 tokens")
+    _legend(figure, axes)
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(

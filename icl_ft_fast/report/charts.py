@@ -435,9 +435,15 @@ def _plain(*logarithmic: Axis) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    rows = math.ceil(len(labels) / 3)
+    looks: dict[str, Any] = {"loc": "outside upper left", "fontsize": 8, "handlelength": 1.8, "columnspacing": 1.2}
+    columns = 3
+    while (legend := figure.legend(handles, labels, ncols=columns, **looks)).get_window_extent().x1 > figure.bbox.x1:
+        if columns == 1:
+            break
+        legend.remove()  # its last column would be cut off
+        columns -= 1
+    rows = math.ceil(len(labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 4))  # many ways leave no room for the axes
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.8, columnspacing=1.2)
 
 
 def _wrap(text: str, width: int = 16) -> str:
