@@ -17,8 +17,9 @@ from icl_ft_fast.runtime.durable import ResultJournal
 from icl_ft_fast.study import arms, compare
 from icl_ft_fast.study import runs as study_runs
 from icl_ft_fast.study.arm import CONTEXT_TOKENS, Arm, Asking, ContextText, Workspace
+from icl_ft_fast.study.compare import StudyOptions
 from icl_ft_fast.study.evaluate import accuracies, answers, select_documents
-from icl_ft_fast.study.retrieval import Bm25, RetrievalError, retrieve
+from icl_ft_fast.study.retrieval import Bm25, RetrievalError, StaticEmbeddings, retrieve
 from icl_ft_fast.study.settings import StudySettings
 from icl_ft_fast.study.slotted import SLOTS
 from icl_ft_fast.tasks.chunks import split_documents
@@ -57,7 +58,7 @@ def test_rag_reads_what_is_retrieved(llama):
 
 
 def test_passages_that_questions_share_are_kept_in_a_store(llama, tmp_path):
-    store = ContextStore(tmp_path / "store", llama, 10**9)
+    store = ContextStore(str(tmp_path / "store"), llama, 10**9)
     plain, journal = runs_of(llama, "rag@2")[0], ResultJournal(tmp_path / "journal.jsonl")
     (first,) = runs_of(llama, "rag@2", store=store, journal=journal)
     (again,) = runs_of(llama, "rag@2", store=store)
@@ -207,3 +208,9 @@ def test_costs_are_measured_behind_each_arm_s_own_context(llama, monkeypatch):
     assert {way for _, way in study.break_evens["seconds"]} >= {"ICL", "RAG k=1", "compact 2x"}
     assert "oracle" not in {way for _, way in study.break_evens["seconds"]}
     assert "oracle" not in {way.name for way in study.decision_ways("seconds")}
+
+
+def test_folders_of_a_study_may_be_strings(tmp_path):
+    options = StudyOptions(store=str(tmp_path / "store"), kept=str(tmp_path))
+    assert (options.store, options.kept) == (tmp_path / "store", tmp_path)
+    assert StaticEmbeddings(str(tmp_path)) == StaticEmbeddings(tmp_path)

@@ -186,12 +186,12 @@ class ContextStore:
         max_bytes: of all files together.
     """
 
-    def __init__(self, folder: Path, model: Model, max_bytes: int) -> None:
-        self.folder, self.model, self.max_bytes = folder, model, max_bytes
+    def __init__(self, folder: str | Path, model: Model, max_bytes: int) -> None:
+        self.folder, self.model, self.max_bytes = Path(folder), model, max_bytes
         self.fingerprint = model.fingerprint()
         self._most = model.max_positions
         self._known: set[str] | None = None
-        if folder.exists() and not folder.is_dir():
+        if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     def up_to(self, num_tokens: int) -> ContextStore:

@@ -438,7 +438,7 @@ def finish(state: RunState) -> Finetuned:
     if state.options.keep is not None:
         weights = network.weights()  # every process takes part, one writes
         if distributed.place()[0] == 0:
-            write_folder(state.options.keep, partial(network.write, weights))
+            write_folder(Path(state.options.keep), partial(network.write, weights))
     model = network.finished(state.folder.folder(chosen) if is_read else None)
     return Finetuned(model, tuple(progress.losses), watched)
 

@@ -240,7 +240,7 @@ class RunOptions:
     output_dir: str | Path | None = None
     resume: bool = False
     checkpoint_s: float | None = None
-    keep: Path | None = None
+    keep: str | Path | None = None
     in_place: bool = False
     progress: bool = False
     tell: Callable[[str], None] = silent

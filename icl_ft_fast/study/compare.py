@@ -81,6 +81,11 @@ class StudyOptions:
     on_run: Callable[[Run], None] | None = None
     tell: Callable[[str], None] = silent
 
+    def __post_init__(self) -> None:
+        for name in ("store", "kept"):  # in Python a folder may be a string
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))
+
 
 def compare(
     model: Model | Callable[[], tuple[Model, Ledger]],

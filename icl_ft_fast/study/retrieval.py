@@ -252,6 +252,7 @@ class StaticEmbeddings:
     folder: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # in Python it may be a string
         if not self.folder.is_dir():
             raise RetrievalError(
                 f"embedding_model: {str(self.folder)!r}: no such folder; give one with a static embedding model, or "
