@@ -142,17 +142,13 @@ void target_logprob_backward(const Tensor& hidden, const Tensor& weight, const s
                              const std::optional<Tensor>& grad_bias) {
     auto args = target_logprob_arguments(hidden, weight, bias, row, target, scale, softcap, isa, num_threads);
     args.lse = dense<float, 1>(lse, "lse", {args.R});
-    const auto gradient = [&](auto& array, const char* argument, auto shape) {
-        constexpr int N = std::tuple_size<decltype(shape)>();
-        return dense_floats<N>(args.bfloat16, array, argument, shape);
-    };
     icl::TargetLogprobGradients gradients{};
     gradients.grad_logp = dense<float, 1>(grad_logp, "grad_logp", {args.M});
     gradients.grad_lse = dense<float, 1>(grad_lse, "grad_lse", {args.R});
-    gradients.grad_hidden = gradient(grad_hidden, "grad_hidden", std::array{args.R, args.E});
+    gradients.grad_hidden = dense_floats<2>(args.bfloat16, grad_hidden, "grad_hidden", {args.R, args.E});
     if (grad_weight) {
-        gradients.grad_weight = gradient(*grad_weight, "grad_weight", std::array{args.V, args.E});
-        if (grad_bias) gradients.grad_bias = gradient(*grad_bias, "grad_bias", std::array{args.V});
+        gradients.grad_weight = dense_floats<2>(args.bfloat16, *grad_weight, "grad_weight", {args.V, args.E});
+        if (grad_bias) gradients.grad_bias = dense_floats<1>(args.bfloat16, *grad_bias, "grad_bias", {args.V});
     }
     py::gil_scoped_release release;
     icl::target_logprob_backward(args, gradients);
@@ -229,13 +225,10 @@ icl::TrieAttention trie_attention_arguments(const Tensor& q, const Tensor& k, co
     std::copy(queries.strides.begin(), queries.strides.end(), args.q_strides);
     std::copy(keys.strides.begin(), keys.strides.end(), args.k_strides);
     std::copy(values.strides.begin(), values.strides.end(), args.v_strides);
-    const auto index = [](const Tensor& array, const char* argument, int64_t size) {
-        return dense<int32_t, 1>(array, argument, {size});
-    };
-    args.row_q = index(row_q, "row_q", T);
-    args.end_k = index(end_k, "end_k", S);
-    args.depth_q = index(depth_q, "depth_q", T);
-    args.depth_k = index(depth_k, "depth_k", S);
+    args.row_q = dense<int32_t, 1>(row_q, "row_q", {T});
+    args.end_k = dense<int32_t, 1>(end_k, "end_k", {S});
+    args.depth_q = dense<int32_t, 1>(depth_q, "depth_q", {T});
+    args.depth_k = dense<int32_t, 1>(depth_k, "depth_k", {S});
     if (sinks) args.sinks = dense<float, 1>(*sinks, "sinks", {H});
     args.scale = scale;
     args.softcap = softcap;

@@ -14,8 +14,8 @@ namespace icl {
 struct DataType {
     uint8_t code, bits;
     uint16_t lanes;
-    bool operator!=(const DataType& other) const {
-        return code != other.code || bits != other.bits || lanes != other.lanes;
+    bool operator==(const DataType& other) const {
+        return code == other.code && bits == other.bits && lanes == other.lanes;
     }
 };
 
@@ -31,7 +31,9 @@ struct TensorFields {
 constexpr int32_t kCpu = 1;
 constexpr DataType kFloat32{2, 32, 1}, kBfloat16{4, 16, 1}, kInt32{0, 32, 1}, kBool{6, 8, 1};
 template <class T>
-constexpr DataType kDataType = kFloat32;
+constexpr DataType kDataType{};  // of no tensor
+template <>
+inline constexpr DataType kDataType<float> = kFloat32;
 template <>
 inline constexpr DataType kDataType<int32_t> = kInt32;
 template <>
@@ -65,24 +67,23 @@ struct View {
 // `is_dense`, is contiguous.
 template <int N>
 View<N> view(DataType type, const Tensor& tensor, const char* argument, std::array<int64_t, N> shape, bool is_dense) {
-    const auto require = [&](bool holds, const std::string& expected) {
-        if (holds) return;
+    const auto refuse = [&](const std::string& expected) {
         throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", got " + described(tensor));
     };
-    if (tensor->type != type) require(false, name_of(type));
-    if (tensor->device_type != kCpu) require(false, "a tensor on the CPU");
-    if (tensor->ndim != N) require(false, std::to_string(N) + " dimensions");
+    if (!(tensor->type == type)) refuse(name_of(type));
+    if (tensor->device_type != kCpu) refuse("a tensor on the CPU");
+    if (tensor->ndim != N) refuse(std::to_string(N) + " dimensions");
     View<N> found{static_cast<char*>(tensor->data) + tensor->byte_offset, {}, {}};
-    if (reinterpret_cast<uintptr_t>(found.data) % (type.bits / 8) != 0) require(false, "aligned elements");
+    if (reinterpret_cast<uintptr_t>(found.data) % (type.bits / 8) != 0) refuse("aligned elements");
     const bool is_empty = std::find(tensor->shape, tensor->shape + N, 0) != tensor->shape + N;
     int64_t contiguous = 1;
     for (int i = N - 1; i >= 0; --i) {
         const int64_t size = found.shape[i] = tensor->shape[i];
         if (shape[i] >= 0 && size != shape[i]) {
-            require(false, std::to_string(shape[i]) + " in dimension " + std::to_string(i));
+            refuse(std::to_string(shape[i]) + " in dimension " + std::to_string(i));
         }
         found.strides[i] = size <= 1 ? 1 : tensor->strides ? tensor->strides[i] : contiguous;
-        if (is_dense && size > 1 && !is_empty && found.strides[i] != contiguous) require(false, "a contiguous tensor");
+        if (is_dense && size > 1 && !is_empty && found.strides[i] != contiguous) refuse("a contiguous tensor");
         contiguous *= size;
     }
     return found;
@@ -104,6 +105,6 @@ void* dense_floats(bool bfloat16, const Tensor& tensor, const char* argument, st
     return view<N>(bfloat16 ? kBfloat16 : kFloat32, tensor, argument, shape, true).data;
 }
 
-inline bool is_bfloat16(const Tensor& tensor) { return !(tensor->type != kBfloat16); }
+inline bool is_bfloat16(const Tensor& tensor) { return tensor->type == kBfloat16; }
 
 }  // namespace icl
