@@ -75,27 +75,31 @@ def test_what_others_use_is_what_is_not_its_own():
     assert cores_of_others(before, Use(now=12.0, all=6.0, own=2.5)) == 0.0  # ticks are coarse
 
 
+WATCHED = """
+import os, sys
+from types import SimpleNamespace
+from icl_ft_fast.runtime import threads
+num_threads, *others = map(float, sys.argv[1:])
+looks, told = [threads.Use(0.0, 0.0, 0.0)], []
+for cores in others:
+    looks.append(threads.Use(looks[-1].now + 1, looks[-1].all + cores, 0.0))
+looks.append(None)  # ends the watch
+threads.used, threads.time.sleep, os.sched_getaffinity = lambda: looks.pop(0), lambda _: None, lambda _: {0, 1}
+sys.modules["icl_ft_fast._C"] = SimpleNamespace(sleep_at_barriers=told.append)
+sys.modules["torch"] = SimpleNamespace(get_num_threads=lambda: num_threads)
+threads._watch()
+print("".join("spin sleep".split()[asleep][1] for asleep in told))
+"""
+
+
 @pytest.mark.parametrize(
-    ("num_threads", "others", "asleep"),
-    [
-        (2, [0.4, 0.6, 0, 0, 0, 0, 0, 0.4], [False, True, True, True, True, True, False, False]),
-        (1, [0.9, 1.4, 1.6], [False, False, True]),  # a core is left for another thread
-    ],
+    ("num_threads", "others", "expected"),
+    [(2, "0.4 0.6 0 0 0 0 0 0.4", "plllllpp"), (1, "0.9 1.4 1.6", "ppl")],  # of one thread a core is left for others
 )
-def test_threads_sleep_from_when_cores_are_missing_until_they_have_not_been_for_a_while(
-    num_threads, others, asleep, monkeypatch
-):
-    looks, told = [Use(0.0, 0.0, 0.0)], []
-    for cores in others:
-        looks.append(Use(looks[-1].now + 1, looks[-1].all + cores, 0.0))
-    looks.append(None)  # ends the watch
-    monkeypatch.setattr(threads, "used", lambda: looks.pop(0))
-    monkeypatch.setattr(threads.time, "sleep", lambda _: None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setitem(sys.modules, "icl_ft_fast._C", SimpleNamespace(sleep_at_barriers=told.append))
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: num_threads))
-    threads._watch()
-    assert told == asleep
+def test_threads_sleep_from_when_cores_are_missing_until_they_have_not_been_for_a_while(num_threads, others, expected):
+    """In a process of its own: in this one a watch may run already."""
+    command = [sys.executable, "-c", WATCHED, str(num_threads), *others.split()]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == expected
 
 
 # Between regions, the second thread waits for 30 ms a time; what that costs is processor time.

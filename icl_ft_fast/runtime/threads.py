@@ -38,8 +38,8 @@ def share_cores() -> None:
 
     libgomp lets them spin 300,000 turns at every barrier. Beside another process those turns keep a core from the
     thread that all wait for: calls took 7 to 18 times as long. Where nothing else runs, a thread that sleeps has to be
-    woken, which costs up to half of the time. So a thread looks every second, as long as the process runs. Nothing is
-    done where the user chose how threads wait, or where the system does not say who uses the cores.
+    woken, and calls took up to 1.5 times as long. So a thread looks every second, as long as the process runs. Nothing
+    is done where the user chose how threads wait, or where the system does not say who uses the cores.
     """
     if not any(name in os.environ for name in WAIT_VARIABLES) and used() is not None:
         _start_once()
